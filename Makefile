@@ -1,0 +1,50 @@
+# make demo    sets everything up, compiles the reference model, draws the comparison
+# make test    sets everything up, runs the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format bench train clean
+
+demo: $(STAMP)
+	$(BIN)/ditc demo
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow --timeout 3600
+
+lint: $(STAMP) lint-tree
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=.lint $(BIN)/lint-imports --no-cache
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/end_to_end.py
+
+# the reference model's weights, from scikit-learn's digits (about half an hour on 2 cores)
+train: $(STAMP)
+	$(BIN)/python -m ditc.exporter.train_digits --out exporter/digits.safetensors
+
+# torch is pinned in constraints.txt: without the pin pip may pull gigabytes of CUDA packages
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# checkers see the package as it is installed: core is ditc, the other folders are inside it
+.PHONY: lint-tree
+lint-tree:
+	rm -rf .lint && mkdir -p .lint/ditc
+	ln -s $(CURDIR)/core/* .lint/ditc/
+	for folder in exporter calib_data engines runtime compiler; do ln -s $(CURDIR)/$$folder .lint/ditc/$$folder; done
+
+clean:
+	rm -rf $(VENV) .lint build out *.egg-info

@@ -1,0 +1,27 @@
+"""The demo's figures as JSON: the reference model, torch float32 eager against the bundle, in the same run.
+
+python benchmarks/end_to_end.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from machine import machine
+
+from ditc.compiler.cli import print_demo
+from ditc.compiler.demo import run_demo
+from ditc.compiler.options import CompileOptions
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    found = run_demo(Path("out/bench"), CompileOptions(), lambda *_: None)
+    print_demo(found)
+    (HERE / "end_to_end.json").write_text(json.dumps({"machine": machine()} | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Which points of which trajectories calibrate: pools, TAP and the other selectors, the calibration set."""

@@ -1,0 +1,74 @@
+"""The trajectory pool: what the cached FP program really visited, point by point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.errors import InputError
+
+__all__ = ["Pool", "Visit", "pool_from_visits"]
+
+
+class Visit(NamedTuple):
+    """One step of one batch: samples `first` .. `first + len(x)`, their labels, and x_t as the network took it."""
+
+    step: int
+    t: float
+    first: int
+    labels: NDArray[np.int64]
+    x: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """N points of trajectories: `x` (N, channels, height, width); the other fields are (N,).
+
+    `sample` and `step` are a point's origin; points are ordered by (sample, step), whatever order they came in.
+    """
+
+    x: NDArray[np.float32]
+    sample: NDArray[np.int64]
+    step: NDArray[np.int64]
+    t: NDArray[np.float64]
+    label: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if len(self.x) == 0:
+            raise InputError("the trajectory pool is empty; record at least one image")
+        if not np.isfinite(self.x).all():
+            raise InputError("the trajectory pool has NaN or infinite points; the model diverges on this sampler")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def flat(self) -> NDArray[np.float32]:
+        """The points as vectors, (N, channels * height * width)."""
+        return self.x.reshape(len(self.x), -1)
+
+    def ordered(self) -> Pool:
+        """The same points in canonical order."""
+        return self.take(np.lexsort((self.step, self.sample)))
+
+    def take(self, index: NDArray[Any]) -> Pool:
+        return Pool(self.x[index], self.sample[index], self.step[index], self.t[index], self.label[index])
+
+
+def pool_from_visits(visits: Iterable[Visit]) -> Pool:
+    """A pool from the steps of any number of requests."""
+    kept = [visit for visit in visits if len(visit.x)]
+    if not kept:
+        raise InputError("the trajectory pool is empty; record at least one image")
+    counts = [len(visit.x) for visit in kept]
+    return Pool(
+        x=np.concatenate([visit.x for visit in kept]),
+        sample=np.concatenate([visit.first + np.arange(len(visit.x)) for visit in kept]),
+        step=np.repeat([visit.step for visit in kept], counts),
+        t=np.repeat([visit.t for visit in kept], counts),
+        label=np.concatenate([np.asarray(visit.labels, np.int64) for visit in kept]),
+    ).ordered()

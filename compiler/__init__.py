@@ -1,0 +1,1 @@
+"""The driver that runs the stages, and the command line."""

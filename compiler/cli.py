@@ -1,0 +1,347 @@
+"""The command line. Each command parses, calls one function, prints; heavy imports wait inside the command body.
+
+Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ditc.errors import CheckError, DitcError, InputError
+
+if TYPE_CHECKING:
+    from ditc.compiler.stages import Progress
+
+__all__ = ["cli", "main"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def main() -> None:
+    """Run the command line; every error that is ours becomes one line on stderr."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of a command line."""
+    try:
+        return int(cli.main(args=list(arguments), prog_name="ditc", standalone_mode=False) or 0)
+    except click.ClickException as e:
+        e.show()
+        return e.exit_code
+    except CheckError as e:
+        click.echo(f"ditc: check failed: {e}", err=True)
+        return FAILED
+    except DitcError as e:
+        click.echo(f"ditc: {e}", err=True)
+        return BAD_INPUT
+    except OSError as e:
+        click.echo(f"ditc: {e.filename or 'a file'}: {e.strerror or e}", err=True)
+        return BAD_INPUT
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("ditc: interrupted; nothing half-written is left, the same command goes on from here", err=True)
+        return INTERRUPTED
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ditc")
+def cli() -> None:
+    """Compile the whole denoising trajectory of a diffusion transformer: INT8, feature cache, variance compensation."""
+
+
+def as_json(command: Command) -> Command:
+    """The --json option every command has."""
+    return click.option(
+        "--json", "json_", is_flag=True, help="Print one JSON document on stdout, and nothing else there."
+    )(command)
+
+
+def compile_options(command: Command) -> Command:
+    """The settings of a compile, shared by `compile` and `demo`."""
+    for option in reversed(COMPILE_OPTIONS):
+        command = option(command)
+    return command
+
+
+COMPILE_OPTIONS = (
+    click.option("--steps", type=int, default=50, show_default=True, help="Denoising steps."),
+    click.option("--sampler", metavar="ddim|ddpm", help="Sampler; default is the model's own."),
+    click.option(
+        "--spacing", metavar="linspace|leading|trailing", help="How timesteps are picked; default the model's."
+    ),
+    click.option("--variance", metavar="learned|fixed-small|fixed-large", help="DDPM's variance; default the model's."),
+    click.option("--eta", type=float, help="Noise of DDIM, 0 to 1."),
+    click.option("--clip", type=float, help="Bound of the predicted clean sample."),
+    click.option("--cfg", type=float, default=1.5, show_default=True, help="Guidance weight; 1 is none."),
+    click.option(
+        "--policy", default="fora:3", show_default=True, help="Cache policy: none, fora:N, or a schedule FILE.json."
+    ),
+    click.option(
+        "--precision", metavar="fp32|w8a8", default="w8a8", show_default=True, help="Arithmetic of linear layers."
+    ),
+    click.option(
+        "--select", metavar="tap|random|uniform-time|kmeans", default="tap", show_default=True, help="Selector."
+    ),
+    click.option("--points", type=int, default=800, show_default=True, help="Calibration points."),
+    click.option("--clusters", type=int, help="Clusters of tap and kmeans; default one for 8 points."),
+    click.option("--tap-alpha", type=float, default=0.5, show_default=True, help="TAP: weight of looks against time."),
+    click.option(
+        "--tap-tau", type=float, default=1.0, show_default=True, help="TAP: reach of the time kernel, in steps."
+    ),
+    click.option("--tap-subsamples", type=int, default=3, show_default=True, help="TAP: random sub-samples."),
+    click.option(
+        "--tap-share", type=float, default=0.05, show_default=True, help="TAP: size of one, as a share of the pool."
+    ),
+    click.option(
+        "--pool", "pool_images", type=int, help="Images recorded for the pool; default fills 4 times the points."
+    ),
+    click.option(
+        "--pool-steps", metavar="computed|all", default="computed", show_default=True, help="Steps that enter the pool."
+    ),
+    click.option(
+        "--ranges",
+        metavar="max|percentile|mse|entropy",
+        default="mse",
+        show_default=True,
+        help="How ranges are chosen.",
+    ),
+    click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
+    click.option("--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit the compensation."),
+    click.option("--verify-images", type=int, default=16, show_default=True, help="Images that check the result."),
+    click.option("--target", metavar="cpu", default="cpu", show_default=True, help="Where the bundle will run."),
+    click.option("--batch", type=int, default=1, show_default=True, help="Images of one request at run time."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
+    click.option(
+        "--reference/--no-reference", default=True, show_default=True, help="Keep the FP segments for `verify`."
+    ),
+)
+
+
+@cli.command("compile")
+@click.argument("model", required=False)
+@click.option("--random", "random_size", metavar="SIZE", help="A released size with random weights, like dit-xl-2-256.")
+@click.option("--heads", type=int, help="Attention heads, where the checkpoint's width does not tell.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
+@compile_options
+@as_json
+def compile_command(
+    model: str | None, random_size: str | None, heads: int | None, out: Path, force: bool, json_: bool, **settings: Any
+) -> None:
+    """Compile MODEL into a bundle.
+
+    MODEL is "digits" (built in), a .pt or .safetensors file with the keys of the original DiT release, a diffusers
+    folder, or MODULE:FUNCTION that returns a model of your own.
+    """
+    if (model is None) == (random_size is None):
+        raise InputError("name one model: MODEL, or --random SIZE")
+    from ditc.compiler.driver import compile_model
+    from ditc.compiler.options import CompileOptions
+
+    options = CompileOptions(**settings).checked()
+    chosen: Any = model
+    if random_size is not None:
+        from ditc.exporter.models import random_model
+
+        chosen = random_model(random_size, seed=options.seed)
+    with progress_on_stderr() as progress:
+        bundle = compile_model(chosen, out, options, progress=progress, force=force, num_heads=heads)
+    if json_:
+        print_json({"bundle": str(out), "manifest": bundle.manifest.model_dump(mode="json")})
+    else:
+        print_facts(out, bundle)
+
+
+@cli.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--labels", required=True, help="Classes, one image each: 207,360.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the PNG files.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@as_json
+def run_command(bundle: Path, labels: str, out: Path, seed: int, json_: bool) -> None:
+    """Generate images with a bundle: a PNG each, and a grid of all."""
+    from ditc.compiler.running import run_bundle
+
+    with steps_on_stderr("run") as watch:
+        found = run_bundle(bundle, labels_from_text(labels), out, seed=seed, watch=watch)
+    if json_:
+        print_json(found)
+        return
+    click.echo(f"{len(found['images'])} images and grid.png in {out}")
+    click.echo(f"{found['seconds_per_image'] * 1e3:.2f} ms per image")
+    for name, times in found["segments"].items():
+        click.echo(f"  {name}: {times['calls']} calls, median {times['median_seconds'] * 1e3:.3f} ms")
+
+
+@cli.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@as_json
+def inspect_command(bundle: Path, json_: bool) -> None:
+    """Print a bundle's program, schedule, sizes, and how it was made."""
+    from ditc.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    if json_:
+        print_json(opened.manifest.model_dump(mode="json"))
+        return
+    print_inspection(opened)
+
+
+@cli.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--images", type=int, default=8, show_default=True, help="Images to compare.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the noise.")
+@click.option("--min-psnr", type=float, help="Fail (exit code 1) below this mean PSNR in dB.")
+@as_json
+def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None, json_: bool) -> None:
+    """Run a bundle beside its FP, uncached program on the same noise, and compare step by step."""
+    if images < 1:
+        raise InputError(f"--images must be at least 1, found {images}")
+    from ditc.compiler.running import verify_bundle
+
+    with steps_on_stderr("verify") as watch:
+        found = verify_bundle(bundle, images=images, seed=seed, least_psnr_db=min_psnr, watch=watch)
+    if json_:
+        print_json(found)
+        return
+    click.echo("step  relative error  std / exact std")
+    for step, (error, ratio) in enumerate(zip(found["relative_error"], found["std_ratio"], strict=True)):
+        click.echo(f"{step:4d}  {error:14.5f}  {ratio:15.5f}")
+    click.echo(
+        f"PSNR of {images} finished latents: mean {found['psnr_db_mean']:.2f} dB, lowest {found['psnr_db_min']:.2f} dB"
+    )
+
+
+@cli.command("doctor")
+@as_json
+def doctor_command(json_: bool) -> None:
+    """Say which backends work on this machine, and why the others don't."""
+    from ditc.compiler.doctor import examine
+
+    findings = examine()
+    if json_:
+        print_json([finding._asdict() for finding in findings])
+        return
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        click.echo(f"{'yes' if finding.works else 'no ':<3}  {finding.name:<{width}}  {finding.detail}")
+
+
+@cli.command("demo")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
+@compile_options
+@as_json
+def demo_command(out: Path, json_: bool, **settings: Any) -> None:
+    """Compile the built-in reference model and hold it against plain torch: a picture and a table."""
+    from ditc.compiler.demo import run_demo
+    from ditc.compiler.options import CompileOptions
+
+    with progress_on_stderr() as progress:
+        found = run_demo(out, CompileOptions(**settings).checked(), progress)
+    if json_:
+        print_json(found)
+        return
+    print_demo(found)
+
+
+def labels_from_text(text: str) -> list[int]:
+    """ "207,360" to [207, 360]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InputError(f"labels must be whole numbers with commas between, like 207,360; found {text!r}") from e
+
+
+@contextmanager
+def progress_on_stderr() -> Iterator[Progress]:
+    """A progress callback: a live bar per stage on a terminal, a line per finished stage elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage, done, total: click.echo(f"{stage}: done", err=True) if done == total else None
+        return
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console) as bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            name = stage.split(" ", maxsplit=1)[0]
+            if name not in tasks:
+                tasks[name] = bars.add_task(stage, total=total)
+            bars.update(tasks[name], description=stage, completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def steps_on_stderr(name: str) -> Iterator[Callable[[Any], None]]:
+    """A callback for step events: a live bar on a terminal, silence elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with progress_on_stderr() as progress:
+        yield lambda event: progress(name, event.index + 1, event.steps)
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1))
+
+
+def print_facts(path: Path, bundle: Any) -> None:
+    from ditc.compiler.listing import bundle_facts
+
+    click.echo(f"{path}")
+    for name, text in bundle_facts(bundle).items():
+        click.echo(f"  {name:<16} {text}")
+
+
+def print_inspection(bundle: Any) -> None:
+    from ditc.compiler.listing import megabytes, schedule_map, step_runs
+
+    manifest = bundle.manifest
+    print_facts(bundle.path, bundle)
+    click.echo(f"\nprogram: {' '.join(manifest.program.prologue)} once, then")
+    click.echo("  steps      t               segment       reads  writes")
+    for row in step_runs(manifest.program):
+        click.echo(f"  {row['steps']:<9}  {row['t']:<14}  {row['segment']:<12}  {row['reads']:>5}  {row['writes']:>6}")
+    if manifest.program.epilogue:
+        click.echo(f"  then {' '.join(manifest.program.epilogue)}")
+    click.echo("\nschedule (# computed, . reused)")
+    for line in schedule_map(manifest.program):
+        click.echo(f"  {line}")
+    click.echo("\nfiles")
+    for name, entry in manifest.files.items():
+        click.echo(f"  {name:<36} {megabytes(entry.size_bytes):>12}  {entry.sha256[:16]}")
+    click.echo("\nmade with")
+    for name, value in manifest.settings.items():
+        click.echo(f"  {name:<16} {json.dumps(value)}")
+    click.echo("  versions         " + ", ".join(f"{name} {found}" for name, found in manifest.versions.items()))
+
+
+def print_demo(found: dict[str, Any]) -> None:
+    from ditc.compiler.listing import megabytes
+
+    torch, ours = found["torch"], found["compiled"]
+    click.echo(f"\n{'':<30}{'torch float32':>16}{'bundle':>16}{'ratio':>9}")
+    for batch, times in found["seconds_per_image"].items():
+        name = f"ms per image, batch {batch}"
+        numbers = f"{times['torch'] * 1e3:>16.2f}{times['compiled'] * 1e3:>16.2f}{times['ratio']:>8.1f}x"
+        click.echo(f"{name:<30}{numbers}")
+    click.echo(f"{'Frechet distance (pixels)':<30}{torch['frechet_distance']:>16.3f}{ours['frechet_distance']:>16.3f}")
+    click.echo(f"{'class agreement':<30}{torch['class_agreement']:>16.1%}{ours['class_agreement']:>16.1%}")
+    click.echo(f"{'PSNR against torch':<30}{'':>16}{ours['psnr_db']:>13.1f} dB")
+    ratio = torch["size_bytes"] / ours["size_bytes"]
+    click.echo(f"{'size':<30}{megabytes(torch['size_bytes']):>16}{megabytes(ours['size_bytes']):>16}{ratio:>8.1f}x")
+    click.echo(f"\nquality over {found['images']} images of each, same noise")
+    click.echo(f"picture: {found['grid']} (torch above, bundle below)\nbundle:  {found['bundle']}")

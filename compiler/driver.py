@@ -1,0 +1,248 @@
+"""The driver: runs the stages in order, resumes where an earlier compile stopped, and seals the bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import ditc
+from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
+from ditc.compiler import stages
+from ditc.compiler.options import CompileOptions
+from ditc.compiler.stages import Plan, Progress, Segments
+from ditc.compiler.work import WorkFolder, work_folder
+from ditc.engines.backend import lowered_path
+from ditc.engines.lowering import LOWERINGS
+from ditc.errors import InputError
+from ditc.exporter.onnx_files import data_path
+from ditc.files import atomic_folder, digest_of
+from ditc.program import CONDITION, Program, program_from_schedule
+from ditc.runtime.compensation import TableCompensation
+from ditc.runtime.samplers import sampler_table
+from ditc.schedule import schedule_for
+
+__all__ = ["compile_model", "make_plan"]
+
+# settings that decide which points calibrate
+SELECT_SETTINGS = {
+    *("select", "points", "clusters", "pool_images", "pool_steps"),
+    *("tap_alpha", "tap_tau", "tap_subsamples", "tap_share"),
+}
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "scikit-learn", "numpy", "scipy")
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def compile_model(
+    model: Any,
+    out: str | PathLike[str],
+    options: CompileOptions | None = None,
+    *,
+    progress: Progress = silent,
+    force: bool = False,
+    num_heads: int | None = None,
+) -> Bundle:
+    """Compile a model into the bundle `out`, and return it opened.
+
+    `model` is a name as the command line takes it ("digits", a checkpoint, a diffusers folder, "module:function"), or
+    an object that fits `ditc.exporter.protocol.TrajectoryModel`. An interrupted compile resumes after its last whole
+    stage. Raises InputError for settings or a model that make no sense, and CheckError where a result fails its check;
+    `out` is then as it was before.
+    """
+    options = (options or CompileOptions()).checked()
+    target = Path(out)
+    if target.exists() and not force:
+        raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
+    if target.exists() and not (target / "manifest.json").is_file():
+        raise InputError(f"{target} exists and is not a bundle, so --force does not replace it; choose another folder")
+    opened = _opened(model, num_heads)
+    plan = make_plan(opened, options, progress)
+    with work_folder(target) as work:
+        _run_stages(plan, opened, work, target)
+        work.remove()
+    return open_bundle(target)
+
+
+def _opened(model: Any, num_heads: int | None) -> Any:
+    """A loaded model from a name; a model object is held to the protocol."""
+    if isinstance(model, (str, PathLike)):
+        from ditc.exporter.models import load_model
+
+        return load_model(str(model), num_heads=num_heads)
+    from ditc.exporter.protocol import check_decomposition
+
+    check_decomposition(model)
+    return model.eval()
+
+
+def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
+    """Sampler and cache policy to programs: everything that is decided before anything runs."""
+    spec = model.spec
+    if options.cfg != 1 and spec.null_label is None:
+        raise InputError(f"{spec.name} has no unconditional class for guidance; set --cfg 1")
+    table = sampler_table(spec.diffusion, options.sampler_spec(spec.sampler), options.steps)
+    t = [float(value) for value in table["t"]]
+    decode = model.decoder is not None
+
+    def program(policy: str) -> Program:
+        return program_from_schedule(schedule_for(policy, spec, options.steps), t, spec.branches, decode=decode)
+
+    return Plan(spec, options, program(options.policy), program("none"), table, progress)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides the bytes of a bundle."""
+    found = {"ditc": ditc.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class _Compile:
+    """The stages of one compile in order; `key` grows with every setting that decides what comes after."""
+
+    plan: Plan
+    work: WorkFolder
+    key: str
+    folders: dict[str, Path] = field(default_factory=dict)
+    compensation: TableCompensation | None = None
+
+    def stage(self, name: str, settings: list[Any], make: Callable[[Path], None]) -> Path:
+        """The folder of a stage, made now or kept from an earlier run."""
+        self.key = digest_of([self.key, name, settings])
+        folder, resumed = self.work.stage(name, self.key, make)
+        self.plan.progress(f"{name} (kept from an earlier run)" if resumed else name, 1, 1)
+        self.folders[name] = folder
+        return folder
+
+    @property
+    def run_settings(self) -> list[Any]:
+        """What decides a trajectory beside the segments."""
+        columns = {name: column.tolist() for name, column in self.plan.table.items()}
+        return [digest_of(columns), self.plan.program.model_dump(), self.plan.options.cfg, self.plan.options.seed]
+
+    def export(self, model: Any) -> Segments:
+        plan = self.plan
+        folder = self.stage("export", [], lambda folder: stages.export(plan, model, folder))
+        return {name: folder / f"{name}.onnx" for name in _called(plan.program)}
+
+    def quantize(self, segments: Segments) -> Segments:
+        """The deployed segments: INT8 where the precision asks for it, else the FP ones."""
+        plan, options = self.plan, self.plan.options
+        if options.precision == "fp32":
+            return segments
+        chosen = options.model_dump(include=SELECT_SETTINGS)
+        calib = self.stage("select", [self.run_settings, chosen], lambda folder: stages.select(plan, segments, folder))
+        folder = self.stage(
+            "quantize",
+            [options.ranges],
+            lambda folder: stages.quantize(plan, segments, calib / "calib.npz", folder),
+        )
+        made = {name: folder / f"{name}.onnx" for name in segments}
+        return {name: made[name] if made[name].is_file() else path for name, path in segments.items()}
+
+    def fit(self, segments: Segments, compiled: Segments) -> None:
+        """The compensation; a program that is the FP program itself has nothing to compensate."""
+        plan, options = self.plan, self.plan.options
+        if options.vc == "none" or (options.precision == "fp32" and not plan.program.slots):
+            return
+        settings = [self.run_settings, options.vc, options.vc_images]
+        folder = self.stage("fit", settings, lambda folder: stages.fit(plan, segments, compiled, folder))
+        self.compensation = TableCompensation.from_tables(read_tables(folder / "compensation.safetensors"))
+
+    def verify(self, segments: Segments, compiled: Segments) -> None:
+        plan, settings = self.plan, [self.run_settings, self.plan.options.verify_images]
+        self.stage(
+            "verify", settings, lambda folder: stages.verify(plan, segments, compiled, self.compensation, folder)
+        )
+
+    def seal(self, segments: Segments, compiled: Segments, target: Path) -> None:
+        self.plan.progress("seal", 0, 1)
+        with atomic_folder(target) as folder:
+            _assemble(self, segments, compiled, folder)
+        self.plan.progress("seal", 1, 1)
+
+
+def _run_stages(plan: Plan, model: Any, work: WorkFolder, target: Path) -> None:
+    decided = [stages.model_digest(model), plan.spec.model_dump(), package_versions(), _shapes(plan.program)]
+    compile_ = _Compile(plan, work, digest_of(decided))
+    segments = compile_.export(model)
+    compiled = compile_.quantize(segments)
+    compile_.fit(segments, compiled)
+    compile_.verify(segments, compiled)
+    compile_.seal(segments, compiled, target)
+
+
+def _called(program: Program) -> list[str]:
+    """Names of all segments that a program calls."""
+    return [CONDITION, *(part.name for part in program.segments), *program.epilogue]
+
+
+def _shapes(program: Program) -> list[Any]:
+    """What of a program decides its segments."""
+    return [part.model_dump() for part in program.segments] + list(program.epilogue)
+
+
+def _assemble(done: _Compile, segments: Segments, compiled: Segments, target: Path) -> None:
+    """Copy what the stages left into a bundle folder, and seal it."""
+    plan = done.plan
+    for path in compiled.values():
+        _copy_segment(path, target / "segments")
+    if plan.options.reference and compiled["full"] != segments["full"]:
+        _copy_segment(segments["full"], target / "reference")
+    for stage, name in (("select", "calib.npz"), ("quantize", "scales.json")):
+        if stage in done.folders:
+            (target / "calib").mkdir(exist_ok=True)
+            shutil.copyfile(done.folders[stage] / name, target / "calib" / name)
+    tables: dict[str, NDArray[np.float64]] = {f"sampler.{name}": column for name, column in plan.table.items()}
+    if done.compensation is not None:
+        tables |= {"compensation.k": done.compensation.k, "compensation.mu": done.compensation.mu}
+    write_tables(target / TABLES, tables)
+    seal_bundle(target, _manifest(done))
+
+
+def _manifest(done: _Compile) -> Manifest:
+    plan, options = done.plan, done.plan.options
+    checks = {
+        name: json.loads((done.folders[stage] / f"{name}.json").read_text())
+        for stage, name in (("export", "parity"), ("select", "pool"), ("quantize", "kernels"), ("verify", "verify"))
+        if stage in done.folders
+    }
+    if done.compensation is not None:
+        k = done.compensation.k
+        checks["compensation"] = {"k_mean": float(k.mean()), "k_min": float(k.min()), "k_max": float(k.max())}
+    sampler = options.sampler_spec(plan.spec.sampler)
+    return Manifest(
+        ditc_version=ditc.__version__,
+        model=plan.spec,
+        program=plan.program,
+        reference_program=plan.reference_program if options.reference else None,
+        precision=options.precision,
+        guidance=options.cfg,
+        batch=options.batch,
+        settings=options.model_dump() | {"sampler": sampler.model_dump()},
+        versions=package_versions(),
+        checks=checks,
+    )
+
+
+def _copy_segment(path: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (path, data_path(path), *(lowered_path(path, backend) for backend in LOWERINGS)):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,68 @@
+"""A bundle as text: what `ditc inspect` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from ditc.bundle import Bundle
+from ditc.program import Program
+
+__all__ = ["bundle_facts", "megabytes", "schedule_map", "step_runs"]
+
+
+def megabytes(size_bytes: int) -> str:
+    """Millions of bytes, as text."""
+    return f"{size_bytes / 1e6:,.2f} MB"
+
+
+def step_runs(program: Program) -> Iterator[dict[str, Any]]:
+    """The steps as rows of a table; neighbouring steps that make the same call are one row."""
+    steps = list(program.steps)
+    for (segment, reads, writes), group in groupby(steps, key=lambda s: (s.segment, len(s.reads), len(s.writes))):
+        run = list(group)
+        last = f"-{run[-1].index}" if len(run) > 1 else ""
+        times = f"{run[0].t:g}" + (f" .. {run[-1].t:g}" if len(run) > 1 else "")
+        yield {"steps": f"{run[0].index}{last}", "t": times, "segment": segment, "reads": reads, "writes": writes}
+
+
+def schedule_map(program: Program) -> list[str]:
+    """One line per branch, one mark per step: # computed, . reused."""
+    computes = {plan.name: plan.compute for plan in program.segments}
+    width = max(len(name) for name in program.branches)
+    lines = []
+    for number, branch in enumerate(program.branches):
+        marks = "".join("#" if computes[step.segment][number] else "." for step in program.steps)
+        lines.append(f"{branch:<{width}}  {marks}")
+    return lines
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, str]:
+    """The headline facts of a bundle, name -> text."""
+    m = bundle.manifest
+    computed = sum(any(m.program.segment(step.segment).compute) for step in m.program.steps)
+    facts = {
+        "model": f"{m.model.name} ({m.model.family}, {m.model.parameters / 1e6:,.2f} M parameters)",
+        "latent": " x ".join(str(size) for size in m.model.latent_shape),
+        "precision": m.precision,
+        "trajectory": f"{len(m.program.steps)} steps, {computed} computed, guidance {m.guidance:g}",
+        "cache": f"{m.program.slots} slots for {len(m.program.branches)} branches",
+        "size": f"{megabytes(m.size_bytes(reference=False))} deployed, "
+        f"{megabytes(m.size_bytes(reference=True))} FP reference",
+    }
+    kernels = m.checks.get("kernels")
+    if isinstance(kernels, dict):
+        facts["integer kernels"] = ", ".join(
+            f"{name}: {found['integer']} of {found['linears']} linear layers"
+            for name, found in kernels.items()
+            if isinstance(found, dict)
+        )
+    verified = m.checks.get("verify")
+    if isinstance(verified, dict):
+        facts["against FP"] = f"PSNR {verified['psnr_db_mean']:.1f} dB mean over {verified['images']} images"
+    compensation = m.checks.get("compensation")
+    if isinstance(compensation, dict):
+        least, mean, most = (compensation[name] for name in ("k_min", "k_mean", "k_max"))
+        facts["compensation"] = f"K {least:.4f} to {most:.4f}, mean {mean:.4f}"
+    return facts

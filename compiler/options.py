@@ -1,0 +1,112 @@
+"""Every setting of a compile, checked at birth."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from ditc.calib_data.selection import SelectionOptions, check_selector
+from ditc.calib_data.tap import TapSettings
+from ditc.engines.ranges import RANGES
+from ditc.errors import InputError, unknown_name
+from ditc.runtime.compensation import ESTIMATORS
+from ditc.spec import Record, SamplerSpec
+
+__all__ = ["PRECISIONS", "TARGETS", "CompileOptions"]
+
+PRECISIONS = ("fp32", "w8a8")
+TARGETS = ("cpu",)
+POOL_FACTOR = 4  # the pool holds about this many times the points that are selected from it
+SPACINGS = ("linspace", "leading", "trailing")
+VARIANCES = ("learned", "fixed-small", "fixed-large")
+
+
+class CompileOptions(Record):
+    """The settings of `ditc compile`; each default is the recommended one.
+
+    None for a sampler setting means the model's own. `pool_images` of None records about four times the points.
+    `pool_steps` is "computed" to calibrate on steps where the network runs (what deployment sees), or "all", the
+    paper's form. `vc_images` pairs fit the compensation, `verify_images` others check the result.
+    """
+
+    steps: int = 50
+    sampler: str | None = None
+    spacing: str | None = None
+    variance: str | None = None
+    eta: float | None = None
+    clip: float | None = None
+    cfg: float = 1.5
+    policy: str = "fora:3"
+    precision: str = "w8a8"
+    select: str = "tap"
+    points: int = 800
+    clusters: int | None = None
+    tap_alpha: float = 0.5
+    tap_tau: float = 1.0
+    tap_subsamples: int = 3
+    tap_share: float = 1 / 20
+    pool_images: int | None = None
+    pool_steps: str = "computed"
+    ranges: str = "mse"
+    vc: str = "std"
+    vc_images: int = 64
+    verify_images: int = 16
+    target: str = "cpu"
+    batch: int = 1
+    seed: int = 0
+    reference: bool = True
+
+    def checked(self) -> CompileOptions:
+        """Self, or InputError naming the setting that makes no sense."""
+        for kind, found, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("range method", self.ranges, RANGES),
+            ("compensation", self.vc, ("none", *ESTIMATORS)),
+            ("target", self.target, TARGETS),
+            ("sampler", self.sampler or "ddim", ("ddim", "ddpm")),
+            ("spacing", self.spacing or "linspace", SPACINGS),
+            ("variance", self.variance or "learned", VARIANCES),
+            ("pool steps", self.pool_steps, ("computed", "all")),
+        ):
+            if found not in known:
+                raise unknown_name(kind, found, known)
+        check_selector(self.select)
+        self.selection()
+        for name, number, least in (
+            ("--steps", self.steps, 2),
+            ("--batch", self.batch, 1),
+            ("--pool", self.pool_images or 1, 1),
+            ("--vc-images", self.vc_images, 2),
+            ("--verify-images", self.verify_images, 1),
+        ):
+            if number < least:
+                raise InputError(f"{name} must be at least {least}, found {number}")
+        if not 0 < self.cfg < 1000:
+            raise InputError(f"--cfg must be above 0, found {self.cfg:g}; 1 means no guidance")
+        return self
+
+    def selection(self) -> SelectionOptions:
+        """The selector's share of the settings."""
+        tap = TapSettings(self.tap_alpha, self.tap_tau, self.tap_subsamples, self.tap_share)
+        return SelectionOptions(points=self.points, clusters=self.clusters, seed=self.seed, tap=tap)
+
+    def sampler_spec(self, default: SamplerSpec) -> SamplerSpec:
+        """The model's sampler with the settings that were given."""
+        given = {
+            "name": self.sampler,
+            "spacing": self.spacing,
+            "variance": self.variance,
+            "eta": self.eta,
+            "clip": self.clip,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        if "spacing" in changes and changes["spacing"] != "leading":
+            changes["offset"] = 0
+        try:
+            return SamplerSpec.model_validate(default.model_dump() | changes)
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise InputError(f"sampler setting {first['loc'][0]}: {first['msg']}, found {first['input']!r}") from e
+
+    def pool_size(self, recorded_steps: int) -> int:
+        """Images to record for the pool."""
+        return self.pool_images or -(-self.points * POOL_FACTOR // recorded_steps)

@@ -1,0 +1,92 @@
+"""`ditc run` and `ditc verify` as functions: a bundle in, images and numbers out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from ditc.compiler.stages import comparison
+from ditc.errors import CheckError
+from ditc.runtime.executor import Samples, StepEvent
+from ditc.runtime.images import grid, save_png
+from ditc.runtime.pipeline import Pipeline, load
+
+__all__ = ["run_bundle", "verify_bundle"]
+
+Watch = Callable[[StepEvent], None]
+LEAST_WIDTH = 64  # pixels an image takes in the grid at least
+
+
+def run_bundle(bundle: Path, labels: Sequence[int], out: Path, *, seed: int, watch: Watch) -> dict[str, Any]:
+    """Generate one image per label into `out`, with a grid of all; returns file names and times."""
+    events: list[StepEvent] = []
+    with load(bundle) as pipe:
+        pipe.bundle.manifest.model.check_labels(tuple(labels))
+        out.mkdir(parents=True, exist_ok=True)
+        images = []
+        for part, first in _parts(pipe, labels):
+            for event in pipe.generate(part, seed=seed, first=first):
+                watch(event)
+                events.append(event)
+                if event.images is not None:
+                    images.append(event.images)
+    pictures = np.concatenate(images)
+    names = [f"{place:04d}-class{label}.png" for place, label in enumerate(labels)]
+    for name, picture in zip(names, pictures, strict=True):
+        save_png(picture, out / name)
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    save_png(grid(rows, scale=max(1, LEAST_WIDTH // pictures.shape[-1])), out / "grid.png")
+    return {"images": names, "grid": "grid.png", "folder": str(out), **timings(events, len(labels))}
+
+
+def timings(events: Sequence[StepEvent], images: int) -> dict[str, Any]:
+    """Seconds per image, and per segment the calls, their median and their total."""
+    by_segment: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        by_segment[event.segment].append(event.seconds)
+    return {
+        "seconds_per_image": sum(event.seconds for event in events) / images,
+        "seconds_outside_engines": sum(event.seconds - event.engine_seconds for event in events) / images,
+        "segments": {
+            name: {"calls": len(seconds), "median_seconds": median(seconds), "total_seconds": sum(seconds)}
+            for name, seconds in by_segment.items()
+        },
+        "steps": [{"index": e.index, "t": e.t, "segment": e.segment, "seconds": e.seconds} for e in events],
+    }
+
+
+def verify_bundle(bundle: Path, *, images: int, seed: int, least_psnr_db: float | None, watch: Watch) -> dict[str, Any]:
+    """Run FP and compiled program on the same noise and compare after every step.
+
+    Raises CheckError where the mean PSNR of the finished latents is below `least_psnr_db`.
+    """
+
+    def trajectory(reference: bool) -> list[Samples]:
+        steps: dict[int, list[Samples]] = defaultdict(list)
+        with load(bundle, reference=reference) as pipe:
+            labels = [number % pipe.bundle.manifest.model.num_classes for number in range(images)]
+            for part, first in _parts(pipe, labels):
+                for event in pipe.generate(part, seed=seed, first=first):
+                    watch(event)
+                    steps[event.index].append(event.x)
+        return [np.concatenate(parts) for _, parts in sorted(steps.items())]
+
+    exact, found = trajectory(True), trajectory(False)
+    result = comparison(found, exact)
+    if least_psnr_db is not None and result["psnr_db_mean"] < least_psnr_db:
+        raise CheckError(
+            f"mean PSNR against FP is {result['psnr_db_mean']:.2f} dB over {images} images, expected at least "
+            f"{least_psnr_db:g}; compile with a shorter cache interval or another precision"
+        )
+    return result
+
+
+def _parts(pipe: Pipeline, labels: Sequence[int]) -> list[tuple[Sequence[int], int]]:
+    size = pipe.bundle.manifest.batch
+    return [(labels[first : first + size], first) for first in range(0, len(labels), size)]

@@ -1,0 +1,292 @@
+"""The stages of a compile. Each takes what earlier stages left in folders, and fills a folder of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.bundle import write_tables
+from ditc.calib_data.calibset import CalibSet
+from ditc.calib_data.pool import Pool, Visit, pool_from_visits
+from ditc.calib_data.selection import select_points
+from ditc.compiler.options import CompileOptions
+from ditc.engines.backend import lowered_path, runnable_path
+from ditc.engines.linears import linears_of
+from ditc.engines.lowering import lower
+from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
+from ditc.engines.qdq import insert_qdq
+from ditc.engines.scales import ScaleTable, activation_probe, histograms_of, scale_table
+from ditc.errors import CheckError
+from ditc.files import atomic_write, sha256_of
+from ditc.program import CONDITION, Program
+from ditc.runtime.compensation import TableCompensation, fit_closed_loop
+from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
+from ditc.runtime.pipeline import open_engines
+from ditc.runtime.quality import psnr_db, relative_error
+from ditc.spec import ModelSpec
+
+__all__ = ["Plan", "Segments", "export", "fit", "model_digest", "quantize", "record_pool", "select", "verify"]
+
+Progress = Callable[[str, int, int], None]  # stage, done, of
+Segments = Mapping[str, Path]
+
+BUFFER_BYTES = 1 << 30  # cache slots, or probed activations, that one batch of compile-time work may take
+LARGEST_BATCH = 64
+
+# purposes with noise of their own, so that no image is used twice: calibration, compensation, verification
+POOL_NOISE, FIT_NOISE, VERIFY_NOISE = 1_000_003, 2_000_003, 3_000_003
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before anything runs."""
+
+    spec: ModelSpec
+    options: CompileOptions
+    program: Program
+    reference_program: Program
+    table: Mapping[str, NDArray[np.float64]]
+    progress: Progress
+
+    @property
+    def halves(self) -> int:
+        return 1 if self.options.cfg == 1 else 2
+
+    @property
+    def backend(self) -> OnnxRuntimeBackend:
+        return OnnxRuntimeBackend()
+
+    def labels(self, count: int) -> list[int]:
+        """`count` classes, every class equally often, in a seeded order."""
+        rng = np.random.default_rng(self.options.seed)
+        rounds = -(-count // self.spec.num_classes)
+        return [int(label) for _ in range(rounds) for label in rng.permutation(self.spec.num_classes)][:count]
+
+    def batches(self, count: int) -> list[range]:
+        """Image numbers in batches whose cache slots stay within bounds."""
+        slots = len(self.spec.branches) * int(np.prod(self.spec.branch_shape)) * 4 * self.halves
+        size = int(np.clip(BUFFER_BYTES // slots, 1, LARGEST_BATCH))
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def model_digest(model: Any) -> str:
+    """SHA-256 over the names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def export(plan: Plan, model: Any, folder: Path) -> None:
+    """Every segment of the program as FP ONNX, each checked against torch; the errors go to parity.json."""
+    from ditc.exporter.onnx_export import export_segment, parity_error
+    from ditc.exporter.segments import segments_of
+
+    total = 1 + len(plan.program.segments) + len(plan.program.epilogue)
+    parity = {}
+    for done, segment in enumerate(segments_of(model, plan.program)):
+        plan.progress("export", done, total)
+        path = folder / f"{segment.name}.onnx"
+        export_segment(segment, path, plan.spec.branches)
+        session = plan.backend.session(path)
+
+        def run(
+            feeds: dict[str, Any], session: Any = session, names: tuple[str, ...] = segment.outputs
+        ) -> dict[str, Any]:
+            return dict(zip(names, session.run(list(names), feeds), strict=True))
+
+        parity[segment.name] = parity_error(segment, run)
+    _write_json(folder / "parity.json", parity)
+
+
+@contextmanager
+def executor(
+    plan: Plan, program: Program, segments: Segments, compensation: TableCompensation | None = None
+) -> Iterator[Executor]:
+    """An executor over segment files, engines closed at the end."""
+    names = [CONDITION, *(part.name for part in program.segments)]
+    with ExitStack() as stack:
+        engines = open_engines(stack, plan.backend, {name: segments[name] for name in names})
+        yield Executor(plan.spec, program, plan.table, engines, plan.options.cfg, compensation)
+
+
+def start_requests(plan: Plan, runner: Executor, count: int, purpose: int) -> list[tuple[range, Iterator[StepEvent]]]:
+    """Requests over `count` images with a purpose's own noise, not yet run."""
+    labels, requests = plan.labels(count), []
+    for part in plan.batches(count):
+        noise, fresh = seeded_noise(plan.options.seed + purpose, part.start, len(part), plan.spec.latent_shape)
+        requests.append((part, runner.run(labels[part.start : part.stop], noise, fresh)))
+    return requests
+
+
+def record_pool(plan: Plan, segments: Segments) -> Pool:
+    """The points that the cached FP program visits: what deployment will see, before quantization."""
+    wanted = {
+        step.index
+        for step in plan.program.steps
+        if plan.options.pool_steps == "all" or any(plan.program.segment(step.segment).compute)
+    }
+    count = plan.options.pool_size(len(wanted))
+    labels = np.array(plan.labels(count))
+
+    def visits(runner: Executor) -> Iterator[Visit]:
+        for part, request in start_requests(plan, runner, count, POOL_NOISE):
+            for event in request:
+                plan.progress("pool", part.start * event.steps + event.index * len(part), count * event.steps)
+                if event.index in wanted:
+                    yield Visit(event.index, event.t, part.start, labels[part.start : part.stop], event.before)
+
+    with executor(plan, plan.program, segments) as runner:
+        return pool_from_visits(visits(runner))
+
+
+def select(plan: Plan, segments: Segments, folder: Path) -> None:
+    """Record the pool and pick the calibration set from it: calib.npz, and pool.json with its size."""
+    pool = record_pool(plan, segments)
+    plan.progress("select", 0, 1)
+    chosen = select_points(plan.options.select, pool, plan.options.selection())
+    chosen.save(folder / "calib.npz")
+    _write_json(folder / "pool.json", {"points": len(pool), "images": int(pool.sample.max()) + 1})
+
+
+def calibration_feeds(plan: Plan, calib: CalibSet, condition: Path, rows_at_once: int) -> Iterator[dict[str, Any]]:
+    """Inputs of the `full` segment at every calibration point, both guidance halves, points of one step together."""
+    session = plan.backend.session(condition)
+    names = [port.name for port in session.get_outputs()]
+    done = 0
+    for step in np.unique(calib.step):
+        at_step = np.flatnonzero(calib.step == step)
+        for start in range(0, len(at_step), rows_at_once):
+            part = at_step[start : start + rows_at_once]
+            labels = [calib.label[part]]
+            if plan.halves == 2:
+                labels.append(np.full(len(part), plan.spec.null_label))
+            t = np.array([calib.t[part[0]]], np.float32)
+            tables = session.run(names, {"t": t, "y": np.concatenate(labels).astype(np.int64)})
+            plan.progress("quantize", done, len(calib))
+            done += len(part)
+            x = np.concatenate([calib.x[part]] * plan.halves)
+            yield {"x": x, **{name: table[0] for name, table in zip(names, tables, strict=True)}}
+
+
+def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleTable:
+    """Run the FP `full` segment at the calibration points, and turn what its linear layers read into scales."""
+    from ditc.exporter.onnx_files import load_model, save_sharing_data
+
+    model = load_model(segments["full"])
+    readers = activation_probe(model)
+    probe = segments["full"].with_name("full.probe.onnx")  # its weights lie in that folder
+    save_sharing_data(model, probe)
+    try:
+        session = plan.backend.session(probe)
+    finally:
+        probe.unlink()
+    # every block probes 3 inputs of the model's width and one of the MLP's: 7 widths in a standard block
+    point_bytes = 4 * plan.halves * 7 * int(np.prod(plan.spec.branch_shape)) * len(plan.spec.branches) // 2
+    rows = int(np.clip(BUFFER_BYTES // point_bytes, 1, LARGEST_BATCH))
+    names = list(readers)
+    histograms = histograms_of(
+        lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True)),
+        calibration_feeds(plan, calib, segments[CONDITION], rows),
+    )
+    return scale_table(
+        histograms,
+        readers,
+        method=plan.options.ranges,
+        segment_sha256=sha256_of(segments["full"]),
+        calibration_digest=calib.digest,
+    )
+
+
+def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
+    """Scales, INT8 segments, and their form for ONNX Runtime, where every linear layer must run an integer kernel."""
+    from ditc.exporter.onnx_files import load_model, save_model, save_sharing_data
+
+    table = activation_scales(plan, segments, CalibSet.load(calib_file))
+    atomic_write(folder / "scales.json", table.model_dump_json(indent=1).encode() + b"\n")
+    kernels = {}
+    for part in plan.program.segments:
+        if not any(part.compute):
+            continue
+        model = load_model(segments[part.name])
+        expected = sum(1 for _ in linears_of(model))
+        insert_qdq(model, table)
+        path = folder / f"{part.name}.onnx"
+        save_model(model, path)
+        lowered = load_model(path)
+        if lower(lowered, plan.backend.name):
+            save_sharing_data(lowered, lowered_path(path, plan.backend.name))
+        kernels[part.name] = check_integer_kernels(plan.backend, path, expected)
+    _write_json(folder / "kernels.json", kernels)
+
+
+def check_integer_kernels(backend: OnnxRuntimeBackend, segment: Path, expected: int) -> dict[str, int]:
+    """{"linears", "integer"} of the graph that ONNX Runtime runs. Raises CheckError where a layer stayed float."""
+    census = kernel_census(backend, runnable_path(segment, backend.name))
+    integer = sum(census[kind] for kind in INTEGER_KERNELS)
+    if integer != expected:
+        raise CheckError(
+            f"segment {segment.stem}: {integer} of {expected} linear layers run an integer kernel here; "
+            "report this with the versions that `ditc doctor` prints"
+        )
+    return {"linears": expected, "integer": integer}
+
+
+def exact_trajectory(plan: Plan, segments: Segments, count: int, purpose: int, stage: str) -> list[Samples]:
+    """FP, uncached: the samples after every step, each (count, channels, height, width)."""
+    steps: list[list[Samples]] = [[] for _ in plan.reference_program.steps]
+    with executor(plan, plan.reference_program, segments) as runner:
+        for part, request in start_requests(plan, runner, count, purpose):
+            for event in request:
+                plan.progress(stage, part.start * event.steps + event.index * len(part), count * event.steps)
+                steps[event.index].append(event.x)
+    return [np.concatenate(parts) for parts in steps]
+
+
+def fit(plan: Plan, segments: Segments, compiled: Segments, folder: Path) -> None:
+    """The compensation table, fitted in a closed loop against the FP program: compensation.safetensors."""
+    count = plan.options.vc_images
+    exact = exact_trajectory(plan, segments, count, FIT_NOISE, "fit")
+    with executor(plan, plan.program, compiled) as runner:
+        requests = [request for _, request in start_requests(plan, runner, count, FIT_NOISE)]
+        table = fit_closed_loop(requests, exact, plan.options.vc)
+    write_tables(folder / "compensation.safetensors", {"compensation.k": table.k, "compensation.mu": table.mu})
+
+
+def verify(
+    plan: Plan, segments: Segments, compiled: Segments, compensation: TableCompensation | None, folder: Path
+) -> None:
+    """The compiled program against the FP one on fresh noise: verify.json."""
+    count = plan.options.verify_images
+    exact = exact_trajectory(plan, segments, count, VERIFY_NOISE, "verify")
+    found: list[list[Samples]] = [[] for _ in exact]
+    with executor(plan, plan.program, compiled, compensation) as runner:
+        for _, request in start_requests(plan, runner, count, VERIFY_NOISE):
+            for event in request:
+                found[event.index].append(event.x)
+    _write_json(folder / "verify.json", comparison([np.concatenate(parts) for parts in found], exact))
+
+
+def comparison(found: Sequence[Samples], exact: Sequence[Samples]) -> dict[str, Any]:
+    """Latents after each step: relative error, and standard deviation against the exact one; PSNR of the last."""
+    psnr = psnr_db(found[-1], exact[-1])
+    return {
+        "images": len(exact[-1]),
+        "psnr_db_mean": float(psnr.mean()),
+        "psnr_db_min": float(psnr.min()),
+        "relative_error": [relative_error(f, e) for f, e in zip(found, exact, strict=True)],
+        "std_ratio": [float(f.std() / e.std()) for f, e in zip(found, exact, strict=True)],
+    }
+
+
+def _write_json(path: Path, value: Mapping[str, Any] | Iterable[Any]) -> None:
+    atomic_write(path, json.dumps(value, indent=1).encode() + b"\n")

@@ -1,0 +1,51 @@
+"""The work folder of a compile: finished stages by key, so that an interrupted compile resumes after the last one."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ditc.errors import InputError
+from ditc.files import atomic_folder, writing
+
+__all__ = ["WorkFolder", "work_folder"]
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """Artifacts of stages. A stage's folder takes its name only when it is whole, so what exists can be used."""
+
+    path: Path
+
+    def stage(self, name: str, key: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
+        """(folder of the stage, whether it was there already). `make` fills a fresh folder."""
+        folder = self.path / f"{name}-{key}"
+        if folder.is_dir():
+            return folder, True
+        for stale in self.path.glob(f"{name}-*"):  # same stage under other settings: its key will not come again soon
+            shutil.rmtree(stale, ignore_errors=True)
+        with atomic_folder(folder) as fresh:
+            make(fresh)
+        return folder, False
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[WorkFolder]:
+    """The work folder beside a bundle, held by one compile at a time; the lock dies with its process."""
+    path = out.with_name(f".{out.name}.work")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise InputError(f"another compile is writing {out}; wait for it, or choose another output folder") from e
+        yield WorkFolder(path)

@@ -1,0 +1,41 @@
+"""The exception tree.
+
+DitcError                 anything ditc refuses or fails at; the command line prints it as one line
+├── InputError            a file, option or argument from outside is not what it has to be   (exit code 2)
+│   ├── CheckpointError   a model that can't be read as the diffusion transformer it claims to be
+│   └── BundleError       a bundle that is damaged, incomplete, or written by a newer ditc
+└── CheckError            the work was done, but a check of its result failed                (exit code 1)
+
+Every message says what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["BundleError", "CheckError", "CheckpointError", "DitcError", "InputError", "unknown_name"]
+
+
+class DitcError(Exception):
+    """Base of every error that ditc raises on purpose."""
+
+
+class InputError(DitcError):
+    """A file, option or argument from outside is not what it has to be."""
+
+
+class CheckpointError(InputError):
+    """A model that can't be read as the diffusion transformer it claims to be."""
+
+
+class BundleError(InputError):
+    """A bundle that is damaged, incomplete, or written by a newer ditc."""
+
+
+class CheckError(DitcError):
+    """The work was done, but a check of its result failed."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is in no table: it lists the known ones."""
+    return InputError(f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(known))}")

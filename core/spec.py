@@ -1,0 +1,101 @@
+"""What both sides know of a model: its shapes, its branches and the diffusion process it was trained on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ditc.errors import InputError
+
+__all__ = ["DiffusionSpec", "ModelSpec", "Record", "SamplerSpec"]
+
+
+class Record(BaseModel):
+    """Base of the values that go to disk as JSON: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DiffusionSpec(Record):
+    """The noise process a model was trained on, and what its output means.
+
+    `prediction` is the meaning of the first `in_channels` output channels. With `learned_sigma` as many channels
+    follow that interpolate the log variance between its two bounds (Improved DDPM, arXiv 2102.09672, eq. 15).
+    """
+
+    train_steps: int = Field(default=1000, ge=2)
+    beta_schedule: Literal["linear", "scaled-linear", "squared-cosine"] = "linear"
+    beta_start: float = Field(default=1e-4, gt=0)
+    beta_end: float = Field(default=2e-2, lt=1)
+    prediction: Literal["epsilon", "v", "sample"] = "epsilon"
+    learned_sigma: bool = True
+
+
+class SamplerSpec(Record):
+    """How a trajectory is walked.
+
+    `spacing` picks the timesteps: "linspace" spreads them over both ends (the original DiT's respacing), "leading"
+    takes multiples from 0 (+ `offset`), "trailing" from the last down. `variance` is DDPM's: "learned" interpolates
+    between its bounds with the network's second half, "fixed-small" is the posterior's, "fixed-large" is beta.
+    `eta` scales DDIM's noise. `final_alpha_one` steps to a clean sample at the end, else to the first alpha.
+    `clip` bounds the predicted clean sample to [-clip, clip].
+    """
+
+    name: Literal["ddim", "ddpm"] = "ddim"
+    spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    offset: int = Field(default=0, ge=0)
+    variance: Literal["learned", "fixed-small", "fixed-large"] = "fixed-small"
+    eta: float = Field(default=0.0, ge=0, le=1)
+    final_alpha_one: bool = True
+    clip: float | None = Field(default=None, gt=0)
+
+
+class ModelSpec(Record):
+    """A diffusion transformer as the schedule, the samplers and the executor see it.
+
+    `branches` are the residual sub-layers in the order they run; each caches a tensor of `branch_shape` (without the
+    batch axis). `null_label` is the class of unconditional guidance, None for a model without it. `cfg_channels` says
+    to how many of the latent channels guidance applies: 3 in the original DiT release, all in diffusers.
+    """
+
+    name: str
+    family: str
+    in_channels: int = Field(ge=1)
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    num_classes: int = Field(ge=1)
+    null_label: int | None = None
+    cfg_channels: int = Field(ge=1)
+    branches: tuple[str, ...] = Field(min_length=1)
+    branch_shape: tuple[int, ...]
+    parameters: int = Field(ge=0)
+    diffusion: DiffusionSpec = DiffusionSpec()
+    sampler: SamplerSpec = SamplerSpec()
+    latent_scale: float | None = Field(default=None, description="decode(latent / latent_scale); None: no decoder")
+
+    @model_validator(mode="after")
+    def _channels_fit(self) -> ModelSpec:
+        if self.cfg_channels > self.in_channels:
+            raise ValueError(f"cfg_channels is {self.cfg_channels}, the model has only {self.in_channels} channels")
+        return self
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that the network returns: twice the input's where it learns the variance."""
+        return self.in_channels * (2 if self.diffusion.learned_sigma else 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one sample."""
+        return self.in_channels, self.height, self.width
+
+    def check_labels(self, labels: tuple[int, ...]) -> None:
+        """Raise InputError unless every label is a class of this model."""
+        if not labels:
+            raise InputError("no labels given; name at least one class, for example --labels 0,1,2")
+        wrong = [label for label in labels if not 0 <= label < self.num_classes]
+        if wrong:
+            raise InputError(
+                f"label {wrong[0]} is not a class of {self.name}: expected 0 to {self.num_classes - 1}, found {wrong}"
+            )

@@ -1,0 +1,1 @@
+"""Scales, graph passes, Q/DQ, and the backends that run segments."""

@@ -1,0 +1,70 @@
+"""What a backend is: something that opens a segment and runs it on named, pre-allocated buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+__all__ = ["Backend", "Buffer", "Engine", "Port", "lowered_path", "runnable_path"]
+
+Buffer = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Port:
+    """One named input or output of an engine. A dimension is an int, or a name where it is open ("batch")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Engine(Protocol):
+    """A segment made ready to run. Open it with `with`; bind every buffer once, run as often as needed."""
+
+    @property
+    def inputs(self) -> Mapping[str, Port]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, Port]: ...
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Use `buffer` (C-contiguous) for an input or output from the next run on. The caller keeps it alive."""
+        ...
+
+    def run(self) -> None:
+        """Read the bound inputs, write the bound outputs."""
+        ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Backend(Protocol):
+    """Where segments run: a row of the backend table."""
+
+    @property
+    def name(self) -> str: ...
+
+    def open(self, segment: Path) -> Engine:
+        """The engine of an ONNX segment. Raises DitcError where this machine can't run it."""
+        ...
+
+
+def lowered_path(segment: Path, backend: str) -> Path:
+    """Where a backend's own form of a segment lies: beside it, sharing its weights file."""
+    return segment.with_name(f"{segment.stem}.{backend}.onnx")
+
+
+def runnable_path(segment: Path, backend: str) -> Path:
+    """The file that a backend runs: its own form where there is one, else the portable segment."""
+    lowered = lowered_path(segment, backend)
+    return lowered if lowered.exists() else segment

@@ -1,0 +1,41 @@
+"""The linear layers of a segment: the MatMuls with a constant weight inside a branch, where INT8 goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ditc.program import BRANCH_KEY, PATH_KEY
+
+__all__ = ["Linear", "linears_of"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer: torch module path, MatMul, the activation it reads, its constant weight (in, out)."""
+
+    path: str
+    node: ir.Node
+    activation: ir.Value
+    weight: ir.Value
+
+    def weight_array(self) -> NDArray[np.float32]:
+        assert self.weight.const_value is not None
+        return np.asarray(self.weight.const_value.numpy(), dtype=np.float32)
+
+
+def linears_of(model: ir.Model) -> Iterator[Linear]:
+    """Every linear layer inside a branch, in graph order.
+
+    Outside a branch nothing is quantized: patch embedding and final layer are small and touch the image directly.
+    """
+    for node in model.graph:
+        if node.op_type != "MatMul" or BRANCH_KEY not in node.metadata_props:
+            continue
+        activation, weight = node.inputs
+        if activation is not None and weight is not None and weight.is_initializer():
+            yield Linear(node.metadata_props[PATH_KEY], node, activation, weight)

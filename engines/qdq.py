@@ -1,0 +1,106 @@
+"""Explicit Q/DQ: INT8 weights per output channel, INT8 activations per tensor, at the inputs of the linear layers only.
+
+This is the portable artifact: symmetric, zero-point 0, constant scales, what TensorRT 10 and 11 take and what ONNX
+Runtime turns into integer kernels. The bias stays a float Add after the MatMul. Q/DQ anywhere else would land where no
+integer kernel takes it, and cost time for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ditc.engines.linears import Linear, linears_of
+from ditc.engines.ranges import LEVELS
+from ditc.engines.scales import ScaleTable, layers_without_scale
+from ditc.errors import DitcError
+
+__all__ = ["QuantizedWeight", "insert_qdq", "quantize_weight"]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """An INT8 weight (in, out) with one scale per output channel."""
+
+    values: NDArray[np.int8]
+    scale: NDArray[np.float32]
+
+    def dequantized(self) -> NDArray[np.float32]:
+        return self.values.astype(np.float32) * self.scale
+
+
+def quantize_weight(weight: NDArray[np.float32]) -> QuantizedWeight:
+    """Symmetric per-output-channel INT8 of a weight (in, out); a channel of zeros gets scale 1."""
+    largest = np.abs(weight).max(axis=0)
+    scale = (largest / np.float32(LEVELS)).astype(np.float32)
+    scale[scale == 0] = 1.0  # all zeros, or too small for float32 to divide by
+    values = np.clip(np.round(weight / scale), -LEVELS, LEVELS).astype(np.int8)
+    return QuantizedWeight(values, scale)
+
+
+def insert_qdq(model: ir.Model, table: ScaleTable) -> bool:
+    """Quantize every linear layer of a segment in place. Returns whether anything changed.
+
+    Layers that are quantized already are left alone, so doing it twice changes nothing. Layers that read the same
+    tensor share one Q/DQ pair. Raises DitcError naming a layer that the table has no scale for.
+    """
+    linears = list(linears_of(model))
+    missing = layers_without_scale(table, linears)
+    if missing:
+        raise DitcError(f"no activation scale for {missing[0]}; calibrate on a segment that computes it")
+    pairs: dict[str, ir.Value] = {}
+    for linear in linears:
+        name = str(linear.activation.name)
+        if name not in pairs:
+            pairs[name] = _activation_pair(model, linear, table.scales[linear.path])
+        linear.node.replace_input_with(0, pairs[name])
+        linear.node.replace_input_with(1, _weight_dequantizer(model, linear))
+    return bool(linears)
+
+
+def _activation_pair(model: ir.Model, linear: Linear, scale: float) -> ir.Value:
+    """Q and DQ in front of the layer; returns DQ's output."""
+    stem = str(linear.activation.name)
+    scale_value = _constant(model, f"{linear.path}.input_scale", np.float32(scale))
+    zero = _constant(model, f"{linear.path}.input_zero", np.int8(0))
+    quantize = ir.node("QuantizeLinear", [linear.activation, scale_value, zero], name=f"{linear.path}/QuantizeLinear")
+    dequantize = ir.node(
+        "DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{linear.path}/DequantizeLinear"
+    )
+    quantize.outputs[0].name, dequantize.outputs[0].name = f"{stem}.q", f"{stem}.dq"
+    return _placed(model, linear, quantize, dequantize)
+
+
+def _weight_dequantizer(model: ir.Model, linear: Linear) -> ir.Value:
+    """The INT8 weight as a constant behind a per-channel DQ; returns DQ's output. The float weight is dropped."""
+    weight = quantize_weight(linear.weight_array())
+    values = _constant(model, f"{linear.path}.weight_int8", weight.values)
+    scale = _constant(model, f"{linear.path}.weight_scale", weight.scale)
+    zero = _constant(model, f"{linear.path}.weight_zero", np.zeros(len(weight.scale), np.int8))
+    dequantize = ir.node(
+        "DequantizeLinear",
+        [values, scale, zero],
+        attributes={"axis": 1},
+        name=f"{linear.path}/DequantizeWeight",
+    )
+    dequantize.outputs[0].name = f"{linear.path}.weight_dq"
+    if [use.node for use in linear.weight.uses()] == [linear.node]:
+        model.graph.initializers.pop(str(linear.weight.name))
+    return _placed(model, linear, dequantize)
+
+
+def _placed(model: ir.Model, linear: Linear, *nodes: ir.Node) -> ir.Value:
+    for node in nodes:
+        node.metadata_props.update(linear.node.metadata_props)
+    model.graph.insert_before(linear.node, list(nodes))
+    return nodes[-1].outputs[0]
+
+
+def _constant(model: ir.Model, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
+    tensor = ir.tensor(np.asarray(array))
+    value = ir.Value(name=name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value

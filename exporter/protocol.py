@@ -1,0 +1,166 @@
+"""What a model must show so that its trajectory can be compiled: the seams.
+
+A user's own diffusion transformer fits by having these members; nothing has to be inherited or registered. The whole
+network at one step is then
+
+    step = {name: table[i] for name, table in model.condition(t, y).items()}
+    parts = model.unpack(step)
+    h = model.embed(x)
+    for branch in model.branches:
+        h = branch.merge(h, branch.compute(h, parts), parts)
+    out = model.head(h, parts)
+
+and has to equal `model(x, t, y)`; `check_decomposition` holds a model to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ditc.errors import CheckpointError
+from ditc.spec import ModelSpec
+
+__all__ = ["Branch", "TrajectoryModel", "check_decomposition", "example_inputs", "relative_error"]
+
+
+class Branch(Protocol):
+    """One residual sub-layer: the unit of caching. `name` is its path in the model, like "blocks.3.attn"."""
+
+    @property
+    def name(self) -> str: ...
+
+    def compute(self, h: Tensor, parts: Any) -> Tensor:
+        """The sub-layer's output before its gate, shaped (batch, *spec.branch_shape)."""
+        ...
+
+    def merge(self, h: Tensor, out: Tensor, parts: Any) -> Tensor:
+        """The residual stream with `out` added through the gate of the current step."""
+        ...
+
+
+@runtime_checkable
+class TrajectoryModel(Protocol):
+    """A diffusion transformer taken apart where a trajectory needs seams. Must also be a `torch.nn.Module`."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def branches(self) -> Sequence[Branch]: ...
+
+    @property
+    def decoder(self) -> nn.Module | None:
+        """Latents (batch, channels, h, w) to images in [-1, 1], None for a model of pixels."""
+        ...
+
+    def condition(self, t: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Everything that depends on (steps,) timesteps and (batch,) labels alone, each (steps, batch, ...)."""
+        ...
+
+    def unpack(self, step: dict[str, Tensor]) -> Any:
+        """One step's tables, each (batch, ...), in the form that the branches want."""
+        ...
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) to the residual stream."""
+        ...
+
+    def head(self, h: Tensor, parts: Any) -> Tensor:
+        """The residual stream to (batch, out_channels, height, width)."""
+        ...
+
+
+MEMBERS = ("spec", "branches", "decoder", "condition", "unpack", "embed", "head")
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected; 0 where both are all zeros."""
+    gap = (found.double() - expected.double()).norm().item()
+    size = expected.double().norm().item()
+    return float(gap if size == 0 else gap / size)
+
+
+def example_inputs(spec: ModelSpec, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Seeded (x, t, y) for a batch: unit noise, spread timesteps, different labels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, *spec.latent_shape, generator=generator)
+    t = torch.linspace(spec.diffusion.train_steps - 1, 1, batch)
+    y = torch.arange(batch) * 7 % spec.num_classes
+    return x, t, y
+
+
+def composed(model: TrajectoryModel, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The model from its seams, row by row since every row has a timestep of its own."""
+    rows = []
+    for i in range(len(x)):
+        tables = model.condition(t[i : i + 1], y[i : i + 1])
+        parts = model.unpack({name: table[0] for name, table in tables.items()})
+        h = model.embed(x[i : i + 1])
+        for branch in model.branches:
+            h = branch.merge(h, branch.compute(h, parts), parts)
+        rows.append(model.head(h, parts))
+    return torch.cat(rows)
+
+
+def _check_shapes(model: Any, x: Tensor, y: Tensor) -> None:
+    """What each seam gives has the shape that the spec and the protocol promise."""
+    spec: ModelSpec = model.spec
+    tables = model.condition(torch.linspace(900, 1, 3), y)
+    wrong = {name: tuple(table.shape) for name, table in tables.items() if table.shape[:2] != (3, len(y))}
+    if wrong:
+        raise CheckpointError(f"condition() must give tables (steps, batch, ...) = (3, {len(y)}, ...), found {wrong}")
+    parts = model.unpack({name: table[0] for name, table in tables.items()})
+    h = model.embed(x)
+    for branch in model.branches:
+        out = branch.compute(h, parts)
+        if out.shape[1:] != spec.branch_shape:
+            raise CheckpointError(
+                f"{branch.name} gives {tuple(out.shape[1:])}, expected spec.branch_shape {spec.branch_shape}"
+            )
+        h = branch.merge(h, out, parts)
+    channels = model.head(h, parts).shape[1]
+    if channels != spec.out_channels:
+        raise CheckpointError(
+            f"head() gives {channels} channels, expected {spec.out_channels} for {spec.in_channels} channels with "
+            f"learned_sigma {spec.diffusion.learned_sigma}; correct spec.diffusion"
+        )
+
+
+@torch.no_grad()
+def check_decomposition(model: Any, tolerance: float = 1e-4) -> None:
+    """Raise CheckpointError unless `model` has every seam and their composition equals its forward pass."""
+    missing = [name for name in MEMBERS if not hasattr(model, name)]
+    is_module = isinstance(model, nn.Module)
+    if missing or not is_module:
+        lacks = ", ".join(missing) or "being a torch.nn.Module"
+        raise CheckpointError(
+            f"{type(model).__name__} does not fit TrajectoryModel, it lacks {lacks}; see docs/models.md"
+        )
+    spec = model.spec
+    names = [branch.name for branch in model.branches]
+    if tuple(names) != spec.branches:
+        raise CheckpointError(
+            f"spec.branches must name the model's branches in order: {names}, found {list(spec.branches)}"
+        )
+    x, t, y = example_inputs(spec, 2)
+    was_training = model.training
+    model.eval()
+    try:
+        _check_shapes(model, x, y)
+        found, expected = composed(model, x, t, y), model(x, t, y)
+    finally:
+        model.train(was_training)
+    if found.shape != expected.shape:
+        raise CheckpointError(
+            f"the seams give {tuple(found.shape)}, the forward pass {tuple(expected.shape)}; fix head()"
+        )
+    error = relative_error(found, expected)
+    if not error < tolerance:
+        raise CheckpointError(
+            f"the seams of {spec.name} don't compose to its forward pass: relative error {error:.2g}, "
+            f"expected below {tolerance:g}; check compute() and merge() of each branch"
+        )

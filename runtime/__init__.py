@@ -1,0 +1,1 @@
+"""Samplers, executor, compensation and generation: NumPy and one backend, never torch."""

@@ -1,0 +1,113 @@
+"""Variance compensation (VC): pull the sample's variance back after each step (Q&C, arXiv 2503.02508, section 3.3).
+
+    x = mu + K * (x - mu)          K and mu: one row per step, one number per channel
+
+Applied to the sample after the sampler's update. K and mu are a table made at compile time by a closed-loop fit: the
+compiled program walks beside the FP program on the same noise, and K of each step is estimated on samples that
+already carry the K of the steps before. mu is the population mean of the compiled samples (see docs/adr/0004).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.errors import unknown_name
+from ditc.runtime.executor import StepEvent
+
+__all__ = ["ESTIMATORS", "TableCompensation", "estimate_k", "fit_closed_loop"]
+
+Samples = NDArray[np.float32]
+Channels = NDArray[np.float64]
+Estimator = Callable[[NDArray[np.float64], NDArray[np.float64], Channels], Channels]
+
+PIXEL_AXES = (0, 2, 3)  # every axis but the channels
+
+
+def _std(exact: NDArray[np.float64], seen: NDArray[np.float64], mean: Channels) -> Channels:
+    """Ratio of the standard deviations: the variance match that the text motivates."""
+    return np.asarray(exact.std(axis=PIXEL_AXES) / seen.std(axis=PIXEL_AXES))
+
+
+def _lsq(exact: NDArray[np.float64], seen: NDArray[np.float64], mean: Channels) -> Channels:
+    """Slope of the least squares line through (seen - mu, exact - mu); shrinks under independent error."""
+    centred = seen - mean[:, None, None]
+    top = (centred * (exact - mean[:, None, None])).sum(axis=PIXEL_AXES)
+    return np.asarray(top / (centred**2).sum(axis=PIXEL_AXES))
+
+
+def _paper(exact: NDArray[np.float64], seen: NDArray[np.float64], mean: Channels) -> Channels:
+    """Eq. 12 as printed, with the elementwise 1 / x' bounded: unguarded it diverges where x' is near zero."""
+    centred = seen - mean[:, None, None]
+    shifted = exact - mean[:, None, None]
+    floor = max(0.1 * float(exact.std()), 1e-6)
+    guarded = np.where(np.abs(exact) < floor, np.copysign(floor, exact), exact)
+    top = (shifted * centred).sum(axis=PIXEL_AXES) + (centred / guarded).sum(axis=PIXEL_AXES)
+    bottom = (centred**2).sum(axis=PIXEL_AXES) + (centred**2 / guarded**2).sum(axis=PIXEL_AXES)
+    return np.asarray(top / bottom)
+
+
+ESTIMATORS: dict[str, Estimator] = {"std": _std, "lsq": _lsq, "paper": _paper}
+
+
+def estimate_k(method: str, exact: Samples, seen: Samples, prior_samples: float) -> tuple[Channels, Channels]:
+    """(K, mu), each (channels,), from paired samples (n, channels, height, width).
+
+    The estimate is drawn towards 1 as if `prior_samples` further pairs had shown no shift.
+    """
+    if method not in ESTIMATORS:
+        raise unknown_name("compensation", method, ["none", *ESTIMATORS])
+    exact64, seen64 = exact.astype(np.float64), seen.astype(np.float64)
+    mean = np.asarray(seen64.mean(axis=PIXEL_AXES))
+    spread = seen64.std(axis=PIXEL_AXES)
+    usable = spread > 1e-12  # a constant channel has no variance to match
+    with np.errstate(divide="ignore", invalid="ignore"):
+        raw = np.where(usable, ESTIMATORS[method](exact64, seen64, mean), 1.0)
+    count = len(exact)
+    return (count * raw + prior_samples) / (count + prior_samples), mean
+
+
+@dataclass(frozen=True)
+class TableCompensation:
+    """Compensation as a bundle stores it: tables `k` and `mu`, each (steps, channels)."""
+
+    k: NDArray[np.float64]
+    mu: NDArray[np.float64]
+
+    def __call__(self, step: int, x: Samples) -> Samples:
+        k = self.k[step].astype(np.float32)[:, None, None]
+        if np.all(k == 1):
+            return x
+        mu = self.mu[step].astype(np.float32)[:, None, None]
+        return np.asarray(mu + k * (x - mu))
+
+    @staticmethod
+    def from_tables(tables: Mapping[str, NDArray[np.float64]]) -> TableCompensation | None:
+        """The compensation of a bundle's tables, None where it has none."""
+        if "compensation.k" not in tables:
+            return None
+        return TableCompensation(k=tables["compensation.k"], mu=tables["compensation.mu"])
+
+
+def fit_closed_loop(
+    runs: Sequence[Iterator[StepEvent]], exact: Sequence[Samples], method: str, prior_samples: float = 4.0
+) -> TableCompensation:
+    """Walk compiled requests in lockstep, correcting every sample with the K just estimated from all of them.
+
+    `runs` are started requests of an executor without compensation; `exact[i]`, (n, channels, height, width), are the
+    FP samples after step i on the same noise and labels, in the order of the runs.
+    """
+    k_rows, mu_rows = [], []
+    for step, target in enumerate(exact):
+        events = [next(run) for run in runs]
+        k, mu = estimate_k(method, target, np.concatenate([event.x for event in events]), prior_samples)
+        correct = TableCompensation(k=k[None], mu=mu[None])
+        for event in events:
+            event.x[...] = correct(0, event.x)
+        k_rows.append(k)
+        mu_rows.append(mu)
+        assert events[0].index == step
+    return TableCompensation(k=np.stack(k_rows), mu=np.stack(mu_rows))

@@ -1,0 +1,138 @@
+"""The public face of a bundle at run time: open it, ask for images, watch the steps.
+
+with ditc.load("bundle") as pipe:
+    images = pipe.images([3, 1, 4], seed=0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.bundle import Bundle, open_bundle
+from ditc.engines.backend import Backend, Engine, runnable_path
+from ditc.errors import BundleError, DitcError, InputError
+from ditc.program import CONDITION, DECODE, Program
+from ditc.runtime.compensation import TableCompensation
+from ditc.runtime.executor import Compensation, Executor, Samples, StepEvent, seeded_noise
+
+__all__ = ["Pipeline", "load", "open_engines"]
+
+
+def load(path: str | PathLike[str], *, backend: Backend | None = None, reference: bool = False) -> Pipeline:
+    """Open a bundle. `reference=True` runs its FP, uncached program instead of the compiled one.
+
+    Raises BundleError, naming the file, where anything in the bundle differs from its manifest.
+    """
+    return Pipeline(open_bundle(Path(path)), backend=backend or default_backend(), reference=reference)
+
+
+def default_backend() -> Backend:
+    from ditc.engines.onnxrt import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend()
+
+
+def open_engines(stack: ExitStack, backend: Backend, segments: Mapping[str, Path]) -> dict[str, Engine]:
+    """The engine of each segment, in the backend's own form where there is one; closed with the stack."""
+    return {
+        name: stack.enter_context(backend.open(runnable_path(path, backend.name))) for name, path in segments.items()
+    }
+
+
+class Pipeline:
+    """A bundle ready to generate. Use it in a `with` block; it owns the engines and their buffers."""
+
+    def __init__(self, bundle: Bundle, *, backend: Backend, reference: bool = False) -> None:
+        if reference and not bundle.has_reference:
+            raise BundleError(f"{bundle.path} was compiled or copied without its FP reference; compile it again")
+        self.bundle = bundle
+        self.backend = backend
+        self.reference = reference
+        self._stack = ExitStack()
+        self._executor: Executor | None = None
+        self._decoder: Engine | None = None
+
+    @property
+    def program(self) -> Program:
+        """The program that this pipeline runs."""
+        reference = self.bundle.manifest.reference_program
+        return reference if self.reference and reference is not None else self.bundle.manifest.program
+
+    def __enter__(self) -> Pipeline:
+        manifest, tables = self.bundle.manifest, self.bundle.tables()
+        place = self.bundle.reference_path if self.reference else self.bundle.segment_path
+        names = [CONDITION, *(plan.name for plan in self.program.segments), *self.program.epilogue]
+        try:
+            engines = open_engines(self._stack, self.backend, {name: place(name) for name in names})
+        except BaseException:
+            self._stack.close()
+            raise
+        self._decoder = engines.get(DECODE)
+        columns = {n.removeprefix("sampler."): t for n, t in tables.items() if n.startswith("sampler.")}
+        compensation: Compensation | None = None if self.reference else TableCompensation.from_tables(tables)
+        self._executor = Executor(manifest.model, self.program, columns, engines, manifest.guidance, compensation)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor = self._decoder = None
+        self._stack.close()
+
+    def generate(
+        self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None, first: int = 0
+    ) -> Iterator[StepEvent]:
+        """All labels as one batch: a StepEvent per step, the last one carrying `images`.
+
+        `noise` is x_T, (len(labels), channels, height, width); without it each image draws from the stream of
+        (seed, first + its place). Raises InputError for a label or a shape that the model doesn't have.
+        """
+        executor = self._open_executor()
+        spec = self.bundle.manifest.model
+        spec.check_labels(tuple(labels))
+        drawn, fresh = seeded_noise(seed, first, len(labels), spec.latent_shape)
+        for event in executor.run(labels, drawn if noise is None else noise, fresh):
+            yield replace(event, images=self.decode(event.x)) if event.index == event.steps - 1 else event
+
+    def latents(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None) -> Samples:
+        """Finished samples before decoding, (n, channels, height, width), in batches of the bundle's size."""
+        return np.concatenate([event.x for event in self._last_events(labels, seed, noise)])
+
+    def images(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None) -> Samples:
+        """Images in [-1, 1], float32 (n, channels, height, width), in batches of the bundle's size."""
+        return np.concatenate([event.images for event in self._last_events(labels, seed, noise)])
+
+    def decode(self, latents: Samples) -> Samples:
+        """Latents to images in [-1, 1]; a model without a decoder works on pixels already."""
+        if self._decoder is None:
+            return np.clip(latents, -1, 1)
+        port = self._decoder.outputs["image"]
+        shape = [len(latents), *(size for size in port.shape[1:] if isinstance(size, int))]
+        images: NDArray[Any] = np.empty(shape, port.dtype)
+        self._decoder.bind("latent", np.ascontiguousarray(latents))
+        self._decoder.bind("image", images)
+        self._decoder.run()
+        return np.asarray(np.clip(images, -1, 1))
+
+    def _last_events(self, labels: Sequence[int], seed: int, noise: Samples | None) -> Iterator[StepEvent]:
+        size = self.bundle.manifest.batch
+        if not labels:
+            raise InputError("no labels given; name at least one class")
+        for first in range(0, len(labels), size):
+            part = slice(first, first + size)
+            events = self.generate(labels[part], seed=seed, noise=None if noise is None else noise[part], first=first)
+            yield list(events)[-1]
+
+    def _open_executor(self) -> Executor:
+        if self._executor is None:
+            raise DitcError("the pipeline is not open; use it in a block: with ditc.load(path) as pipe: ...")
+        return self._executor

@@ -1,0 +1,153 @@
+"""Samplers as tables: every update is a few coefficients per step, so the loop is one small function.
+
+    x0     = x0_x * x + x0_out * out                                            clipped to [-clip, clip]
+    x_prev = prev_x0 * x0 + prev_x * x + prev_out * out + sigma * z
+
+`out` is the network's prediction after guidance (noise, v or clean sample), `z` fresh noise. With a learned variance
+sigma = exp(log_var / 2), log_var between the rows `log_var_min` and `log_var_max` (Improved DDPM, arXiv 2102.09672).
+Sources: DDPM arXiv 2006.11239, DDIM arXiv 2010.02502 eq. 12 and 16, v prediction arXiv 2202.00512.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.errors import InputError
+from ditc.spec import DiffusionSpec, SamplerSpec
+
+__all__ = ["alphas_cumprod", "needs_noise", "sampler_table", "timesteps", "update"]
+
+Array = NDArray[np.float64]
+Samples = NDArray[np.float32]
+Row = Mapping[str, float]
+
+
+def alphas_cumprod(diffusion: DiffusionSpec) -> Array:
+    """Cumulative products of 1 - beta, (train_steps,)."""
+    count, start, end = diffusion.train_steps, diffusion.beta_start, diffusion.beta_end
+    if diffusion.beta_schedule == "linear":
+        betas = np.linspace(start, end, count)
+    elif diffusion.beta_schedule == "scaled-linear":
+        betas = np.linspace(start**0.5, end**0.5, count) ** 2
+    else:  # squared-cosine, Improved DDPM eq. 17
+        levels = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - levels[1:] / levels[:-1], 0.999)
+    return np.asarray(np.cumprod(1 - betas), np.float64)
+
+
+def timesteps(sampler: SamplerSpec, steps: int, train_steps: int) -> NDArray[np.int64]:
+    """The timesteps of a trajectory, noisiest first, (steps,)."""
+    if not 2 <= steps <= train_steps:
+        raise InputError(f"steps must be 2 to {train_steps}, the model's training steps, found {steps}; set --steps")
+    picked: NDArray[np.floating[Any]]
+    if sampler.spacing == "linspace":
+        picked = np.round(np.linspace(0, train_steps - 1, steps))[::-1]
+    elif sampler.spacing == "leading":
+        picked = (np.arange(steps) * float(train_steps // steps))[::-1] + sampler.offset
+    else:
+        picked = np.round(train_steps - np.arange(steps) * (train_steps / steps)) - 1
+    if picked[0] >= train_steps:
+        raise InputError(f"offset {sampler.offset} moves the first timestep to {picked[0]:g}, past {train_steps - 1}")
+    return picked.astype(np.int64)
+
+
+def sampler_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> dict[str, Array]:
+    """All coefficients of a trajectory: column name -> (steps,). Column "t" holds the timesteps."""
+    if sampler.name == "ddpm" and sampler.variance == "learned" and not diffusion.learned_sigma:
+        raise InputError("the model has no learned variance; choose variance fixed-small or fixed-large")
+    t = timesteps(sampler, steps, diffusion.train_steps)
+    products = alphas_cumprod(diffusion)
+    kept = products[t]
+    final = 1.0 if sampler.final_alpha_one or sampler.name == "ddpm" else products[0]  # DDPM always ends clean
+    before = np.append(kept[1:], final)
+    table = {"t": t.astype(np.float64), "clip": np.full(steps, sampler.clip or np.inf)}
+    table.update(_clean_sample_columns(diffusion, kept))
+    table.update(UPDATES[sampler.name](sampler, kept, before, _noise_columns(diffusion, kept)))
+    return table
+
+
+def _clean_sample_columns(diffusion: DiffusionSpec, kept: Array) -> dict[str, Array]:
+    """The clean sample as a combination of x and the network's output."""
+    signal, noise, zero = np.sqrt(kept), np.sqrt(1 - kept), np.zeros_like(kept)
+    x0_x, x0_out = {
+        "epsilon": (1 / signal, -noise / signal),
+        "v": (signal, -noise),
+        "sample": (zero, zero + 1),
+    }[diffusion.prediction]
+    return {"x0_x": x0_x, "x0_out": x0_out}
+
+
+def _noise_columns(diffusion: DiffusionSpec, kept: Array) -> tuple[Array, Array]:
+    """The predicted noise as a combination of x and the network's output."""
+    signal, noise, zero = np.sqrt(kept), np.sqrt(1 - kept), np.zeros_like(kept)
+    return {
+        "epsilon": (zero, zero + 1),
+        "v": (noise, signal),
+        "sample": (1 / noise, -signal / noise),
+    }[diffusion.prediction]
+
+
+def _ddim(sampler: SamplerSpec, kept: Array, before: Array, noise: tuple[Array, Array]) -> dict[str, Array]:
+    """DDIM eq. 12, with sigma of eq. 16."""
+    sigma = sampler.eta * np.sqrt((1 - before) / (1 - kept) * (1 - kept / before))
+    direction = np.sqrt(np.maximum(1 - before - sigma**2, 0))
+    return {
+        "prev_x0": np.sqrt(before),
+        "prev_x": direction * noise[0],
+        "prev_out": direction * noise[1],
+        "sigma": sigma,
+    }
+
+
+def _ddpm(sampler: SamplerSpec, kept: Array, before: Array, noise: tuple[Array, Array]) -> dict[str, Array]:
+    """DDPM eq. 6 and 7: the posterior mean, plus noise at every step but the last."""
+    alpha = kept / before
+    beta = 1 - alpha
+    posterior = beta * (1 - before) / (1 - kept)
+    posterior[-1] = posterior[-2]  # 0 at the last step, which adds no noise; its logarithm must exist
+    added = np.append(np.ones(len(kept) - 1), 0.0)
+    table = {
+        "prev_x0": beta * np.sqrt(before) / (1 - kept),
+        "prev_x": (1 - before) * np.sqrt(alpha) / (1 - kept),
+        "prev_out": np.zeros_like(kept),
+        "sigma": added * np.sqrt(beta if sampler.variance == "fixed-large" else posterior),
+    }
+    if sampler.variance == "learned":
+        table |= {"log_var_min": np.log(posterior), "log_var_max": np.log(beta)}
+    return table
+
+
+UPDATES: dict[str, Callable[[SamplerSpec, Array, Array, tuple[Array, Array]], dict[str, Array]]] = {
+    "ddim": _ddim,
+    "ddpm": _ddpm,
+}
+
+
+def needs_noise(row: Row) -> bool:
+    """Does this step add fresh noise?"""
+    return row["sigma"] > 0
+
+
+def update(
+    row: Row,
+    x: Samples,
+    out: Samples,
+    raw_variance: Samples | None,
+    z: Samples | None,
+) -> Samples:
+    """The next sample; all arrays are (batch, channels, height, width) and `row` is one row of the table."""
+    x0 = np.float32(row["x0_x"]) * x + np.float32(row["x0_out"]) * out
+    if row["clip"] < np.inf:
+        np.clip(x0, -row["clip"], row["clip"], out=x0)
+    prev: Samples = np.float32(row["prev_x0"]) * x0 + np.float32(row["prev_x"]) * x + np.float32(row["prev_out"]) * out
+    if z is None or not needs_noise(row):
+        return prev
+    if raw_variance is None or "log_var_min" not in row:
+        return np.asarray(prev + np.float32(row["sigma"]) * z)
+    fraction = (raw_variance + 1) / 2
+    log_var = fraction * np.float32(row["log_var_max"]) + (1 - fraction) * np.float32(row["log_var_min"])
+    return np.asarray(prev + np.exp(np.float32(0.5) * log_var) * z)

@@ -1,0 +1,172 @@
+"""The command line: documented, one line for every bad input, JSON where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ditc.bundle import Bundle
+from ditc.compiler.cli import cli, run
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(cli.commands)
+
+
+def test_the_commands_are_the_ones_announced() -> None:
+    assert {"demo", "compile", "run", "inspect", "verify", "doctor"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_is_documented(name: str) -> None:
+    text = (ROOT / "docs" / "cli.md").read_text()
+    assert f"## ditc {name}" in text
+    command = cli.commands[name]
+    assert command.help
+    for option in command.params:
+        for flag in (*option.opts, *option.secondary_opts):
+            if flag.startswith("--"):
+                assert f"`{flag}" in text, f"docs/cli.md lacks {flag}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_speaks_json(name: str) -> None:
+    assert "--json" in {flag for option in cli.commands[name].params for flag in option.opts}
+
+
+def test_run_writes_a_picture_per_label_and_a_grid(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "images"
+    assert run(["run", str(bundles["cached"].path), "--labels", "0,3,4", "-o", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["images"] == ["0000-class0.png", "0001-class3.png", "0002-class4.png"]
+    assert printed["segments"]["full"]["calls"] == 3
+    assert len(printed["steps"]) == 6
+    assert size_of(out / "0001-class3.png") == (8, 8)
+    assert size_of(out / "grid.png") == (2 * 66 + 2, 2 * 66 + 2)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_inspect_shows_program_schedule_and_settings(
+    bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(bundles["cached"].path)]) == 0
+    text = capsys.readouterr().out
+    assert "full: 8 of 8 linear layers" in text
+    assert "blocks.0.attn  #.#.#." in text
+    assert "segments/full.onnx" in text
+    assert '"fora:2"' in text
+
+
+def test_inspect_json_is_the_manifest(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(bundles["cached"].path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["program"]["slots"] == 4
+
+
+def test_verify_of_an_uncached_fp_bundle_finds_no_difference(
+    bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(bundles["fp32-none"].path), "--images", "2", "--json"]) == 0
+    assert max(json.loads(capsys.readouterr().out)["relative_error"]) == 0
+
+
+def test_verify_fails_below_the_quality_asked_for(
+    bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(bundles["cached"].path), "--images", "2", "--min-psnr", "200"]) == 1
+    assert "check failed: mean PSNR against FP is" in capsys.readouterr().err
+
+
+def test_doctor_says_what_works_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--json"]) == 0
+    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert found["onnxruntime cpu"]["works"]
+    assert "MatMulIntegerToFloat" in found["onnxruntime cpu"]["detail"]
+    assert not found["tensorrt"]["works"]
+    assert found["tensorrt"]["detail"]
+
+
+@pytest.fixture
+def bad_files(tmp_path: Path) -> Path:
+    """One file or folder for every way a model or bundle can be wrong."""
+    (tmp_path / "truncated.pt").write_bytes(b"PK\x03\x04 and then nothing")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(print))
+    torch.save({"something.else": torch.zeros(3)}, tmp_path / "foreign.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text("{")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("compile {bad}/missing.pt -o {bad}/b", "no such checkpoint"),
+        ("compile {bad}/truncated.pt -o {bad}/b", "not a whole torch checkpoint"),
+        ("compile {bad}/evil.pt -o {bad}/b", "pickle"),
+        ("compile {bad}/foreign.pt -o {bad}/b", "x_embedder.proj.weight is missing"),
+        ("compile {bad}/empty -o {bad}/b", "no such file"),
+        ("compile nosuch.module:build -o {bad}/b", "can't import nosuch.module:build"),
+        ("compile -o {bad}/b", "name one model"),
+        ("compile digits --random dit-s-2-256 -o {bad}/b", "name one model"),
+        ("compile --random dit-xxl-2-256 -o {bad}/b", "unknown size"),
+        ("compile digits -o {bad}/b --policy toca", "unknown policy 'toca'; choose one of: FILE.json, fora, none"),
+        ("compile digits -o {bad}/b --policy fora:0", "interval N >= 1"),
+        ("compile digits -o {bad}/b --policy {bad}/broken.json", "is not a schedule"),
+        ("compile digits -o {bad}/b --steps 1", "--steps must be at least 2"),
+        ("compile digits -o {bad}/b --select best", "unknown selector"),
+        ("compile digits -o {bad}/b --batch 0", "--batch must be at least 1"),
+        ("run {bad}/empty --labels 1 -o {bad}/i", "is not a bundle"),
+        ("run {bundle} --labels 9 -o {bad}/i", "label 9 is not a class"),
+        ("run {bundle} --labels a,b -o {bad}/i", "labels must be whole numbers"),
+        ("verify {bundle} --images 0", "--images must be at least 1"),
+        ("inspect {bad}/nowhere", "is not a bundle"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: str, message: str, bad_files: Path, bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = arguments.format(bad=bad_files, bundle=bundles["cached"].path).split()
+    assert run(filled) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not (bad_files / "b").exists()
+    assert not (bad_files / "i").exists()
+
+
+def test_a_bundle_with_a_changed_byte_is_refused_naming_the_file(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bundles["cached"].path, tmp_path / "b")
+    weights = tmp_path / "b" / "segments" / "full.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert run(["run", str(tmp_path / "b"), "--labels", "1", "-o", str(tmp_path / "i")]) == 2
+    assert "segments/full.onnx.data does not match" in capsys.readouterr().err
+
+
+def test_a_bundle_from_a_newer_schema_is_refused(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bundles["cached"].path, tmp_path / "b")
+    manifest = tmp_path / "b" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    assert run(["inspect", str(tmp_path / "b")]) == 2
+    assert "schema 99, this ditc reads up to 1; update ditc" in capsys.readouterr().err
+
+
+def test_bad_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compile", "digits"]) == 2
+    assert "Missing option" in capsys.readouterr().err

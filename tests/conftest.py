@@ -1,0 +1,66 @@
+"""Shared pieces: small models, compiled once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditc.bundle import Bundle
+from ditc.compiler.driver import compile_model
+from ditc.compiler.options import CompileOptions
+from ditc.exporter.dit import DiT, DiTConfig
+from ditc.runtime.pipeline import Pipeline, load
+
+SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=4, num_classes=5)
+QUICK = CompileOptions(steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4)
+
+
+def small_model(seed: int = 0) -> DiT:
+    """A DiT with random weights: 4 latent channels, 16 tokens, two blocks, no zero gates."""
+    torch.manual_seed(seed)
+    model = DiT(SMALL, name="small").eval()
+    model.cfg_channels = 3
+    return model
+
+
+@pytest.fixture
+def make_small_model() -> type[DiT] | object:
+    return small_model
+
+
+@pytest.fixture(scope="session")
+def quick_options() -> CompileOptions:
+    return QUICK
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """The small model compiled under several policies and precisions, by name."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def made(name: str, **changes: object) -> Bundle:
+        return compile_model(small_model(), folder / name, QUICK.model_copy(update=changes))
+
+    return {
+        "cached": made("cached", policy="fora:2"),
+        "fp32-cached": made("fp32-cached", policy="fora:2", precision="fp32", vc="none"),
+        "fp32-none": made("fp32-none", policy="none", precision="fp32", vc="none"),
+        "fp32-fora1": made("fp32-fora1", policy="fora:1", precision="fp32", vc="none"),
+    }
+
+
+@pytest.fixture
+def pipes(bundles: dict[str, Bundle]) -> Iterator[dict[str, Pipeline]]:
+    """An open pipeline of every bundle."""
+    opened = {name: load(bundle.path).__enter__() for name, bundle in bundles.items()}
+    yield opened
+    for pipe in opened.values():
+        pipe.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def cached_bundle_path(bundles: dict[str, Bundle]) -> Path:
+    return bundles["cached"].path

@@ -1,0 +1,219 @@
+"""Programs: every read gets the newest value, and the passes leave nothing superfluous."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ditc.errors import InputError
+from ditc.program import Program, SegmentPlan, Step, program_from_schedule
+from ditc.schedule import CacheSchedule
+
+LAW = settings(deadline=None)  # a busy machine stalls now and then
+
+NAMES = ("b0", "b1", "b2", "b3", "b4")
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> CacheSchedule:
+    width = draw(st.integers(1, 5))
+    row = st.tuples(*[st.booleans()] * width)
+    later = draw(st.lists(row, min_size=1, max_size=11))
+    return CacheSchedule(compute=((True,) * width, *later))
+
+
+def compiled(schedule: CacheSchedule, *, decode: bool = False) -> Program:
+    timesteps = [float(t) for t in range(schedule.steps - 1, -1, -1)]
+    return program_from_schedule(schedule, timesteps, NAMES[: len(schedule.compute[0])], decode=decode)
+
+
+def computed_by(step: Step, program: Program, schedule: CacheSchedule) -> list[str]:
+    row = schedule.compute[step.index]
+    return [branch for branch, computes in zip(program.branches, row, strict=True) if computes]
+
+
+def rows(*marks: str) -> CacheSchedule:
+    return CacheSchedule(compute=tuple(tuple(mark == "x" for mark in row) for row in marks))
+
+
+def fora(interval: int, steps: int, width: int = 3) -> CacheSchedule:
+    return rows(*("x" * width if step % interval == 0 else "." * width for step in range(steps)))
+
+
+@LAW
+@given(schedules())
+def test_every_read_gets_what_the_last_computing_step_left(schedule: CacheSchedule) -> None:
+    program = compiled(schedule)
+    newest: dict[str, int] = {}
+    slots: dict[int, tuple[str, int]] = {}
+    for step in program.steps:
+        for branch, slot in step.reads.items():
+            assert slots[slot] == (branch, newest[branch])
+        newest |= dict.fromkeys(computed_by(step, program, schedule), step.index)
+        slots |= {slot: (branch, step.index) for branch, slot in step.writes.items()}
+
+
+@LAW
+@given(schedules())
+def test_a_step_reads_exactly_what_it_does_not_compute(schedule: CacheSchedule) -> None:
+    program = compiled(schedule)
+    for step in program.steps:
+        assert step.reads.keys() == set(program.branches) - set(computed_by(step, program, schedule))
+
+
+@LAW
+@given(schedules())
+def test_a_step_never_writes_a_slot_that_it_reads_nor_one_slot_twice(schedule: CacheSchedule) -> None:
+    for step in compiled(schedule).steps:
+        used = [*step.reads.values(), *step.writes.values()]
+        assert len(set(used)) == len(used)
+
+
+@LAW
+@given(schedules())
+def test_slots_are_numbered_from_zero_without_gaps(schedule: CacheSchedule) -> None:
+    program = compiled(schedule)
+    used = {slot for step in program.steps for slot in (*step.reads.values(), *step.writes.values())}
+    assert used == set(range(program.slots))
+
+
+@LAW
+@given(schedules())
+def test_a_step_binds_exactly_the_caches_of_its_segment(schedule: CacheSchedule) -> None:
+    program = compiled(schedule)
+    for step, row in zip(program.steps, schedule.compute, strict=True):
+        plan = program.segment(step.segment)
+        assert plan.compute == row
+        assert set(plan.reads) == step.reads.keys()
+        assert set(plan.writes) == step.writes.keys()
+
+
+@LAW
+@given(schedules())
+def test_a_program_has_one_segment_per_distinct_row(schedule: CacheSchedule) -> None:
+    program = compiled(schedule)
+    assert len(program.segments) == len(set(schedule.compute))
+    assert len({plan.name for plan in program.segments}) == len(program.segments)
+
+
+@LAW
+@given(schedules())
+def test_a_segment_returns_a_cache_only_where_a_later_step_reads_it(schedule: CacheSchedule) -> None:
+    program = compiled(schedule)
+    read_from: set[tuple[str, str]] = set()
+    maker: dict[str, str] = {}
+    for step in program.steps:
+        read_from |= {(maker[branch], branch) for branch in step.reads}
+        maker |= dict.fromkeys(computed_by(step, program, schedule), step.segment)
+    assert {(plan.name, branch) for plan in program.segments for branch in plan.writes} == read_from
+
+
+def test_without_reuse_there_is_one_full_segment_and_no_cache() -> None:
+    program = compiled(rows("xx", "xx", "xx"))
+    assert program.slots == 0
+    assert program.segments == (SegmentPlan(name="full", compute=(True, True)),)
+    assert all(not step.reads and not step.writes for step in program.steps)
+
+
+def test_fora_has_exactly_a_full_and_a_reuse_segment() -> None:
+    program = compiled(fora(3, 9))
+    assert {plan.name for plan in program.segments} == {"full", "reuse"}
+    assert [step.segment for step in program.steps] == ["full", "reuse", "reuse"] * 3
+    assert program.segment("full").writes == program.segment("reuse").reads == ("b0", "b1", "b2")
+
+
+def test_steps_with_equal_rows_share_a_segment() -> None:
+    program = compiled(rows("xx", "x.", ".x", "x.", "..", "x."))
+    names = [step.segment for step in program.steps]
+    assert names[1] == names[3] == names[5]
+    assert len({names[0], names[1], names[2], names[4]}) == 4
+    assert (names[0], names[4]) == ("full", "reuse")
+
+
+def test_a_segment_name_depends_on_its_row_alone() -> None:
+    first = compiled(rows("xx", "x.", "xx")).steps[1].segment
+    later = compiled(rows("xx", "..", ".x", "x.")).steps[3].segment
+    assert first == later
+
+
+def test_a_branch_keeps_its_slot_where_it_can() -> None:
+    program = compiled(rows("xxx", "...", "xx.", "x.x"))
+    assert program.steps[0].writes == {"b0": 0, "b1": 1, "b2": 2}
+    assert program.steps[2].writes == {"b1": 1}  # slot 0 is free by then, too
+
+
+def test_under_fora_every_branch_stays_where_it_is() -> None:
+    homes = [step.writes for step in compiled(fora(3, 12)).steps if step.segment == "full"]
+    assert homes == [{"b0": 0, "b1": 1, "b2": 2}] * 4
+
+
+def test_a_slot_whose_value_nobody_needs_any_more_is_used_again() -> None:
+    program = compiled(rows("xx", ".x", "x.", "x.", "x."))
+    assert program.slots == 2
+
+
+def test_a_branch_that_is_never_reused_takes_no_slot() -> None:
+    program = compiled(rows("xxx", "x.x", "x.x"))
+    assert program.slots == 1
+    assert program.segment("full").writes == ("b1",)
+
+
+def test_conditioning_runs_once_before_the_loop() -> None:
+    program = compiled(fora(2, 6))
+    assert program.prologue == ("condition",)
+    assert all(step.before == () for step in program.steps)
+
+
+def test_decoding_is_a_call_after_the_loop_and_only_on_request() -> None:
+    assert compiled(fora(2, 4), decode=True).epilogue == ("decode",)
+    assert compiled(fora(2, 4)).epilogue == ()
+
+
+def test_each_step_carries_its_place_and_its_timestep() -> None:
+    program = program_from_schedule(fora(2, 3), [999.0, 500.0, 1.0], NAMES[:3])
+    assert [(step.index, step.t) for step in program.steps] == [(0, 999.0), (1, 500.0), (2, 1.0)]
+
+
+@LAW
+@given(schedules(), st.booleans())
+def test_a_program_survives_json(schedule: CacheSchedule, decode: bool) -> None:
+    program = compiled(schedule, decode=decode)
+    assert Program.model_validate_json(program.model_dump_json()) == program
+
+
+def test_the_same_schedule_gives_the_same_bytes() -> None:
+    schedule = rows("xxx", "x.x", "..x", "xxx", ".x.")
+    assert compiled(schedule).model_dump_json() == compiled(schedule).model_dump_json()
+
+
+def hand_made(*steps: Step) -> Program:
+    return Program(branches=("b0", "b1"), steps=steps, segments=(), slots=2)
+
+
+def test_check_refuses_a_read_before_any_write() -> None:
+    program = hand_made(Step(index=0, t=1, segment="full"), Step(index=1, t=0, segment="reuse", reads={"b0": 0}))
+    with pytest.raises(InputError, match=r"step 1 reads b0 from slot 0, which holds None"):
+        program.check()
+
+
+def test_check_refuses_a_slot_that_another_branch_has_taken() -> None:
+    program = hand_made(
+        Step(index=0, t=2, segment="full", writes={"b0": 0}),
+        Step(index=1, t=1, segment="row", writes={"b1": 0}),
+        Step(index=2, t=0, segment="reuse", reads={"b0": 0}),
+    )
+    with pytest.raises(InputError, match=r"step 2 reads b0 from slot 0, which holds b1"):
+        program.check()
+
+
+def test_check_refuses_a_step_that_reads_only_what_it_writes_itself() -> None:
+    with pytest.raises(InputError, match=r"step 0 reads b0"):
+        hand_made(Step(index=0, t=0, segment="odd", reads={"b0": 0}, writes={"b0": 0})).check()
+
+
+def test_check_passes_a_program_that_writes_first() -> None:
+    hand_made(
+        Step(index=0, t=1, segment="full", writes={"b0": 0, "b1": 1}),
+        Step(index=1, t=0, segment="reuse", reads={"b1": 1, "b0": 0}),
+    ).check()

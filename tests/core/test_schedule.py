@@ -1,0 +1,130 @@
+"""Schedules: what each policy makes, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ditc.errors import InputError
+from ditc.schedule import schedule_for
+from ditc.spec import ModelSpec
+
+LAW = settings(deadline=None)  # a busy machine stalls now and then
+
+BRANCHES = ("0.attn", "0.mlp", "1.attn", "1.mlp")
+SPEC = ModelSpec(
+    name="tiny",
+    family="dit",
+    in_channels=1,
+    height=8,
+    width=8,
+    num_classes=10,
+    cfg_channels=1,
+    branches=BRANCHES,
+    branch_shape=(16, 8),
+    parameters=0,
+)
+FULL, SKIP = (True,) * 4, (False,) * 4
+
+
+def write_schedule(folder: Path, rows: object) -> str:
+    path = folder / "schedule.json"
+    path.write_text(json.dumps({"compute": rows}))
+    return str(path)
+
+
+def test_none_computes_every_branch_at_every_step() -> None:
+    schedule = schedule_for("none", SPEC, 5)
+    assert schedule.compute == (FULL,) * 5
+    assert schedule.computed_fraction == 1
+
+
+def test_fora_computes_every_nth_step_and_reuses_all_in_between() -> None:
+    assert schedule_for("fora:3", SPEC, 7).compute == (FULL, SKIP, SKIP, FULL, SKIP, SKIP, FULL)
+
+
+@LAW
+@given(interval=st.integers(1, 20), steps=st.integers(2, 60))
+def test_fora_starts_with_a_computed_step_and_never_waits_longer_than_its_interval(interval: int, steps: int) -> None:
+    schedule = schedule_for(f"fora:{interval}", SPEC, steps)
+    computed = [index for index, row in enumerate(schedule.compute) if row == FULL]
+    assert schedule.steps == steps
+    assert computed == list(range(0, steps, interval))
+    assert schedule.computed_fraction == pytest.approx(len(computed) / steps)
+
+
+def test_fora_of_one_is_no_reuse() -> None:
+    assert schedule_for("fora:1", SPEC, 6) == schedule_for("none", SPEC, 6)
+
+
+@pytest.mark.parametrize("policy", ["fora:0", "fora:-1", "fora:two", "fora:2.5", "fora:", "fora", "fora: 3", "fora:²"])
+def test_fora_needs_a_whole_interval_of_at_least_one(policy: str) -> None:
+    with pytest.raises(InputError, match=r"interval N >= 1, found .*--policy fora:3"):
+        schedule_for(policy, SPEC, 10)
+
+
+def test_none_refuses_an_argument() -> None:
+    with pytest.raises(InputError, match=r"takes no argument, found '3'"):
+        schedule_for("none:3", SPEC, 10)
+
+
+def test_an_unknown_policy_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"unknown policy 'forra:3'; choose one of: FILE\.json, fora, none"):
+        schedule_for("forra:3", SPEC, 10)
+
+
+@pytest.mark.parametrize("policy", ["none", "fora:2"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_trajectory_of_fewer_than_two_steps_is_refused(policy: str, steps: int) -> None:
+    with pytest.raises(InputError, match=rf"at least 2 steps, found {steps}"):
+        schedule_for(policy, SPEC, steps)
+
+
+def test_a_schedule_file_is_taken_row_by_row(tmp_path: Path) -> None:
+    rows = [[True, True, True, True], [False, True, False, True], [False, False, False, False]]
+    schedule = schedule_for(write_schedule(tmp_path, rows), SPEC, 3)
+    assert [list(row) for row in schedule.compute] == rows
+    assert schedule.computed_fraction == 0.5
+
+
+def test_a_schedule_file_of_another_length_names_the_steps_to_set(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has 2 rows, the sampler takes 5 steps; set --steps 2"):
+        schedule_for(write_schedule(tmp_path, [[True] * 4] * 2), SPEC, 5)
+
+
+@pytest.mark.parametrize("width", [0, 3, 5])
+def test_a_schedule_row_of_another_width_is_refused(tmp_path: Path, width: int) -> None:
+    with pytest.raises(InputError, match=rf"row 1 has {width} entries; tiny has 4 branches"):
+        schedule_for(write_schedule(tmp_path, [[True] * 4, [True] * width]), SPEC, 2)
+
+
+def test_a_schedule_that_skips_in_row_zero_names_the_branch(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"step 0 has nothing to reuse, yet the schedule skips 1\.attn"):
+        schedule_for(write_schedule(tmp_path, [[True, True, False, True], [True] * 4]), SPEC, 2)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "", "[]", '{"compute": 3}', '{"rows": []}', '{"compute": [], "extra": 1}', "\udcff"]
+)
+def test_a_broken_schedule_file_says_what_was_expected(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=r"broken\.json is not a schedule .*expected") as refused:
+        schedule_for(str(path), SPEC, 2)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_schedule_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"can't read the schedule .*absent\.json"):
+        schedule_for(str(tmp_path / "absent.json"), SPEC, 2)
+
+
+def test_a_reuse_that_nothing_implements_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "taylor.json"
+    path.write_text(json.dumps({"compute": [[True] * 4] * 2, "reuse": "taylor"}))
+    with pytest.raises(InputError, match=r"taylor\.json is not a schedule"):
+        schedule_for(str(path), SPEC, 2)

@@ -1,0 +1,96 @@
+"""The fake backend: it behaves as an engine does, on plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ditc.engines.backend import Backend, Engine, Port
+from ditc.engines.fake import FakeBackend, FakeEngine
+
+
+def port(name: str) -> Port:
+    return Port(name, "float32", ("batch", 2))
+
+
+def doubling_engine() -> FakeEngine:
+    def double(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"out": 2 * inputs["x"], "unasked": np.zeros(1)}
+
+    return FakeEngine(double, inputs={"x": port("x")}, outputs={"out": port("out")})
+
+
+def test_a_run_reads_the_bound_inputs_and_writes_the_bound_outputs() -> None:
+    x, out = np.array([[1, 2]], np.float32), np.zeros((1, 2), np.float32)
+    with doubling_engine() as engine:
+        engine.bind("x", x)
+        engine.bind("out", out)
+        engine.run()
+    np.testing.assert_array_equal(out, [[2, 4]])
+
+
+def test_what_is_bound_once_is_read_again_at_every_run() -> None:
+    x, out = np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32)
+    with doubling_engine() as engine:
+        engine.bind("x", x)
+        engine.bind("out", out)
+        engine.run()
+        x[:] = 5
+        engine.run()
+        assert engine.runs == 2
+    np.testing.assert_array_equal(out, [[10, 10]])
+
+
+def test_binding_again_leaves_the_first_buffer_alone() -> None:
+    first, second = np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)
+    with doubling_engine() as engine:
+        engine.bind("x", np.ones((1, 2), np.float32))
+        engine.bind("out", first)
+        engine.bind("out", second)
+        engine.run()
+    assert not first.any()
+    assert (second == 2).all()
+
+
+def test_a_name_that_the_engine_does_not_have_is_refused() -> None:
+    with doubling_engine() as engine, pytest.raises(KeyError, match="cache"):
+        engine.bind("cache", np.zeros(2))
+
+
+def test_running_with_an_unbound_name_fails() -> None:
+    with doubling_engine() as engine, pytest.raises(KeyError, match="x"):
+        engine.run()
+
+
+def test_a_buffer_of_the_wrong_shape_fails_as_on_a_real_engine() -> None:
+    with doubling_engine() as engine:
+        engine.bind("x", np.ones((3, 2), np.float32))
+        engine.bind("out", np.zeros((1, 2), np.float32))
+        with pytest.raises(ValueError, match="broadcast"):
+            engine.run()
+
+
+def test_a_closed_engine_holds_no_buffers() -> None:
+    engine = doubling_engine()
+    with engine:
+        engine.bind("x", np.zeros((1, 2), np.float32))
+        engine.bind("out", np.zeros((1, 2), np.float32))
+        engine.run()
+    with pytest.raises(KeyError):
+        engine.run()
+
+
+def test_a_backend_opens_engines_by_the_name_of_their_segment() -> None:
+    engines = {"full": doubling_engine(), "reuse": doubling_engine()}
+    backend: Backend = FakeBackend(engines)
+    opened: Engine = backend.open(Path("anywhere/segments/reuse.onnx"))
+    assert opened is engines["reuse"]
+    assert backend.name == "fake"
+
+
+def test_a_segment_without_an_engine_is_refused() -> None:
+    with pytest.raises(KeyError, match="row-1"):
+        FakeBackend({"full": doubling_engine()}).open(Path("row-1.onnx"))

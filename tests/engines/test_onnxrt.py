@@ -1,0 +1,69 @@
+"""The ONNX Runtime backend: binding without copies, and errors in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.errors import BundleError
+from ditc.exporter.onnx_files import save_model
+
+DOUBLE = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[batch, 3] x) => (float[batch, 3] y) { y = Add (x, x) }
+"""
+
+
+@pytest.fixture
+def segment(tmp_path: Path) -> Path:
+    save_model(ir.from_onnx_text(DOUBLE), tmp_path / "double.onnx")
+    return tmp_path / "double.onnx"
+
+
+def test_outputs_land_in_the_bound_buffer(segment: Path) -> None:
+    x, y = np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
+    with OnnxRuntimeBackend().open(segment) as engine:
+        engine.bind("x", x)
+        engine.bind("y", y)
+        engine.run()
+        assert np.array_equal(y, np.full((2, 3), 2, np.float32))
+        x[...] = 5
+        engine.run()
+    assert np.array_equal(y, np.full((2, 3), 10, np.float32))
+
+
+def test_a_rebound_buffer_of_another_size_is_used(segment: Path) -> None:
+    with OnnxRuntimeBackend().open(segment) as engine:
+        for rows in (2, 5):
+            y = np.zeros((rows, 3), np.float32)
+            engine.bind("x", np.ones((rows, 3), np.float32))
+            engine.bind("y", y)
+            engine.run()
+            assert y.sum() == 6 * rows
+
+
+def test_ports_tell_type_and_open_dimensions(segment: Path) -> None:
+    with OnnxRuntimeBackend().open(segment) as engine:
+        assert engine.inputs["x"].shape == ("batch", 3)
+        assert engine.inputs["x"].dtype == "float32"
+        assert list(engine.outputs) == ["y"]
+
+
+def test_a_buffer_of_the_wrong_type_or_layout_is_refused(segment: Path) -> None:
+    with OnnxRuntimeBackend().open(segment) as engine:
+        with pytest.raises(ValueError, match="takes float32, found float64"):
+            engine.bind("x", np.ones((2, 3)))
+        with pytest.raises(ValueError, match="C-contiguous"):
+            engine.bind("x", np.ones((3, 2), np.float32).T)
+
+
+def test_a_damaged_segment_is_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a protobuf")
+    with pytest.raises(BundleError, match=r"ONNX Runtime failed opening broken\.onnx") as caught:
+        OnnxRuntimeBackend().open(broken)
+    assert "\n" not in str(caught.value)

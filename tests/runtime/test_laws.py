@@ -1,0 +1,174 @@
+"""The laws of the trajectory, on compiled bundles of a small model."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ditc.bundle import Bundle
+from ditc.errors import DitcError, InputError
+from ditc.exporter.onnx_files import load_model
+from ditc.program import Program
+from ditc.runtime.executor import Executor, seeded_noise
+from ditc.runtime.pipeline import Pipeline, load
+from ditc.runtime.quality import relative_error
+
+LABELS = [0, 3, 1, 4]
+
+
+def noise_for(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 4, 8, 8), dtype=np.float32)
+
+
+def test_a_schedule_with_no_reuse_gives_the_uncached_result_bit_for_bit(pipes: dict[str, Pipeline]) -> None:
+    assert np.array_equal(pipes["fp32-fora1"].latents(LABELS, seed=3), pipes["fp32-none"].latents(LABELS, seed=3))
+
+
+def test_a_schedule_with_reuse_gives_another_result(pipes: dict[str, Pipeline]) -> None:
+    assert not np.allclose(pipes["fp32-cached"].latents(LABELS, seed=3), pipes["fp32-none"].latents(LABELS, seed=3))
+
+
+@pytest.mark.parametrize("name", ["cached", "fp32-cached"])
+def test_permuting_the_batch_permutes_the_images(pipes: dict[str, Pipeline], name: str) -> None:
+    order = [2, 0, 3, 1]
+    noise = noise_for(4)
+    plain = pipes[name].latents(LABELS, noise=noise)
+    permuted = pipes[name].latents([LABELS[i] for i in order], noise=noise[order])
+    np.testing.assert_allclose(permuted, plain[order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cached", "fp32-cached"])
+def test_an_image_does_not_depend_on_its_neighbours(pipes: dict[str, Pipeline], name: str) -> None:
+    noise = noise_for(4)
+    together = pipes[name].latents(LABELS, noise=noise)
+    alone = pipes[name].latents(LABELS[1:2], noise=noise[1:2])
+    np.testing.assert_allclose(alone, together[1:2], rtol=0, atol=1e-5)
+
+
+def test_the_second_request_with_the_same_seed_equals_the_first(pipes: dict[str, Pipeline]) -> None:
+    first = pipes["cached"].images(LABELS, seed=5)
+    pipes["cached"].images([1, 2], seed=6)
+    assert np.array_equal(pipes["cached"].images(LABELS, seed=5), first)
+
+
+def test_a_request_after_an_abandoned_one_equals_a_fresh_one(pipes: dict[str, Pipeline]) -> None:
+    first = pipes["cached"].images(LABELS, seed=5)
+    abandoned = pipes["cached"].generate([4, 4, 4, 4], seed=9)
+    for _ in range(3):
+        next(abandoned)
+    abandoned.close()
+    assert np.array_equal(pipes["cached"].images(LABELS, seed=5), first)
+
+
+def test_a_request_after_a_failed_one_equals_a_fresh_one(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["cached"].path) as pipe:
+        first = pipe.images(LABELS, seed=5)
+        assert pipe._executor is not None
+        engine = pipe._executor._engines["reuse"]
+        run, engine.run = engine.run, lambda: (_ for _ in ()).throw(RuntimeError("device lost"))  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="device lost"):
+            pipe.images(LABELS, seed=8)
+        engine.run = run  # type: ignore[method-assign]
+        assert np.array_equal(pipe.images(LABELS, seed=5), first)
+
+
+def test_two_requests_can_be_walked_in_turn(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["cached"]
+    alone = [pipe.latents(LABELS, seed=seed) for seed in (1, 2)]
+    for events in zip(pipe.generate(LABELS, seed=1), pipe.generate(LABELS, seed=2), strict=True):
+        last = events
+    assert np.array_equal(last[0].x, alone[0])
+    assert np.array_equal(last[1].x, alone[1])
+
+
+def guided(bundle: Bundle, guidance: float, program: Program | None = None) -> np.ndarray:
+    """A trajectory of a bundle's segments under another guidance weight."""
+    with load(bundle.path) as pipe:
+        base = pipe._executor
+        assert base is not None
+        columns = {n.removeprefix("sampler."): t for n, t in bundle.tables().items() if n.startswith("sampler.")}
+        runner = Executor(base.spec, program or base.program, columns, base._engines, guidance)
+        noise, fresh = seeded_noise(0, 0, 2, base.spec.latent_shape)
+        return list(runner.run([1, 2], noise, fresh))[-1].x
+
+
+def test_conditional_and_unconditional_halves_share_no_cache(bundles: dict[str, Bundle]) -> None:
+    """With weight close to 1 guidance nearly vanishes, so the image nears that of the conditional half alone."""
+    bundle = bundles["fp32-cached"]
+    assert relative_error(guided(bundle, 1.0 + 1e-6), guided(bundle, 1.0)) < 1e-4
+    assert relative_error(guided(bundle, 4.0), guided(bundle, 1.0)) > 1e-2
+
+
+def test_guidance_leaves_the_fourth_channel_conditional(bundles: dict[str, Bundle]) -> None:
+    """The original release guides three of the four latent channels: after one step the fourth is unguided."""
+    bundle = bundles["fp32-none"]
+    with load(bundle.path) as pipe:
+        events = {}
+        for weight in (1.0, 4.0):
+            base = pipe._executor
+            assert base is not None
+            columns = {n.removeprefix("sampler."): t for n, t in bundle.tables().items() if n.startswith("sampler.")}
+            runner = Executor(base.spec, base.program, columns, base._engines, weight)
+            noise, fresh = seeded_noise(0, 0, 2, base.spec.latent_shape)
+            events[weight] = next(iter(runner.run([1, 2], noise, fresh)))
+        np.testing.assert_allclose(events[4.0].x[:, 3], events[1.0].x[:, 3], atol=1e-5)
+        assert not np.allclose(events[4.0].x[:, :3], events[1.0].x[:, :3], atol=1e-3)
+
+
+def test_the_residual_is_applied_once_per_branch(bundles: dict[str, Bundle]) -> None:
+    """`reuse` adds every cached branch to the stream once: two operations a branch, none doubled."""
+    nodes = [node.op_type for node in load_model(bundles["fp32-cached"].segment_path("reuse")).graph]
+    branches = len(bundles["fp32-cached"].manifest.model.branches)
+    assert nodes.count("Mul") == branches + 1  # each gate, and the final layer's scale
+    assert nodes.count("MatMul") == 1  # the final layer
+
+
+def test_noise_of_an_image_depends_on_seed_and_place_alone() -> None:
+    four, _ = seeded_noise(3, 0, 4, (1, 2, 2))
+    last, _ = seeded_noise(3, 3, 1, (1, 2, 2))
+    assert np.array_equal(four[3:], last)
+    assert not np.array_equal(four[0], four[1])
+
+
+def test_batches_of_the_bundle_size_give_the_images_of_one_batch(pipes: dict[str, Pipeline]) -> None:
+    labels = [0, 1, 2, 3, 4, 0]
+    split = pipes["fp32-cached"].latents(labels, seed=2)
+    whole = list(pipes["fp32-cached"].generate(labels, seed=2))[-1].x
+    np.testing.assert_allclose(split, whole, atol=1e-5)
+
+
+def test_images_are_in_range_and_events_count_the_steps(pipes: dict[str, Pipeline]) -> None:
+    events = list(pipes["cached"].generate(LABELS, seed=0))
+    assert [event.index for event in events] == list(range(6))
+    assert [event.segment for event in events] == ["full", "reuse"] * 3
+    assert all(event.images is None for event in events[:-1])
+    images = events[-1].images
+    assert images is not None
+    assert images.shape == (4, 4, 8, 8)
+    assert images.dtype == np.float32
+    assert np.abs(images).max() <= 1
+    assert all(event.seconds >= event.engine_seconds > 0 for event in events)
+
+
+def test_the_samples_of_events_stay_what_they_were(pipes: dict[str, Pipeline]) -> None:
+    events = list(pipes["cached"].generate(LABELS, seed=0))
+    for earlier, later in itertools.pairwise(events):
+        assert np.array_equal(earlier.x, later.before)
+        assert not np.array_equal(earlier.x, later.x)
+
+
+def test_a_wrong_label_is_refused_in_one_line(pipes: dict[str, Pipeline]) -> None:
+    with pytest.raises(InputError, match="label 5 is not a class of small: expected 0 to 4"):
+        pipes["cached"].images([1, 5])
+
+
+def test_noise_of_the_wrong_shape_is_refused(pipes: dict[str, Pipeline]) -> None:
+    with pytest.raises(InputError, match="noise must have shape"):
+        pipes["cached"].images([1, 2], noise=noise_for(3)[:, :2])
+
+
+def test_a_pipeline_that_is_not_open_says_how_to_open_it(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(DitcError, match=r"with ditc\.load"):
+        load(bundles["cached"].path).images([1])
