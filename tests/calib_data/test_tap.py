@@ -198,16 +198,18 @@ for image in range(images):
     x[image * steps : (image + 1) * steps] = np.cos(angle) * noise + np.sin(angle) * np.cumsum(clean, axis=-1) / 4
 sample, step = np.divmod(np.arange(len(x)), steps)
 pool = Pool(x, sample, step, 1000.0 - 20 * step, sample % 10)
-start = time.perf_counter()
+wall, cpu = time.perf_counter(), time.process_time()
 chosen = select_points("tap", pool, SelectionOptions())
 print(json.dumps({
     "points": len(chosen),
-    "seconds": time.perf_counter() - start,
+    "wall_seconds": time.perf_counter() - wall,
+    "cpu_seconds": time.process_time() - cpu,
     "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
 }))
 """
 
 
+# CPU time, so that the verdict does not depend on what else the machine does
 @pytest.mark.slow
 def test_800_of_50000_latents_take_under_two_gigabytes_and_two_minutes() -> None:
     done = subprocess.run([sys.executable, "-c", FULL_SIZE], capture_output=True, text=True, check=True)

@@ -366,6 +366,13 @@ def test_the_decoder_is_the_vae_s_on_unscaled_latents(scale: float, tmp_path: Pa
     torch.testing.assert_close(model.decoder(latent), vae.decode(latent / scale).sample)
 
 
+def test_the_decoder_is_not_counted_among_the_parameters(tmp_path: Path) -> None:
+    transformer().save_pretrained(tmp_path / "transformer")
+    alone = dit_from_diffusers(tmp_path).spec.parameters
+    autoencoder().save_pretrained(tmp_path / "vae")
+    assert dit_from_diffusers(tmp_path).spec.parameters == alone
+
+
 def test_without_a_vae_there_is_no_decoder(folder: Path) -> None:
     model = dit_from_diffusers(folder)
     assert model.decoder is None

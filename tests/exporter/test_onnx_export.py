@@ -23,7 +23,7 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, CheckpointError
 from ditc.exporter.diffusers_folder import Decoder
 from ditc.exporter.dit import DiT, DiTConfig
-from ditc.exporter.onnx_export import export_segment, parity_error
+from ditc.exporter.onnx_export import CLEANUP, export_segment, parity_error
 from ditc.exporter.onnx_files import data_path
 from ditc.exporter.segments import Segment, segments_of
 from ditc.program import BRANCH_KEY, CONDITION, DECODE, PATH_KEY, Program, program_from_schedule
@@ -263,16 +263,27 @@ def test_no_weight_is_transposed_at_run_time(files: Exported) -> None:
         assert not [node.name for node in graph.node if node.op_type == "Gemm"]
 
 
-def test_a_weight_too_large_for_constant_folding_is_stored_as_matmul_wants_it(tmp_path: Path) -> None:
-    model = DiT(DiTConfig(input_size=4, hidden_size=768, depth=1, num_heads=12, num_classes=2)).eval()
-    program = program_of(model.spec, schedule_for("none", model.spec, 2))
-    segment = next(segment for segment in segments_of(model, program) if segment.name == "full")
-    found = linears_of(export_segment(segment, tmp_path / "full.onnx", model.spec.branches))
-    weights = {str(linear.weight.name): linear.weight_array() for linear in found}
-    expected = {f"{path}.weight": layer.weight.detach().numpy().T for path, layer in branch_linears(segment)}
-    assert weights.keys() == expected.keys()
-    assert all(np.array_equal(weights[name], expected[name]) for name in expected)
-    assert parity_error(segment, runner(tmp_path / "full.onnx")) < TIGHT
+def test_a_weight_that_the_exporter_left_to_transpose_is_stored_as_matmul_wants_it() -> None:
+    model = ir.from_onnx_text(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[batch, 3] x) => (float[batch, 2] out)
+        <float[2, 3] weight = {1, 2, 3, 4, 5, 6}> {
+            transposed = Transpose <perm = [1, 0]> (weight)
+            out = MatMul (x, transposed)
+        }
+        """
+    )
+    model.graph[-1].metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'model.mlp', 'model.mlp.fc1']"
+    for transform in CLEANUP:
+        transform(model, ())
+    (matmul,) = model.graph
+    weight = matmul.inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    assert (matmul.name, weight.name) == ("mlp.fc1/MatMul", "mlp.fc1.weight")
+    assert weight.const_value.numpy().tolist() == [[1, 4], [2, 5], [3, 6]]
+    assert list(model.graph.initializers) == ["mlp.fc1.weight"]
 
 
 def test_a_matmul_knows_its_branch(dit: Exported) -> None:

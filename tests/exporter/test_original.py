@@ -187,7 +187,9 @@ def test_a_file_of_other_bytes_is_refused(content: bytes, tmp_path: Path) -> Non
 def test_a_git_lfs_pointer_is_not_taken_for_a_pickle_with_code(tmp_path: Path) -> None:
     path = tmp_path / "pointer.pt"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2700611775\n")
-    assert "more than weights" not in refusal(path)
+    message = refusal(path)
+    assert "Git LFS pointer" in message
+    assert "more than weights" not in message
 
 
 def test_a_pickled_object_is_refused(tmp_path: Path) -> None:
