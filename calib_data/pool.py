@@ -52,8 +52,9 @@ class Pool:
         return self.x.reshape(len(self.x), -1)
 
     def ordered(self) -> Pool:
-        """The same points in canonical order."""
-        return self.take(np.lexsort((self.step, self.sample)))
+        """The same points in canonical order; a pool that is in order already is not copied."""
+        order = np.lexsort((self.step, self.sample))
+        return self if np.array_equal(order, np.arange(len(self))) else self.take(order)
 
     def take(self, index: NDArray[Any]) -> Pool:
         return Pool(self.x[index], self.sample[index], self.step[index], self.t[index], self.label[index])

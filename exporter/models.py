@@ -63,8 +63,9 @@ def random_model(size: str, *, seed: int = 0, depth: int | None = None) -> DiT:
     config: DiTConfig = config_for_size(match[1], int(match[2]), int(match[3]))
     if depth is not None:
         config = replace(config, depth=depth)
-    torch.manual_seed(seed)
-    return DiT(config, name=f"{size}-random").eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DiT(config, name=f"{size}-random").eval()
 
 
 def _users_own(name: str) -> Any:
@@ -72,7 +73,7 @@ def _users_own(name: str) -> Any:
     sys.path.insert(0, str(Path.cwd()))
     try:
         build = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as e:
+    except Exception as e:  # a module of the user's may fail in any way
         raise CheckpointError(f"can't import {name}: {e}; expected MODULE:FUNCTION returning a TrajectoryModel") from e
     finally:
         sys.path.pop(0)

@@ -51,6 +51,9 @@ def config_from_tensors(tensors: dict[str, Tensor], source: Path, num_heads: int
     side = math.isqrt(shape("pos_embed", 3)[1])
     if outputs not in (channels, 2 * channels):
         raise CheckpointError(f"{source}: final_layer gives {outputs} channels, expected {channels} or {2 * channels}")
+    classes = shape("y_embedder.embedding_table.weight", 2)[0] - 1
+    if classes < 1:
+        raise CheckpointError(f"{source}: y_embedder has {classes + 1} rows, expected one per class and one for none")
     return DiTConfig(
         input_size=side * patch,
         patch_size=patch,
@@ -59,7 +62,7 @@ def config_from_tensors(tensors: dict[str, Tensor], source: Path, num_heads: int
         depth=max(numbers) + 1,
         num_heads=_heads(hidden, num_heads, source),
         mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden,
-        num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        num_classes=classes,
         learn_sigma=outputs == 2 * channels,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
     )

@@ -152,6 +152,9 @@ def check_decomposition(model: Any, tolerance: float = 1e-4) -> None:
     try:
         _check_shapes(model, x, y)
         found, expected = composed(model, x, t, y), model(x, t, y)
+    except (RuntimeError, IndexError, TypeError) as e:
+        reason = str(e).splitlines()[0]
+        raise CheckpointError(f"{spec.name} can't run on inputs as its spec describes them: {reason}") from e
     finally:
         model.train(was_training)
     if found.shape != expected.shape:

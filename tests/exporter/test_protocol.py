@@ -203,3 +203,15 @@ def test_example_inputs_are_within_what_the_model_takes(own: ModuleType) -> None
 )
 def test_relative_error_is_a_ratio_of_norms(found: list[float], expected: list[float], error: float) -> None:
     assert relative_error(torch.tensor(found), torch.tensor(expected)) == pytest.approx(error, rel=1e-5)
+
+
+def test_a_spec_that_the_model_can_not_run_on_is_one_line(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(with_spec(own, monkeypatch, in_channels=7, cfg_channels=1))
+    assert "can't run on inputs as its spec describes them" in message
+    assert "\n" not in message
+
+
+def test_a_users_module_that_fails_to_import_is_one_line(own_folder: Path) -> None:
+    (own_folder / "wrong.py").write_text("def build(:\n")
+    with pytest.raises(CheckpointError, match="can't import wrong:build"):
+        load_model("wrong:build")
