@@ -64,6 +64,7 @@ def spectral_embedding(similarity: Vectors, dimensions: int) -> Vectors:
     They come from the eigenvectors of the small n x n matrix L^T L, so the work is O(N n^2) at most.
     """
     from scipy.linalg import eigh
+    from threadpoolctl import threadpool_limits
 
     rows = np.sqrt(similarity.sum(axis=1, dtype=np.float64))
     columns = np.sqrt(similarity.sum(axis=0, dtype=np.float64))
@@ -74,7 +75,8 @@ def spectral_embedding(similarity: Vectors, dimensions: int) -> Vectors:
         block = similarity[start : start + CHUNK]
         gram += block.T @ block
     count = len(gram)
-    values, vectors = eigh(gram, subset_by_index=[count - dimensions, count - 1])
+    with threadpool_limits(1):  # two threads get in each other's way here: slower, and many times so on a busy machine
+        values, vectors = eigh(gram, subset_by_index=[count - dimensions, count - 1])
     order = np.argsort(values)[::-1]
     singular = np.sqrt(np.maximum(values[order], 1e-12))
     left = similarity @ (vectors[:, order] / singular).astype(np.float32)

@@ -37,6 +37,14 @@ SELECT_SETTINGS = {
     *("select", "points", "clusters", "pool_images", "pool_steps"),
     *("tap_alpha", "tap_tau", "tap_subsamples", "tap_share"),
 }
+# stage -> the JSON it leaves for the manifest's `checks`
+CHECK_FILES = (
+    ("export", "parity"),
+    ("select", "pool"),
+    ("quantize", "kernels"),
+    ("lower", "tensorrt"),
+    ("verify", "verify"),
+)
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "scikit-learn", "numpy", "scipy")
 
 
@@ -156,6 +164,11 @@ class _Compile:
         made = {name: folder / f"{name}.onnx" for name in segments}
         return {name: made[name] if made[name].is_file() else path for name, path in segments.items()}
 
+    def lower(self, compiled: Segments) -> None:
+        """The form for TensorRT, of quantized bundles: FP32 asks for the numbers as they are."""
+        if self.plan.options.precision != "fp32":
+            self.stage("lower", [], lambda folder: stages.lower_for_tensorrt(self.plan, compiled, folder))
+
     def fit(self, segments: Segments, compiled: Segments) -> None:
         """The compensation; a program that is the FP program itself has nothing to compensate."""
         plan, options = self.plan, self.plan.options
@@ -183,6 +196,7 @@ def _run_stages(plan: Plan, model: Any, work: WorkFolder, target: Path) -> None:
     compile_ = _Compile(plan, work, digest_of(decided))
     segments = compile_.export(model)
     compiled = compile_.quantize(segments)
+    compile_.lower(compiled)
     compile_.fit(segments, compiled)
     compile_.verify(segments, compiled)
     compile_.seal(segments, compiled, target)
@@ -203,6 +217,9 @@ def _assemble(done: _Compile, segments: Segments, compiled: Segments, target: Pa
     plan = done.plan
     for path in compiled.values():
         _copy_segment(path, target / "segments")
+    if "lower" in done.folders:
+        for path in done.folders["lower"].glob("*.onnx*"):
+            shutil.copyfile(path, target / "segments" / path.name)
     if plan.options.reference and compiled["full"] != segments["full"]:
         _copy_segment(segments["full"], target / "reference")
     for stage, name in (("select", "calib.npz"), ("quantize", "scales.json")):
@@ -220,7 +237,7 @@ def _manifest(done: _Compile) -> Manifest:
     plan, options = done.plan, done.plan.options
     checks = {
         name: json.loads((done.folders[stage] / f"{name}.json").read_text())
-        for stage, name in (("export", "parity"), ("select", "pool"), ("quantize", "kernels"), ("verify", "verify"))
+        for stage, name in CHECK_FILES
         if stage in done.folders
     }
     if done.compensation is not None:

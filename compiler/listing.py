@@ -58,6 +58,11 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
             for name, found in kernels.items()
             if isinstance(found, dict)
         )
+    rules = m.checks.get("tensorrt")
+    if isinstance(rules, dict):
+        broken = [text for found in rules.values() if isinstance(found, list) for text in found]
+        verdict = f"{len(broken)} rules broken: {broken[0]}" if broken else "no rule broken"
+        facts["TensorRT form"] = f"{len(rules)} segments, {verdict}"
     verified = m.checks.get("verify")
     if isinstance(verified, dict):
         facts["against FP"] = f"PSNR {verified['psnr_db_mean']:.1f} dB mean over {verified['images']} images"

@@ -24,6 +24,7 @@ from ditc.engines.lowering import lower
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq
 from ditc.engines.scales import ScaleTable, activation_probe, histograms_of, scale_table
+from ditc.engines.tensorrt_rules import violations_of
 from ditc.errors import CheckError
 from ditc.files import atomic_write, sha256_of
 from ditc.program import CONDITION, Program
@@ -40,6 +41,7 @@ Segments = Mapping[str, Path]
 
 BUFFER_BYTES = 1 << 30  # cache slots, or probed activations, that one batch of compile-time work may take
 LARGEST_BATCH = 64
+INLINE_LIMIT_BYTES = 64 << 20  # changed weights beyond this get a file of their own; one protobuf holds 2 GB at most
 
 # purposes with noise of their own, so that no image is used twice: calibration, compensation, verification
 POOL_NOISE, FIT_NOISE, VERIFY_NOISE = 1_000_003, 2_000_003, 3_000_003
@@ -239,6 +241,30 @@ def check_integer_kernels(backend: OnnxRuntimeBackend, segment: Path, expected: 
             "report this with the versions that `ditc doctor` prints"
         )
     return {"linears": expected, "integer": integer}
+
+
+def lower_for_tensorrt(plan: Plan, compiled: Segments, folder: Path) -> None:
+    """The strongly typed FP16 + INT8 form of every segment, and what TensorRT's rules say of it: tensorrt.json."""
+    from ditc.exporter.onnx_files import load_model, save_model, save_sharing_data
+
+    broken: dict[str, list[str]] = {}
+    for name, path in compiled.items():
+        model = load_model(path)
+        lower(model, "trt")
+        broken[name] = [str(violation) for violation in violations_of(model)]
+        target = lowered_path(folder / path.name, "trt")
+        # what changed lies in memory; what didn't is read from the portable segment's own file, unless that is little
+        changed = sum(bytes_in_memory(value) for value in model.graph.initializers.values())
+        (save_sharing_data if changed < INLINE_LIMIT_BYTES else save_model)(model, target)
+    _write_json(folder / "tensorrt.json", broken)
+
+
+def bytes_in_memory(value: Any) -> int:
+    """Size of a constant that the graph itself holds; 0 for one in a file beside it."""
+    import onnx_ir as ir
+
+    tensor = value.const_value
+    return 0 if tensor is None or isinstance(tensor, ir.ExternalTensor) else int(tensor.nbytes)
 
 
 def exact_trajectory(plan: Plan, segments: Segments, count: int, purpose: int, stage: str) -> list[Samples]:

@@ -154,13 +154,13 @@ def _read_manifest(path: Path) -> Manifest:
         ) from e
     except (OSError, ValueError) as e:
         raise BundleError(f"{path / MANIFEST} is damaged ({e}); copy the bundle again") from e
+    if not (path / SEAL).is_file() or (path / SEAL).read_bytes() != hashlib.sha256(text).hexdigest().encode() + b"\n":
+        raise BundleError(f"{path} is damaged: {MANIFEST} does not match {SEAL}; copy the bundle again")
     found = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(found, int):
         raise BundleError(f"{path / MANIFEST} is damaged: it has no schema version; copy the bundle again")
     if found > SCHEMA_VERSION:
         raise BundleError(f"{path / MANIFEST} has schema {found}, this ditc reads up to {SCHEMA_VERSION}; update ditc")
-    if not (path / SEAL).is_file() or (path / SEAL).read_bytes() != hashlib.sha256(text).hexdigest().encode() + b"\n":
-        raise BundleError(f"{path} is damaged: {MANIFEST} does not match {SEAL}; copy the bundle again")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as e:

@@ -1,6 +1,7 @@
 """Lowerings: what one backend wants changed in the portable segments. Graph only; the weights file is shared.
 
-A pass edits the graph and answers whether it changed it. Each has to keep the numbers exactly as they were.
+A pass edits the graph and answers whether it changed it. For ONNX Runtime the quantized values stay as they were; for
+TensorRT they are those of FP16 arithmetic.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+
+from ditc.engines.half import half_precision
 
 __all__ = ["LOWERINGS", "lower"]
 
@@ -57,6 +60,9 @@ LOWERINGS: dict[str, tuple[GraphPass, ...]] = {
     "onnxrt": (
         unsigned_activations,
         drop_unused_constants,  # last: the signed zero points are unused by then
+    ),
+    "trt": (
+        half_precision,  # strongly typed networks compute in the type that the graph says
     ),
 }
 

@@ -70,7 +70,9 @@ def _activation_pair(model: ir.Model, linear: Linear, scale: float) -> ir.Value:
     dequantize = ir.node(
         "DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{linear.path}/DequantizeLinear"
     )
-    quantize.outputs[0].name, dequantize.outputs[0].name = f"{stem}.q", f"{stem}.dq"
+    for node, suffix, kind in ((quantize, "q", ir.DataType.INT8), (dequantize, "dq", ir.DataType.FLOAT)):
+        node.outputs[0].name, node.outputs[0].dtype = f"{stem}.{suffix}", kind
+        node.outputs[0].shape = linear.activation.shape
     return _placed(model, linear, quantize, dequantize)
 
 
@@ -86,7 +88,8 @@ def _weight_dequantizer(model: ir.Model, linear: Linear) -> ir.Value:
         attributes={"axis": 1},
         name=f"{linear.path}/DequantizeWeight",
     )
-    dequantize.outputs[0].name = f"{linear.path}.weight_dq"
+    dequantize.outputs[0].name, dequantize.outputs[0].dtype = f"{linear.path}.weight_dq", ir.DataType.FLOAT
+    dequantize.outputs[0].shape = linear.weight.shape
     if [use.node for use in linear.weight.uses()] == [linear.node]:
         model.graph.initializers.pop(str(linear.weight.name))
     return _placed(model, linear, dequantize)

@@ -178,13 +178,21 @@ class Executor:
         rows = count * self.halves
         sizes = {"batch": rows, "steps": len(self.program.steps)}
         outputs = self._engines[CONDITION].outputs.values()
+        slot_shape, slot_type = (rows, *self.spec.branch_shape), self._slot_type()
         return _Buffers(
             x=np.empty((rows, *self.spec.latent_shape), np.float32),
             labels=np.empty(rows, np.int64),
             out=np.empty((rows, self.spec.out_channels, self.spec.height, self.spec.width), np.float32),
             condition={port.name: np.empty(_shape(port, sizes), port.dtype) for port in outputs},
-            slots=tuple(np.empty((rows, *self.spec.branch_shape), np.float32) for _ in range(self.program.slots)),
+            slots=tuple(np.empty(slot_shape, slot_type) for _ in range(self.program.slots)),
         )
+
+    def _slot_type(self) -> str:
+        """The type in which segments hand over cached outputs: that of the first one written."""
+        for step in self.program.steps:
+            for branch in step.writes:
+                return self._engines[step.segment].outputs[f"cache.{branch}"].dtype
+        return "float32"
 
 
 def _shape(port: Port, sizes: Mapping[str, int]) -> tuple[int, ...]:

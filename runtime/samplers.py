@@ -49,7 +49,7 @@ def timesteps(sampler: SamplerSpec, steps: int, train_steps: int) -> NDArray[np.
     elif sampler.spacing == "leading":
         picked = (np.arange(steps) * float(train_steps // steps))[::-1] + sampler.offset
     else:
-        picked = np.round(train_steps - np.arange(steps) * (train_steps / steps)) - 1
+        picked = np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]) - 1  # arange may overshoot
     if picked[0] >= train_steps:
         raise InputError(f"offset {sampler.offset} moves the first timestep to {picked[0]:g}, past {train_steps - 1}")
     return picked.astype(np.int64)

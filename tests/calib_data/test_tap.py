@@ -209,11 +209,11 @@ print(json.dumps({
 """
 
 
-# CPU time, so that the verdict does not depend on what else the machine does
 @pytest.mark.slow
-def test_800_of_50000_latents_take_under_two_gigabytes_and_two_minutes() -> None:
+def test_800_of_50000_latents_take_under_two_gigabytes_and_two_minutes_of_cpu_time() -> None:
+    """CPU time, so that the verdict does not depend on what else the machine does."""
     done = subprocess.run([sys.executable, "-c", FULL_SIZE], capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
     assert measured["points"] == 800
-    assert measured["peak_bytes"] < 2e9
-    assert measured["seconds"] < 120
+    assert measured["peak_bytes"] < 2e9, measured
+    assert measured["cpu_seconds"] < 120, measured

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ditc.bundle import Bundle
 from ditc.compiler.cli import cli, run
+from ditc.files import sha256_of
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(cli.commands)
@@ -163,6 +164,7 @@ def test_a_bundle_from_a_newer_schema_is_refused(
     shutil.copytree(bundles["cached"].path, tmp_path / "b")
     manifest = tmp_path / "b" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    (tmp_path / "b" / "manifest.sha256").write_text(f"{sha256_of(manifest)}\n")
     assert run(["inspect", str(tmp_path / "b")]) == 2
     assert "schema 99, this ditc reads up to 1; update ditc" in capsys.readouterr().err
 

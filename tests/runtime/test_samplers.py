@@ -97,6 +97,18 @@ def test_ddim_is_diffusers_at_any_number_of_steps(steps: int) -> None:
     walk_ddim(DiffusionSpec(), SamplerSpec(spacing="leading"), steps)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_the_timesteps_are_those_of_diffusers_at_every_number_of_steps(spacing: Any) -> None:
+    theirs = DDIMScheduler(timestep_spacing=spacing)
+    differing = []
+    for steps in range(2, 1001):
+        theirs.set_timesteps(steps)
+        expected = theirs.timesteps.tolist()[:steps]  # its sums overshoot now and then, to a timestep of -1
+        if timesteps(SamplerSpec(spacing=spacing), steps, 1000).tolist() != expected:
+            differing.append(steps)
+    assert not differing
+
+
 def walk_ddpm(
     diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int, monkeypatch: pytest.MonkeyPatch, last: int
 ) -> None:
