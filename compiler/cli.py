@@ -44,6 +44,11 @@ def run(arguments: Sequence[str]) -> int:
     except DitcError as e:
         click.echo(f"ditc: {e}", err=True)
         return BAD_INPUT
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] == "ditc":
+            raise
+        click.echo(f"ditc: this command needs {e.name}; install it with: pip install 'ditc[export]'", err=True)
+        return BAD_INPUT
     except OSError as e:
         click.echo(f"ditc: {e.filename or 'a file'}: {e.strerror or e}", err=True)
         return BAD_INPUT

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ditc.compiler.stages import comparison
 from ditc.errors import CheckError
 from ditc.runtime.executor import Samples, StepEvent
 from ditc.runtime.images import grid, save_png
 from ditc.runtime.pipeline import Pipeline, load
+from ditc.runtime.quality import trajectory_comparison
 
 __all__ = ["run_bundle", "verify_bundle"]
 
@@ -78,7 +78,7 @@ def verify_bundle(bundle: Path, *, images: int, seed: int, least_psnr_db: float 
         return [np.concatenate(parts) for _, parts in sorted(steps.items())]
 
     exact, found = trajectory(True), trajectory(False)
-    result = comparison(found, exact)
+    result = trajectory_comparison(found, exact)
     if least_psnr_db is not None and result["psnr_db_mean"] < least_psnr_db:
         raise CheckError(
             f"mean PSNR against FP is {result['psnr_db_mean']:.2f} dB over {images} images, expected at least "

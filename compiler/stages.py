@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from ditc.program import CONDITION, Program
 from ditc.runtime.compensation import TableCompensation, fit_closed_loop
 from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
 from ditc.runtime.pipeline import open_engines
-from ditc.runtime.quality import psnr_db, relative_error
+from ditc.runtime.quality import trajectory_comparison
 from ditc.spec import ModelSpec
 
 __all__ = ["Plan", "Segments", "export", "fit", "model_digest", "quantize", "record_pool", "select", "verify"]
@@ -299,19 +299,7 @@ def verify(
         for _, request in start_requests(plan, runner, count, VERIFY_NOISE):
             for event in request:
                 found[event.index].append(event.x)
-    _write_json(folder / "verify.json", comparison([np.concatenate(parts) for parts in found], exact))
-
-
-def comparison(found: Sequence[Samples], exact: Sequence[Samples]) -> dict[str, Any]:
-    """Latents after each step: relative error, and standard deviation against the exact one; PSNR of the last."""
-    psnr = psnr_db(found[-1], exact[-1])
-    return {
-        "images": len(exact[-1]),
-        "psnr_db_mean": float(psnr.mean()),
-        "psnr_db_min": float(psnr.min()),
-        "relative_error": [relative_error(f, e) for f, e in zip(found, exact, strict=True)],
-        "std_ratio": [float(f.std() / e.std()) for f, e in zip(found, exact, strict=True)],
-    }
+    _write_json(folder / "verify.json", trajectory_comparison([np.concatenate(parts) for parts in found], exact))
 
 
 def _write_json(path: Path, value: Mapping[str, Any] | Iterable[Any]) -> None:

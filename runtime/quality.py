@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["frechet_distance", "psnr_db", "relative_error"]
+__all__ = ["frechet_distance", "psnr_db", "relative_error", "trajectory_comparison"]
 
 Array = NDArray[Any]
 
@@ -36,3 +37,15 @@ def frechet_distance(a: Array, b: Array) -> float:
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0)).sum()
     means = ((a64.mean(axis=0) - b64.mean(axis=0)) ** 2).sum()
     return float(means + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def trajectory_comparison(found: Sequence[Array], exact: Sequence[Array]) -> dict[str, Any]:
+    """Samples after each step against the exact ones: relative error, ratio of deviations; PSNR of the last."""
+    psnr = psnr_db(found[-1], exact[-1])
+    return {
+        "images": len(exact[-1]),
+        "psnr_db_mean": float(psnr.mean()),
+        "psnr_db_min": float(psnr.min()),
+        "relative_error": [relative_error(f, e) for f, e in zip(found, exact, strict=True)],
+        "std_ratio": [float(f.std() / e.std()) for f, e in zip(found, exact, strict=True)],
+    }

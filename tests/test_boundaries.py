@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+COMPILE_ONLY = "torch", "onnx", "onnx_ir", "onnxscript", "sklearn", "scipy", "diffusers"
 HEAVY = "torch", "onnx", "onnxscript", "sklearn", "scipy", "tensorrt", "diffusers"
 
 
@@ -24,6 +25,32 @@ def test_generating_from_a_bundle_loads_no_torch(cached_bundle_path: Path) -> No
     loaded = modules_after(code)
     assert "onnxruntime" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "inspect", "doctor"])
+def test_a_deployment_runs_every_command_but_compile_without_the_compiler(
+    command: str, cached_bundle_path: Path, tmp_path: Path
+) -> None:
+    """Packages that only compiling needs are made unimportable, as where they are not installed."""
+    arguments = {
+        "run": ["run", str(cached_bundle_path), "--labels", "1", "-o", str(tmp_path / "images")],
+        "verify": ["verify", str(cached_bundle_path), "--images", "1"],
+        "inspect": ["inspect", str(cached_bundle_path)],
+        "doctor": ["doctor"],
+    }[command]
+    code = f"import sys\nfor name in {COMPILE_ONLY!r}: sys.modules[name] = None\n"
+    code += f"from ditc.compiler.cli import run\nsys.exit(run({arguments!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compiling_without_the_compiler_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys\nfor name in ('torch', 'onnx_ir'): sys.modules[name] = None\n"
+    code += f"from ditc.compiler.cli import run\nsys.exit(run(['compile', 'digits', '-o', {str(tmp_path / 'b')!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'ditc[export]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_importing_ditc_loads_nothing_heavy() -> None:
