@@ -3,7 +3,7 @@
     manifest.json         schema version, model, program, settings, files with SHA-256 and size, how it was made
     manifest.sha256       the hash of manifest.json
     segments/*.onnx       the deployed segments (+ external data beside them); NAME.BACKEND.onnx is the form of one
-                          backend, with the same data
+                          backend, sharing that data
     tables.safetensors    every per-step number: timesteps, sampler coefficients, compensation
     calib/                the calibration set and the scales made from it
     reference/*.onnx      the FP segments that `ditc verify` compares with; a deployment may leave them out
