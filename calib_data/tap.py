@@ -39,7 +39,7 @@ class TapSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise InputError(f"TAP's alpha must be 0 to 1, found {self.alpha:g}")
-        if self.tau <= 0 or self.subsamples < 1 or not 0 < self.share <= 1:
+        if not self.tau > 0 or self.subsamples < 1 or not 0 < self.share <= 1:
             raise InputError("TAP needs tau > 0, at least one sub-sample, and a share in (0, 1]")
 
 

@@ -134,13 +134,21 @@ COMPILE_OPTIONS = (
 @cli.command("compile")
 @click.argument("model", required=False)
 @click.option("--random", "random_size", metavar="SIZE", help="A released size with random weights, like dit-xl-2-256.")
+@click.option("--vae", type=click.Path(path_type=Path), help="AutoencoderKL folder whose decoder makes the images.")
 @click.option("--heads", type=int, help="Attention heads, where the checkpoint's width does not tell.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @compile_options
 @as_json
 def compile_command(
-    model: str | None, random_size: str | None, heads: int | None, out: Path, force: bool, json_: bool, **settings: Any
+    model: str | None,
+    random_size: str | None,
+    vae: Path | None,
+    heads: int | None,
+    out: Path,
+    force: bool,
+    json_: bool,
+    **settings: Any,
 ) -> None:
     """Compile MODEL into a bundle.
 
@@ -159,7 +167,7 @@ def compile_command(
 
         chosen = random_model(random_size, seed=options.seed)
     with progress_on_stderr() as progress:
-        bundle = compile_model(chosen, out, options, progress=progress, force=force, num_heads=heads)
+        bundle = compile_model(chosen, out, options, progress=progress, force=force, num_heads=heads, vae=vae)
     if json_:
         print_json({"bundle": str(out), "manifest": bundle.manifest.model_dump(mode="json")})
     else:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ditc
+from ditc import calib_data, compiler, engines, exporter, runtime
 from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.compiler import stages
 from ditc.compiler.options import CompileOptions
@@ -24,7 +25,7 @@ from ditc.engines.backend import lowered_path
 from ditc.engines.lowering import LOWERINGS
 from ditc.errors import InputError
 from ditc.exporter.onnx_files import data_path
-from ditc.files import atomic_folder, digest_of
+from ditc.files import atomic_folder, digest_of, sha256_of
 from ditc.program import CONDITION, Program, program_from_schedule
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.samplers import sampler_table
@@ -60,21 +61,22 @@ def compile_model(
     progress: Progress = silent,
     force: bool = False,
     num_heads: int | None = None,
+    vae: str | PathLike[str] | None = None,
 ) -> Bundle:
     """Compile a model into the bundle `out`, and return it opened.
 
     `model` is a name as the command line takes it ("digits", a checkpoint, a diffusers folder, "module:function"), or
     an object that fits `ditc.exporter.protocol.TrajectoryModel`. An interrupted compile resumes after its last whole
-    stage. Raises InputError for settings or a model that make no sense, and CheckError where a result fails its check;
-    `out` is then as it was before.
+    stage. `vae` is a local `AutoencoderKL` folder for a checkpoint that comes without one. Raises InputError for
+    settings or a model that make no sense, and CheckError where a result fails its check; `out` is then as it was.
     """
     options = (options or CompileOptions()).checked()
-    target = Path(out)
+    target = Path(out).absolute()
     if target.exists() and not force:
         raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
     if target.exists() and not (target / "manifest.json").is_file():
         raise InputError(f"{target} exists and is not a bundle, so --force does not replace it; choose another folder")
-    opened = _opened(model, num_heads)
+    opened = _opened(model, num_heads, vae)
     plan = make_plan(opened, options, progress)
     with work_folder(target) as work:
         _run_stages(plan, opened, work, target)
@@ -82,12 +84,12 @@ def compile_model(
     return open_bundle(target)
 
 
-def _opened(model: Any, num_heads: int | None) -> Any:
+def _opened(model: Any, num_heads: int | None, vae: str | PathLike[str] | None) -> Any:
     """A loaded model from a name; a model object is held to the protocol."""
     if isinstance(model, (str, PathLike)):
         from ditc.exporter.models import load_model
 
-        return load_model(str(model), num_heads=num_heads)
+        return load_model(str(model), num_heads=num_heads, vae=None if vae is None else Path(vae))
     from ditc.exporter.protocol import check_decomposition
 
     check_decomposition(model)
@@ -106,7 +108,20 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     def program(policy: str) -> Program:
         return program_from_schedule(schedule_for(policy, spec, options.steps), t, spec.branches, decode=decode)
 
-    return Plan(spec, options, program(options.policy), program("none"), table, progress)
+    plan = Plan(spec, options, program(options.policy), program("none"), table, progress)
+    check_pool_suffices(plan)
+    return plan
+
+
+def check_pool_suffices(plan: Plan) -> None:
+    """Raise InputError where the pool will be smaller than what is to be selected from it, before recording it."""
+    recorded, options = len(plan.recorded_steps), plan.options
+    found = options.pool_size(recorded) * recorded
+    if options.precision != "fp32" and found < options.points:
+        raise InputError(
+            f"the pool will have {found} points, fewer than the {options.points} asked for; "
+            "record more images (--pool) or ask for fewer points (--points)"
+        )
 
 
 def package_versions() -> dict[str, str]:
@@ -192,7 +207,14 @@ class _Compile:
 
 
 def _run_stages(plan: Plan, model: Any, work: WorkFolder, target: Path) -> None:
-    decided = [stages.model_digest(model), plan.spec.model_dump(), package_versions(), _shapes(plan.program)]
+    decided = [
+        stages.model_digest(model),
+        stages.behaviour_digest(model),
+        plan.spec.model_dump(),
+        package_versions(),
+        _source_digest(),
+        _shapes(plan.program),
+    ]
     compile_ = _Compile(plan, work, digest_of(decided))
     segments = compile_.export(model)
     compiled = compile_.quantize(segments)
@@ -200,6 +222,13 @@ def _run_stages(plan: Plan, model: Any, work: WorkFolder, target: Path) -> None:
     compile_.fit(segments, compiled)
     compile_.verify(segments, compiled)
     compile_.seal(segments, compiled, target)
+
+
+def _source_digest() -> str:
+    """A digest of ditc's own code: a stage that other code made is not taken up."""
+    home = Path(ditc.__file__).parent
+    folders = [home, *(Path(module.__path__[0]) for module in (calib_data, compiler, engines, exporter, runtime))]
+    return digest_of([sha256_of(path) for folder in folders for path in sorted(folder.glob("*.py"))])
 
 
 def _called(program: Program) -> list[str]:

@@ -15,6 +15,7 @@ __all__ = ["PRECISIONS", "TARGETS", "CompileOptions"]
 
 PRECISIONS = ("fp32", "w8a8")
 TARGETS = ("cpu",)
+LARGEST_SEED = 1 << 31
 POOL_FACTOR = 4  # the pool holds about this many times the points that are selected from it
 SPACINGS = ("linspace", "leading", "trailing")
 VARIANCES = ("learned", "fixed-small", "fixed-large")
@@ -74,14 +75,16 @@ class CompileOptions(Record):
         for name, number, least in (
             ("--steps", self.steps, 2),
             ("--batch", self.batch, 1),
-            ("--pool", self.pool_images or 1, 1),
+            ("--pool", 1 if self.pool_images is None else self.pool_images, 1),
             ("--vc-images", self.vc_images, 2),
             ("--verify-images", self.verify_images, 1),
         ):
             if number < least:
                 raise InputError(f"{name} must be at least {least}, found {number}")
         if not 0 < self.cfg < 1000:
-            raise InputError(f"--cfg must be above 0, found {self.cfg:g}; 1 means no guidance")
+            raise InputError(f"--cfg must be above 0 and below 1000, found {self.cfg:g}; 1 means no guidance")
+        if not 0 <= self.seed < LARGEST_SEED:
+            raise InputError(f"--seed must be 0 to {LARGEST_SEED - 1}, found {self.seed}")
         return self
 
     def selection(self) -> SelectionOptions:
@@ -109,4 +112,4 @@ class CompileOptions(Record):
 
     def pool_size(self, recorded_steps: int) -> int:
         """Images to record for the pool."""
-        return self.pool_images or -(-self.points * POOL_FACTOR // recorded_steps)
+        return self.pool_images if self.pool_images is not None else -(-self.points * POOL_FACTOR // recorded_steps)

@@ -19,7 +19,7 @@ from ditc.calib_data.pool import Pool, Visit, pool_from_visits
 from ditc.calib_data.selection import select_points
 from ditc.compiler.options import CompileOptions
 from ditc.engines.backend import lowered_path, runnable_path
-from ditc.engines.linears import linears_of
+from ditc.engines.linears import linear_count
 from ditc.engines.lowering import lower
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq
@@ -66,6 +66,12 @@ class Plan:
     def backend(self) -> OnnxRuntimeBackend:
         return OnnxRuntimeBackend()
 
+    @property
+    def recorded_steps(self) -> set[int]:
+        """The steps whose points enter the pool."""
+        every = self.options.pool_steps == "all"
+        return {s.index for s in self.program.steps if every or any(self.program.segment(s.segment).compute)}
+
     def labels(self, count: int) -> list[int]:
         """`count` classes, every class equally often, in a seeded order."""
         rng = np.random.default_rng(self.options.seed)
@@ -86,6 +92,17 @@ def model_digest(model: Any) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def behaviour_digest(model: Any) -> str:
+    """A digest of what the model computes: of settings that leave no trace in its weights, as the number of heads."""
+    import torch
+
+    from ditc.exporter.protocol import example_inputs
+
+    with torch.no_grad():
+        out = model(*example_inputs(model.spec, 2))
+    return hashlib.sha256(np.ascontiguousarray(out.numpy()).tobytes()).hexdigest()
 
 
 def export(plan: Plan, model: Any, folder: Path) -> None:
@@ -132,11 +149,7 @@ def start_requests(plan: Plan, runner: Executor, count: int, purpose: int) -> li
 
 def record_pool(plan: Plan, segments: Segments) -> Pool:
     """The points that the cached FP program visits: what deployment will see, before quantization."""
-    wanted = {
-        step.index
-        for step in plan.program.steps
-        if plan.options.pool_steps == "all" or any(plan.program.segment(step.segment).compute)
-    }
+    wanted = plan.recorded_steps
     count = plan.options.pool_size(len(wanted))
     labels = np.array(plan.labels(count))
 
@@ -220,7 +233,7 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
         if not any(part.compute):
             continue
         model = load_model(segments[part.name])
-        expected = sum(1 for _ in linears_of(model))
+        expected = linear_count(model)
         insert_qdq(model, table)
         path = folder / f"{part.name}.onnx"
         save_model(model, path)

@@ -137,6 +137,12 @@ def seal_bundle(folder: Path, manifest: Manifest) -> Manifest:
 def open_bundle(path: Path) -> Bundle:
     """The bundle in a folder, or BundleError naming the file that is missing or changed."""
     manifest = _read_manifest(path)
+    for folder in ("segments", "reference"):
+        for file in sorted((path / folder).glob("*")):
+            if f"{folder}/{file.name}" not in manifest.files:
+                raise BundleError(
+                    f"{path} holds {folder}/{file.name}, which its manifest doesn't list; remove that file"
+                )
     without_reference = not (path / REFERENCE).exists()
     for name, entry in manifest.files.items():
         if not (without_reference and name.startswith(REFERENCE)):
@@ -152,6 +158,8 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{path} is not a bundle: no {MANIFEST} in it; make one with: ditc compile MODEL -o {path}"
         ) from e
+    except NotADirectoryError as e:
+        raise BundleError(f"{path} is a file, expected the folder of a bundle") from e
     except (OSError, ValueError) as e:
         raise BundleError(f"{path / MANIFEST} is damaged ({e}); copy the bundle again") from e
     if not (path / SEAL).is_file() or (path / SEAL).read_bytes() != hashlib.sha256(text).hexdigest().encode() + b"\n":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StrictBool, ValidationError
 
 from ditc.errors import InputError, unknown_name
 from ditc.spec import ModelSpec, Record
@@ -23,7 +23,7 @@ class CacheSchedule(Record):
     `reuse` says what a reuse returns: "hold" is the branch output (before the gate) of the last step that computed.
     """
 
-    compute: tuple[tuple[bool, ...], ...]
+    compute: tuple[tuple[StrictBool, ...], ...]
     reuse: Literal["hold"] = Field(default="hold")
 
     @property

@@ -11,14 +11,18 @@ from numpy.typing import NDArray
 
 from ditc.program import BRANCH_KEY, PATH_KEY
 
-__all__ = ["Linear", "linears_of"]
+__all__ = ["Linear", "linear_count", "linears_of"]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer: torch module path, MatMul, the activation it reads, its constant weight (in, out)."""
+    """One linear layer: torch module path, MatMul, the activation it reads, its constant weight (in, out).
+
+    `name` is the path, with a number where several nodes come from one layer that branches share.
+    """
 
     path: str
+    name: str
     node: ir.Node
     activation: ir.Value
     weight: ir.Value
@@ -28,14 +32,29 @@ class Linear:
         return np.asarray(self.weight.const_value.numpy(), dtype=np.float32)
 
 
+def linear_count(model: ir.Model) -> int:
+    """How many layers with a constant float weight the branches hold, in whatever operator they were traced."""
+    return sum(
+        node.op_type in ("MatMul", "Gemm")
+        and BRANCH_KEY in node.metadata_props
+        and node.inputs[1] is not None
+        and node.inputs[1].is_initializer()
+        for node in model.graph
+    )
+
+
 def linears_of(model: ir.Model) -> Iterator[Linear]:
     """Every linear layer inside a branch, in graph order.
 
     Outside a branch nothing is quantized: patch embedding and final layer are small and touch the image directly.
     """
+    met: dict[str, int] = {}
     for node in model.graph:
         if node.op_type != "MatMul" or BRANCH_KEY not in node.metadata_props:
             continue
         activation, weight = node.inputs
         if activation is not None and weight is not None and weight.is_initializer():
-            yield Linear(node.metadata_props[PATH_KEY], node, activation, weight)
+            path = node.metadata_props[PATH_KEY]
+            met[path] = met.get(path, 0) + 1
+            name = path if met[path] == 1 else f"{path}_{met[path]}"
+            yield Linear(path, name, node, activation, weight)

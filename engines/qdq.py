@@ -64,11 +64,11 @@ def insert_qdq(model: ir.Model, table: ScaleTable) -> bool:
 def _activation_pair(model: ir.Model, linear: Linear, scale: float) -> ir.Value:
     """Q and DQ in front of the layer; returns DQ's output."""
     stem = str(linear.activation.name)
-    scale_value = _constant(model, f"{linear.path}.input_scale", np.float32(scale))
-    zero = _constant(model, f"{linear.path}.input_zero", np.int8(0))
-    quantize = ir.node("QuantizeLinear", [linear.activation, scale_value, zero], name=f"{linear.path}/QuantizeLinear")
+    scale_value = _constant(model, f"{linear.name}.input_scale", np.float32(scale))
+    zero = _constant(model, f"{linear.name}.input_zero", np.int8(0))
+    quantize = ir.node("QuantizeLinear", [linear.activation, scale_value, zero], name=f"{linear.name}/QuantizeLinear")
     dequantize = ir.node(
-        "DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{linear.path}/DequantizeLinear"
+        "DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{linear.name}/DequantizeLinear"
     )
     for node, suffix, kind in ((quantize, "q", ir.DataType.INT8), (dequantize, "dq", ir.DataType.FLOAT)):
         node.outputs[0].name, node.outputs[0].dtype = f"{stem}.{suffix}", kind
@@ -79,16 +79,16 @@ def _activation_pair(model: ir.Model, linear: Linear, scale: float) -> ir.Value:
 def _weight_dequantizer(model: ir.Model, linear: Linear) -> ir.Value:
     """The INT8 weight as a constant behind a per-channel DQ; returns DQ's output. The float weight is dropped."""
     weight = quantize_weight(linear.weight_array())
-    values = _constant(model, f"{linear.path}.weight_int8", weight.values)
-    scale = _constant(model, f"{linear.path}.weight_scale", weight.scale)
-    zero = _constant(model, f"{linear.path}.weight_zero", np.zeros(len(weight.scale), np.int8))
+    values = _constant(model, f"{linear.name}.weight_int8", weight.values)
+    scale = _constant(model, f"{linear.name}.weight_scale", weight.scale)
+    zero = _constant(model, f"{linear.name}.weight_zero", np.zeros(len(weight.scale), np.int8))
     dequantize = ir.node(
         "DequantizeLinear",
         [values, scale, zero],
         attributes={"axis": 1},
-        name=f"{linear.path}/DequantizeWeight",
+        name=f"{linear.name}/DequantizeWeight",
     )
-    dequantize.outputs[0].name, dequantize.outputs[0].dtype = f"{linear.path}.weight_dq", ir.DataType.FLOAT
+    dequantize.outputs[0].name, dequantize.outputs[0].dtype = f"{linear.name}.weight_dq", ir.DataType.FLOAT
     dequantize.outputs[0].shape = linear.weight.shape
     if [use.node for use in linear.weight.uses()] == [linear.node]:
         model.graph.initializers.pop(str(linear.weight.name))

@@ -70,9 +70,11 @@ def scale_table(
     calibration_digest: str,
 ) -> ScaleTable:
     """Scales of every linear layer: clipping range / 127."""
-    scales = {
-        path: clipping_range(method, histograms[name]) / LEVELS for name, paths in readers.items() for path in paths
-    }
+    scales: dict[str, float] = {}
+    for name, paths in readers.items():
+        scale = clipping_range(method, histograms[name]) / LEVELS
+        for path in paths:  # a layer that two branches share takes the wider range
+            scales[path] = max(scale, scales.get(path, 0.0))
     return ScaleTable(
         method=method, segment_sha256=segment_sha256, calibration_digest=calibration_digest, scales=scales
     )

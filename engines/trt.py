@@ -74,7 +74,7 @@ def build_plan(
         last = log.errors[-1] if log.errors else "it gave no reason"
         raise CheckError(
             f"TensorRT {trt.__version__} could not build {segment.name}: {last}; "
-            "a larger --workspace or a lower --optimization-level may help"
+            "a larger workspace_bytes or a lower optimization_level may help"
         )
     return BuiltPlan(plan=bytes(plan), timing_cache=bytes(config.get_timing_cache().serialize()))
 
@@ -101,7 +101,7 @@ def _parse(trt: Any, network: Any, segment: Path, log: Any) -> None:
     reasons = [parser.get_error(i) for i in range(parser.num_errors)]
     first = f"node {reasons[0].node()}: {reasons[0].desc()}" if reasons else "it gave no reason"
     raise InputError(
-        f"TensorRT {trt.__version__} can't read {segment.name}: {first}; run: ditc inspect, and look at its rules"
+        f"TensorRT {trt.__version__} can't read {segment.name}: {first}; `ditc inspect` shows known causes"
     )
 
 

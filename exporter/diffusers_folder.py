@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ditc.errors import CheckpointError, InputError
@@ -15,7 +17,7 @@ from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.weights import listed, load_weights, read_tensors
 from ditc.spec import DiffusionSpec, SamplerSpec
 
-__all__ = ["dit_from_diffusers"]
+__all__ = ["decoder_from_vae", "dit_from_diffusers"]
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -62,7 +64,7 @@ def dit_from_diffusers(folder: Path) -> DiT:
     load_weights(model, _renamed(tensors, model, home), home)
     model.diffusion, model.sampler = _process(folder / "scheduler" / "scheduler_config.json", config)
     if (folder / "vae").is_dir():
-        model.decoder, model.latent_scale = _decoder(folder / "vae")
+        model.decoder, model.latent_scale = decoder_from_vae(folder / "vae")
     return model.eval()
 
 
@@ -201,6 +203,16 @@ def _process(path: Path, config: DiTConfig) -> tuple[DiffusionSpec, SamplerSpec]
         raise CheckpointError(
             f"{path} rescales or replaces the betas, or thresholds; ditc knows the plain schedules only"
         )
+    try:
+        return _specs(found, pick, config)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise CheckpointError(f"{path}: {first['loc'][0]}: {first['msg']}, found {first['input']!r}") from e
+
+
+def _specs(
+    found: dict[str, Any], pick: Callable[[dict[str, str], str, str], str], config: DiTConfig
+) -> tuple[DiffusionSpec, SamplerSpec]:
     diffusion = DiffusionSpec(
         train_steps=found.get("num_train_timesteps", 1000),
         beta_schedule=pick(BETA_SCHEDULES, "beta_schedule", "linear"),  # type: ignore[arg-type]
@@ -233,7 +245,8 @@ class Decoder(nn.Module):
         return self.vae.decode(latent / self.latent_scale, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def _decoder(folder: Path) -> tuple[nn.Module, float]:
+def decoder_from_vae(folder: Path) -> tuple[nn.Module, float]:
+    """(decoder module, scale of the latents) of a local `AutoencoderKL` folder."""
     kind = _read_json(folder / "config.json").get("_class_name")
     if kind != "AutoencoderKL":
         raise CheckpointError(f"{folder / 'config.json'} describes {kind}, expected AutoencoderKL")
@@ -243,7 +256,7 @@ def _decoder(folder: Path) -> tuple[nn.Module, float]:
         raise InputError("reading a VAE needs diffusers; install it with: pip install 'ditc[export]'") from e
     try:
         kind_of_vae: Any = AutoencoderKL
-        vae = kind_of_vae.from_pretrained(folder, local_files_only=True)
+        vae = kind_of_vae.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as e:  # diffusers raises many kinds
         raise CheckpointError(f"{folder} is not a readable AutoencoderKL ({str(e).splitlines()[0]})") from e
     decoder = Decoder(vae).eval()

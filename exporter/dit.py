@@ -138,7 +138,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        inner = int(config.hidden_size * config.mlp_ratio)
+        inner = round(config.hidden_size * config.mlp_ratio)
         self.fc1 = nn.Linear(config.hidden_size, inner)
         self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(inner, config.hidden_size)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ditc.errors import CheckpointError, InputError
-from ditc.exporter.diffusers_folder import dit_from_diffusers
+from ditc.exporter.diffusers_folder import decoder_from_vae, dit_from_diffusers
 from ditc.exporter.dit import DIT_PATCHES, DIT_PIXELS, DIT_SIZES, DiT, DiTConfig, config_for_size
 from ditc.exporter.original import dit_from_checkpoint
 from ditc.exporter.protocol import check_decomposition
@@ -24,12 +24,20 @@ __all__ = ["builtin_digits", "load_model", "random_model"]
 BUILTIN = "digits"
 
 
-def load_model(name: str, *, num_heads: int | None = None) -> Any:
+def load_model(name: str, *, num_heads: int | None = None, vae: Path | None = None) -> Any:
     """The model that `name` stands for, ready to export (fits `exporter.protocol.TrajectoryModel`).
 
     `name` is "digits", a .pt or .safetensors file with original DiT keys, a diffusers folder, or "module:function"
-    for a function of the user's that returns a TrajectoryModel. Raises CheckpointError where it can't be read.
+    for a function of the user's that returns a TrajectoryModel. `vae` is a local `AutoencoderKL` folder whose decoder
+    the model gets. Raises CheckpointError where something can't be read.
     """
+    model = _named_model(name, num_heads)
+    if vae is not None:
+        model.decoder, model.latent_scale = decoder_from_vae(vae)
+    return model
+
+
+def _named_model(name: str, num_heads: int | None) -> Any:
     if name == BUILTIN:
         return builtin_digits()
     path = Path(name)
@@ -65,7 +73,9 @@ def random_model(size: str, *, seed: int = 0, depth: int | None = None) -> DiT:
         config = replace(config, depth=depth)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return DiT(config, name=f"{size}-random").eval()
+        model = DiT(config, name=f"{size}-random").eval()
+    model.sampler = SamplerSpec(variance="learned")
+    return model
 
 
 def _users_own(name: str) -> Any:
@@ -77,6 +87,9 @@ def _users_own(name: str) -> Any:
         raise CheckpointError(f"can't import {name}: {e}; expected MODULE:FUNCTION returning a TrajectoryModel") from e
     finally:
         sys.path.pop(0)
-    model = build()
+    try:
+        model = build()
+    except Exception as e:  # the user's code may fail in any way
+        raise CheckpointError(f"{name}() failed: {type(e).__name__}: {e}".splitlines()[0]) from e
     check_decomposition(model)
     return model.eval()

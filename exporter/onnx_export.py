@@ -149,6 +149,42 @@ def _scopes(node: ir.Node) -> list[str]:
     return [str(scope) for scope in ast.literal_eval(text)]
 
 
+def _split_gemms(model: ir.Model, branches: tuple[str, ...]) -> None:
+    """A linear layer on flattened tokens is traced as Gemm; integer kernels and Q/DQ want MatMul and Add."""
+    for node in list(model.graph):
+        if node.op_type != "Gemm" or BRANCH_KEY not in node.metadata_props:
+            continue
+        alpha, beta, trans_a, trans_b = (
+            node.attributes[name].value if name in node.attributes else default
+            for name, default in (("alpha", 1.0), ("beta", 1.0), ("transA", 0), ("transB", 0))
+        )
+        if (alpha, beta, trans_a) != (1.0, 1.0, 0):
+            continue
+        weight, made = node.inputs[1], []
+        if trans_b:
+            made.append(ir.node("Transpose", [weight], attributes={"perm": [1, 0]}))
+            weight = made[-1].outputs[0]
+        made.append(ir.node("MatMul", [node.inputs[0], weight]))
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            made.append(ir.node("Add", [made[-1].outputs[0], node.inputs[2]]))
+        _replace(model, node, made)
+
+
+def _replace(model: ir.Model, node: ir.Node, made: list[ir.Node]) -> None:
+    """Put nodes in the place of one; the last one's output takes over its name, type and uses."""
+    out, new = node.outputs[0], made[-1].outputs[0]
+    for number, part in enumerate(made):
+        part.name = f"{node.name.removesuffix('/Gemm')}/{part.op_type}" if node.name else None
+        part.metadata_props.update(node.metadata_props)
+        part.outputs[0].name = f"{out.name}.{number}"
+        part.outputs[0].type = out.type
+    new.shape = out.shape
+    out.replace_all_uses_with(new, replace_graph_outputs=True)
+    model.graph.insert_before(node, made)
+    model.graph.remove(node, safe=True)
+    new.name = out.name
+
+
 def _fold_weight_transposes(model: ir.Model, branches: tuple[str, ...]) -> None:
     """Store each linear layer's weight as MatMul wants it, (in, out), instead of transposing it at run time."""
     for node in list(model.graph):
@@ -195,6 +231,7 @@ def _made_up(name: str) -> bool:
 
 CLEANUP = (
     _name_by_module,  # first: the later ones speak of paths
+    _split_gemms,  # before the transposes that it may leave are folded
     _fold_weight_transposes,
     _name_weights,
 )

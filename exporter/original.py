@@ -15,9 +15,6 @@ from ditc.spec import SamplerSpec
 
 __all__ = ["config_from_tensors", "dit_from_checkpoint"]
 
-# The released weights are trained on latents of the Stable Diffusion VAE, multiplied by this.
-STABLE_DIFFUSION_SCALE = 0.18215
-
 
 def dit_from_checkpoint(path: Path, *, num_heads: int | None = None) -> DiT:
     """A DiT from a checkpoint file; the configuration is read off the shapes.

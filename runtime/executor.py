@@ -204,6 +204,8 @@ def seeded_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> t
 
     Every image has a random stream of its own, so neither the batch size nor the neighbours change it.
     """
+    if seed < 0:
+        raise InputError(f"the seed must not be negative, found {seed}; set --seed 0 or more")
     streams = [np.random.default_rng([seed, first + i]) for i in range(count)]
 
     def draw(_: Any = None) -> Samples:

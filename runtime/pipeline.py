@@ -27,6 +27,9 @@ from ditc.runtime.executor import Compensation, Executor, Samples, StepEvent, se
 __all__ = ["Pipeline", "load", "open_engines"]
 
 
+PIXEL_CHANNELS = (1, 3)  # grey or RGB
+
+
 def load(path: str | PathLike[str], *, backend: Backend | None = None, reference: bool = False) -> Pipeline:
     """Open a bundle. `reference=True` runs its FP, uncached program instead of the compiled one.
 
@@ -101,7 +104,8 @@ class Pipeline:
         spec.check_labels(tuple(labels))
         drawn, fresh = seeded_noise(seed, first, len(labels), spec.latent_shape)
         for event in executor.run(labels, drawn if noise is None else noise, fresh):
-            yield replace(event, images=self.decode(event.x)) if event.index == event.steps - 1 else event
+            last = event.index == event.steps - 1
+            yield replace(event, images=self.decode(event.x)) if last and self.makes_images else event
 
     def latents(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None) -> Samples:
         """Finished samples before decoding, (n, channels, height, width), in batches of the bundle's size."""
@@ -109,10 +113,15 @@ class Pipeline:
 
     def images(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None) -> Samples:
         """Images in [-1, 1], float32 (n, channels, height, width), in batches of the bundle's size."""
+        self.check_makes_images()
         return np.concatenate([event.images for event in self._last_events(labels, seed, noise)])
 
     def decode(self, latents: Samples) -> Samples:
-        """Latents to images in [-1, 1]; a model without a decoder works on pixels already."""
+        """Latents to images in [-1, 1]. A model of 1 or 3 channels without a decoder works on pixels already.
+
+        Raises InputError where the latents are of another kind and the bundle has no decoder.
+        """
+        self.check_makes_images()
         if self._decoder is None:
             return np.clip(latents, -1, 1)
         port = self._decoder.outputs["image"]
@@ -123,10 +132,26 @@ class Pipeline:
         self._decoder.run()
         return np.asarray(np.clip(images, -1, 1))
 
+    @property
+    def makes_images(self) -> bool:
+        """Does this bundle end in pixels: through a decoder, or because the model works on them?"""
+        return DECODE in self.program.epilogue or self.bundle.manifest.model.in_channels in PIXEL_CHANNELS
+
+    def check_makes_images(self) -> None:
+        """Raise InputError unless `makes_images`."""
+        if not self.makes_images:
+            channels = self.bundle.manifest.model.in_channels
+            raise InputError(
+                f"{self.bundle.path} makes latents of {channels} channels and has no decoder; "
+                "compile it with --vae FOLDER, or take pipe.latents()"
+            )
+
     def _last_events(self, labels: Sequence[int], seed: int, noise: Samples | None) -> Iterator[StepEvent]:
         size = self.bundle.manifest.batch
         if not labels:
             raise InputError("no labels given; name at least one class")
+        if noise is not None and len(noise) != len(labels):
+            raise InputError(f"noise must have one sample per label: {len(labels)} labels, found {len(noise)}")
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
             events = self.generate(labels[part], seed=seed, noise=None if noise is None else noise[part], first=first)

@@ -14,15 +14,15 @@ from ditc.compiler.options import CompileOptions
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.runtime.pipeline import Pipeline, load
 
-SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=4, num_classes=5)
+SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
 QUICK = CompileOptions(steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4)
 
 
 def small_model(seed: int = 0) -> DiT:
-    """A DiT with random weights: 4 latent channels, 16 tokens, two blocks, no zero gates."""
+    """A DiT with random weights: 3 channels, 16 tokens, two blocks, no zero gates."""
     torch.manual_seed(seed)
     model = DiT(SMALL, name="small").eval()
-    model.cfg_channels = 3
+    model.cfg_channels = 2
     return model
 
 

@@ -2,7 +2,7 @@
 
     python tests/conformance/bindings.py FOLDER 10.3.0 10.16.1.11 11.4.0.106
 
-The bindings' wheels are on PyPI; the builder library is not to be had everywhere. The bindings' extension module needs
+The bindings come as wheels of their own, without the builder library. Their extension module needs
 nine C symbols of three libraries, so three stand-ins that define them and return null make every real class, enum and
 signature importable. Nothing can be built or run with them: they hold code to the real interface, no more.
 """
