@@ -137,16 +137,11 @@ def seal_bundle(folder: Path, manifest: Manifest) -> Manifest:
 def open_bundle(path: Path) -> Bundle:
     """The bundle in a folder, or BundleError naming the file that is missing or changed."""
     manifest = _read_manifest(path)
-    for folder in ("segments", "reference"):
-        for file in sorted((path / folder).glob("*")):
-            if f"{folder}/{file.name}" not in manifest.files:
-                raise BundleError(
-                    f"{path} holds {folder}/{file.name}, which its manifest doesn't list; remove that file"
-                )
     without_reference = not (path / REFERENCE).exists()
     for name, entry in manifest.files.items():
         if not (without_reference and name.startswith(REFERENCE)):
             _check_file(path, name, entry)
+    _check_nothing_unlisted(path, manifest)
     return Bundle(path=path, manifest=manifest)
 
 
@@ -187,3 +182,13 @@ def _check_file(path: Path, name: str, entry: FileEntry) -> None:
         raise BundleError(f"{path} is incomplete: {name} is missing; copy the bundle again")
     if file.stat().st_size != entry.size_bytes or sha256_of(file) != entry.sha256:
         raise BundleError(f"{path} is damaged: {name} does not match the hash in the manifest; copy the bundle again")
+
+
+def _check_nothing_unlisted(path: Path, manifest: Manifest) -> None:
+    """A file beside the listed ones could be taken for a backend's form of a segment, and run."""
+    for folder in ("segments", "reference"):
+        for file in sorted((path / folder).glob("*")):
+            if f"{folder}/{file.name}" not in manifest.files:
+                raise BundleError(
+                    f"{path} holds {folder}/{file.name}, which its manifest doesn't list; remove that file"
+                )

@@ -246,7 +246,7 @@ def test_guidance_needs_an_unconditional_class(
         ({"steps": 2000}, "steps must be 2 to 1000"),
         ({"batch": 0}, "--batch must be at least 1, found 0"),
         ({"cfg": -1.0}, "--cfg must be above 0"),
-        ({"points": 10_000, "pool_images": 2}, "the pool will have 6 points, fewer than the 10000"),
+        ({"points": 10_000, "pool_images": 2}, "the pool will have 4 points, fewer than the 10000"),
         ({"tap_alpha": 2.0}, "alpha must be 0 to 1"),
         ({"clusters": 50}, "clusters must be 1 to 24"),
         ({"eta": 3.0}, "sampler setting eta"),
