@@ -163,9 +163,10 @@ def compile_command(
     options = CompileOptions(**settings).checked()
     chosen: Any = model
     if random_size is not None:
-        from ditc.exporter.models import random_model
+        from ditc.exporter.models import random_model, with_vae
 
         chosen = random_model(random_size, seed=options.seed)
+        chosen = chosen if vae is None else with_vae(chosen, vae)
     with progress_on_stderr() as progress:
         bundle = compile_model(chosen, out, options, progress=progress, force=force, num_heads=heads, vae=vae)
     if json_:

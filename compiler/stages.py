@@ -266,7 +266,7 @@ def lower_for_tensorrt(plan: Plan, compiled: Segments, folder: Path) -> None:
         lower(model, "trt")
         broken[name] = [str(violation) for violation in violations_of(model)]
         target = lowered_path(folder / path.name, "trt")
-        # what changed lies in memory; what didn't is read from the portable segment's own file, unless that is little
+        # unchanged weights stay in the portable segment's file; where much has changed, all go to a file of their own
         changed = sum(bytes_in_memory(value) for value in model.graph.initializers.values())
         (save_sharing_data if changed < INLINE_LIMIT_BYTES else save_model)(model, target)
     _write_json(folder / "tensorrt.json", broken)

@@ -245,7 +245,7 @@ class Decoder(nn.Module):
         return self.vae.decode(latent / self.latent_scale, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def decoder_from_vae(folder: Path) -> tuple[nn.Module, float]:
+def decoder_from_vae(folder: Path) -> tuple[Decoder, float]:
     """(decoder module, scale of the latents) of a local `AutoencoderKL` folder."""
     kind = _read_json(folder / "config.json").get("_class_name")
     if kind != "AutoencoderKL":

@@ -19,7 +19,7 @@ from ditc.exporter.original import dit_from_checkpoint
 from ditc.exporter.protocol import check_decomposition
 from ditc.spec import SamplerSpec
 
-__all__ = ["builtin_digits", "load_model", "random_model"]
+__all__ = ["builtin_digits", "load_model", "random_model", "with_vae"]
 
 BUILTIN = "digits"
 
@@ -32,8 +32,16 @@ def load_model(name: str, *, num_heads: int | None = None, vae: Path | None = No
     the model gets. Raises CheckpointError where something can't be read.
     """
     model = _named_model(name, num_heads)
-    if vae is not None:
-        model.decoder, model.latent_scale = decoder_from_vae(vae)
+    return model if vae is None else with_vae(model, vae)
+
+
+def with_vae(model: Any, folder: Path) -> Any:
+    """The model with the decoder of a local `AutoencoderKL`. Raises CheckpointError where the two don't fit."""
+    decoder, scale = decoder_from_vae(folder)
+    channels = decoder.vae.config.latent_channels
+    if channels != model.spec.in_channels:
+        raise CheckpointError(f"{folder} decodes {channels} channels, {model.spec.name} makes {model.spec.in_channels}")
+    model.decoder, model.latent_scale = decoder, scale
     return model
 
 

@@ -54,6 +54,11 @@ def test_a_checkpoint_of_latents_gives_images_through_a_vae_of_its_own(
     assert relative_error(images, expected.numpy()) < 1e-4
 
 
+def test_a_vae_of_other_latents_is_refused(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compile", "digits", "--vae", str(vae), "-o", str(tmp_path / "b")]) == 2
+    assert "decodes 4 channels, digits makes 1" in capsys.readouterr().err
+
+
 def test_latents_are_not_shown_as_images(
     latent_checkpoint: Path, tmp_path: Path, quick_options: CompileOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
