@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -19,6 +20,7 @@ from ditc.compiler import stages
 from ditc.compiler.cli import run
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
+from ditc.engines.backend import lowered_path
 from ditc.errors import BundleError, InputError
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.runtime.quality import relative_error
@@ -52,6 +54,8 @@ def test_a_checkpoint_of_latents_gives_images_through_a_vae_of_its_own(
         expected = decoder.decode(torch.from_numpy(latents) / decoder.config.scaling_factor).sample.clamp(-1, 1)
     assert images.shape == (2, 3, 8, 8)
     assert relative_error(images, expected.numpy()) < 1e-4
+    assert bundle.manifest.checks["tensorrt"] == {"condition": [], "full": [], "reuse": [], "decode": []}
+    onnx.checker.check_model(str(lowered_path(bundle.segment_path("decode"), "trt")), full_check=True)
 
 
 def test_a_vae_of_other_latents_is_refused(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
