@@ -77,6 +77,32 @@ def compile_options(command: Command) -> Command:
     return command
 
 
+TARGETS = "cpu|cuda|tensorrt|ort-tensorrt"
+
+
+def place_options(command: Command) -> Command:
+    """Where a bundle runs: shared by every command that runs one."""
+    for option in reversed(
+        (
+            click.option("--target", metavar=TARGETS, help="Where to run; default is the one it was compiled for."),
+            click.option(
+                "--engines",
+                type=click.Path(path_type=Path),
+                help="Folder of built engines; default is the bundle's own.",
+            ),
+            click.option(
+                "--graphs",
+                metavar="trajectory|step|none",
+                default="trajectory",
+                show_default=True,
+                help="How much one CUDA graph holds.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 COMPILE_OPTIONS = (
     click.option("--steps", type=int, default=50, show_default=True, help="Denoising steps."),
     click.option("--sampler", metavar="ddim|ddpm", help="Sampler; default is the model's own."),
@@ -91,7 +117,7 @@ COMPILE_OPTIONS = (
         "--policy", default="fora:3", show_default=True, help="Cache policy: none, fora:N, or a schedule FILE.json."
     ),
     click.option(
-        "--precision", metavar="fp32|w8a8", default="w8a8", show_default=True, help="Arithmetic of linear layers."
+        "--precision", metavar="fp32|fp16|w8a8", default="w8a8", show_default=True, help="Arithmetic of linear layers."
     ),
     click.option(
         "--select", metavar="tap|random|uniform-time|kmeans", default="tap", show_default=True, help="Selector."
@@ -122,7 +148,9 @@ COMPILE_OPTIONS = (
     click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
     click.option("--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit the compensation."),
     click.option("--verify-images", type=int, default=16, show_default=True, help="Images that check the result."),
-    click.option("--target", metavar="cpu", default="cpu", show_default=True, help="Where the bundle will run."),
+    click.option(
+        "--target", metavar=TARGETS, default="cpu", show_default=True, help="Where the bundle runs by default."
+    ),
     click.option("--batch", type=int, default=1, show_default=True, help="Images of one request at run time."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
     click.option(
@@ -180,13 +208,14 @@ def compile_command(
 @click.option("--labels", required=True, help="Classes, one image each: 207,360.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the PNG files.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@place_options
 @as_json
-def run_command(bundle: Path, labels: str, out: Path, seed: int, json_: bool) -> None:
+def run_command(bundle: Path, labels: str, out: Path, seed: int, json_: bool, **place: Any) -> None:
     """Generate images with a bundle: a PNG each, and a grid of all."""
-    from ditc.compiler.running import run_bundle
+    from ditc.compiler.running import Place, run_bundle
 
     with steps_on_stderr("run") as watch:
-        found = run_bundle(bundle, labels_from_text(labels), out, seed=seed, watch=watch)
+        found = run_bundle(bundle, labels_from_text(labels), out, seed=seed, watch=watch, place=Place(**place))
     if json_:
         print_json(found)
         return
@@ -196,16 +225,65 @@ def run_command(bundle: Path, labels: str, out: Path, seed: int, json_: bool) ->
         click.echo(f"  {name}: {times['calls']} calls, median {times['median_seconds'] * 1e3:.3f} ms")
 
 
+@cli.command("build")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", metavar="tensorrt", default="tensorrt", show_default=True, help="What to build for.")
+@click.option("--engines", type=click.Path(path_type=Path), help="Folder for the engines; default is the bundle's own.")
+@click.option(
+    "--optimization-level", type=int, default=3, show_default=True, help="How long TensorRT searches, 0 to 5."
+)
+@click.option("--workspace", type=int, default=1024, show_default=True, help="MiB of scratch memory TensorRT may take.")
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    help="Timing cache to use and extend; default lies by the engines.",
+)
+@click.option("--replay", is_flag=True, help="Build from the timing cache alone, and leave it as it is.")
+@click.option("--version-compatible", is_flag=True, help="Plans that a later TensorRT's lean runtime takes.")
+@click.option("--hardware-compatible", is_flag=True, help="Plans for every GPU from Ampere on, at some cost in speed.")
+@click.option(
+    "--calibration",
+    metavar="explicit|entropy|minmax",
+    default="explicit",
+    show_default=True,
+    help="Scales of the bundle, or those of a calibrator of TensorRT 10.",
+)
+@click.option("--dla", type=int, help="Refused: says why a diffusion transformer does not run on a DLA core.")
+@click.option("--dry-run", is_flag=True, help="Print the engines' keys and the memory plan, and build nothing.")
+@as_json
+def build_command(bundle: Path, json_: bool, dry_run: bool, **settings: Any) -> None:
+    """Build a bundle's TensorRT engines on this machine.
+
+    Every segment is built in a process of its own; what is built stays, and a second build does nothing.
+    """
+    from ditc.compiler.building import build_bundle, planned_build
+
+    if dry_run:
+        planned = planned_build(bundle, **settings)
+        print_json(planned) if json_ else print_plan(planned)
+        return
+    with progress_on_stderr() as progress:
+        found = build_bundle(bundle, progress=progress, on_plan=None if json_ else print_plan, **settings)
+    if json_:
+        print_json(found)
+        return
+    for engine in found["engines"]:
+        state = f"built in {engine['build_seconds']:.1f} s" if engine["built"] else "built earlier"
+        click.echo(f"  {engine['segment']:<14} {engine['size_bytes'] / 1e6:>10,.2f} MB  {state:<18} {engine['file']}")
+
+
 @cli.command("inspect")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @as_json
 def inspect_command(bundle: Path, json_: bool) -> None:
     """Print a bundle's program, schedule, sizes, and how it was made."""
     from ditc.bundle import open_bundle
+    from ditc.compiler.listing import calibration_comparisons
 
     opened = open_bundle(bundle)
     if json_:
-        print_json(opened.manifest.model_dump(mode="json"))
+        found = {"calibrations": calibration_comparisons(opened)}
+        print_json(opened.manifest.model_dump(mode="json") | found)
         return
     print_inspection(opened)
 
@@ -215,15 +293,18 @@ def inspect_command(bundle: Path, json_: bool) -> None:
 @click.option("--images", type=int, default=8, show_default=True, help="Images to compare.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the noise.")
 @click.option("--min-psnr", type=float, help="Fail (exit code 1) below this mean PSNR in dB.")
+@place_options
 @as_json
-def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None, json_: bool) -> None:
+def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None, json_: bool, **place: Any) -> None:
     """Run a bundle beside its FP, uncached program on the same noise, and compare step by step."""
     if images < 1:
         raise InputError(f"--images must be at least 1, found {images}")
-    from ditc.compiler.running import verify_bundle
+    from ditc.compiler.running import Place, verify_bundle
 
     with steps_on_stderr("verify") as watch:
-        found = verify_bundle(bundle, images=images, seed=seed, least_psnr_db=min_psnr, watch=watch)
+        found = verify_bundle(
+            bundle, images=images, seed=seed, least_psnr_db=min_psnr, watch=watch, place=Place(**place)
+        )
     if json_:
         print_json(found)
         return
@@ -321,7 +402,7 @@ def print_facts(path: Path, bundle: Any) -> None:
 
 
 def print_inspection(bundle: Any) -> None:
-    from ditc.compiler.listing import megabytes, schedule_map, step_runs
+    from ditc.compiler.listing import calibration_comparisons, megabytes, schedule_map, step_runs
 
     manifest = bundle.manifest
     print_facts(bundle.path, bundle)
@@ -334,6 +415,8 @@ def print_inspection(bundle: Any) -> None:
     click.echo("\nschedule (# computed, . reused)")
     for line in schedule_map(manifest.program):
         click.echo(f"  {line}")
+    for row in calibration_comparisons(bundle):
+        print_calibration(row)
     click.echo("\nfiles")
     for name, entry in manifest.files.items():
         click.echo(f"  {name:<36} {megabytes(entry.size_bytes):>12}  {entry.sha256[:16]}")
@@ -341,6 +424,28 @@ def print_inspection(bundle: Any) -> None:
     for name, value in manifest.settings.items():
         click.echo(f"  {name:<16} {json.dumps(value)}")
     click.echo("  versions         " + ", ".join(f"{name} {found}" for name, found in manifest.versions.items()))
+
+
+def print_calibration(row: dict[str, Any]) -> None:
+    click.echo(f"\n{row['file']}: scale over the bundle's own, {row['layers']} linear layers")
+    ranked = sorted(row["ratios"].items(), key=lambda item: item[1])
+    for path, ratio in ranked if len(ranked) <= 6 else [*ranked[:3], ("...", None), *ranked[-3:]]:
+        click.echo(f"  {path}" if ratio is None else f"  {path:<36} {ratio:>8.3f}")
+
+
+def print_plan(planned: dict[str, Any]) -> None:
+    click.echo(f"{planned['platform']}\n")
+    for name, size_bytes in planned["memory"].items():
+        click.echo(f"  {name:<24} {size_bytes / 1e6:>12,.2f} MB")
+    click.echo(
+        f"  {'device':<24} {planned['total_bytes'] / 1e6:>12,.2f} MB, {planned['free_bytes'] / 1e6:,.2f} MB free\n"
+    )
+    click.echo(f"  cache key  {planned['cache_key']}")
+    for engine in planned["engines"]:
+        click.echo(
+            f"  {engine['segment']:<14} {engine['file']}  {'built earlier' if engine['present'] else ''}".rstrip()
+        )
+    click.echo("")
 
 
 def print_demo(found: dict[str, Any]) -> None:

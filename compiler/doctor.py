@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Every check, in the order a user needs them."""
-    return [check() for check in CHECKS]
+    return [finding for check in CHECKS if (finding := check()) is not None]
 
 
 def installed(package: str) -> str | None:
@@ -55,15 +56,15 @@ def onnxruntime_cpu() -> Finding:
     """Opens a real integer kernel where onnx is there to build the graph."""
     found = installed("onnxruntime") or installed("onnxruntime-gpu")
     if found is None:
-        return Finding("onnxruntime cpu", False, "not installed; install with: pip install 'ditc[cpu]'")
+        return Finding("target cpu", False, "not installed; install with: pip install 'ditc[cpu]'")
     features = ", ".join(cpu_features()) or "no integer dot products found: INT8 will be slow"
     try:
         kernel = integer_kernel()
     except ImportError:  # a deployment has no onnx to build the probe with
-        return Finding("onnxruntime cpu", True, f"{found}; integer kernels not probed, that needs onnx; {features}")
+        return Finding("target cpu", True, f"{found}; integer kernels not probed, that needs onnx; {features}")
     except DitcError as e:
-        return Finding("onnxruntime cpu", False, str(e))
-    return Finding("onnxruntime cpu", bool(kernel), f"{found}; INT8 linear layer runs as {kernel}; {features}")
+        return Finding("target cpu", False, str(e))
+    return Finding("target cpu", bool(kernel), f"{found}; INT8 linear layer runs as {kernel}; {features}")
 
 
 def integer_kernel() -> str:
@@ -105,28 +106,93 @@ def cpu_features() -> list[str]:
     return [name for name in wanted if name in flags]
 
 
-def onnxruntime_cuda() -> Finding:
+def onnxruntime_provider(target: str, provider: str) -> Finding:
+    """Is a provider in this onnxruntime? Whether its libraries load shows when a session opens."""
+    name = f"target {target}"
     if find_spec("onnxruntime") is None:
-        return Finding(
-            "onnxruntime cuda", False, "onnxruntime is not installed; install with: pip install 'ditc[cuda]'"
-        )
+        return Finding(name, False, "onnxruntime is not installed; install with: pip install 'ditc[cuda]'")
     import onnxruntime
 
-    available = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    reason = "present; ditc has no CUDA target yet" if available else "this onnxruntime has no CUDA provider"
-    return Finding("onnxruntime cuda", False, reason)
+    if provider not in onnxruntime.get_available_providers():
+        return Finding(name, False, f"this onnxruntime has no {provider}; it needs onnxruntime-gpu")
+    return Finding(name, True, f"{provider} of onnxruntime {onnxruntime.__version__}")
+
+
+def onnxruntime_cuda() -> Finding:
+    return onnxruntime_provider("cuda", "CUDAExecutionProvider")
+
+
+def onnxruntime_tensorrt() -> Finding:
+    return onnxruntime_provider("ort-tensorrt", "TensorrtExecutionProvider")
+
+
+def gpu() -> Finding:
+    """The GPU through cuda-core, with its memory."""
+    from ditc.engines.device import open_device
+
+    try:
+        device = open_device()
+        free, total = device.memory_bytes()
+    except DitcError as e:
+        return Finding("gpu", False, str(e))
+    memory = f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB free"
+    return Finding("gpu", True, f"{device.name}, SM {device.compute_capability}, {memory}")
 
 
 def tensorrt() -> Finding:
-    if find_spec("tensorrt") is None:
-        return Finding("tensorrt", False, "not installed; install with: pip install 'ditc[tensorrt]'")
-    return Finding("tensorrt", False, f"{installed('tensorrt') or 'present'}; ditc has no TensorRT target yet")
+    """The bindings, the library behind them, and what this version can do."""
+    from ditc.engines.trt import collecting_logger, import_tensorrt
+
+    name = "target tensorrt"
+    try:
+        trt = import_tensorrt()
+    except DitcError as e:
+        return Finding(name, False, str(e))
+    try:
+        trt.Builder(collecting_logger(trt))
+    except Exception as e:  # pybind raises TypeError where the library makes no builder
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        return Finding(name, False, f"TensorRT {trt.__version__} makes no builder ({reason}); is there a GPU?")
+    calibrators = hasattr(trt, "IInt8EntropyCalibrator2")
+    forms = "explicit Q/DQ and calibrators" if calibrators else "explicit Q/DQ (no calibrators since 11)"
+    return Finding(name, True, f"TensorRT {trt.__version__}; {forms}")
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (
+# L4T release -> JetPack and its TensorRT; the newest that is not later counts
+JETPACKS = (
+    ((35, 0), "5", "8.5"),
+    ((36, 3), "6.0", "8.6"),
+    ((36, 4, 0), "6.1", "10.3"),
+    ((36, 4, 3), "6.2", "10.3"),
+    ((38, 2), "7", "10.13"),
+)
+
+
+def jetpack(root: Path = Path("/")) -> Finding | None:
+    """The JetPack of a Jetson, read from its L4T release; None on other machines."""
+    try:
+        text = (root / "etc" / "nv_tegra_release").read_text()
+    except OSError:
+        return None
+    found = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", text)
+    if found is None:
+        return Finding("jetpack", False, f"a Jetson whose release is not understood: {text.splitlines()[0]!r}")
+    release = (int(found[1]), *(int(part) for part in found[2].split(".") if part))
+    known = [row for row in JETPACKS if row[0] <= release]
+    shown = ".".join(str(part) for part in release)
+    if not known or release < (36, 4):
+        older = f"JetPack {known[-1][1]} with TensorRT {known[-1][2]}" if known else "an early JetPack"
+        return Finding("jetpack", False, f"L4T {shown}, {older}; ditc needs TensorRT 10.3, which JetPack 6.1 brings")
+    return Finding("jetpack", True, f"L4T {shown}, JetPack {known[-1][1]} (brings TensorRT {known[-1][2]} or later)")
+
+
+CHECKS: tuple[Callable[[], Finding | None], ...] = (
     python_runtime,
+    jetpack,
     compile_stages,
     onnxruntime_cpu,
-    onnxruntime_cuda,
+    gpu,
     tensorrt,
+    onnxruntime_cuda,
+    onnxruntime_tensorrt,
 )

@@ -44,6 +44,7 @@ CHECK_FILES = (
     ("select", "pool"),
     ("quantize", "kernels"),
     ("lower", "tensorrt"),
+    ("lower", "footprints"),
     ("verify", "verify"),
 )
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "scikit-learn", "numpy", "scipy")
@@ -117,7 +118,7 @@ def check_pool_suffices(plan: Plan) -> None:
     """Raise InputError where the pool will be smaller than what is to be selected from it, before recording it."""
     recorded, options = len(plan.recorded_steps), plan.options
     found = options.pool_size(recorded) * recorded
-    if options.precision != "fp32" and found < options.points:
+    if options.precision == "w8a8" and found < options.points:
         raise InputError(
             f"the pool will have {found} points, fewer than the {options.points} asked for; "
             "record more images (--pool) or ask for fewer points (--points)"
@@ -167,7 +168,7 @@ class _Compile:
     def quantize(self, segments: Segments) -> Segments:
         """The deployed segments: INT8 where the precision asks for it, else the FP ones."""
         plan, options = self.plan, self.plan.options
-        if options.precision == "fp32":
+        if options.precision != "w8a8":
             return segments
         chosen = options.model_dump(include=SELECT_SETTINGS)
         calib = self.stage("select", [self.run_settings, chosen], lambda folder: stages.select(plan, segments, folder))
@@ -180,14 +181,15 @@ class _Compile:
         return {name: made[name] if made[name].is_file() else path for name, path in segments.items()}
 
     def lower(self, compiled: Segments) -> None:
-        """The form for TensorRT, of quantized bundles: FP32 asks for the numbers as they are."""
-        if self.plan.options.precision != "fp32":
-            self.stage("lower", [], lambda folder: stages.lower_for_tensorrt(self.plan, compiled, folder))
+        """What GPUs need beside the portable segments."""
+        plan = self.plan
+        settings = [self.run_settings, plan.options.precision, plan.options.batch]
+        self.stage("lower", settings, lambda folder: stages.lower_for_devices(plan, compiled, folder))
 
     def fit(self, segments: Segments, compiled: Segments) -> None:
         """The compensation; a program that is the FP program itself has nothing to compensate."""
         plan, options = self.plan, self.plan.options
-        if options.vc == "none" or (options.precision == "fp32" and not plan.program.slots):
+        if options.vc == "none" or (options.precision != "w8a8" and not plan.program.slots):
             return
         settings = [self.run_settings, options.vc, options.vc_images]
         folder = self.stage("fit", settings, lambda folder: stages.fit(plan, segments, compiled, folder))
@@ -267,7 +269,7 @@ def _manifest(done: _Compile) -> Manifest:
     checks = {
         name: json.loads((done.folders[stage] / f"{name}.json").read_text())
         for stage, name in CHECK_FILES
-        if stage in done.folders
+        if stage in done.folders and (done.folders[stage] / f"{name}.json").is_file()
     }
     if done.compensation is not None:
         k = done.compensation.k

@@ -38,6 +38,26 @@ def schedule_map(program: Program) -> list[str]:
     return lines
 
 
+def calibration_comparisons(bundle: Bundle) -> list[dict[str, Any]]:
+    """What each calibrator of TensorRT 10 found beside this bundle's engines, against the bundle's own scales.
+
+    `ratios` are the calibrator's scale over ours by linear layer; layers whose tensor it does not know are left out.
+    """
+    from ditc.engines.calibrator import scales_from_cache
+    from ditc.engines.scales import ScaleTable
+
+    table_file = bundle.path / "calib" / "scales.json"
+    if not table_file.is_file():
+        return []
+    table = ScaleTable.model_validate_json(table_file.read_bytes())
+    rows = []
+    for cache in sorted((bundle.path / "engines").glob("calibration-*.cache")):
+        found = scales_from_cache(cache.read_bytes())
+        ratios = {path: found[name] / table.scales[path] for path, name in table.tensors.items() if name in found}
+        rows.append({"file": cache.name, "layers": len(ratios), "ratios": ratios})
+    return rows
+
+
 def bundle_facts(bundle: Bundle) -> dict[str, str]:
     """The headline facts of a bundle, name -> text."""
     m = bundle.manifest

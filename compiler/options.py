@@ -7,14 +7,14 @@ from pydantic import ValidationError
 from ditc.calib_data.selection import SelectionOptions, check_selector
 from ditc.calib_data.tap import TapSettings
 from ditc.engines.ranges import RANGES
+from ditc.engines.targets import TARGETS
 from ditc.errors import InputError, unknown_name
 from ditc.runtime.compensation import ESTIMATORS
 from ditc.spec import Record, SamplerSpec
 
-__all__ = ["PRECISIONS", "TARGETS", "CompileOptions"]
+__all__ = ["PRECISIONS", "CompileOptions"]
 
-PRECISIONS = ("fp32", "w8a8")
-TARGETS = ("cpu",)
+PRECISIONS = ("fp32", "fp16", "w8a8")
 LARGEST_SEED = 1 << 31
 POOL_FACTOR = 4  # the pool holds about this many times the points that are selected from it
 SPACINGS = ("linspace", "leading", "trailing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,36 +18,61 @@ from ditc.runtime.images import grid, save_png
 from ditc.runtime.pipeline import Pipeline, load
 from ditc.runtime.quality import trajectory_comparison
 
-__all__ = ["run_bundle", "verify_bundle"]
+__all__ = ["Place", "run_bundle", "verify_bundle"]
 
 Watch = Callable[[StepEvent], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a bundle runs: target, folder of engines, and how much one CUDA graph holds."""
+
+    target: str | None = None
+    engines: Path | None = None
+    graphs: str = "trajectory"
+
+    def load(self, bundle: Path, *, reference: bool = False) -> Pipeline:
+        return load(bundle, target=self.target, engines=self.engines, graphs=self.graphs, reference=reference)
+
+
+HERE = Place()
 LEAST_WIDTH = 64  # pixels an image takes in the grid at least
 
 
-def run_bundle(bundle: Path, labels: Sequence[int], out: Path, *, seed: int, watch: Watch) -> dict[str, Any]:
-    """Generate one image per label into `out`, with a grid of all; returns file names and times."""
+def run_bundle(
+    bundle: Path, labels: Sequence[int], out: Path, *, seed: int, watch: Watch, place: Place = HERE
+) -> dict[str, Any]:
+    """Generate one image per label into `out`, with a grid of all; returns file names and times.
+
+    On a GPU the request is queued whole, so there are no times of single steps; `ditc bench` measures those.
+    """
     events: list[StepEvent] = []
-    with load(bundle) as pipe:
+    with place.load(bundle) as pipe:
         pipe.bundle.manifest.model.check_labels(tuple(labels))
         pipe.check_makes_images()
         out.mkdir(parents=True, exist_ok=True)
-        images = []
         start = perf_counter()
-        for part, first in _parts(pipe, labels):
-            for event in pipe.generate(part, seed=seed, first=first):
-                watch(event)
-                events.append(event)
-                if event.images is not None:
-                    images.append(event.images)
+        if pipe.on_device:
+            pictures = pipe.images(labels, seed=seed)
+        else:
+            pictures = _watched_images(pipe, labels, seed, watch, events)
         seconds = perf_counter() - start
-    pictures = np.concatenate(images)
-    names = [f"{place:04d}-class{label}.png" for place, label in enumerate(labels)]
+    names = [f"{number:04d}-class{label}.png" for number, label in enumerate(labels)]
     for name, picture in zip(names, pictures, strict=True):
         save_png(picture, out / name)
     columns = int(np.ceil(np.sqrt(len(pictures))))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     save_png(grid(rows, scale=max(1, LEAST_WIDTH // pictures.shape[-1])), out / "grid.png")
     return {"images": names, "grid": "grid.png", "folder": str(out), **timings(events, len(labels), seconds)}
+
+
+def _watched_images(pipe: Pipeline, labels: Sequence[int], seed: int, watch: Watch, events: list[StepEvent]) -> Samples:
+    """The images, every step watched and kept in `events`."""
+    for part, first in _parts(pipe, labels):
+        for event in pipe.generate(part, seed=seed, first=first):
+            watch(event)
+            events.append(event)
+    return np.concatenate([event.images for event in events if event.images is not None])
 
 
 def timings(events: Sequence[StepEvent], images: int, seconds: float) -> dict[str, Any]:
@@ -65,7 +91,9 @@ def timings(events: Sequence[StepEvent], images: int, seconds: float) -> dict[st
     }
 
 
-def verify_bundle(bundle: Path, *, images: int, seed: int, least_psnr_db: float | None, watch: Watch) -> dict[str, Any]:
+def verify_bundle(
+    bundle: Path, *, images: int, seed: int, least_psnr_db: float | None, watch: Watch, place: Place = HERE
+) -> dict[str, Any]:
     """Run FP and compiled program on the same noise and compare after every step.
 
     Raises CheckError where the mean PSNR of the finished latents is below `least_psnr_db`.
@@ -73,7 +101,7 @@ def verify_bundle(bundle: Path, *, images: int, seed: int, least_psnr_db: float 
 
     def trajectory(reference: bool) -> list[Samples]:
         steps: dict[int, list[Samples]] = defaultdict(list)
-        with load(bundle, reference=reference) as pipe:
+        with place.load(bundle, reference=reference) as pipe:
             labels = [number % pipe.bundle.manifest.model.num_classes for number in range(images)]
             for part, first in _parts(pipe, labels):
                 for event in pipe.generate(part, seed=seed, first=first):

@@ -19,15 +19,17 @@ from ditc.calib_data.pool import Pool, Visit, pool_from_visits
 from ditc.calib_data.selection import select_points
 from ditc.compiler.options import CompileOptions
 from ditc.engines.backend import lowered_path, runnable_path
+from ditc.engines.footprint import footprint_of
 from ditc.engines.linears import linear_count
 from ditc.engines.lowering import lower
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq
 from ditc.engines.scales import ScaleTable, activation_probe, histograms_of, scale_table
 from ditc.engines.tensorrt_rules import violations_of
+from ditc.engines.update import UPDATE, UpdateForm, update_model
 from ditc.errors import CheckError
 from ditc.files import atomic_write, sha256_of
-from ditc.program import CONDITION, Program
+from ditc.program import CONDITION, DECODE, Program
 from ditc.runtime.compensation import TableCompensation, fit_closed_loop
 from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
 from ditc.runtime.pipeline import open_engines
@@ -256,20 +258,39 @@ def check_integer_kernels(backend: OnnxRuntimeBackend, segment: Path, expected: 
     return {"linears": expected, "integer": integer}
 
 
-def lower_for_tensorrt(plan: Plan, compiled: Segments, folder: Path) -> None:
-    """The strongly typed FP16 + INT8 form of every segment, and what TensorRT's rules say of it: tensorrt.json."""
-    from ditc.exporter.onnx_files import load_model, save_model, save_sharing_data
+def lower_for_devices(plan: Plan, compiled: Segments, folder: Path) -> None:
+    """What GPUs need beside the portable segments.
+
+    `update` keeps the sample on the device. With FP16 or INT8 every segment gets its strongly typed form;
+    tensorrt.json holds what TensorRT's rules say of it, footprints.json what each segment needs of a device's memory.
+    """
+    from ditc.exporter.onnx_files import load_model, save_model
 
     broken: dict[str, list[str]] = {}
-    for name, path in compiled.items():
+    needs: dict[str, Any] = {}
+    update = update_model(plan.spec, UpdateForm.of(plan.table, plan.spec, plan.options.cfg), plan.options.batch)
+    save_model(update, folder / f"{UPDATE}.onnx")
+    for name, path in {**compiled, UPDATE: folder / f"{UPDATE}.onnx"}.items():
         model = load_model(path)
-        lower(model, "trt")
-        broken[name] = [str(violation) for violation in violations_of(model)]
-        target = lowered_path(folder / path.name, "trt")
-        # unchanged weights stay in the portable segment's file; where much has changed, all go to a file of their own
-        changed = sum(bytes_in_memory(value) for value in model.graph.initializers.values())
-        (save_sharing_data if changed < INLINE_LIMIT_BYTES else save_model)(model, target)
-    _write_json(folder / "tensorrt.json", broken)
+        if name != UPDATE and plan.options.precision != "fp32":
+            lower(model, "trt")
+            _save_typed(model, lowered_path(folder / path.name, "trt"))
+        rows = plan.options.batch * (1 if name == DECODE else plan.halves)
+        sizes = {"batch": rows, "steps": len(plan.program.steps)}
+        needs[name] = footprint_of(model, sizes).model_dump(mode="json")
+        if plan.options.precision != "fp32":
+            broken[name] = [str(violation) for violation in violations_of(model)]
+    _write_json(folder / "footprints.json", needs)
+    if plan.options.precision != "fp32":
+        _write_json(folder / "tensorrt.json", broken)
+
+
+def _save_typed(model: Any, target: Path) -> None:
+    """Unchanged weights stay in the portable segment's file; where much has changed, all go to a file of their own."""
+    from ditc.exporter.onnx_files import save_model, save_sharing_data
+
+    changed = sum(bytes_in_memory(value) for value in model.graph.initializers.values())
+    (save_sharing_data if changed < INLINE_LIMIT_BYTES else save_model)(model, target)
 
 
 def bytes_in_memory(value: Any) -> int:

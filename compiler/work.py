@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditc.errors import InputError
-from ditc.files import atomic_folder, writing
+from ditc.files import atomic_folder, locked, writing
 
 __all__ = ["WorkFolder", "work_folder"]
 
@@ -42,10 +40,5 @@ def work_folder(out: Path) -> Iterator[WorkFolder]:
     path = out.with_name(f".{out.name}.work")
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise InputError(f"another compile is writing {out}; wait for it, or choose another output folder") from e
+    with locked(path / "lock", f"another compile is writing {out}; wait for it, or choose another output folder"):
         yield WorkFolder(path)

@@ -72,6 +72,11 @@ class Manifest(Record):
     checks: dict[str, JsonValue] = {}
     files: dict[str, FileEntry] = {}
 
+    @property
+    def halves(self) -> int:
+        """Network rows per image: 2 with guidance (conditional, unconditional), else 1."""
+        return 1 if self.guidance == 1 else 2
+
     def size_bytes(self, *, reference: bool) -> int:
         """Bytes of the deployed files, or of the reference files that only `verify` needs."""
         return sum(entry.size_bytes for name, entry in self.files.items() if name.startswith(REFERENCE) == reference)
@@ -96,7 +101,7 @@ class Bundle:
     @property
     def has_reference(self) -> bool:
         """Is the FP program here? Where nothing was quantized it is the deployed one's segments."""
-        present = self.manifest.precision == "fp32" or (self.path / "reference").is_dir()
+        present = self.manifest.precision != "w8a8" or (self.path / "reference").is_dir()
         return self.manifest.reference_program is not None and present
 
     def tables(self) -> dict[str, NDArray[Any]]:

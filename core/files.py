@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from ditc.errors import InputError
 
-__all__ = ["atomic_folder", "atomic_write", "digest_of", "sha256_of", "writing"]
+__all__ = ["atomic_folder", "atomic_write", "digest_of", "locked", "sha256_of", "writing"]
 
 CHUNK_BYTES = 1 << 22
 
@@ -42,6 +43,22 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(
             f"can't write {path}: {e.strerror or e}; free some space or choose a folder you may write to"
         ) from e
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file for one process at a time; raises InputError with `busy` where another holds it.
+
+    The lock dies with its process.
+    """
+    with writing(path):
+        lock = path.open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise InputError(busy) from e
+        yield
 
 
 def _sync(path: Path) -> None:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-__all__ = ["Backend", "Buffer", "Engine", "Port", "lowered_path", "runnable_path"]
+from ditc.bundle import Bundle
+from ditc.engines.device import Device, DeviceTensor
+
+__all__ = [
+    "Backend",
+    "Buffer",
+    "DeviceBackend",
+    "DeviceEngine",
+    "Engine",
+    "Port",
+    "lowered_path",
+    "runnable_path",
+]
 
 Buffer = NDArray[Any]
 
@@ -22,6 +35,11 @@ class Port:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    @property
+    def fixed_shape(self) -> tuple[int, ...]:
+        """The shape of a port with no open dimension; raises ValueError where one is open."""
+        return tuple(int(size) for size in self.shape)
 
 
 class Engine(Protocol):
@@ -56,6 +74,45 @@ class Backend(Protocol):
 
     def open(self, segment: Path) -> Engine:
         """The engine of an ONNX segment. Raises DitcError where this machine can't run it."""
+        ...
+
+
+class DeviceEngine(Protocol):
+    """A segment made ready to run on a device, at one fixed shape. Bind tensors in its memory, then queue runs."""
+
+    @property
+    def inputs(self) -> Mapping[str, Port]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, Port]: ...
+
+    def bind(self, name: str, tensor: DeviceTensor) -> None:
+        """Use `tensor` for an input or output from the next run on. The caller keeps it alive."""
+        ...
+
+    def enqueue(self) -> None:
+        """Queue one run on the device's stream, and return at once."""
+        ...
+
+
+@runtime_checkable
+class DeviceBackend(Protocol):
+    """Where segments run on a GPU, with all buffers in its memory."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def captures(self) -> bool:
+        """Can its engines be captured into a CUDA graph?"""
+        ...
+
+    def device(self) -> AbstractContextManager[Device]: ...
+
+    def engines(
+        self, bundle: Bundle, names: Sequence[str], device: Device
+    ) -> AbstractContextManager[Mapping[str, DeviceEngine]]:
+        """The engines of a bundle's segments, open inside the block. Raises InputError where one can't be had."""
         ...
 
 

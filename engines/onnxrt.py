@@ -14,7 +14,15 @@ from typing import Any
 from ditc.engines.backend import Buffer, Engine, Port
 from ditc.errors import BundleError, DitcError, InputError
 
-__all__ = ["INTEGER_KERNELS", "OnnxRuntimeBackend", "OnnxRuntimeEngine", "kernel_census"]
+__all__ = [
+    "INTEGER_KERNELS",
+    "OnnxRuntimeBackend",
+    "OnnxRuntimeEngine",
+    "import_onnxruntime",
+    "kernel_census",
+    "port_of",
+    "translated",
+]
 
 # MatMulAddFusion turns MatMul + Add back into a float Gemm, which no integer kernel takes: with it
 # the INT8 graph of a DiT-XL/2 block runs at float speed, without it several times faster.
@@ -32,7 +40,8 @@ NUMPY_TYPES = {
 }
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The onnxruntime module. Raises InputError where it is missing."""
     try:
         import onnxruntime
     except ImportError as e:
@@ -41,7 +50,7 @@ def _import_onnxruntime() -> Any:
 
 
 @contextmanager
-def _translated(doing: str) -> Iterator[None]:
+def translated(doing: str) -> Iterator[None]:
     """ONNX Runtime raises its own exception classes; they become one line of ours."""
     try:
         yield
@@ -62,8 +71,8 @@ class OnnxRuntimeEngine:
         self._name = name
         self._binding = session.io_binding()
         self._alive: dict[str, Buffer] = {}  # ONNX Runtime keeps bare pointers
-        self.inputs: Mapping[str, Port] = {port.name: _port(port) for port in session.get_inputs()}
-        self.outputs: Mapping[str, Port] = {port.name: _port(port) for port in session.get_outputs()}
+        self.inputs: Mapping[str, Port] = {port.name: port_of(port) for port in session.get_inputs()}
+        self.outputs: Mapping[str, Port] = {port.name: port_of(port) for port in session.get_outputs()}
 
     def bind(self, name: str, buffer: Buffer) -> None:
         if not buffer.flags.c_contiguous:
@@ -78,7 +87,7 @@ class OnnxRuntimeEngine:
         self._alive[name] = buffer
 
     def run(self) -> None:
-        with _translated(f"running segment {self._name}"):
+        with translated(f"running segment {self._name}"):
             self._session.run_with_iobinding(self._binding)
 
     def __enter__(self) -> OnnxRuntimeEngine:
@@ -101,14 +110,14 @@ class OnnxRuntimeBackend:
 
     def session(self, segment: Path, optimized: Path | None = None) -> Any:
         """The session of a segment; with `optimized`, the graph that it really runs is written there."""
-        ort = _import_onnxruntime()
+        ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.data")
-        with _translated(f"opening {segment.name}"):
+        with translated(f"opening {segment.name}"):
             return ort.InferenceSession(
                 str(segment), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
             )
@@ -128,5 +137,6 @@ def kernel_census(backend: OnnxRuntimeBackend, segment: Path) -> Counter[str]:
     return Counter(node.op_type for node in graph.node)
 
 
-def _port(found: Any) -> Port:
+def port_of(found: Any) -> Port:
+    """The port that a session describes."""
     return Port(name=found.name, dtype=NUMPY_TYPES[found.type], shape=tuple(found.shape))

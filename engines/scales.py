@@ -21,12 +21,16 @@ RunProbe = Callable[[Feeds], Mapping[str, NDArray[np.float32]]]
 
 
 class ScaleTable(Record):
-    """Activation scales by linear layer (torch module path), with the range method and the digests they came from."""
+    """Activation scales by linear layer (torch module path), with the range method and the digests they came from.
+
+    `tensors` names the activation that a layer reads in the FP segment, so that other calibrators can be compared.
+    """
 
     method: str
     segment_sha256: str
     calibration_digest: str
     scales: dict[str, float] = Field(min_length=1)
+    tensors: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _positive(self) -> ScaleTable:
@@ -76,7 +80,11 @@ def scale_table(
         for path in paths:  # a layer that two branches share takes the wider range
             scales[path] = max(scale, scales.get(path, 0.0))
     return ScaleTable(
-        method=method, segment_sha256=segment_sha256, calibration_digest=calibration_digest, scales=scales
+        method=method,
+        segment_sha256=segment_sha256,
+        calibration_digest=calibration_digest,
+        scales=scales,
+        tensors={path: name for name, paths in readers.items() for path in paths},
     )
 
 

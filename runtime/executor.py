@@ -116,6 +116,11 @@ class Executor:
         finally:
             free.append(buffers)
 
+    def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+        """The finished latents of one request, (n, channels, height, width)."""
+        *_, event = self.run(labels, noise, fresh_noise)
+        return event.x
+
     def _run_condition(self, labels: Sequence[int], buffers: _Buffers) -> None:
         """All steps and both guidance halves in one call."""
         count = len(labels)

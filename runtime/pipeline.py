@@ -18,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.engines.backend import Backend, Engine, runnable_path
+from ditc.engines.backend import Backend, DeviceBackend, Engine, runnable_path
+from ditc.engines.targets import backend_for
+from ditc.engines.update import UPDATE
 from ditc.errors import BundleError, DitcError, InputError
 from ditc.program import CONDITION, DECODE, Program
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.executor import Compensation, Executor, Samples, StepEvent, seeded_noise
+from ditc.runtime.device_executor import DeviceExecutor
+from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, seeded_noise
 
 __all__ = ["Pipeline", "load", "open_engines"]
 
@@ -30,18 +33,26 @@ __all__ = ["Pipeline", "load", "open_engines"]
 PIXEL_CHANNELS = (1, 3)  # grey or RGB
 
 
-def load(path: str | PathLike[str], *, backend: Backend | None = None, reference: bool = False) -> Pipeline:
-    """Open a bundle. `reference=True` runs its FP, uncached program instead of the compiled one.
+def load(
+    path: str | PathLike[str],
+    *,
+    target: str | None = None,
+    engines: str | PathLike[str] | None = None,
+    graphs: str = "trajectory",
+    backend: Backend | DeviceBackend | None = None,
+    reference: bool = False,
+) -> Pipeline:
+    """Open a bundle. `reference=True` runs its FP, uncached program instead of the compiled one, on the CPU.
 
-    Raises BundleError, naming the file, where anything in the bundle differs from its manifest.
+    `target` is where it runs, None for the one it was compiled for; `engines` the folder of its engines where that is
+    not the bundle's own; `graphs` how much one CUDA graph holds ("trajectory", "step", "none"); `backend` stands in
+    for the target's. Raises BundleError, naming the file, where anything in the bundle differs from its manifest.
     """
-    return Pipeline(open_bundle(Path(path)), backend=backend or default_backend(), reference=reference)
-
-
-def default_backend() -> Backend:
-    from ditc.engines.onnxrt import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend()
+    bundle = open_bundle(Path(path))
+    if backend is None:
+        chosen = target or str(bundle.manifest.settings.get("target", "cpu"))
+        backend = backend_for("cpu" if reference else chosen, None if engines is None else Path(engines))
+    return Pipeline(bundle, backend=backend, reference=reference, graphs=graphs)
 
 
 def open_engines(stack: ExitStack, backend: Backend, segments: Mapping[str, Path]) -> dict[str, Engine]:
@@ -54,14 +65,22 @@ def open_engines(stack: ExitStack, backend: Backend, segments: Mapping[str, Path
 class Pipeline:
     """A bundle ready to generate. Use it in a `with` block; it owns the engines and their buffers."""
 
-    def __init__(self, bundle: Bundle, *, backend: Backend, reference: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: Backend | DeviceBackend,
+        reference: bool = False,
+        graphs: str = "none",
+    ) -> None:
         if reference and not bundle.has_reference:
             raise BundleError(f"{bundle.path} was compiled or copied without its FP reference; compile it again")
         self.bundle = bundle
         self.backend = backend
         self.reference = reference
         self._stack = ExitStack()
-        self._executor: Executor | None = None
+        self._graphs = graphs
+        self._executor: Executor | DeviceExecutor | None = None
         self._decoder: Engine | None = None
 
     @property
@@ -70,20 +89,51 @@ class Pipeline:
         reference = self.bundle.manifest.reference_program
         return reference if self.reference and reference is not None else self.bundle.manifest.program
 
+    @property
+    def on_device(self) -> bool:
+        """Do the segments run on a GPU, with all buffers in its memory?"""
+        return isinstance(self.backend, DeviceBackend)
+
     def __enter__(self) -> Pipeline:
-        manifest, tables = self.bundle.manifest, self.bundle.tables()
-        place = self.bundle.reference_path if self.reference else self.bundle.segment_path
         names = [CONDITION, *(plan.name for plan in self.program.segments), *self.program.epilogue]
         try:
-            engines = open_engines(self._stack, self.backend, {name: place(name) for name in names})
+            if isinstance(self.backend, DeviceBackend):
+                self._executor = self._on_device(self.backend, [*names, UPDATE])
+            else:
+                self._executor = self._on_host(self.backend, names)
         except BaseException:
             self._stack.close()
             raise
-        self._decoder = engines.get(DECODE)
-        columns = {n.removeprefix("sampler."): t for n, t in tables.items() if n.startswith("sampler.")}
-        compensation: Compensation | None = None if self.reference else TableCompensation.from_tables(tables)
-        self._executor = Executor(manifest.model, self.program, columns, engines, manifest.guidance, compensation)
         return self
+
+    def _on_host(self, backend: Backend, names: Sequence[str]) -> Executor:
+        place = self.bundle.reference_path if self.reference else self.bundle.segment_path
+        engines = open_engines(self._stack, backend, {name: place(name) for name in names})
+        self._decoder = engines.get(DECODE)
+        manifest, (columns, compensation) = self.bundle.manifest, self._tables()
+        return Executor(manifest.model, self.program, columns, engines, manifest.guidance, compensation)
+
+    def _on_device(self, backend: DeviceBackend, names: Sequence[str]) -> DeviceExecutor:
+        device = self._stack.enter_context(backend.device())
+        engines = self._stack.enter_context(backend.engines(self.bundle, names, device))
+        manifest, (columns, compensation) = self.bundle.manifest, self._tables()
+        return DeviceExecutor(
+            manifest.model,
+            self.program,
+            columns,
+            engines,
+            device,
+            batch=manifest.batch,
+            guidance=manifest.guidance,
+            compensation=compensation,
+            graphs=self._graphs if backend.captures else "none",
+        )
+
+    def _tables(self) -> tuple[dict[str, NDArray[Any]], TableCompensation | None]:
+        """(the sampler's columns, the compensation of the compiled program)."""
+        tables = self.bundle.tables()
+        columns = {n.removeprefix("sampler."): t for n, t in tables.items() if n.startswith("sampler.")}
+        return columns, None if self.reference else TableCompensation.from_tables(tables)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -109,12 +159,17 @@ class Pipeline:
 
     def latents(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None) -> Samples:
         """Finished samples before decoding, (n, channels, height, width), in batches of the bundle's size."""
-        return np.concatenate([event.x for event in self._last_events(labels, seed, noise)])
+        executor = self._open_executor()
+        return np.concatenate([executor.last(*request) for request in self._requests(labels, seed, noise)])
 
     def images(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None) -> Samples:
         """Images in [-1, 1], float32 (n, channels, height, width), in batches of the bundle's size."""
         self.check_makes_images()
-        return np.concatenate([event.images for event in self._last_events(labels, seed, noise)])
+        executor = self._open_executor()
+        requests = self._requests(labels, seed, noise)
+        if isinstance(executor, DeviceExecutor) and executor.decodes:  # the latents stay on the device
+            return np.concatenate([np.clip(executor.last_images(*request), -1, 1) for request in requests])
+        return np.concatenate([self.decode(executor.last(*request)) for request in requests])
 
     def decode(self, latents: Samples) -> Samples:
         """Latents to images in [-1, 1]. A model of 1 or 3 channels without a decoder works on pixels already.
@@ -122,6 +177,9 @@ class Pipeline:
         Raises InputError where the latents are of another kind and the bundle has no decoder.
         """
         self.check_makes_images()
+        executor = self._open_executor()
+        if isinstance(executor, DeviceExecutor) and executor.decodes:
+            return np.clip(executor.decode(latents), -1, 1)
         if self._decoder is None:
             return np.clip(latents, -1, 1)
         port = self._decoder.outputs["image"]
@@ -146,18 +204,21 @@ class Pipeline:
                 "compile it with --vae FOLDER, or take pipe.latents()"
             )
 
-    def _last_events(self, labels: Sequence[int], seed: int, noise: Samples | None) -> Iterator[StepEvent]:
+    def _requests(
+        self, labels: Sequence[int], seed: int, noise: Samples | None
+    ) -> Iterator[tuple[Sequence[int], Samples, NoiseSource]]:
+        """Labels, x_T and the source of fresh noise, in batches of the bundle's size."""
         size = self.bundle.manifest.batch
         if not labels:
             raise InputError("no labels given; name at least one class")
         if noise is not None and len(noise) != len(labels):
             raise InputError(f"noise must have one sample per label: {len(labels)} labels, found {len(noise)}")
         for first in range(0, len(labels), size):
-            part = slice(first, first + size)
-            events = self.generate(labels[part], seed=seed, noise=None if noise is None else noise[part], first=first)
-            yield list(events)[-1]
+            part = labels[first : first + size]
+            drawn, fresh = seeded_noise(seed, first, len(part), self.bundle.manifest.model.latent_shape)
+            yield part, drawn if noise is None else noise[first : first + size], fresh
 
-    def _open_executor(self) -> Executor:
+    def _open_executor(self) -> Executor | DeviceExecutor:
         if self._executor is None:
             raise DitcError("the pipeline is not open; use it in a block: with ditc.load(path) as pipe: ...")
         return self._executor

@@ -91,8 +91,8 @@ def test_verify_fails_below_the_quality_asked_for(
 def test_doctor_says_what_works_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--json"]) == 0
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert found["onnxruntime cpu"]["works"]
-    assert "MatMulIntegerToFloat" in found["onnxruntime cpu"]["detail"]
+    assert found["target cpu"]["works"]
+    assert "MatMulIntegerToFloat" in found["target cpu"]["detail"]
     assert not found["tensorrt"]["works"]
     assert found["tensorrt"]["detail"]
 

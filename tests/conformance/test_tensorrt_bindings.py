@@ -1,4 +1,7 @@
-"""The TensorRT calls of ditc against the real bindings of every supported line, each in a process of its own."""
+"""Everything of ditc that calls TensorRT, against the real bindings of every supported line, each in its own process.
+
+The classes with native parts are played by tests/simulated, which holds every call to the real interface.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,43 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ditc.compiler.driver import compile_model
+from ditc.compiler.options import CompileOptions
+from ditc.exporter.dit import DiT, DiTConfig
 
 HERE = Path(__file__).parent
 STORE = Path(sys.prefix) / "tensorrt-bindings"
 VERSIONS = ("10.3.0", "10.16.1.11", "11.4.0.106")
+QUICK = CompileOptions(steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4, policy="fora:2")
+SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
+NARROW = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=72, depth=2, num_heads=4, num_classes=5)
+
+
+def small_model(config: DiTConfig) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(config, name="small").eval()
+    model.cfg_channels = 2
+    return model
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of bundles: the reference model, and small ones that differ in what a device has to do."""
+    folder = tmp_path_factory.mktemp("compiled")
+    digits = QUICK.model_copy(update={"steps": 50, "points": 64, "pool_images": 8, "policy": "fora:3", "batch": 3})
+    compile_model("digits", folder / "digits", digits)
+    for name, config, changes in (
+        ("small", SMALL, {"ranges": "max"}),
+        ("learned-noise", SMALL, {"sampler": "ddpm", "variance": "learned", "clip": 1.0}),
+        ("fixed-noise", SMALL, {"eta": 0.5, "vc": "none"}),
+        ("unguided", SMALL, {"cfg": 1.0}),
+        ("fp16", SMALL, {"precision": "fp16", "target": "tensorrt"}),
+        ("odd-addresses", NARROW, {"batch": 1}),  # a step's row of the table is no multiple of 256 bytes
+    ):
+        compile_model(small_model(config), folder / name, QUICK.model_copy(update=changes))
+    return folder
 
 
 def install(version: str) -> Path:
@@ -29,14 +65,16 @@ def install(version: str) -> Path:
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in libraries need a C compiler (gcc)")
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_tensorrt_call_exists_in_the_real_bindings(version: str) -> None:
+def test_everything_that_calls_tensorrt_holds_with_the_real_bindings(version: str, compiled: Path) -> None:
     folder = install(version)
     environment = os.environ | {
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent / "simulated"), str(folder), os.environ.get("PYTHONPATH", "")]),
         "LD_LIBRARY_PATH": str(folder / "lib"),
         "DITC_REAL_BINDINGS": version,
+        "DITC_BUNDLES": str(compiled),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_trt_api.py")]
+    tests = [str(path) for path in sorted(HERE.glob("test_simulated_*.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout

@@ -1,0 +1,258 @@
+"""From a bundle to engines: every segment in a child process of its own, one at a time.
+
+A crash or an out-of-memory kill ends one child and becomes one error; engines that were finished stay, and the same
+command goes on with the rest. A second build does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from time import perf_counter
+from typing import Any
+
+from ditc.bundle import Bundle
+from ditc.engines.memory import MemoryPlan, memory_plan
+from ditc.engines.store import (
+    CALIBRATION_SET,
+    EXPLICIT,
+    BuildSettings,
+    EngineKey,
+    EngineRecord,
+    EngineStore,
+    segment_file,
+)
+from ditc.engines.trt_runtime import wanted_key
+from ditc.engines.trt_worker import PLAN, TIMINGS, BuildRequest, CalibrationRequest, MachineDescription
+from ditc.engines.update import UPDATE
+from ditc.errors import CheckError, InputError
+from ditc.files import atomic_write, digest_of, locked, writing
+from ditc.program import CONDITION
+
+__all__ = ["BuildPlan", "BuiltSegment", "build_engines", "describe_machine", "device_segments", "plan_build"]
+
+Progress = Callable[[str, int, int], None]
+WORKER = (sys.executable, "-m", "ditc.engines.trt_worker")
+
+
+@dataclass(frozen=True)
+class BuiltSegment:
+    """What became of one segment: built now, or found from an earlier build."""
+
+    key: EngineKey
+    record: EngineRecord
+    built: bool
+
+
+def device_segments(bundle: Bundle) -> list[str]:
+    """All segments that a trajectory on a device calls, in the order of their first call."""
+    program = bundle.manifest.program
+    return [CONDITION, *(plan.name for plan in program.segments), UPDATE, *program.epilogue]
+
+
+def describe_machine(calibration: str = EXPLICIT) -> MachineDescription:
+    """TensorRT, GPU and memory of this machine, asked of a child so that no GPU memory stays in use here.
+
+    Raises InputError where there is no GPU, no TensorRT, or none that has this kind of calibration.
+    """
+    found = _child(["describe", calibration], "looking at the GPU", lambda *_: None)
+    return MachineDescription.model_validate(found)
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that is decided before TensorRT is asked to build."""
+
+    bundle: Bundle
+    settings: BuildSettings
+    store: EngineStore
+    machine: MachineDescription
+    memory: MemoryPlan
+    timing_cache: Path | None
+
+    @property
+    def keys(self) -> list[EngineKey]:
+        """The keys of all engines, in the order in which they are built."""
+        return [self.key(name) for name in device_segments(self.bundle)]
+
+    def key(self, name: str) -> EngineKey:
+        return wanted_key(self.bundle, name, self.machine.platform, self.settings)
+
+
+def plan_build(
+    bundle: Bundle, settings: BuildSettings, *, store: Path | None = None, timing_cache: Path | None = None
+) -> BuildPlan:
+    """Look at bundle and machine. Raises InputError where the one does not fit the other."""
+    if settings.replay and timing_cache is None:
+        raise InputError("--replay builds from a timing cache alone; name one with --timing-cache FILE")
+    if timing_cache is not None and settings.replay and not timing_cache.is_file():
+        raise InputError(f"{timing_cache} does not exist; --replay needs the timing cache of an earlier build")
+    for name in device_segments(bundle):
+        segment_file(bundle, name, settings.calibration)
+    if settings.calibration != EXPLICIT:
+        check_calibratable(bundle)
+    memory = memory_plan(bundle, settings.calibration)
+    machine = describe_machine(settings.calibration)
+    memory.check_fits(machine.total_bytes, settings.workspace_bytes, machine.platform.gpu)
+    return BuildPlan(bundle, settings, EngineStore.of(bundle, store), machine, memory, timing_cache)
+
+
+def build_engines(plan: BuildPlan, progress: Progress) -> list[BuiltSegment]:
+    """Build what is missing, one segment after the other. Raises CheckError where TensorRT finds no way."""
+    folder = plan.store.folder
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", f"another build is writing {folder}; wait for it"):
+        run = _BuildRun(plan, progress)
+        return [run.segment(key) for key in plan.keys]
+
+
+def check_calibratable(bundle: Bundle) -> None:
+    """Raise InputError where a calibrator of TensorRT 10 can't be fed from this bundle."""
+    partial = [p.name for p in bundle.manifest.program.segments if any(p.compute) and not all(p.compute)]
+    if partial:
+        raise InputError(
+            f"--calibration can't feed segment {partial[0]}, which computes only some branches; "
+            "use the explicit form (leave --calibration out)"
+        )
+    if not (bundle.path / CALIBRATION_SET).is_file():
+        raise InputError(f"{bundle.path} has no calibration set; compile it with --precision w8a8")
+
+
+@dataclass(frozen=True)
+class _BuildRun:
+    """One build: what all its segments share."""
+
+    plan: BuildPlan
+    progress: Progress
+
+    def segment(self, key: EngineKey) -> BuiltSegment:
+        """The engine of one segment, built now unless it is there."""
+        name, store = key.segment, self.plan.store
+        if store.has(key):
+            self.progress(f"{name} (built earlier)", 1, 1)
+            return BuiltSegment(key, store.record(key), built=False)
+        start = perf_counter()
+        with writing(store.folder), tempfile.TemporaryDirectory(prefix=".building-", dir=store.folder) as folder:
+            request = Path(folder) / "request.json"
+            request.write_text(self._request(key, Path(folder)).model_dump_json())
+            found = _child([str(request)], f"building segment {name}", self._on_line(name))
+            plan = (Path(folder) / PLAN).read_bytes()
+            timings = (Path(folder) / TIMINGS).read_bytes()
+        record = EngineRecord.of(
+            key, plan, device_memory_bytes=found["device_memory_bytes"], build_seconds=perf_counter() - start
+        )
+        store.put(record, plan)
+        if not self.plan.settings.replay:
+            atomic_write(self._timing_cache, timings)
+        self.progress(name, 1, 1)
+        return BuiltSegment(key, record, built=True)
+
+    @property
+    def _timing_cache(self) -> Path:
+        return self.plan.timing_cache or self.plan.store.timing_cache_path(self.plan.machine.platform)
+
+    def _request(self, key: EngineKey, folder: Path) -> BuildRequest:
+        return BuildRequest(
+            segment=segment_file(self.plan.bundle, key.segment, self.plan.settings.calibration).absolute(),
+            sizes=key.sizes,
+            settings=self.plan.settings,
+            timing_cache=self._timing_cache.absolute(),
+            timing_cache_required=self.plan.timing_cache is not None,
+            calibration=self._calibration(key),
+            folder=folder.absolute(),
+            parent=os.getpid(),
+        )
+
+    def _calibration(self, key: EngineKey) -> CalibrationRequest | None:
+        """Only segments that compute have layers to calibrate; their tables come from the `condition` engine."""
+        bundle, store, method = self.plan.bundle, self.plan.store, self.plan.settings.calibration
+        computing = {part.name for part in bundle.manifest.program.segments if any(part.compute)}
+        if method == EXPLICIT or key.segment not in computing:
+            return None
+        condition = self.plan.key(CONDITION)
+        digest = digest_of([key.graph, key.sizes, method])
+        return CalibrationRequest(
+            points=(bundle.path / CALIBRATION_SET).absolute(),
+            condition_plan=store.plan_path(condition).absolute(),
+            condition_sha256=store.record(condition).sha256,
+            null_label=bundle.manifest.model.null_label if bundle.manifest.halves == 2 else None,
+            cache=(store.folder / f"calibration-{key.segment}-{method}-{digest}.cache").absolute(),
+        )
+
+    def _on_line(self, name: str) -> Callable[[str, int, int], None]:
+        """TensorRT has several phases one after the other; each moves the bar of its segment."""
+
+        def report(phase: str, done: int, total: int) -> None:
+            if done < total:
+                self.progress(f"{name} ({phase})", done, total)
+
+        return report
+
+
+def _child(arguments: Sequence[str], doing: str, report: Callable[[str, int, int], None]) -> Any:
+    """Run the worker and return its result. Its refusals are raised here; its death is one clear error."""
+    with _worker(arguments) as process:
+        last_words: deque[str] = deque(maxlen=20)
+        listener = Thread(target=_remember, args=(process.stderr, last_words), daemon=True)
+        listener.start()
+        assert process.stdout is not None
+        for text in process.stdout:
+            try:
+                line = json.loads(text)
+            except ValueError:  # a library printed something
+                continue
+            if "phase" in line:
+                report(line["phase"], line["done"], line["of"])
+            elif "error" in line:
+                raise (CheckError if line["error"] == "check" else InputError)(line["message"])
+            elif "result" in line:
+                return line["result"]
+        code = process.wait()
+        listener.join(timeout=5)
+    raise CheckError(_why_dead(code, doing, list(last_words)))
+
+
+def _remember(stream: Any, words: deque[str]) -> None:
+    words.extend(line.strip() for line in stream if line.strip())
+
+
+@contextmanager
+def _worker(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """The child; it does not outlive the block."""
+    process = subprocess.Popen(  # noqa: S603  our own module, our own arguments
+        [*WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+        process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+def _why_dead(code: int, doing: str, last_words: list[str]) -> str:
+    kept = "engines built so far are kept, and the same command goes on from here"
+    if code == -signal.SIGKILL:
+        return (
+            f"{doing}: the process was killed, likely for want of memory; close programs or lower --workspace; {kept}"
+        )
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"{doing}: TensorRT crashed ({name}); lower --optimization-level or update the driver; {kept}"
+    said = last_words[-1] if last_words else "it said nothing"
+    return f"{doing}: the process ended with code {code} and no result ({said}); {kept}"

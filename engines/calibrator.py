@@ -1,0 +1,149 @@
+"""INT8 calibrators of TensorRT 10 (`--calibration entropy|minmax`), fed with the points of the calibration set.
+
+TensorRT 11 has no calibrators: there the explicit Q/DQ form is the only one, and on 10 it is the default. The cache of
+a calibrator is keyed by network, shapes, points and method, written whole or not at all, and the next build takes it
+up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditc.calib_data.calibset import CalibSet
+from ditc.engines.device import Device, DeviceTensor, open_device
+from ditc.engines.trt import collecting_logger
+from ditc.engines.trt_runtime import TensorRTEngine, share_scratch
+from ditc.engines.trt_worker import CalibrationRequest
+from ditc.errors import DitcError, InputError
+from ditc.files import atomic_write
+from ditc.program import CONDITION
+
+__all__ = ["CALIBRATORS", "check_calibrators", "make_calibrator", "open_calibrator", "scales_from_cache"]
+
+CALIBRATORS = {"entropy": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCalibrator"}
+
+Batch = Mapping[str, DeviceTensor]
+
+
+def check_calibrators(trt: Any, method: str) -> Any:
+    """TensorRT's base class of a calibrator. Raises InputError where this TensorRT has none."""
+    base = getattr(trt, CALIBRATORS[method], None)
+    if base is None:
+        raise InputError(
+            f"TensorRT {trt.__version__} has no INT8 calibrators (they ended with 10); "
+            "leave --calibration out: the explicit Q/DQ form holds the scales already"
+        )
+    return base
+
+
+def make_calibrator(trt: Any, method: str, batches: Iterator[Batch], cache: Path) -> Any:
+    """A calibrator that hands TensorRT the device addresses of one batch after the other.
+
+    TensorRT swallows exceptions raised inside it, so the first one is kept in `failure` and ends the feeding.
+    """
+    base = check_calibrators(trt, method)
+
+    class Calibrator(base):  # type: ignore[misc,valid-type]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.failure: DitcError | None = None
+            self._batch: Batch = {}  # kept alive while TensorRT reads it
+
+        def get_batch_size(self) -> int:
+            return 1  # of networks with explicit batch TensorRT asks, and does not use the answer
+
+        def get_batch(self, names: Sequence[str]) -> list[int] | None:
+            try:
+                self._batch = next(batches)
+                return [self._batch[name].pointer for name in names]
+            except StopIteration:
+                return None
+            except KeyError as e:
+                self.failure = DitcError(f"the network asks for input {e}, which calibration does not make")
+            except DitcError as e:
+                self.failure = e
+            return None
+
+        def read_calibration_cache(self) -> bytes | None:
+            return cache.read_bytes() if cache.is_file() else None
+
+        def write_calibration_cache(self, data: bytes) -> None:
+            if self.failure is None:  # scales of half the points are none
+                atomic_write(cache, bytes(data))
+
+    return Calibrator()
+
+
+@contextmanager
+def open_calibrator(trt: Any, method: str, request: CalibrationRequest, sizes: Mapping[str, int]) -> Iterator[Any]:
+    """A calibrator for a segment, with the `condition` engine that makes the tables of each batch."""
+    check_calibrators(trt, method)
+    device = open_device()
+    log = collecting_logger(trt)
+    plan = request.condition_plan.read_bytes()
+    if hashlib.sha256(plan).hexdigest() != request.condition_sha256:
+        raise InputError(f"{request.condition_plan} changed during the build; give the same command again")
+    runtime = trt.Runtime(log)
+    runtime.engine_host_code_allowed = False
+    condition = TensorRTEngine(trt, runtime, log, plan, CONDITION, device)
+    scratch = share_scratch([condition], device)
+    points = CalibSet.load(request.points)
+    batches = calibration_batches(points, condition, device, sizes["batch"], request.null_label)
+    yield make_calibrator(trt, method, batches, request.cache)
+    device.synchronize()
+    del scratch
+
+
+def calibration_batches(
+    points: CalibSet, condition: TensorRTEngine, device: Device, rows: int, null_label: int | None
+) -> Iterator[Batch]:
+    """The inputs of a computing segment at every calibration point, batch by batch, on the device.
+
+    Points of one step share a batch; the last of a step is filled up by repeating. `rows` counts guidance halves.
+    """
+    halves = 1 if null_label is None else 2
+    images = rows // halves
+    t = device.empty(condition.inputs["t"].fixed_shape, condition.inputs["t"].dtype)
+    y = device.empty((rows,), "int64")
+    tables = {name: device.empty(port.fixed_shape, port.dtype) for name, port in condition.outputs.items()}
+    row = {name: device.empty(table.shape[1:], table.dtype) for name, table in tables.items()}
+    x = device.empty((rows, *points.x.shape[1:]), "float32")
+    for name, tensor in (("t", t), ("y", y), *tables.items()):
+        condition.bind(name, tensor)
+    for step in np.unique(points.step):
+        at_step = np.flatnonzero(points.step == step)
+        device.upload(np.full(t.shape, points.t[at_step[0]], np.float32), t)
+        for start in range(0, len(at_step), images):
+            part = np.resize(at_step[start : start + images], images)
+            labels = points.label[part]
+            nulls = [] if null_label is None else [np.full(images, null_label)]
+            device.upload(np.concatenate([labels, *nulls]).astype(np.int64), y)
+            device.upload(np.concatenate([points.x[part]] * halves), x)
+            condition.enqueue()
+            for name, table in tables.items():
+                device.copy(table.row(0), row[name])  # every step of this table is the same timestep
+            device.synchronize()
+            yield {"x": x, **row}
+
+
+def scales_from_cache(data: bytes) -> dict[str, float]:
+    """The scales in a calibration cache: tensor name -> scale.
+
+    Its lines are `name: hex`, the bits of a float32 in big-endian order; the first line names TensorRT and method.
+    """
+    header, *lines = data.decode("utf-8", "replace").splitlines() or [""]
+    if not header.startswith("TRT-"):
+        raise InputError(f"this is no calibration cache of TensorRT: it begins with {header[:20]!r}")
+    scales = {}
+    for line in lines:
+        name, _, bits = line.rpartition(":")
+        if name:
+            scales[name] = float(struct.unpack(">f", bytes.fromhex(bits.strip()))[0])
+    return scales

@@ -1,0 +1,98 @@
+"""How much device memory a trajectory needs, known before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from ditc.bundle import Bundle
+from ditc.engines.footprint import Footprint
+from ditc.engines.store import EXPLICIT
+from ditc.engines.trt_runtime import profile_sizes
+from ditc.errors import InputError
+from ditc.program import CONDITION
+from ditc.spec import Record
+
+__all__ = ["MemoryPlan", "footprints", "memory_plan"]
+
+
+class MemoryPlan(Record):
+    """Bytes of device memory while a trajectory runs.
+
+    `weights` by segment; `scratch` is the least one shared block must hold (TensorRT may want more); `caches` are the
+    slots; `tables` and `samples` what passes between the segments.
+    """
+
+    weights: dict[str, int]
+    scratch: int
+    caches: int
+    tables: int
+    samples: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.weights.values()) + self.scratch + self.caches + self.tables + self.samples
+
+    def rows(self) -> Iterator[tuple[str, int]]:
+        """The plan as lines of a table: (what, bytes)."""
+        for name, size in self.weights.items():
+            yield f"weights of {name}", size
+        yield "scratch, shared", self.scratch
+        yield "cache slots", self.caches
+        yield "modulation tables", self.tables
+        yield "samples", self.samples
+        yield "together", self.total
+
+    def check_fits(self, device_bytes: int, workspace_bytes: int, gpu: str) -> None:
+        """Raise InputError where the profile can't run on the device, or the largest segment can't be built on it."""
+        if self.total > device_bytes:
+            raise InputError(
+                f"batch {self.batch} needs at least {_mb(self.total)} to run, {gpu} has {_mb(device_bytes)}; "
+                "compile the bundle with a smaller --batch"
+            )
+        largest = max(self.weights, key=lambda name: self.weights[name])
+        needed = self.weights[largest] + workspace_bytes
+        if needed > device_bytes:
+            raise InputError(
+                f"building {largest} may take {_mb(needed)} (weights and a workspace of {_mb(workspace_bytes)}), "
+                f"{gpu} has {_mb(device_bytes)}; lower --workspace"
+            )
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.0f} MB"
+
+
+def footprints(bundle: Bundle) -> dict[str, Footprint]:
+    """The needs of every segment, as measured at compile time."""
+    found = bundle.manifest.checks.get("footprints")
+    try:
+        return {name: Footprint.model_validate(value) for name, value in dict(found).items()}  # type: ignore[arg-type]
+    except (TypeError, ValueError, ValidationError) as e:
+        raise InputError(f"{bundle.path} was compiled by a ditc that measured no memory needs; compile it again") from e
+
+
+def memory_plan(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryPlan:
+    """The needs of a bundle's trajectory at its batch."""
+    manifest = bundle.manifest
+    needs = footprints(bundle)
+    rows = manifest.batch * manifest.halves
+    condition = needs[CONDITION].outputs.values()
+    caches = [
+        port.size_bytes(profile_sizes(bundle, name))
+        for name, need in needs.items()
+        for port_name, port in need.outputs.items()
+        if port_name.startswith("cache.")
+    ]
+    latent = 4 * manifest.model.in_channels * manifest.model.height * manifest.model.width
+    factor = 1 if calibration == EXPLICIT else 2  # the calibrator's networks hand over FP32
+    return MemoryPlan(
+        weights={name: need.weight_bytes for name, need in needs.items()},
+        scratch=max(need.activation_bytes for need in needs.values()),
+        caches=factor * max(caches, default=0) * manifest.program.slots,
+        tables=factor * sum(port.size_bytes(profile_sizes(bundle, CONDITION)) for port in condition),
+        samples=(3 * rows + len(manifest.program.steps) * manifest.batch) * latent,
+        batch=manifest.batch,
+    )

@@ -1,0 +1,140 @@
+"""ONNX Runtime's GPU providers as device backends: the typed segments, bound to device memory on one stream.
+
+`cuda`: the provider has no integer kernels behind Q/DQ for these layers, so the pairs are taken out when the session
+opens and the weights are unfolded to FP16: activations keep FP16's precision, and the numbers are a little closer to FP
+than the bundle's. `ort-tensorrt`: the provider builds its engines at the first run and keeps them in `cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditc.bundle import Bundle
+from ditc.engines.backend import DeviceEngine, Port, lowered_path
+from ditc.engines.device import CudaDevice, Device, DeviceTensor, open_device
+from ditc.engines.onnxrt import import_onnxruntime, port_of, translated
+from ditc.engines.store import ENGINES
+from ditc.engines.trt_runtime import profile_sizes
+from ditc.errors import InputError
+
+__all__ = ["CUDA", "TENSORRT", "OnnxRuntimeDeviceBackend", "Provider"]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider: its name, the kind of memory that it binds, its options and the session's entries."""
+
+    name: str
+    memory: str = "cuda"
+    options: Mapping[str, str] = field(default_factory=dict)
+    session: Mapping[str, str] = field(default_factory=dict)
+    caches_engines: bool = False
+
+
+CUDA = Provider("CUDAExecutionProvider", session={"session.disable_quant_qdq": "1"})
+TENSORRT = Provider(
+    "TensorrtExecutionProvider",
+    options={"trt_fp16_enable": "1", "trt_int8_enable": "1", "trt_layer_norm_fp32_fallback": "1"},
+    caches_engines=True,
+)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeDeviceBackend:
+    """Sessions on a GPU provider. `cache` is where the provider keeps engines, None for the bundle's own folder."""
+
+    provider: Provider
+    cache: Path | None = None
+    name: str = "trt"  # whose form of the segments it runs
+    captures: bool = False  # a session waits inside its runs, which a capture can't hold
+
+    @contextmanager
+    def device(self) -> Iterator[CudaDevice]:
+        device = open_device()
+        yield device
+        device.synchronize()
+
+    @contextmanager
+    def engines(self, bundle: Bundle, names: Sequence[str], device: Device) -> Iterator[Mapping[str, DeviceEngine]]:
+        ort = import_onnxruntime()
+        if self.provider.name not in ort.get_available_providers():
+            raise InputError(
+                f"this onnxruntime has no {self.provider.name}; install one that has: pip install 'ditc[cuda]' "
+                "(and uninstall onnxruntime, which hides it)"
+            )
+        cache = self.cache or bundle.path / ENGINES
+        yield {
+            name: OnnxRuntimeDeviceEngine(
+                self._session(ort, self._file(bundle, name), device, cache),
+                name,
+                self.provider.memory,
+                profile_sizes(bundle, name),
+                ort,
+            )
+            for name in names
+        }
+        device.synchronize()
+
+    def _file(self, bundle: Bundle, name: str) -> Path:
+        portable = bundle.segment_path(name)
+        typed = lowered_path(portable, self.name)
+        return typed if typed.exists() else portable
+
+    def _session(self, ort: Any, segment: Path, device: Device, cache: Path) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        for key, value in self.provider.session.items():
+            options.add_session_config_entry(key, value)
+        chosen = {"user_compute_stream": str(device.stream), **self.provider.options}
+        if self.provider.caches_engines:
+            chosen |= {
+                "trt_engine_cache_enable": "1",
+                "trt_engine_cache_path": str(cache),
+                "trt_timing_cache_enable": "1",
+                "trt_timing_cache_path": str(cache),
+            }
+        with translated(f"opening {segment.name} with {self.provider.name}"):
+            return ort.InferenceSession(str(segment), options, providers=[(self.provider.name, chosen)])
+
+
+class OnnxRuntimeDeviceEngine:
+    """One session whose inputs and outputs are bound to device memory."""
+
+    def __init__(self, session: Any, name: str, memory: str, sizes: Mapping[str, int], ort: Any) -> None:
+        self._session = session
+        self._name = name
+        self._memory = memory
+        self._binding = session.io_binding()
+        self._options = ort.RunOptions()
+        # the next call on the stream waits by itself; the host need not
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self.inputs: Mapping[str, Port] = {port.name: _fixed(port, sizes) for port in session.get_inputs()}
+        self.outputs: Mapping[str, Port] = {port.name: _fixed(port, sizes) for port in session.get_outputs()}
+        self._bound: dict[str, DeviceTensor] = {}
+
+    def bind(self, name: str, tensor: DeviceTensor) -> None:
+        port = self.inputs.get(name) or self.outputs[name]
+        if (tensor.dtype, tensor.shape) != (port.dtype, port.shape):
+            raise ValueError(
+                f"{self._name}: {name!r} is {port.dtype} {port.shape}, found {tensor.dtype} {tensor.shape}"
+            )
+        if self._bound.get(name) == tensor:
+            return
+        place = self._binding.bind_input if name in self.inputs else self._binding.bind_output
+        place(name, self._memory, 0, np.dtype(tensor.dtype).type, list(tensor.shape), tensor.pointer)
+        self._bound[name] = tensor
+
+    def enqueue(self) -> None:
+        with translated(f"running segment {self._name}"):
+            self._session.run_with_iobinding(self._binding, self._options)
+
+
+def _fixed(found: Any, sizes: Mapping[str, int]) -> Port:
+    port = port_of(found)
+    return Port(port.name, port.dtype, tuple(sizes[size] if isinstance(size, str) else size for size in port.shape))

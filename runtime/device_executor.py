@@ -1,0 +1,307 @@
+"""The executor on a GPU: the same program, with every buffer on the device and no host round trip between steps.
+
+Per step two engines run on one stream: the segment, then `update` (guidance, sampler, compensation), which writes the
+next sample once per guidance half. Two sample buffers take turns, so step i always reads and writes the same
+addresses; that makes every step, and the whole trajectory, one CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.engines.backend import DeviceEngine
+from ditc.engines.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor
+from ditc.engines.update import COLUMNS, UPDATE
+from ditc.errors import CheckError, InputError, unknown_name
+from ditc.program import CONDITION, DECODE, Program, Step
+from ditc.runtime.compensation import TableCompensation
+from ditc.runtime.executor import NoiseSource, Samples, StepEvent
+from ditc.spec import ModelSpec
+
+__all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
+
+GRAPHS = ("trajectory", "step", "none")  # how much one CUDA graph holds
+REPLAY_TOLERANCE = 1e-3  # of a replay against the same calls made one by one, relative to the largest value
+
+
+def update_rows(
+    table: Mapping[str, NDArray[np.float64]], compensation: TableCompensation | None, channels: int
+) -> NDArray[np.float32]:
+    """The `row` input of `update` for every step, (steps, width): COLUMNS, then K and mu per channel."""
+    steps = len(table["t"])
+    columns = {name: table.get(name, np.zeros(steps)) for name in COLUMNS}
+    columns["noise"] = (table["sigma"] > 0).astype(np.float64)
+    k, mu = np.ones((steps, channels)), np.zeros((steps, channels))
+    if compensation is not None:
+        k = compensation.k
+        mu = np.where(k == 1, 0.0, compensation.mu)
+    rows = np.concatenate([np.stack([columns[name] for name in COLUMNS], axis=1), k, mu], axis=1)
+    return rows.astype(np.float32)
+
+
+class DeviceExecutor:
+    """Runs one program over device engines, at the one batch size they were made for.
+
+    A request of fewer images is filled up and cut back. `graphs` says how much one CUDA graph holds; the first
+    request captures it, and checks that a replay follows its inputs.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        program: Program,
+        table: Mapping[str, NDArray[np.float64]],
+        engines: Mapping[str, DeviceEngine],
+        device: Device,
+        *,
+        batch: int,
+        guidance: float,
+        compensation: TableCompensation | None = None,
+        graphs: str = "none",
+    ) -> None:
+        if graphs not in GRAPHS:
+            raise unknown_name("CUDA graph scope", graphs, GRAPHS)
+        self.spec = spec
+        self.program = program
+        self.batch = batch
+        self.guidance = guidance
+        self.graphs = graphs
+        self._engines = engines
+        self._device = device
+        self._adds_noise = "z" in engines[UPDATE].inputs
+        self._allocate(table, update_rows(table, compensation, spec.in_channels))
+        self._trajectory: DeviceGraph | None = None
+        self._step_graphs: dict[int, DeviceGraph] = {}
+
+    @property
+    def halves(self) -> int:
+        """Network rows per image: 2 with guidance (conditional, unconditional), else 1."""
+        return 1 if self.guidance == 1 else 2
+
+    def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
+        """One request, observed: a StepEvent per step, whose sample is copied to the host. `last` does without."""
+        count = self._start(labels, noise, fresh_noise)
+        before = np.ascontiguousarray(noise, dtype=np.float32)
+        self._queue_condition()
+        self._device.synchronize()
+        for step in self.program.steps:
+            start = perf_counter()
+            self._launch_step(step)
+            self._device.synchronize()
+            engine_seconds = perf_counter() - start
+            after = self._device.download(self._x[(step.index + 1) % 2])[:count]
+            yield StepEvent(
+                index=step.index,
+                steps=len(self.program.steps),
+                t=step.t,
+                segment=step.segment,
+                before=before,
+                x=after,
+                seconds=perf_counter() - start,
+                engine_seconds=engine_seconds,
+            )
+            before = after
+
+    def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+        """The finished latents of one request, (n, channels, height, width): queued whole, waited for once."""
+        count = self._start(labels, noise, fresh_noise)
+        self._launch_trajectory()
+        return self._device.download(self._final)[:count]
+
+    def last_images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+        """The decoded images of one request, (n, channels, height, width); the latents never leave the device."""
+        count = self._start(labels, noise, fresh_noise)
+        self._launch_trajectory()
+        self._device.copy(self._final, self._latent)
+        return self._decoded(count)
+
+    def decode(self, latents: Samples) -> Samples:
+        """Images of latents, (n, channels, height, width), through the decoder's engine."""
+        images = []
+        for first in range(0, len(latents), self.batch):
+            part = latents[first : first + self.batch]
+            self._device.upload(_filled(part, self.batch), self._latent)
+            images.append(self._decoded(len(part)))
+        return np.concatenate(images)
+
+    def _decoded(self, count: int) -> Samples:
+        engine = self._engines[DECODE]
+        engine.bind("latent", self._latent)
+        engine.bind("image", self._image)
+        engine.enqueue()
+        return self._device.download(self._image)[:count]
+
+    @property
+    def decodes(self) -> bool:
+        """Is there a decoder among the engines?"""
+        return DECODE in self._engines
+
+    def _start(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> int:
+        """Check a request and upload all it needs: labels, x_T, and every step's noise."""
+        count = len(labels)
+        self.spec.check_labels(tuple(labels))
+        if count > self.batch:
+            raise InputError(
+                f"these engines run {self.batch} images at a time, found {count} labels; "
+                "take images() or latents(), which split them, or compile the bundle with a larger --batch"
+            )
+        if noise.shape != (count, *self.spec.latent_shape):
+            raise InputError(
+                f"noise must have shape {(count, *self.spec.latent_shape)} for {count} labels, found {noise.shape}"
+            )
+        own = _filled(np.asarray(labels, np.int64), self.batch)
+        nulls = [np.full(self.batch, cast(int, self.spec.null_label), np.int64)] * (self.halves - 1)
+        self._device.upload(np.concatenate([own, *nulls]), self._labels)
+        self._upload_noise(noise)
+        if self._adds_noise:
+            fresh = [_filled(fresh_noise(step.index), self.batch) for step in self.program.steps]
+            for z, tensor in zip(fresh, self._z, strict=True):
+                self._device.upload(z, tensor)
+        return count
+
+    def _upload_noise(self, noise: Samples) -> None:
+        self._device.upload(np.concatenate([_filled(noise, self.batch)] * self.halves), self._start_x)
+
+    def _queue_condition(self) -> None:
+        """All steps' tables in one call, and x_T in its place."""
+        engine = self._engines[CONDITION]
+        engine.bind("t", self._t)
+        engine.bind("y", self._labels)
+        for name, table in self._tables.items():
+            engine.bind(name, table)
+        engine.enqueue()
+        for name, rows in self._rows_of_tables.items():
+            if rows[0].memory is not self._tables[name].memory:
+                for index, row in enumerate(rows):
+                    self._device.copy(self._tables[name].row(index), row)
+        self._device.copy(self._start_x, self._x[0])
+
+    def _queue_step(self, step: Step) -> None:
+        """The segment, then the update; every address depends on the step alone."""
+        engine = self._engines[step.segment]
+        x, after = self._x[step.index % 2], self._x[(step.index + 1) % 2]
+        engine.bind("x", x)
+        engine.bind("out", self._out)
+        for name, rows in self._rows_of_tables.items():
+            engine.bind(name, rows[step.index])
+        for branch, slot in (*step.reads.items(), *step.writes.items()):
+            engine.bind(f"cache.{branch}", self._slots[slot])
+        engine.enqueue()
+        update = self._engines[UPDATE]
+        update.bind("x", x)
+        update.bind("out", self._out)
+        update.bind("row", self._update_rows[step.index])
+        if self._adds_noise:
+            update.bind("z", self._z[step.index])
+        update.bind("next", after)
+        update.enqueue()
+
+    def _queue_trajectory(self) -> None:
+        self._queue_condition()
+        for step in self.program.steps:
+            self._queue_step(step)
+
+    def _launch_step(self, step: Step) -> None:
+        """One step: on its own graph where graphs hold steps, captured after a first run without."""
+        if self.graphs != "step":
+            self._queue_step(step)
+        elif step.index in self._step_graphs:
+            self._step_graphs[step.index].launch()
+        else:
+            self._step_graphs[step.index] = self._captured(
+                lambda: self._queue_step(step), self._x[step.index % 2], self._x[(step.index + 1) % 2]
+            )
+
+    def _launch_trajectory(self) -> None:
+        if self.graphs == "trajectory":
+            if self._trajectory is None:
+                self._trajectory = self._captured(self._queue_trajectory, self._start_x, self._final)
+            else:
+                self._trajectory.launch()
+            return
+        self._queue_condition()
+        for step in self.program.steps:
+            self._launch_step(step)
+
+    def _captured(self, queue_work: Callable[[], None], source: DeviceTensor, result: DeviceTensor) -> DeviceGraph:
+        """Do the work once call by call, capture it, and hold the graph against that: same input, and another one.
+
+        A graph that was captured under the wrong device or stream replays old results and raises no error.
+        """
+        queue_work()  # also settles what an engine sets up at its first run
+        expected = self._device.download(result)
+        graph = self._device.capture(queue_work)
+        given = self._device.download(source)
+        self._device.upload(-given, source)
+        graph.launch()
+        changed = self._device.download(result)
+        self._device.upload(given, source)
+        graph.launch()
+        found = self._device.download(result)
+        scale = float(np.abs(expected).max()) or 1.0
+        if np.array_equal(changed, found) or not float(np.abs(found - expected).max()) <= REPLAY_TOLERANCE * scale:
+            raise CheckError(
+                "a CUDA graph does not follow its inputs (it replays an old result); "
+                "run with --graphs none, and report this with what `ditc doctor` prints"
+            )
+        return graph
+
+    def _allocate(self, table: Mapping[str, NDArray[np.float64]], rows: NDArray[np.float32]) -> None:
+        device, spec, steps = self._device, self.spec, len(self.program.steps)
+        count = self.batch * self.halves
+        sample = (count, *spec.latent_shape)
+        self._x = (device.empty(sample, "float32"), device.empty(sample, "float32"))
+        self._start_x = device.empty(sample, "float32")
+        self._final = _first_rows(self._x[steps % 2], self.batch)
+        self._out = device.empty((count, spec.out_channels, spec.height, spec.width), "float32")
+        self._labels = device.empty((count,), "int64")
+        self._t = device.empty((steps,), "float32")
+        device.upload(table["t"].astype(np.float32), self._t)
+        self._update_rows = [self._uploaded(row) for row in rows]
+        self._z = (
+            [device.empty((self.batch, *spec.latent_shape), "float32") for _ in range(steps)]
+            if self._adds_noise
+            else []
+        )
+        ports = self._engines[CONDITION].outputs.values()
+        self._tables = {port.name: device.empty(port.fixed_shape, port.dtype) for port in ports}
+        self._rows_of_tables = {name: self._table_rows(tensor) for name, tensor in self._tables.items()}
+        shape, dtype = self._slot_form(count)
+        self._slots = [device.empty(shape, dtype) for _ in range(self.program.slots)]
+        if self.decodes:
+            self._latent = device.empty((self.batch, *spec.latent_shape), "float32")
+            port = self._engines[DECODE].outputs["image"]
+            self._image = device.empty(port.fixed_shape, port.dtype)
+
+    def _uploaded(self, array: NDArray[Any]) -> DeviceTensor:
+        tensor = self._device.empty(array.shape, str(array.dtype))
+        self._device.upload(array, tensor)
+        return tensor
+
+    def _table_rows(self, table: DeviceTensor) -> list[DeviceTensor]:
+        """The rows of a table; where their addresses would be odd, tensors of their own to copy them to."""
+        rows = [table.row(index) for index in range(table.shape[0])]
+        if all(row.pointer % ALIGNMENT == 0 for row in rows):
+            return rows
+        return [self._device.empty(row.shape, row.dtype) for row in rows]
+
+    def _slot_form(self, count: int) -> tuple[tuple[int, ...], str]:
+        """Shape and type in which segments hand over cached outputs: those of the first one written."""
+        for step in self.program.steps:
+            for branch in step.writes:
+                return (count, *self.spec.branch_shape), self._engines[step.segment].outputs[f"cache.{branch}"].dtype
+        return (count, *self.spec.branch_shape), "float32"
+
+
+def _filled(array: NDArray[Any], count: int) -> NDArray[Any]:
+    """The array with its first axis filled up to `count` by repeating."""
+    return array if len(array) == count else np.resize(array, (count, *array.shape[1:]))
+
+
+def _first_rows(tensor: DeviceTensor, count: int) -> DeviceTensor:
+    return DeviceTensor(tensor.pointer, tensor.dtype, (count, *tensor.shape[1:]), tensor.memory)

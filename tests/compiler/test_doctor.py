@@ -1,0 +1,34 @@
+"""`ditc doctor` on machines that are not this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ditc.compiler.doctor import jetpack
+
+
+@pytest.mark.parametrize(
+    ("release", "works", "words"),
+    [
+        ("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64", True, "JetPack 6.2"),
+        ("# R36 (release), REVISION: 4.0, GCID: 1", True, "JetPack 6.1"),
+        ("# R38 (release), REVISION: 2.0, GCID: 1", True, "JetPack 7"),
+        ("# R36 (release), REVISION: 3.0, GCID: 1", False, "JetPack 6.0 with TensorRT 8.6; ditc needs TensorRT 10.3"),
+        ("# R35 (release), REVISION: 4.1, GCID: 1", False, "JetPack 5 with TensorRT 8.5"),
+        ("# R32 (release), REVISION: 7.1, GCID: 1", False, "an early JetPack"),
+        ("something else", False, "release is not understood: 'something else'"),
+    ],
+)
+def test_jetpack_is_read_from_its_release(release: str, works: bool, words: str, tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "nv_tegra_release").write_text(release + "\n")
+    found = jetpack(tmp_path)
+    assert found is not None
+    assert found.works == works
+    assert words in found.detail
+
+
+def test_other_machines_have_no_jetpack(tmp_path: Path) -> None:
+    assert jetpack(tmp_path) is None

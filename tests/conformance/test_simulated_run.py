@@ -1,0 +1,222 @@
+"""A bundle on a simulated GPU: device memory, one stream, CUDA graphs, the played engines of TensorRT."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import ditc
+from ditc.compiler.cli import run
+from ditc.engines.store import EngineStore, embedded_host_code
+from ditc.errors import CheckError, DitcError, InputError
+
+LABELS = [0, 3, 4]
+BUNDLES = ("small", "learned-noise", "fixed-noise", "unguided", "fp16", "odd-addresses")
+
+
+def latents(bundle: Path, target: str, labels: list[int] | None = None, **options: Any) -> NDArray[np.float32]:
+    with ditc.load(bundle, target=target, **options) as pipe:
+        return pipe.latents(LABELS if labels is None else labels, seed=3)
+
+
+def relative_error(found: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("graphs", ["none", "step", "trajectory"])
+def test_a_gpu_makes_the_images_of_the_cpu(name: str, graphs: str, built: Any) -> None:
+    found = latents(built[name], "tensorrt", graphs=graphs)
+    assert relative_error(found, latents(built[name], "cpu")) < 0.02  # FP16 against FP32 over a whole trajectory
+
+
+def test_the_reference_model_goes_all_the_way(built: Any, tmp_path: Path) -> None:
+    for target in ("cpu", "tensorrt"):
+        assert run([*f"run {built['digits']} --target {target} --labels 3,1,4,1,5 -o {tmp_path / target}".split()]) == 0
+    cpu, gpu = (latents(built["digits"], target, [3, 1, 4, 1, 5]) for target in ("cpu", "tensorrt"))
+    psnr = 10 * np.log10(4 / np.mean((cpu - gpu) ** 2))
+    assert psnr > 40
+    assert {p.name for p in (tmp_path / "cpu").iterdir()} == {p.name for p in (tmp_path / "tensorrt").iterdir()}
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("name", ["small", "learned-noise", "odd-addresses"])
+def test_graphs_change_nothing(name: str, built: Any) -> None:
+    plain = latents(built[name], "tensorrt", graphs="none")
+    assert np.array_equal(latents(built[name], "tensorrt", graphs="step"), plain)
+    assert np.array_equal(latents(built[name], "tensorrt", graphs="trajectory"), plain)
+
+
+@pytest.mark.any_version
+def test_watching_the_steps_changes_nothing(built: Any) -> None:
+    with ditc.load(built["learned-noise"], target="tensorrt") as pipe:
+        events = list(pipe.generate(LABELS, seed=3))
+        assert np.array_equal(events[-1].x, pipe.latents(LABELS, seed=3))
+        assert [event.segment for event in events] == ["full", "reuse"] * 3
+        assert all(np.array_equal(a.x, b.before) for a, b in itertools.pairwise(events))
+        assert events[-1].images is not None
+
+
+@pytest.mark.any_version
+def test_a_second_request_equals_the_first(built: Any) -> None:
+    with ditc.load(built["learned-noise"], target="tensorrt") as pipe:
+        first = pipe.latents(LABELS, seed=3)
+        other = pipe.latents([1, 1, 1], seed=8)
+        assert not np.array_equal(first, other)
+        assert np.array_equal(pipe.latents(LABELS, seed=3), first)
+
+
+@pytest.mark.any_version
+def test_fewer_images_than_the_batch_are_filled_up_and_cut(built: Any) -> None:
+    with ditc.load(built["small"], target="tensorrt") as pipe:
+        whole = pipe.latents([0, 3, 4, 2], seed=3)
+        part = pipe.latents([0, 3], seed=3)
+        assert np.abs(part - whole[:2]).max() < 1e-5
+        assert len(pipe.latents([1, 2, 3, 4, 0, 1], seed=3)) == 6
+
+
+@pytest.mark.any_version
+def test_a_bundle_compiled_for_tensorrt_runs_there_by_default(built: Any, tmp_path: Path) -> None:
+    with ditc.load(built["fp16"]) as pipe:
+        assert pipe.on_device
+    shutil.rmtree(built["fp16"] / "engines")
+    with pytest.raises(InputError, match=r"no engine of segment condition"), ditc.load(built.pop("fp16")):
+        pass
+
+
+@pytest.mark.any_version
+def test_verify_compares_a_gpu_with_the_reference(built: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(["verify", str(built["digits"]), "--target", "tensorrt", "--images", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["psnr_db_mean"] > 25
+
+
+@pytest.mark.any_version
+def test_too_many_labels_for_one_request_say_what_to_do(built: Any) -> None:
+    with (
+        ditc.load(built["small"], target="tensorrt") as pipe,
+        pytest.raises(InputError, match=r"run 4 images at a time, found 5 labels"),
+    ):
+        next(pipe.generate([0, 1, 2, 3, 4]))
+
+
+@pytest.mark.any_version
+def test_an_unknown_scope_of_graphs_is_named(built: Any) -> None:
+    with (
+        pytest.raises(InputError, match=r"unknown CUDA graph scope 'all'"),
+        ditc.load(built["small"], target="tensorrt", graphs="all"),
+    ):
+        pass
+
+
+# what must not run
+
+
+def test_an_engine_of_another_gpu_is_not_loaded(built: Any, play: Any) -> None:
+    play(compute_capability=[9, 0])
+    with pytest.raises(InputError, match=r"is for SM 8\.7, this machine has 9\.0; build it here with"):
+        latents(built["small"], "tensorrt")
+
+
+@pytest.mark.any_version
+def test_an_engine_of_another_network_is_not_loaded(built: Any, bundle: Path) -> None:
+    shutil.copytree(built["learned-noise"] / "engines", bundle / "engines")
+    shutil.copytree(built["odd-addresses"] / "engines", bundle / "engines", dirs_exist_ok=True)
+    for record in (bundle / "engines").glob("condition-*"):
+        record.unlink()
+    shutil.copy(next((built["small"] / "engines").glob("condition-*.plan")), bundle / "engines")
+    shutil.copy(next((built["small"] / "engines").glob("condition-*.json")), bundle / "engines")
+    with pytest.raises(InputError, match=r"the engine of segment full in .* is for another network"):
+        latents(bundle, "tensorrt")
+
+
+@pytest.mark.any_version
+def test_a_plan_with_a_changed_byte_never_reaches_tensorrt(
+    built: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built["small"] / "engines", bundle / "engines")
+    plan = next((bundle / "engines").glob("condition-*.plan"))
+    data = bytearray(plan.read_bytes())
+    data[-1] ^= 1
+    plan.write_bytes(bytes(data))
+    with pytest.raises(InputError, match=r"is damaged: it does not match the hash"):
+        latents(bundle, "tensorrt")
+
+
+@pytest.mark.any_version
+def test_a_plan_with_host_code_never_reaches_tensorrt(built: Any, bundle: Path) -> None:
+    shutil.copytree(built["small"] / "engines", bundle / "engines")
+    store = EngineStore(bundle / "engines")
+    record = next(record for record in store.records() if record.key.segment == "condition")
+    library = Path(np.__file__).parent / "_core"
+    code = next(path for path in library.glob("*.so")).read_bytes()
+    plan = store.plan_path(record.key).read_bytes() + code
+    store.put(type(record).of(record.key, plan, device_memory_bytes=1, build_seconds=1), plan)
+    assert embedded_host_code(plan) in ("x86-64", "AArch64")
+    with pytest.raises(InputError, match=r"carries .* code .a plugin or a runtime., which ditc never runs"):
+        latents(bundle, "tensorrt")
+
+
+@pytest.mark.any_version
+def test_gpu_code_is_not_host_code() -> None:
+    cubin = b"\x7fELF\x02\x01" + bytes(12) + (190).to_bytes(2, "little") + bytes(40)
+    assert embedded_host_code(b"plan" + cubin) is None
+    assert embedded_host_code(b"plan" + cubin[:12]) is None
+
+
+@pytest.mark.any_version
+def test_hardware_compatible_engines_run_on_a_later_gpu(bundle: Path, play: Any) -> None:
+    assert run(["build", str(bundle), "--hardware-compatible"]) == 0
+    store = EngineStore(bundle / "engines")
+    record = next(store.records())
+    other = record.key.platform.model_copy(update={"compute_capability": "9.0", "gpu": "Another GPU"})
+    older = record.key.platform.model_copy(update={"compute_capability": "7.5", "gpu": "Another GPU"})
+    assert record.key.serves(record.key.model_copy(update={"platform": other}))
+    assert not record.key.serves(record.key.model_copy(update={"platform": older}))
+
+
+def test_an_engine_that_tensorrt_refuses_is_one_line(built: Any, play: Any) -> None:
+    play(fault="refuse")
+    with pytest.raises(InputError, match=r"does not take the engine of segment condition: Magic tag does not match"):
+        latents(built["small"], "tensorrt")
+
+
+def test_a_call_that_tensorrt_does_not_queue_is_one_line(built: Any, play: Any) -> None:
+    play(fault="not-enqueued")
+    with pytest.raises(CheckError, match=r"TensorRT failed running segment condition"):
+        latents(built["small"], "tensorrt")
+
+
+@pytest.mark.parametrize("graphs", ["step", "trajectory"])
+def test_a_graph_that_replays_old_results_is_found(graphs: str, built: Any, play: Any) -> None:
+    play(fault="stale-graph")
+    with pytest.raises(
+        CheckError, match=r"does not follow its inputs .it replays an old result.; run with --graphs none"
+    ):
+        latents(built["small"], "tensorrt", graphs=graphs)
+    latents(built["small"], "tensorrt", graphs="none")
+
+
+@pytest.mark.any_version
+def test_a_gpu_without_memory_is_one_line(built: Any, play: Any) -> None:
+    play(memory_bytes=1000)
+    with pytest.raises(InputError, match=r"the GPU is out of memory allocating"):
+        latents(built["small"], "tensorrt")
+
+
+@pytest.mark.any_version
+def test_a_failed_open_leaves_the_pipeline_closed(built: Any, play: Any) -> None:
+    pipe = ditc.load(built["small"], target="tensorrt")
+    play(fault="refuse")
+    with pytest.raises(InputError), pipe:
+        pass
+    with pytest.raises(DitcError, match=r"not open"):
+        pipe.latents([1])

@@ -1,0 +1,51 @@
+"""What a segment needs of a device: counted on graphs small enough to count by hand."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from ditc.engines.footprint import footprint_of
+
+CHAIN = """
+<ir_version: 10, opset_import: ["" : 20]>
+chain (float[batch, 8] x) => (float[batch, 8] y)
+<float[8] w = {1, 1, 1, 1, 1, 1, 1, 1}, float[batch, 8] a, float[batch, 8] b, float[batch, 8] c>
+{
+  a = Add (x, w)
+  b = Add (a, w)
+  c = Add (b, w)
+  y = Add (c, w)
+}
+"""
+
+FORK = """
+<ir_version: 10, opset_import: ["" : 20]>
+fork (float16[batch, 8] x) => (float16[batch, 8] y)
+<float16[batch, 8] a, float16[batch, 8] b, float16[batch, 8] c>
+{
+  a = Neg (x)
+  b = Neg (x)
+  c = Add (a, b)
+  y = Add (c, a)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "activations", "weights"),
+    [
+        (CHAIN, 2 * 3 * 8 * 4, 8 * 4),  # one value made from the one before
+        (FORK, 3 * 3 * 8 * 2, 0),  # a and b live until c is made
+    ],
+)
+def test_activations_count_what_is_alive_at_one_time(text: str, activations: int, weights: int) -> None:
+    footprint = footprint_of(ir.from_onnx_text(text), {"batch": 3})
+    assert footprint.activation_bytes == activations
+    assert footprint.weight_bytes == weights
+
+
+def test_ports_keep_their_open_dimensions() -> None:
+    port = footprint_of(ir.from_onnx_text(CHAIN), {"batch": 3}).inputs["x"]
+    assert port.shape == ("batch", 8)
+    assert port.size_bytes({"batch": 5}) == 5 * 8 * 4
