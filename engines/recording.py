@@ -1,0 +1,89 @@
+"""A backend that looks on: another backend's engines, and what they were bound to at chosen runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from ditc.engines.backend import Backend, Buffer, Engine, Port
+
+__all__ = ["RecordedRun", "RecordingBackend", "RecordingEngine"]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """Copies of everything an engine was bound to at its run number `call`: inputs before it, outputs after it."""
+
+    call: int
+    inputs: Mapping[str, Buffer]
+    outputs: Mapping[str, Buffer]
+
+
+@dataclass
+class RecordingEngine:
+    """An engine that runs as the one inside it, and hands `keep` a copy of each run whose number is in `calls`."""
+
+    inside: Engine
+    calls: Collection[int]
+    keep: Callable[[RecordedRun], None]
+    runs: int = 0
+    bound: dict[str, Buffer] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> Mapping[str, Port]:
+        return self.inside.inputs
+
+    @property
+    def outputs(self) -> Mapping[str, Port]:
+        return self.inside.outputs
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        self.inside.bind(name, buffer)
+        self.bound[name] = buffer
+
+    def run(self) -> None:
+        call, self.runs = self.runs, self.runs + 1
+        if call not in self.calls:
+            self.inside.run()
+            return
+        inputs = self._copies(self.inputs)  # before the run: the caller's buffers are used again
+        self.inside.run()
+        self.keep(RecordedRun(call, inputs, self._copies(self.outputs)))
+
+    def _copies(self, ports: Mapping[str, Port]) -> dict[str, Buffer]:
+        return {name: np.array(self.bound[name]) for name in ports}
+
+    def __enter__(self) -> RecordingEngine:
+        self.inside.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.inside.__exit__(kind, error, trace)
+        self.bound.clear()
+
+
+@dataclass
+class RecordingBackend:
+    """Opens segments as `inside` does. `calls` names, for each segment, the runs to record; `runs` collects them.
+
+    It has the name of the backend inside, so that a segment is opened in that backend's own form.
+    """
+
+    inside: Backend
+    calls: Mapping[str, Collection[int]]
+    runs: dict[str, list[RecordedRun]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.inside.name
+
+    def open(self, segment: Path) -> Engine:
+        name = segment.name.split(".")[0]  # full.onnxrt.onnx is ONNX Runtime's form of segment "full"
+        kept = self.runs.setdefault(name, [])
+        return RecordingEngine(self.inside.open(segment), self.calls.get(name, ()), kept.append)
