@@ -7,6 +7,7 @@ import zipfile
 from dataclasses import dataclass, fields
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,10 @@ class CalibSet:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def take(self, index: NDArray[Any]) -> CalibSet:
+        """The points at `index`, in its order."""
+        return CalibSet(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     @property
     def digest(self) -> str:

@@ -339,6 +339,30 @@ def export_polygraphy_command(bundle: Path, out: Path, points: int, force: bool,
     click.echo(f"next: read {out / 'README.md'}, run {out / 'compare_onnxrt.sh'}")
 
 
+@cli.command("bisect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--by", metavar="layer|branch|block", default="layer", show_default=True, help="What a group is.")
+@click.option(
+    "--mode", metavar="only|without", default="only", show_default=True, help="Quantize only the group, or all but it."
+)
+@click.option("--points", type=int, default=16, show_default=True, help="Calibration points to measure at.")
+@click.option("--top", type=int, default=20, show_default=True, help="Groups the table shows; --json has all.")
+@as_json
+def bisect_command(bundle: Path, by: str, mode: str, points: int, top: int, json_: bool) -> None:
+    """Rank the linear layers of a bundle by the error that quantizing them causes."""
+    if top < 1:
+        raise InputError(f"--top must be at least 1, found {top}")
+    from ditc.compiler.bisecting import BisectOptions, bisect_bundle
+
+    options = BisectOptions(by=by, mode=mode, points=points).checked()
+    with progress_on_stderr() as progress:
+        found = bisect_bundle(bundle, options, progress=progress)
+    if json_:
+        print_json(found.model_dump(mode="json"))
+    else:
+        print_bisection(found, top)
+
+
 @cli.command("doctor")
 @as_json
 def doctor_command(json_: bool) -> None:
@@ -469,6 +493,31 @@ def print_plan(planned: dict[str, Any]) -> None:
             f"  {engine['segment']:<14} {engine['file']}  {'built earlier' if engine['present'] else ''}".rstrip()
         )
     click.echo("")
+
+
+def print_bisection(found: Any, top: int) -> None:
+    from ditc.compiler.listing import joined_names
+
+    steps = len(found.together_steps)
+    click.echo(f"{found.points} points at {steps} steps, {found.backend}; relative error of the prediction")
+    click.echo(f"everything quantized: {found.together:.5f}\n")
+    shown = found.groups[:top]
+    places = [joined_names(group.branches) for group in shown]
+    width = max(map(len, ["branch", *places]))
+    error = {"only": "error caused", "without": "error left"}[found.mode]
+    click.echo(f"rank  {error:>12}   share  worst step       t  error there  {'branch':<{width}}  layers")
+    for rank, (group, place) in enumerate(zip(shown, places, strict=True), start=1):
+        worst = group.worst
+        click.echo(
+            f"{rank:4d}  {group.error:12.5f}  {group.share:6.1%}  {worst.step:10d}  {worst.t:6g}  {worst.error:11.5f}  "
+            f"{place:<{width}}  {joined_names(group.layers)}"
+        )
+    if len(found.groups) > top:
+        click.echo(f"and {len(found.groups) - top} more; --top shows them")
+    click.echo(
+        f"\nthe groups' squares sum to {found.squares_ratio:.2f} of the square with everything quantized "
+        "(1 where errors are independent)"
+    )
 
 
 def print_demo(found: dict[str, Any]) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, takewhile
 from typing import Any
 
 from ditc.bundle import Bundle
 from ditc.program import Program
 
-__all__ = ["bundle_facts", "megabytes", "schedule_map", "step_runs"]
+__all__ = ["bundle_facts", "joined_names", "megabytes", "schedule_map", "step_runs"]
 
 
 def megabytes(size_bytes: int) -> str:
     """Millions of bytes, as text."""
     return f"{size_bytes / 1e6:,.2f} MB"
+
+
+def joined_names(names: Sequence[str]) -> str:
+    """Dotted names with what they share written once: a.{q,k}."""
+    parts = [name.split(".") for name in names]
+    levels = zip(*(part[:-1] for part in parts), strict=False)  # up to the shortest name
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    tails = [".".join(part[shared:]) for part in parts]
+    inner = tails[0] if len(tails) == 1 else f"{{{','.join(tails)}}}"
+    return ".".join([*parts[0][:shared], inner])
 
 
 def step_runs(program: Program) -> Iterator[dict[str, Any]]:

@@ -43,7 +43,6 @@ Segments = Mapping[str, Path]
 
 BUFFER_BYTES = 1 << 30  # cache slots, or probed activations, that one batch of compile-time work may take
 LARGEST_BATCH = 64
-INLINE_LIMIT_BYTES = 64 << 20  # changed weights beyond this get a file of their own; one protobuf holds 2 GB at most
 
 # purposes with noise of their own, so that no image is used twice: calibration, compensation, verification
 POOL_NOISE, FIT_NOISE, VERIFY_NOISE = 1_000_003, 2_000_003, 3_000_003
@@ -175,24 +174,35 @@ def select(plan: Plan, segments: Segments, folder: Path) -> None:
     _write_json(folder / "pool.json", {"points": len(pool), "images": int(pool.sample.max()) + 1})
 
 
-def calibration_feeds(plan: Plan, calib: CalibSet, condition: Path, rows_at_once: int) -> Iterator[dict[str, Any]]:
-    """Inputs of the `full` segment at every calibration point, both guidance halves, points of one step together."""
-    session = plan.backend.session(condition)
-    names = [port.name for port in session.get_outputs()]
-    done = 0
+def calibration_feeds(
+    condition: Any, calib: CalibSet, null_label: int | None, points_at_once: int
+) -> Iterator[dict[str, Any]]:
+    """Inputs of the `full` segment at every calibration point, points of one step together, in the order of steps.
+
+    `condition` is the ONNX Runtime session of that segment. With a `null_label` every point has two rows, those of
+    both guidance halves; None is a model that runs without guidance.
+    """
+    names = [port.name for port in condition.get_outputs()]
     for step in np.unique(calib.step):
         at_step = np.flatnonzero(calib.step == step)
-        for start in range(0, len(at_step), rows_at_once):
-            part = at_step[start : start + rows_at_once]
-            labels = [calib.label[part]]
-            if plan.halves == 2:
-                labels.append(np.full(len(part), plan.spec.null_label))
+        for start in range(0, len(at_step), points_at_once):
+            part = at_step[start : start + points_at_once]
+            halves = [calib.label[part]]
+            if null_label is not None:
+                halves.append(np.full(len(part), null_label))
             t = np.array([calib.t[part[0]]], np.float32)
-            tables = session.run(names, {"t": t, "y": np.concatenate(labels).astype(np.int64)})
-            plan.progress("quantize", done, len(calib))
-            done += len(part)
-            x = np.concatenate([calib.x[part]] * plan.halves)
+            tables = condition.run(names, {"t": t, "y": np.concatenate(halves).astype(np.int64)})
+            x = np.concatenate([calib.x[part]] * len(halves))
             yield {"x": x, **{name: table[0] for name, table in zip(names, tables, strict=True)}}
+
+
+def watched(plan: Plan, feeds: Iterable[dict[str, Any]], points: int) -> Iterator[dict[str, Any]]:
+    """The same feeds, each reported as progress of `quantize`."""
+    done = 0
+    for feed in feeds:
+        plan.progress("quantize", done, points)
+        done += len(feed["x"]) // plan.halves
+        yield feed
 
 
 def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleTable:
@@ -211,9 +221,11 @@ def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleT
     point_bytes = 4 * plan.halves * 7 * int(np.prod(plan.spec.branch_shape)) * len(plan.spec.branches) // 2
     rows = int(np.clip(BUFFER_BYTES // point_bytes, 1, LARGEST_BATCH))
     names = list(readers)
+    null_label = plan.spec.null_label if plan.halves == 2 else None
+    feeds = calibration_feeds(plan.backend.session(segments[CONDITION]), calib, null_label, rows)
     histograms = histograms_of(
         lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True)),
-        calibration_feeds(plan, calib, segments[CONDITION], rows),
+        watched(plan, feeds, len(calib)),
     )
     return scale_table(
         histograms,
@@ -264,7 +276,7 @@ def lower_for_devices(plan: Plan, compiled: Segments, folder: Path) -> None:
     `update` keeps the sample on the device. With FP16 or INT8 every segment gets its strongly typed form;
     tensorrt.json holds what TensorRT's rules say of it, footprints.json what each segment needs of a device's memory.
     """
-    from ditc.exporter.onnx_files import load_model, save_model
+    from ditc.exporter.onnx_files import load_model, save_derived, save_model
 
     broken: dict[str, list[str]] = {}
     needs: dict[str, Any] = {}
@@ -274,7 +286,7 @@ def lower_for_devices(plan: Plan, compiled: Segments, folder: Path) -> None:
         model = load_model(path)
         if name != UPDATE and plan.options.precision != "fp32":
             lower(model, "trt")
-            _save_typed(model, lowered_path(folder / path.name, "trt"))
+            save_derived(model, lowered_path(folder / path.name, "trt"))
         rows = plan.options.batch * (1 if name == DECODE else plan.halves)
         sizes = {"batch": rows, "steps": len(plan.program.steps)}
         needs[name] = footprint_of(model, sizes).model_dump(mode="json")
@@ -283,22 +295,6 @@ def lower_for_devices(plan: Plan, compiled: Segments, folder: Path) -> None:
     _write_json(folder / "footprints.json", needs)
     if plan.options.precision != "fp32":
         _write_json(folder / "tensorrt.json", broken)
-
-
-def _save_typed(model: Any, target: Path) -> None:
-    """Unchanged weights stay in the portable segment's file; where much has changed, all go to a file of their own."""
-    from ditc.exporter.onnx_files import save_model, save_sharing_data
-
-    changed = sum(bytes_in_memory(value) for value in model.graph.initializers.values())
-    (save_sharing_data if changed < INLINE_LIMIT_BYTES else save_model)(model, target)
-
-
-def bytes_in_memory(value: Any) -> int:
-    """Size of a constant that the graph itself holds; 0 for one in a file beside it."""
-    import onnx_ir as ir
-
-    tensor = value.const_value
-    return 0 if tensor is None or isinstance(tensor, ir.ExternalTensor) else int(tensor.nbytes)
 
 
 def exact_trajectory(plan: Plan, segments: Segments, count: int, purpose: int, stage: str) -> list[Samples]:

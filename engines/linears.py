@@ -27,6 +27,10 @@ class Linear:
     activation: ir.Value
     weight: ir.Value
 
+    @property
+    def branch(self) -> str:
+        return str(self.node.metadata_props[BRANCH_KEY])
+
     def weight_array(self) -> NDArray[np.float32]:
         assert self.weight.const_value is not None
         return np.asarray(self.weight.const_value.numpy(), dtype=np.float32)

@@ -7,6 +7,7 @@ integer kernel takes it, and cost time for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,13 +42,15 @@ def quantize_weight(weight: NDArray[np.float32]) -> QuantizedWeight:
     return QuantizedWeight(values, scale)
 
 
-def insert_qdq(model: ir.Model, table: ScaleTable) -> bool:
-    """Quantize every linear layer of a segment in place. Returns whether anything changed.
+def insert_qdq(model: ir.Model, table: ScaleTable, layers: Container[str] | None = None) -> bool:
+    """Quantize the linear layers of a segment in place. Returns whether anything changed.
+
+    `layers` holds the names (`Linear.name`) of those to quantize, None is all of them.
 
     Layers that are quantized already are left alone, so doing it twice changes nothing. Layers that read the same
     tensor share one Q/DQ pair. Raises DitcError naming a layer that the table has no scale for.
     """
-    linears = list(linears_of(model))
+    linears = [linear for linear in linears_of(model) if layers is None or linear.name in layers]
     missing = layers_without_scale(table, linears)
     if missing:
         raise DitcError(f"no activation scale for {missing[0]}; calibrate on a segment that computes it")

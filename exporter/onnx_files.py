@@ -9,9 +9,10 @@ import onnx_ir as ir
 from ditc.errors import InputError
 from ditc.files import writing
 
-__all__ = ["data_path", "load_model", "save_model", "save_sharing_data"]
+__all__ = ["data_path", "load_model", "save_derived", "save_model", "save_sharing_data"]
 
 INLINE_BYTES = 1024  # smaller tensors stay in the .onnx file
+INLINE_LIMIT_BYTES = 64 << 20  # changed weights beyond this get a file of their own; one protobuf holds 2 GB at most
 
 
 def data_path(path: Path) -> Path:
@@ -30,6 +31,21 @@ def save_sharing_data(model: ir.Model, path: Path) -> None:
     """Write a model whose larger tensors stay in the files they were loaded from, in the same folder."""
     with writing(path):
         ir.save(model, path)
+
+
+def save_derived(model: ir.Model, path: Path) -> None:
+    """Write a model that was loaded from the same folder and changed.
+
+    Unchanged weights stay in the file they came from; where much has changed, all go to a file of the model's own.
+    """
+    changed = sum(bytes_in_memory(value) for value in model.graph.initializers.values())
+    (save_sharing_data if changed < INLINE_LIMIT_BYTES else save_model)(model, path)
+
+
+def bytes_in_memory(value: ir.Value) -> int:
+    """Size of a constant that the graph itself holds; 0 for one in a file beside it."""
+    tensor = value.const_value
+    return 0 if tensor is None or isinstance(tensor, ir.ExternalTensor) else int(tensor.nbytes)
 
 
 def load_model(path: Path) -> ir.Model:

@@ -28,7 +28,7 @@ def test_generating_from_a_bundle_loads_no_torch(cached_bundle_path: Path) -> No
 
 
 @pytest.mark.parametrize("command", ["run", "verify", "inspect", "doctor"])
-def test_a_deployment_runs_every_command_but_compile_without_the_compiler(
+def test_a_deployment_runs_every_command_but_those_that_make_graphs_without_the_compiler(
     command: str, cached_bundle_path: Path, tmp_path: Path
 ) -> None:
     """Packages that only compiling needs are made unimportable, as where they are not installed."""
@@ -44,9 +44,16 @@ def test_a_deployment_runs_every_command_but_compile_without_the_compiler(
     assert done.returncode == 0, done.stderr
 
 
-def test_compiling_without_the_compiler_says_what_to_install(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["compile", "bisect"])
+def test_making_graphs_without_the_compiler_says_what_to_install(
+    command: str, cached_bundle_path: Path, tmp_path: Path
+) -> None:
+    arguments = {
+        "compile": ["compile", "digits", "-o", str(tmp_path / "b")],
+        "bisect": ["bisect", str(cached_bundle_path)],
+    }[command]
     code = "import sys\nfor name in ('torch', 'onnx_ir'): sys.modules[name] = None\n"
-    code += f"from ditc.compiler.cli import run\nsys.exit(run(['compile', 'digits', '-o', {str(tmp_path / 'b')!r}]))"
+    code += f"from ditc.compiler.cli import run\nsys.exit(run({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "pip install 'ditc[export]'" in done.stderr

@@ -20,7 +20,7 @@ COMMANDS = sorted(cli.commands)
 
 
 def test_the_commands_are_the_ones_announced() -> None:
-    assert {"demo", "compile", "run", "inspect", "verify", "doctor"} <= set(COMMANDS)
+    assert {"demo", "compile", "run", "inspect", "verify", "bisect", "doctor"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
