@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import machine
 
 from ditc.compiler.demo import DigitJudge
 from ditc.compiler.eager import eager_images
+from ditc.compiler.machine import machine
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.train_digits import digits_split
 from ditc.runtime.executor import seeded_noise

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import machine
 
 import ditc
 from ditc.compiler.eager import eager_images
+from ditc.compiler.machine import machine
 from ditc.exporter.models import random_model
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.samplers import sampler_table

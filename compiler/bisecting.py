@@ -30,7 +30,7 @@ from ditc.engines.groups import LayerGroup, check_grouping, groups_of
 from ditc.engines.lowering import lower
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.qdq import insert_qdq
-from ditc.engines.scales import ScaleTable
+from ditc.engines.scale_table import ScaleTable
 from ditc.errors import BundleError, CheckError, InputError, unknown_name
 from ditc.exporter.onnx_files import data_path, load_model, save_derived
 from ditc.files import digest_of, writing
@@ -39,7 +39,17 @@ from ditc.runtime.executor import Samples
 from ditc.runtime.quality import relative_error
 from ditc.spec import Record
 
-__all__ = ["MODES", "BisectOptions", "Bisection", "GroupError", "StepError", "Target", "bisect_bundle", "spread_points"]
+__all__ = [
+    "MODES",
+    "BisectOptions",
+    "Bisection",
+    "GroupError",
+    "StepError",
+    "Target",
+    "bisect_bundle",
+    "open_target",
+    "spread_points",
+]
 
 Layers = frozenset[str]
 
@@ -142,6 +152,21 @@ class Target:
 
     name: str
     open_engine: Callable[[Path], Engine]
+
+
+@contextmanager
+def open_target(name: str, bundle: Path) -> Iterator[Target]:
+    """The target of a name: `cpu` is ONNX Runtime, `tensorrt` builds an engine of every variant on this machine."""
+    if name == "cpu":
+        yield Target("onnxrt", OnnxRuntimeBackend().open)
+        return
+    if name != "tensorrt":
+        raise unknown_name("target", name, ("cpu", "tensorrt"))
+    from ditc.engines.host_engine import tensorrt_opener
+
+    halves = open_bundle(bundle).manifest.halves  # rows of one point
+    with tensorrt_opener({"batch": halves}) as open_engine:
+        yield Target("trt", open_engine)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.compiler.stages import Progress
-from ditc.engines.building import BuildPlan, build_engines, plan_build
+from ditc.engines.building import BuildPlan, Progress, build_engines, plan_build
 from ditc.engines.calibrator import CALIBRATORS
 from ditc.engines.store import EXPLICIT, BuildSettings
 from ditc.engines.targets import TARGETS

@@ -339,6 +339,40 @@ def export_polygraphy_command(bundle: Path, out: Path, points: int, force: bool,
     click.echo(f"next: read {out / 'README.md'}, run {out / 'compare_onnxrt.sh'}")
 
 
+@cli.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--requests", type=int, default=10, show_default=True, help="Full batches to measure.")
+@click.option("--warmup", type=int, default=2, show_default=True, help="Full batches before those.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Folder for layers_*.json and profile_*.json.")
+@click.option("--max-seconds", type=float, help="Fail (exit code 1) where the median request takes longer.")
+@place_options
+@as_json
+def bench_command(
+    bundle: Path,
+    requests: int,
+    warmup: int,
+    trace: Path | None,
+    max_seconds: float | None,
+    json_: bool,
+    **place: Any,
+) -> None:
+    """Measure a bundle's latency: per request, per step, per segment; and trace its layers."""
+    from ditc.compiler.benching import bench_bundle
+    from ditc.compiler.running import Place
+
+    with progress_on_stderr() as progress:
+        found = bench_bundle(
+            bundle,
+            requests=requests,
+            warmup=warmup,
+            place=Place(**place),
+            trace=trace,
+            most_seconds=max_seconds,
+            progress=progress,
+        )
+    print_json(found) if json_ else print_bench(found)
+
+
 @cli.command("bisect")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--by", metavar="layer|branch|block", default="layer", show_default=True, help="What a group is.")
@@ -347,16 +381,17 @@ def export_polygraphy_command(bundle: Path, out: Path, points: int, force: bool,
 )
 @click.option("--points", type=int, default=16, show_default=True, help="Calibration points to measure at.")
 @click.option("--top", type=int, default=20, show_default=True, help="Groups the table shows; --json has all.")
+@click.option("--target", metavar="cpu|tensorrt", default="cpu", show_default=True, help="Where the variants run.")
 @as_json
-def bisect_command(bundle: Path, by: str, mode: str, points: int, top: int, json_: bool) -> None:
+def bisect_command(bundle: Path, by: str, mode: str, points: int, top: int, target: str, json_: bool) -> None:
     """Rank the linear layers of a bundle by the error that quantizing them causes."""
     if top < 1:
         raise InputError(f"--top must be at least 1, found {top}")
-    from ditc.compiler.bisecting import BisectOptions, bisect_bundle
+    from ditc.compiler.bisecting import BisectOptions, bisect_bundle, open_target
 
     options = BisectOptions(by=by, mode=mode, points=points).checked()
-    with progress_on_stderr() as progress:
-        found = bisect_bundle(bundle, options, progress=progress)
+    with progress_on_stderr() as progress, open_target(target, bundle) as where:
+        found = bisect_bundle(bundle, options, target=where, progress=progress)
     if json_:
         print_json(found.model_dump(mode="json"))
     else:
@@ -493,6 +528,23 @@ def print_plan(planned: dict[str, Any]) -> None:
             f"  {engine['segment']:<14} {engine['file']}  {'built earlier' if engine['present'] else ''}".rstrip()
         )
     click.echo("")
+
+
+def print_bench(found: dict[str, Any]) -> None:
+    request = found["request"]
+    click.echo(f"{found['machine']['processor']}, {found['machine']['cores']} cores")
+    what = f"{request['n']} requests of {found['batch']} images, {found['bundle']['steps']} steps"
+    click.echo(f"{what}, after {found['warmup']} others\n")
+    click.echo(f"{'':<18}{'n':>6}{'median ms':>12}{'p90 ms':>12}{'share':>9}")
+    rows = {"request": request, **found["segments"], "outside engines": found["outside_engines"]}
+    for name, times in rows.items():
+        share = f"{times['share']:>9.1%}" if "share" in times else ""
+        click.echo(f"{name:<18}{times['n']:>6}{times['median'] * 1e3:>12.3f}{times['p90'] * 1e3:>12.3f}{share}")
+    click.echo(
+        f"\n{found['seconds_per_image'] * 1e3:.2f} ms per image, {found['peak_memory_bytes'] / 1e6:,.0f} MB at most"
+    )
+    for file in found.get("trace", []):
+        click.echo(f"  {file}")
 
 
 def print_bisection(found: Any, top: int) -> None:

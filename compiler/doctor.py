@@ -74,7 +74,7 @@ def integer_kernel() -> str:
 
     from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
     from ditc.engines.qdq import insert_qdq
-    from ditc.engines.scales import ScaleTable
+    from ditc.engines.scale_table import ScaleTable
     from ditc.exporter.onnx_files import save_model
     from ditc.program import BRANCH_KEY, PATH_KEY
 

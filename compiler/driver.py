@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import ditc
 from ditc import calib_data, compiler, engines, exporter, runtime
 from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.compiler import stages
+from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.stages import Plan, Progress, Segments
 from ditc.compiler.work import WorkFolder, work_folder
@@ -47,7 +47,6 @@ CHECK_FILES = (
     ("lower", "footprints"),
     ("verify", "verify"),
 )
-PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "scikit-learn", "numpy", "scipy")
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -123,17 +122,6 @@ def check_pool_suffices(plan: Plan) -> None:
             f"the pool will have {found} points, fewer than the {options.points} asked for; "
             "record more images (--pool) or ask for fewer points (--points)"
         )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides the bytes of a bundle."""
-    found = {"ditc": ditc.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass

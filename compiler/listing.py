@@ -54,7 +54,7 @@ def calibration_comparisons(bundle: Bundle) -> list[dict[str, Any]]:
     `ratios` are the calibrator's scale over ours by linear layer; layers whose tensor it does not know are left out.
     """
     from ditc.engines.calibrator import scales_from_cache
-    from ditc.engines.scales import ScaleTable
+    from ditc.engines.scale_table import ScaleTable
 
     table_file = bundle.path / "calib" / "scales.json"
     if not table_file.is_file():

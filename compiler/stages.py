@@ -19,14 +19,16 @@ from ditc.calib_data.pool import Pool, Visit, pool_from_visits
 from ditc.calib_data.selection import select_points
 from ditc.compiler.options import CompileOptions
 from ditc.engines.backend import lowered_path, runnable_path
-from ditc.engines.footprint import footprint_of
 from ditc.engines.linears import linear_count
+from ditc.engines.liveness import footprint_of
 from ditc.engines.lowering import lower
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq
-from ditc.engines.scales import ScaleTable, activation_probe, histograms_of, scale_table
+from ditc.engines.scale_table import ScaleTable
+from ditc.engines.scales import activation_probe, histograms_of, scale_table
 from ditc.engines.tensorrt_rules import violations_of
-from ditc.engines.update import UPDATE, UpdateForm, update_model
+from ditc.engines.update import UPDATE, UpdateForm
+from ditc.engines.update_graph import update_model
 from ditc.errors import CheckError
 from ditc.files import atomic_write, sha256_of
 from ditc.program import CONDITION, DECODE, Program

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,16 @@ from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, digest_of, locked, writing
 from ditc.program import CONDITION
 
-__all__ = ["BuildPlan", "BuiltSegment", "build_engines", "describe_machine", "device_segments", "plan_build"]
+__all__ = [
+    "BuildPlan",
+    "BuiltSegment",
+    "Progress",
+    "build_engines",
+    "build_file",
+    "describe_machine",
+    "device_segments",
+    "plan_build",
+]
 
 Progress = Callable[[str, int, int], None]
 WORKER = (sys.executable, "-m", "ditc.engines.trt_worker")
@@ -115,6 +124,22 @@ def build_engines(plan: BuildPlan, progress: Progress) -> list[BuiltSegment]:
     with locked(folder / "lock", f"another build is writing {folder}; wait for it"):
         run = _BuildRun(plan, progress)
         return [run.segment(key) for key in plan.keys]
+
+
+def build_file(segment: Path, sizes: Mapping[str, int], settings: BuildSettings) -> bytes:
+    """The plan of one ONNX file, built in a child process and kept nowhere."""
+    with tempfile.TemporaryDirectory(prefix="ditc-build-") as folder:
+        request = BuildRequest(
+            segment=segment.absolute(),
+            sizes=dict(sizes),
+            settings=settings,
+            folder=Path(folder),
+            parent=os.getpid(),
+        )
+        path = Path(folder) / "request.json"
+        path.write_text(request.model_dump_json())
+        _child([str(path)], f"building {segment.name}", lambda *_: None)
+        return (Path(folder) / PLAN).read_bytes()
 
 
 def check_calibratable(bundle: Bundle) -> None:

@@ -108,12 +108,18 @@ class OnnxRuntimeBackend:
     threads: int = 0
     name: str = "onnxrt"
 
-    def session(self, segment: Path, optimized: Path | None = None) -> Any:
-        """The session of a segment; with `optimized`, the graph that it really runs is written there."""
+    def session(self, segment: Path, optimized: Path | None = None, *, profile_prefix: str | None = None) -> Any:
+        """The session of a segment; with `optimized`, the graph that it really runs is written there.
+
+        `profile_prefix` switches the profiler on and begins the name of the file it writes.
+        """
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
+        if profile_prefix is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile_prefix
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.data")

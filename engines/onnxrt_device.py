@@ -1,8 +1,8 @@
 """ONNX Runtime's GPU providers as device backends: the typed segments, bound to device memory on one stream.
 
-`cuda`: the provider has no integer kernels behind Q/DQ for these layers, so the pairs are taken out when the session
-opens and the weights are unfolded to FP16: activations keep FP16's precision, and the numbers are a little closer to FP
-than the bundle's. `ort-tensorrt`: the provider builds its engines at the first run and keeps them in `cache`.
+`cuda`: the provider has no integer kernels behind Q/DQ for these layers, so the weights are unfolded to FP16 when the
+session opens, and activations are rounded to their INT8 values by two small kernels: its numbers at FP16's speed.
+`ort-tensorrt`: the provider builds its engines at the first run and keeps them in `cache`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ __all__ = ["CUDA", "TENSORRT", "OnnxRuntimeDeviceBackend", "Provider"]
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider: its name, the kind of memory that it binds, its options and the session's entries."""
+    """An execution provider: its name, the kind of memory that it binds, its options and the session's entries.
+
+    Its sessions run on the device's stream where it `takes_stream`.
+    """
 
     name: str
     memory: str = "cuda"
     options: Mapping[str, str] = field(default_factory=dict)
     session: Mapping[str, str] = field(default_factory=dict)
     caches_engines: bool = False
+    takes_stream: bool = True
 
 
 CUDA = Provider("CUDAExecutionProvider", session={"session.disable_quant_qdq": "1"})
@@ -91,7 +95,8 @@ class OnnxRuntimeDeviceBackend:
         options.log_severity_level = 3
         for key, value in self.provider.session.items():
             options.add_session_config_entry(key, value)
-        chosen = {"user_compute_stream": str(device.stream), **self.provider.options}
+        stream = {"user_compute_stream": str(device.stream)} if self.provider.takes_stream else {}
+        chosen = {**stream, **self.provider.options}
         if self.provider.caches_engines:
             chosen |= {
                 "trt_engine_cache_enable": "1",

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ditc.engines.linears import Linear, linears_of
 from ditc.engines.ranges import LEVELS
-from ditc.engines.scales import ScaleTable, layers_without_scale
+from ditc.engines.scale_table import ScaleTable
+from ditc.engines.scales import layers_without_scale
 from ditc.errors import DitcError
 
 __all__ = ["QuantizedWeight", "insert_qdq", "quantize_weight"]

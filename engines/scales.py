@@ -1,4 +1,4 @@
-"""The scale table: one activation scale per linear layer, and what it was made from."""
+"""From activations at the calibration points to a scale table."""
 
 from __future__ import annotations
 
@@ -8,36 +8,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
 from ditc.engines.linears import Linear, linears_of
 from ditc.engines.ranges import LEVELS, Histogram, clipping_range
-from ditc.spec import Record
+from ditc.engines.scale_table import ScaleTable
 
 __all__ = ["ScaleTable", "activation_probe", "histograms_of", "scale_table"]
 
 Feeds = Mapping[str, NDArray[Any]]
 RunProbe = Callable[[Feeds], Mapping[str, NDArray[np.float32]]]
-
-
-class ScaleTable(Record):
-    """Activation scales by linear layer (torch module path), with the range method and the digests they came from.
-
-    `tensors` names the activation that a layer reads in the FP segment, so that other calibrators can be compared.
-    """
-
-    method: str
-    segment_sha256: str
-    calibration_digest: str
-    scales: dict[str, float] = Field(min_length=1)
-    tensors: dict[str, str] = {}
-
-    @model_validator(mode="after")
-    def _positive(self) -> ScaleTable:
-        wrong = [name for name, scale in self.scales.items() if not scale > 0 or not np.isfinite(scale)]
-        if wrong:
-            raise ValueError(f"scale of {wrong[0]} is {self.scales[wrong[0]]}, expected a positive number")
-        return self
 
 
 def activation_probe(model: ir.Model) -> dict[str, tuple[str, ...]]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.engines.backend import Backend, DeviceBackend, Engine, runnable_path
+from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, runnable_path
 from ditc.engines.targets import backend_for
 from ditc.engines.update import UPDATE
 from ditc.errors import BundleError, DitcError, InputError
@@ -63,7 +63,10 @@ def open_engines(stack: ExitStack, backend: Backend, segments: Mapping[str, Path
 
 
 class Pipeline:
-    """A bundle ready to generate. Use it in a `with` block; it owns the engines and their buffers."""
+    """A bundle ready to generate. Use it in a `with` block; it owns the engines and their buffers.
+
+    `engines` are those of the open pipeline by segment, for who measures them.
+    """
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class Pipeline:
         self._graphs = graphs
         self._executor: Executor | DeviceExecutor | None = None
         self._decoder: Engine | None = None
+        self.engines: Mapping[str, Engine | DeviceEngine] = {}
 
     @property
     def program(self) -> Program:
@@ -109,13 +113,13 @@ class Pipeline:
     def _on_host(self, backend: Backend, names: Sequence[str]) -> Executor:
         place = self.bundle.reference_path if self.reference else self.bundle.segment_path
         engines = open_engines(self._stack, backend, {name: place(name) for name in names})
-        self._decoder = engines.get(DECODE)
+        self.engines, self._decoder = engines, engines.get(DECODE)
         manifest, (columns, compensation) = self.bundle.manifest, self._tables()
         return Executor(manifest.model, self.program, columns, engines, manifest.guidance, compensation)
 
     def _on_device(self, backend: DeviceBackend, names: Sequence[str]) -> DeviceExecutor:
         device = self._stack.enter_context(backend.device())
-        engines = self._stack.enter_context(backend.engines(self.bundle, names, device))
+        self.engines = engines = self._stack.enter_context(backend.engines(self.bundle, names, device))
         manifest, (columns, compensation) = self.bundle.manifest, self._tables()
         return DeviceExecutor(
             manifest.model,
@@ -139,6 +143,7 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._executor = self._decoder = None
+        self.engines = {}
         self._stack.close()
 
     def generate(

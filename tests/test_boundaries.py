@@ -27,7 +27,7 @@ def test_generating_from_a_bundle_loads_no_torch(cached_bundle_path: Path) -> No
     assert loaded.isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("command", ["run", "verify", "inspect", "doctor"])
+@pytest.mark.parametrize("command", ["run", "verify", "inspect", "bench", "doctor"])
 def test_a_deployment_runs_every_command_but_those_that_make_graphs_without_the_compiler(
     command: str, cached_bundle_path: Path, tmp_path: Path
 ) -> None:
@@ -36,12 +36,28 @@ def test_a_deployment_runs_every_command_but_those_that_make_graphs_without_the_
         "run": ["run", str(cached_bundle_path), "--labels", "1", "-o", str(tmp_path / "images")],
         "verify": ["verify", str(cached_bundle_path), "--images", "1"],
         "inspect": ["inspect", str(cached_bundle_path)],
+        "bench": ["bench", str(cached_bundle_path), "--requests", "1"],
         "doctor": ["doctor"],
     }[command]
     code = f"import sys\nfor name in {COMPILE_ONLY!r}: sys.modules[name] = None\n"
     code += f"from ditc.compiler.cli import run\nsys.exit(run({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_building_and_serving_with_tensorrt_needs_neither_onnx_nor_onnxruntime(cached_bundle_path: Path) -> None:
+    """What a Jetson has: NumPy, pydantic, and TensorRT where it is installed."""
+    code = f"import sys\nfor name in {(*COMPILE_ONLY, 'onnxruntime')!r}: sys.modules[name] = None\n"
+    code += "import ditc.engines.trt_worker, ditc.engines.trt_builder, ditc.engines.calibrator\n"
+    code += "import ditc.runtime.device_executor, ditc.engines.trt_runtime, ditc.engines.host_engine\n"
+    code += f"from ditc.compiler.cli import run\nbundle = {str(cached_bundle_path)!r}\n"
+    code += "assert run(['inspect', bundle]) == 0\n"
+    code += "assert run(['run', bundle, '--target', 'tensorrt', '--labels', '1', '-o', 'o']) == 2\n"
+    code += "sys.exit(run(['build', bundle]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cuda-core can't be imported" in done.stderr
+    assert "TensorRT can't be imported" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["compile", "bisect"])

@@ -93,8 +93,8 @@ def test_doctor_says_what_works_and_why_not(capsys: pytest.CaptureFixture[str]) 
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert found["target cpu"]["works"]
     assert "MatMulIntegerToFloat" in found["target cpu"]["detail"]
-    assert not found["tensorrt"]["works"]
-    assert found["tensorrt"]["detail"]
+    assert not found["target tensorrt"]["works"]
+    assert "TensorRT can't be imported" in found["target tensorrt"]["detail"]
 
 
 @pytest.fixture

@@ -54,7 +54,9 @@ def test_a_checkpoint_of_latents_gives_images_through_a_vae_of_its_own(
         expected = decoder.decode(torch.from_numpy(latents) / decoder.config.scaling_factor).sample.clamp(-1, 1)
     assert images.shape == (2, 3, 8, 8)
     assert relative_error(images, expected.numpy()) < 1e-4
-    assert bundle.manifest.checks["tensorrt"] == {"condition": [], "full": [], "reuse": [], "decode": []}
+    assert bundle.manifest.checks["tensorrt"] == {
+        name: [] for name in ("condition", "full", "reuse", "decode", "update")
+    }
     onnx.checker.check_model(str(lowered_path(bundle.segment_path("decode"), "trt")), full_check=True)
 
 

@@ -133,3 +133,16 @@ def test_a_bundle_without_its_reference_cannot_be_calibrated(capsys: pytest.Capt
 def test_what_is_no_calibration_cache_is_refused() -> None:
     with pytest.raises(InputError, match="no calibration cache of TensorRT"):
         scales_from_cache(b"scales")
+
+
+@with_calibrators
+@pytest.mark.any_version
+def test_polygraphys_calibrator_takes_up_our_cache(bundle: Path) -> None:
+    """The cache is TensorRT's own format, so a build through Polygraphy finds the same scales."""
+    from polygraphy.backend.trt import Calibrator
+
+    assert run(["build", str(bundle), "--calibration", "entropy"]) == 0
+    (cache,) = caches(bundle)
+    calibrator = Calibrator(data_loader=[], cache=str(cache))
+    assert isinstance(calibrator, tensorrt.IInt8EntropyCalibrator2)
+    assert bytes(calibrator.read_calibration_cache()) == cache.read_bytes()

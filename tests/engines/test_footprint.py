@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from ditc.engines.footprint import footprint_of
+from ditc.engines.liveness import footprint_of
 
 CHAIN = """
 <ir_version: 10, opset_import: ["" : 20]>
@@ -43,6 +43,22 @@ def test_activations_count_what_is_alive_at_one_time(text: str, activations: int
     footprint = footprint_of(ir.from_onnx_text(text), {"batch": 3})
     assert footprint.activation_bytes == activations
     assert footprint.weight_bytes == weights
+
+
+EXPRESSION = """
+<ir_version: 10, opset_import: ["" : 20]>
+flattened (float[batch, 4] x) => (float[batch, 4] y)
+<int64[2] flat = {-1, 2}, int64[2] back = {-1, 4}, float["2*batch", 2] a, float["2*batch", 2] b>
+{
+  a = Reshape (x, flat)
+  b = Neg (a)
+  y = Reshape (b, back)
+}
+"""
+
+
+def test_a_dimension_may_be_an_expression() -> None:
+    assert footprint_of(ir.from_onnx_text(EXPRESSION), {"batch": 3}).activation_bytes == 2 * 3 * 4 * 4
 
 
 def test_ports_keep_their_open_dimensions() -> None:

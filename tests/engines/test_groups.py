@@ -12,7 +12,7 @@ from ditc.bundle import Bundle
 from ditc.engines.groups import GROUPINGS, groups_of
 from ditc.engines.linears import linears_of
 from ditc.engines.qdq import insert_qdq
-from ditc.engines.scales import ScaleTable
+from ditc.engines.scale_table import ScaleTable
 from ditc.errors import InputError
 from ditc.exporter.onnx_files import load_model
 from ditc.program import BRANCH_KEY, PATH_KEY

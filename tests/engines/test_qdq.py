@@ -17,7 +17,8 @@ from ditc.engines.backend import runnable_path
 from ditc.engines.linears import linears_of
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq, quantize_weight
-from ditc.engines.scales import ScaleTable, activation_probe, histograms_of, scale_table
+from ditc.engines.scale_table import ScaleTable
+from ditc.engines.scales import activation_probe, histograms_of, scale_table
 from ditc.errors import CheckError, DitcError
 from ditc.exporter.onnx_files import load_model, save_model
 from ditc.program import BRANCH_KEY, PATH_KEY

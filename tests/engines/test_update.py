@@ -9,9 +9,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from ditc.engines.footprint import footprint_of
+from ditc.engines.liveness import footprint_of
 from ditc.engines.tensorrt_rules import violations_of
-from ditc.engines.update import COLUMNS, UpdateForm, update_model
+from ditc.engines.update import COLUMNS, UpdateForm
+from ditc.engines.update_graph import update_model
 from ditc.exporter.onnx_files import save_model
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import update_rows

@@ -1,0 +1,41 @@
+"""Latency as it should be told: how often it was measured, the middle, the spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ditc.errors import InputError
+from ditc.spec import Record
+
+__all__ = ["Latency", "latency_of"]
+
+
+class Latency(Record):
+    """Seconds of `n` equal calls: median, 90th percentile, least and most."""
+
+    n: int
+    median: float
+    p90: float
+    least: float
+    most: float
+
+    @property
+    def spread(self) -> float:
+        """How far the 90th percentile lies above the median, as a share of it."""
+        return self.p90 / self.median - 1
+
+
+def latency_of(seconds: Sequence[float]) -> Latency:
+    """The latency of equal calls; raises InputError without any."""
+    if not seconds:
+        raise InputError("no call was measured; ask for at least one")
+    values = np.asarray(seconds, np.float64)
+    return Latency(
+        n=len(values),
+        median=float(np.median(values)),
+        p90=float(np.quantile(values, 0.9)),
+        least=float(values.min()),
+        most=float(values.max()),
+    )

@@ -1,0 +1,41 @@
+"""`ditc bench --trace` and `ditc bisect` on the simulated TensorRT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditc.compiler.cli import run
+
+
+def test_a_trace_has_the_files_of_tensorrts_own_tools(
+    built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "trace"
+    bundle = built["small"]
+    capsys.readouterr()
+    command = f"bench {bundle} --target tensorrt --requests 2 --warmup 0 --trace {folder} --json"
+    assert run(command.split()) == 0
+    assert {path.name for path in folder.iterdir()} >= {f"{k}_full.json" for k in ("layers", "profile")}
+    layers = json.loads((folder / "layers_full.json").read_text())
+    count, *rows = json.loads((folder / "profile_full.json").read_text())
+    assert count == {"count": 3}  # `full` runs at three of the six steps
+    assert {row["name"] for row in rows} == {layer["Name"] for layer in layers["Layers"]}
+    assert sum(row["percentage"] for row in rows) == pytest.approx(100)
+    assert set(json.loads(capsys.readouterr().out)["segments"]) == {"full", "reuse"}
+
+
+@pytest.mark.any_version
+def test_bisect_builds_an_engine_of_every_variant(built: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for target in ("cpu", "tensorrt"):
+        capsys.readouterr()
+        command = f"bisect {built['small']} --target {target} --by block --points 2 --json"
+        assert run(command.split()) == 0
+        found[target] = json.loads(capsys.readouterr().out)
+    assert found["tensorrt"]["backend"] == "trt"
+    assert [g["layers"] for g in found["tensorrt"]["groups"]] == [g["layers"] for g in found["cpu"]["groups"]]
+    assert found["tensorrt"]["together"] == pytest.approx(found["cpu"]["together"], rel=0.1)
