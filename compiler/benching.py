@@ -71,7 +71,7 @@ def _measured(pipe: Pipeline, requests: int, warmup: int, progress: Watch) -> di
         "request": request.model_dump() | {"spread": request.spread},
         "seconds_per_image": request.median / manifest.batch,
         **_step_times(pipe, labels, requests),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 

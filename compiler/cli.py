@@ -189,12 +189,7 @@ def compile_command(
     from ditc.compiler.options import CompileOptions
 
     options = CompileOptions(**settings).checked()
-    chosen: Any = model
-    if random_size is not None:
-        from ditc.exporter.models import random_model, with_vae
-
-        chosen = random_model(random_size, seed=options.seed)
-        chosen = chosen if vae is None else with_vae(chosen, vae)
+    chosen = model or f"random:{random_size}:{options.seed}"
     with progress_on_stderr() as progress:
         bundle = compile_model(chosen, out, options, progress=progress, force=force, num_heads=heads, vae=vae)
     if json_:
@@ -540,9 +535,8 @@ def print_bench(found: dict[str, Any]) -> None:
     for name, times in rows.items():
         share = f"{times['share']:>9.1%}" if "share" in times else ""
         click.echo(f"{name:<18}{times['n']:>6}{times['median'] * 1e3:>12.3f}{times['p90'] * 1e3:>12.3f}{share}")
-    click.echo(
-        f"\n{found['seconds_per_image'] * 1e3:.2f} ms per image, {found['peak_memory_bytes'] / 1e6:,.0f} MB at most"
-    )
+    peak = found["host_peak_memory_bytes"] / 1e6
+    click.echo(f"\n{found['seconds_per_image'] * 1e3:.2f} ms per image, {peak:,.0f} MB of host memory at most")
     for file in found.get("trace", []):
         click.echo(f"  {file}")
 

@@ -141,18 +141,14 @@ def gpu() -> Finding:
 
 def tensorrt() -> Finding:
     """The bindings, the library behind them, and what this version can do."""
-    from ditc.engines.trt import collecting_logger, import_tensorrt
+    from ditc.engines.trt import import_tensorrt, open_builder
 
     name = "target tensorrt"
     try:
         trt = import_tensorrt()
+        open_builder(trt)
     except DitcError as e:
         return Finding(name, False, str(e))
-    try:
-        trt.Builder(collecting_logger(trt))
-    except Exception as e:  # pybind raises TypeError where the library makes no builder
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        return Finding(name, False, f"TensorRT {trt.__version__} makes no builder ({reason}); is there a GPU?")
     calibrators = hasattr(trt, "IInt8EntropyCalibrator2")
     forms = "explicit Q/DQ and calibrators" if calibrators else "explicit Q/DQ (no calibrators since 11)"
     return Finding(name, True, f"TensorRT {trt.__version__}; {forms}")

@@ -65,10 +65,11 @@ def compile_model(
 ) -> Bundle:
     """Compile a model into the bundle `out`, and return it opened.
 
-    `model` is a name as the command line takes it ("digits", a checkpoint, a diffusers folder, "module:function"), or
-    an object that fits `ditc.exporter.protocol.TrajectoryModel`. An interrupted compile resumes after its last whole
-    stage. `vae` is a local `AutoencoderKL` folder for a checkpoint that comes without one. Raises InputError for
-    settings or a model that make no sense, and CheckError where a result fails its check; `out` is then as it was.
+    `model` is a name as the command line takes it ("digits", a checkpoint, a diffusers folder, "random:SIZE",
+    "module:function"), or an object that fits `ditc.exporter.protocol.TrajectoryModel`. A model loaded from a name is
+    released after the export. An interrupted compile resumes after its last whole stage. `vae` is a local
+    `AutoencoderKL` folder for a checkpoint that comes without one. Raises InputError for settings or a model that make
+    no sense, and CheckError where a result fails its check; `out` is then as it was.
     """
     options = (options or CompileOptions()).checked()
     target = Path(out).absolute()
@@ -76,10 +77,10 @@ def compile_model(
         raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
     if target.exists() and not (target / "manifest.json").is_file():
         raise InputError(f"{target} exists and is not a bundle, so --force does not replace it; choose another folder")
-    opened = _opened(model, num_heads, vae)
-    plan = make_plan(opened, options, progress)
+    held = [_opened(model, num_heads, vae)]
+    plan = make_plan(held[0], options, progress)
     with work_folder(target) as work:
-        _run_stages(plan, opened, work, target)
+        _run_stages(plan, held, work, target)
         work.remove()
     return open_bundle(target)
 
@@ -196,7 +197,9 @@ class _Compile:
         self.plan.progress("seal", 1, 1)
 
 
-def _run_stages(plan: Plan, model: Any, work: WorkFolder, target: Path) -> None:
+def _run_stages(plan: Plan, held: list[Any], work: WorkFolder, target: Path) -> None:
+    """All stages. `held` is emptied after the export: nothing later needs the model, and it may be gigabytes."""
+    model = held.pop()
     decided = [
         stages.model_digest(model),
         stages.behaviour_digest(model),
@@ -207,6 +210,7 @@ def _run_stages(plan: Plan, model: Any, work: WorkFolder, target: Path) -> None:
     ]
     compile_ = _Compile(plan, work, digest_of(decided))
     segments = compile_.export(model)
+    del model
     compiled = compile_.quantize(segments)
     compile_.lower(compiled)
     compile_.fit(segments, compiled)

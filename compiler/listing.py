@@ -53,7 +53,7 @@ def calibration_comparisons(bundle: Bundle) -> list[dict[str, Any]]:
 
     `ratios` are the calibrator's scale over ours by linear layer; layers whose tensor it does not know are left out.
     """
-    from ditc.engines.calibrator import scales_from_cache
+    from ditc.engines.calibrator import calibration_caches, scales_from_cache
     from ditc.engines.scale_table import ScaleTable
 
     table_file = bundle.path / "calib" / "scales.json"
@@ -61,7 +61,7 @@ def calibration_comparisons(bundle: Bundle) -> list[dict[str, Any]]:
         return []
     table = ScaleTable.model_validate_json(table_file.read_bytes())
     rows = []
-    for cache in sorted((bundle.path / "engines").glob("calibration-*.cache")):
+    for cache in calibration_caches(bundle):
         found = scales_from_cache(cache.read_bytes())
         ratios = {path: found[name] / table.scales[path] for path, name in table.tensors.items() if name in found}
         rows.append({"file": cache.name, "layers": len(ratios), "ratios": ratios})

@@ -36,6 +36,7 @@ class Place:
 
 
 HERE = Place()
+UNWATCHED_TOLERANCE = 1e-3  # of a request queued whole against its steps one by one, of the largest value
 LEAST_WIDTH = 64  # pixels an image takes in the grid at least
 
 
@@ -110,6 +111,7 @@ def verify_bundle(
         return [np.concatenate(parts) for _, parts in sorted(steps.items())]
 
     exact, found = trajectory(True), trajectory(False)
+    check_unwatched(bundle, place, found[-1], seed)
     result = trajectory_comparison(found, exact)
     if not np.isfinite(result["psnr_db_mean"]):
         raise CheckError("the finished latents are NaN or infinite; the model diverges on this sampler")
@@ -119,6 +121,21 @@ def verify_bundle(
             f"{least_psnr_db:g}; compile with a shorter cache interval or another precision"
         )
     return result
+
+
+def check_unwatched(bundle: Path, place: Place, watched: Samples, seed: int) -> None:
+    """On a GPU serving queues a request whole; raise CheckError unless that gives what the watched steps gave."""
+    with place.load(bundle) as pipe:
+        if not pipe.on_device:
+            return
+        labels = [number % pipe.bundle.manifest.model.num_classes for number in range(len(watched))]
+        pipe.latents(labels, seed=seed)  # graphs are captured by the second request
+        found = pipe.latents(labels, seed=seed)
+    if not np.allclose(found, watched, rtol=0, atol=UNWATCHED_TOLERANCE * float(np.abs(watched).max())):
+        raise CheckError(
+            f"requests queued whole (--graphs {place.graphs}) differ from the same steps watched one by one; "
+            "run with --graphs none, and report this with what `ditc doctor` prints"
+        )
 
 
 def _parts(pipe: Pipeline, labels: Sequence[int]) -> list[tuple[Sequence[int], int]]:

@@ -43,7 +43,7 @@ __all__ = ["Plan", "Segments", "export", "fit", "model_digest", "quantize", "rec
 Progress = Callable[[str, int, int], None]  # stage, done, of
 Segments = Mapping[str, Path]
 
-BUFFER_BYTES = 1 << 30  # cache slots, or probed activations, that one batch of compile-time work may take
+BUFFER_BYTES = 1 << 28  # cache slots, or probed activations, that one batch of compile-time work may take
 LARGEST_BATCH = 64
 
 # purposes with noise of their own, so that no image is used twice: calibration, compensation, verification

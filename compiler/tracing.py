@@ -15,6 +15,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +39,7 @@ RUNS = 5  # of each segment under ONNX Runtime's profiler
 
 def trace_bundle(bundle: Path, folder: Path, place: Place) -> list[str]:
     """Trace every segment into `folder`; returns the files' names. Raises InputError for a target without layers."""
-    with place.load(bundle) as pipe:
+    with replace(place, graphs="none").load(bundle) as pipe:  # a profiler waits inside a run, a capture can't
         if not pipe.on_device:
             return _trace_onnxruntime(pipe, folder)
         if all(isinstance(engine, TensorRTEngine) for engine in pipe.engines.values()):

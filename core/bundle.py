@@ -5,7 +5,7 @@
     segments/*.onnx       the deployed segments (+ external data beside them); NAME.BACKEND.onnx is the form of one
                           backend, sharing that data
     tables.safetensors    every per-step number: timesteps, sampler coefficients, compensation
-    calib/                the calibration set and the scales made from it
+    calib/                the calibration set and the scales made from it; a deployment may leave it out
     reference/*.onnx      the FP segments that `ditc verify` compares with; a deployment may leave them out
 
 There is no pickle anywhere, and nothing is read that the manifest doesn't vouch for.
@@ -45,6 +45,7 @@ MANIFEST = "manifest.json"
 SEAL = "manifest.sha256"
 TABLES = "tables.safetensors"
 REFERENCE = "reference/"
+OPTIONAL = (REFERENCE, "calib/")  # a deployment may leave them out, each as a whole
 
 Tables = Mapping[str, NDArray[Any]]
 
@@ -142,9 +143,9 @@ def seal_bundle(folder: Path, manifest: Manifest) -> Manifest:
 def open_bundle(path: Path) -> Bundle:
     """The bundle in a folder, or BundleError naming the file that is missing or changed."""
     manifest = _read_manifest(path)
-    without_reference = not (path / REFERENCE).exists()
+    left_out = tuple(folder for folder in OPTIONAL if not (path / folder).exists())
     for name, entry in manifest.files.items():
-        if not (without_reference and name.startswith(REFERENCE)):
+        if not name.startswith(left_out):
             _check_file(path, name, entry)
     _check_nothing_unlisted(path, manifest)
     return Bundle(path=path, manifest=manifest)

@@ -70,8 +70,8 @@ def _sync(path: Path) -> None:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file through a temporary sibling and a rename."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """Write a file through a temporary sibling and a rename. Of several writers the last one wins, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,11 +33,11 @@ from ditc.engines.store import (
     EngineStore,
     segment_file,
 )
-from ditc.engines.trt_runtime import wanted_key
+from ditc.engines.trt_runtime import calibration_cache, wanted_key
 from ditc.engines.trt_worker import PLAN, TIMINGS, BuildRequest, CalibrationRequest, MachineDescription
 from ditc.engines.update import UPDATE
 from ditc.errors import CheckError, InputError
-from ditc.files import atomic_write, digest_of, locked, writing
+from ditc.files import atomic_write, locked, writing
 from ditc.program import CONDITION
 
 __all__ = [
@@ -51,7 +52,9 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int], None]
-WORKER = (sys.executable, "-m", "ditc.engines.trt_worker")
+# not `-m`: that would put the current folder first on the path, and run a tensorrt.py that lies there
+START = "import sys; sys.path[:] = filter(None, sys.path); from ditc.engines.trt_worker import main; "
+WORKER = (sys.executable, "-c", START + "sys.exit(main(sys.argv[1:]))")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def plan_build(
         check_calibratable(bundle)
     memory = memory_plan(bundle, settings.calibration)
     machine = describe_machine(settings.calibration)
+    if settings.hardware_compatible and machine.platform.system.endswith("-tegra"):
+        raise InputError("--hardware-compatible engines don't exist on JetPack; leave the option out")
     memory.check_fits(machine.total_bytes, settings.workspace_bytes, machine.platform.gpu)
     return BuildPlan(bundle, settings, EngineStore.of(bundle, store), machine, memory, timing_cache)
 
@@ -122,6 +127,8 @@ def build_engines(plan: BuildPlan, progress: Progress) -> list[BuiltSegment]:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", f"another build is writing {folder}; wait for it"):
+        for left in folder.glob(".building-*"):  # by a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
         run = _BuildRun(plan, progress)
         return [run.segment(key) for key in plan.keys]
 
@@ -206,13 +213,12 @@ class _BuildRun:
         if method == EXPLICIT or key.segment not in computing:
             return None
         condition = self.plan.key(CONDITION)
-        digest = digest_of([key.graph, key.sizes, method])
         return CalibrationRequest(
             points=(bundle.path / CALIBRATION_SET).absolute(),
             condition_plan=store.plan_path(condition).absolute(),
             condition_sha256=store.record(condition).sha256,
             null_label=bundle.manifest.model.null_label if bundle.manifest.halves == 2 else None,
-            cache=(store.folder / f"calibration-{key.segment}-{method}-{digest}.cache").absolute(),
+            cache=calibration_cache(store, bundle, key.segment, method).absolute(),
         )
 
     def _on_line(self, name: str) -> Callable[[str, int, int], None]:
@@ -233,10 +239,7 @@ def _child(arguments: Sequence[str], doing: str, report: Callable[[str, int, int
         listener.start()
         assert process.stdout is not None
         for text in process.stdout:
-            try:
-                line = json.loads(text)
-            except ValueError:  # a library printed something
-                continue
+            line = json.loads(text)
             if "phase" in line:
                 report(line["phase"], line["done"], line["of"])
             elif "error" in line:
@@ -256,7 +259,7 @@ def _remember(stream: Any, words: deque[str]) -> None:
 def _worker(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     """The child; it does not outlive the block."""
     process = subprocess.Popen(  # noqa: S603  our own module, our own arguments
-        [*WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
     )
     try:
         yield process

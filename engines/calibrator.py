@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from ditc.bundle import Bundle
 from ditc.calib_data.calibset import CalibSet
 from ditc.engines.device import Device, DeviceTensor, open_device
-from ditc.engines.trt import collecting_logger
-from ditc.engines.trt_runtime import TensorRTEngine, share_scratch
+from ditc.engines.store import EngineStore
+from ditc.engines.trt import open_runtime
+from ditc.engines.trt_runtime import TensorRTEngine, calibration_cache, share_scratch
 from ditc.engines.trt_worker import CalibrationRequest
 from ditc.errors import DitcError, InputError
 from ditc.files import atomic_write
@@ -53,7 +55,7 @@ def make_calibrator(trt: Any, method: str, batches: Iterator[Batch], cache: Path
     class Calibrator(base):  # type: ignore[misc,valid-type]
         def __init__(self) -> None:
             base.__init__(self)
-            self.failure: DitcError | None = None
+            self.failure: Exception | None = None
             self._batch: Batch = {}  # kept alive while TensorRT reads it
 
         def get_batch_size(self) -> int:
@@ -67,7 +69,7 @@ def make_calibrator(trt: Any, method: str, batches: Iterator[Batch], cache: Path
                 return None
             except KeyError as e:
                 self.failure = DitcError(f"the network asks for input {e}, which calibration does not make")
-            except DitcError as e:
+            except Exception as e:  # whatever it is, TensorRT would go on with the points so far
                 self.failure = e
             return None
 
@@ -75,8 +77,12 @@ def make_calibrator(trt: Any, method: str, batches: Iterator[Batch], cache: Path
             return cache.read_bytes() if cache.is_file() else None
 
         def write_calibration_cache(self, data: bytes) -> None:
-            if self.failure is None:  # scales of half the points are none
+            if self.failure is not None:  # scales of half the points are none
+                return
+            try:
                 atomic_write(cache, bytes(data))
+            except Exception as e:
+                self.failure = e
 
     return Calibrator()
 
@@ -86,12 +92,10 @@ def open_calibrator(trt: Any, method: str, request: CalibrationRequest, sizes: M
     """A calibrator for a segment, with the `condition` engine that makes the tables of each batch."""
     check_calibrators(trt, method)
     device = open_device()
-    log = collecting_logger(trt)
+    runtime, log = open_runtime(trt)
     plan = request.condition_plan.read_bytes()
     if hashlib.sha256(plan).hexdigest() != request.condition_sha256:
         raise InputError(f"{request.condition_plan} changed during the build; give the same command again")
-    runtime = trt.Runtime(log)
-    runtime.engine_host_code_allowed = False
     condition = TensorRTEngine(trt, runtime, log, plan, CONDITION, device)
     scratch = share_scratch([condition], device)
     points = CalibSet.load(request.points)
@@ -133,6 +137,18 @@ def calibration_batches(
             yield {"x": x, **row}
 
 
+def calibration_caches(bundle: Bundle) -> list[Path]:
+    """The calibration caches of this very bundle in its own folder of engines."""
+    found = []
+    for segment in (plan.name for plan in bundle.manifest.program.segments if any(plan.compute)):
+        for method in CALIBRATORS:
+            try:
+                found.append(calibration_cache(EngineStore.of(bundle), bundle, segment, method))
+            except InputError:  # no FP reference here, so none of its caches can be told from another's
+                continue
+    return [path for path in found if path.is_file()]
+
+
 def scales_from_cache(data: bytes) -> dict[str, float]:
     """The scales in a calibration cache: tensor name -> scale.
 
@@ -142,8 +158,10 @@ def scales_from_cache(data: bytes) -> dict[str, float]:
     if not header.startswith("TRT-"):
         raise InputError(f"this is no calibration cache of TensorRT: it begins with {header[:20]!r}")
     scales = {}
-    for line in lines:
+    for line in filter(None, lines):
         name, _, bits = line.rpartition(":")
-        if name:
+        try:
             scales[name] = float(struct.unpack(">f", bytes.fromhex(bits.strip()))[0])
+        except (ValueError, struct.error) as e:
+            raise InputError(f"the calibration cache is damaged at {line[:40]!r}; remove it and build again") from e
     return scales

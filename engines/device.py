@@ -7,7 +7,7 @@ is queued in order, so nothing needs an event between two calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,6 +81,10 @@ class Device(Protocol):
         ...
 
     def synchronize(self) -> None: ...
+
+    def activate(self) -> None:
+        """Make this the calling thread's device; a thread that never did that can't queue on it."""
+        ...
 
     def capture(self, queue_work: Callable[[], None]) -> DeviceGraph:
         """The work that `queue_work` queues on this device's stream, as a graph; nothing runs yet."""
@@ -176,14 +180,21 @@ class CudaDevice:
             self._stream.sync()
         self._pending.clear()
 
+    def activate(self) -> None:
+        with _translated("choosing the device"):
+            self._core.set_current()
+
     def capture(self, queue_work: Callable[[], None]) -> DeviceGraph:
-        with _translated("capturing a CUDA graph"):
+        with _translated("capturing a CUDA graph; run with --graphs none"):
             builder = self._stream.create_graph_builder()
             builder.begin_building()
             try:
                 queue_work()
-            finally:
-                builder.end_building()
+            except BaseException:
+                with suppress(Exception):  # a capture that failed inside fails again here, and would hide why
+                    builder.end_building()
+                raise
+            builder.end_building()
             return _CudaGraph(builder.complete(), self._stream)
 
     def _copy(self, source: int, target: int, size_bytes: int, doing: str) -> None:

@@ -14,7 +14,7 @@ from ditc.engines.backend import Buffer, DeviceEngine, Engine, Port
 from ditc.engines.building import build_file
 from ditc.engines.device import Device, DeviceTensor, open_device
 from ditc.engines.store import BuildSettings
-from ditc.engines.trt import collecting_logger, import_tensorrt
+from ditc.engines.trt import import_tensorrt, open_runtime
 from ditc.engines.trt_runtime import TensorRTEngine, share_scratch
 
 __all__ = ["DeviceEngineOnHost", "tensorrt_opener"]
@@ -71,9 +71,7 @@ def tensorrt_opener(sizes: Mapping[str, int]) -> Iterator[Any]:
     """
     trt = import_tensorrt()
     device = open_device()
-    log = collecting_logger(trt)
-    runtime = trt.Runtime(log)
-    runtime.engine_host_code_allowed = False
+    runtime, log = open_runtime(trt)
     blocks: list[DeviceTensor] = []
 
     def open_engine(segment: Path) -> Engine:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pydantic import ValidationError
 
 from ditc.bundle import Bundle
-from ditc.engines.footprint import Footprint
+from ditc.engines.device import ALIGNMENT
+from ditc.engines.footprint import Footprint, PortShape
 from ditc.engines.store import EXPLICIT
 from ditc.engines.trt_runtime import profile_sizes
 from ditc.errors import InputError
-from ditc.program import CONDITION
+from ditc.program import CONDITION, DECODE
 from ditc.spec import Record
 
 __all__ = ["MemoryPlan", "footprints", "memory_plan"]
@@ -78,7 +79,7 @@ def memory_plan(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryPlan:
     """The needs of a bundle's trajectory at its batch."""
     manifest = bundle.manifest
     needs = footprints(bundle)
-    rows = manifest.batch * manifest.halves
+    rows, steps = manifest.batch * manifest.halves, len(manifest.program.steps)
     condition = needs[CONDITION].outputs.values()
     caches = [
         port.size_bytes(profile_sizes(bundle, name))
@@ -86,13 +87,22 @@ def memory_plan(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryPlan:
         for port_name, port in need.outputs.items()
         if port_name.startswith("cache.")
     ]
-    latent = 4 * manifest.model.in_channels * manifest.model.height * manifest.model.width
+    plane = 4 * manifest.model.height * manifest.model.width
+    latent, prediction = manifest.model.in_channels * plane, manifest.model.out_channels * plane
+    decoded = needs[DECODE].outputs.values() if DECODE in needs else ()
+    images = [port.size_bytes(profile_sizes(bundle, DECODE)) for port in decoded]
     factor = 1 if calibration == EXPLICIT else 2  # the calibrator's networks hand over FP32
     return MemoryPlan(
         weights={name: need.weight_bytes for name, need in needs.items()},
         scratch=max(need.activation_bytes for need in needs.values()),
         caches=factor * max(caches, default=0) * manifest.program.slots,
-        tables=factor * sum(port.size_bytes(profile_sizes(bundle, CONDITION)) for port in condition),
-        samples=(3 * rows + len(manifest.program.steps) * manifest.batch) * latent,
+        tables=factor * sum(_with_copies(port, profile_sizes(bundle, CONDITION)) for port in condition),
+        samples=(3 * rows + steps * manifest.batch) * latent + rows * prediction + sum(images),
         batch=manifest.batch,
     )
+
+
+def _with_copies(port: PortShape, sizes: Mapping[str, int]) -> int:
+    """A table, and its rows once more where their addresses would be odd."""
+    size = port.size_bytes(sizes)
+    return size if size // sizes["steps"] % ALIGNMENT == 0 else 2 * size

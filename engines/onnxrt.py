@@ -50,7 +50,7 @@ def import_onnxruntime() -> Any:
 
 
 @contextmanager
-def translated(doing: str) -> Iterator[None]:
+def translated(doing: str, advice: str = "compile the bundle again") -> Iterator[None]:
     """ONNX Runtime raises its own exception classes; they become one line of ours."""
     try:
         yield
@@ -59,7 +59,7 @@ def translated(doing: str) -> Iterator[None]:
     except Exception as e:
         if type(e).__module__.startswith("onnxruntime") or isinstance(e, RuntimeError):
             first_line = str(e).strip().splitlines()[0]
-            raise BundleError(f"ONNX Runtime failed {doing}: {first_line}; compile the bundle again") from e
+            raise BundleError(f"ONNX Runtime failed {doing}: {first_line}; {advice}") from e
         raise
 
 

@@ -19,11 +19,15 @@ from ditc.bundle import Bundle
 from ditc.engines.backend import DeviceEngine, Port, lowered_path
 from ditc.engines.device import CudaDevice, Device, DeviceTensor, open_device
 from ditc.engines.onnxrt import import_onnxruntime, port_of, translated
-from ditc.engines.store import ENGINES
+from ditc.engines.store import ENGINES, files_digest
 from ditc.engines.trt_runtime import profile_sizes
 from ditc.errors import InputError
+from ditc.files import digest_of
 
 __all__ = ["CUDA", "TENSORRT", "OnnxRuntimeDeviceBackend", "Provider"]
+
+
+GPU_ADVICE = "`ditc doctor` shows driver, GPU and providers"
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Provider:
 CUDA = Provider("CUDAExecutionProvider", session={"session.disable_quant_qdq": "1"})
 TENSORRT = Provider(
     "TensorrtExecutionProvider",
-    options={"trt_fp16_enable": "1", "trt_int8_enable": "1", "trt_layer_norm_fp32_fallback": "1"},
+    options={"trt_fp16_enable": "True", "trt_int8_enable": "True", "trt_layer_norm_fp32_fallback": "True"},
     caches_engines=True,
 )
 
@@ -72,18 +76,15 @@ class OnnxRuntimeDeviceBackend:
                 f"this onnxruntime has no {self.provider.name}; install one that has: pip install 'ditc[cuda]' "
                 "(and uninstall onnxruntime, which hides it)"
             )
-        cache = self.cache or bundle.path / ENGINES
-        yield {
-            name: OnnxRuntimeDeviceEngine(
-                self._session(ort, self._file(bundle, name), device, cache),
-                name,
-                self.provider.memory,
-                profile_sizes(bundle, name),
-                ort,
-            )
-            for name in names
-        }
+        yield {name: self._engine(ort, bundle, name, device) for name in names}
         device.synchronize()
+
+    def _engine(self, ort: Any, bundle: Bundle, name: str, device: Device) -> DeviceEngine:
+        file, sizes = self._file(bundle, name), profile_sizes(bundle, name)
+        # the provider's own engine cache does not look at weights, so every segment and shape gets a folder of its own
+        cache = (self.cache or bundle.path / ENGINES) / f"ort-{name}-{digest_of([files_digest(bundle, file), sizes])}"
+        session = self._session(ort, file, device, cache)
+        return OnnxRuntimeDeviceEngine(session, name, self.provider.memory, sizes, ort)
 
     def _file(self, bundle: Bundle, name: str) -> Path:
         portable = bundle.segment_path(name)
@@ -99,13 +100,19 @@ class OnnxRuntimeDeviceBackend:
         chosen = {**stream, **self.provider.options}
         if self.provider.caches_engines:
             chosen |= {
-                "trt_engine_cache_enable": "1",
+                "trt_engine_cache_enable": "True",
                 "trt_engine_cache_path": str(cache),
-                "trt_timing_cache_enable": "1",
+                "trt_timing_cache_enable": "True",
                 "trt_timing_cache_path": str(cache),
             }
-        with translated(f"opening {segment.name} with {self.provider.name}"):
-            return ort.InferenceSession(str(segment), options, providers=[(self.provider.name, chosen)])
+        with translated(f"opening {segment.name} with {self.provider.name}", GPU_ADVICE):
+            # without the fallback, which would print and go on with the CPU's memory taken for the GPU's
+            session = ort.InferenceSession(
+                str(segment), options, providers=[(self.provider.name, chosen)], enable_fallback=0
+            )
+        if session.get_providers()[0] != self.provider.name:
+            raise InputError(f"{self.provider.name} does not take {segment.name}; {GPU_ADVICE}")
+        return session
 
 
 class OnnxRuntimeDeviceEngine:
@@ -136,7 +143,7 @@ class OnnxRuntimeDeviceEngine:
         self._bound[name] = tensor
 
     def enqueue(self) -> None:
-        with translated(f"running segment {self._name}"):
+        with translated(f"running segment {self._name}", GPU_ADVICE):
             self._session.run_with_iobinding(self._binding, self._options)
 
 

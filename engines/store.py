@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Platform(Record):
 class EngineKey(Record):
     """Everything that an engine is valid for. `graph` is the digest of the segment's files."""
 
-    segment: str
+    segment: str = Field(pattern=r"^[\w.-]+$")
     graph: str
     platform: Platform
     sizes: dict[str, int]
@@ -92,6 +93,8 @@ class EngineKey(Record):
 
     def _mismatch(self, wanted: EngineKey) -> str | None:
         """The first thing in which an engine with this key does not fit, as text."""
+        if self.settings.version_compatible:
+            return "for the lean runtime of a later TensorRT (--version-compatible)"
         if self.settings.calibration != wanted.settings.calibration:
             return f"built with {self.settings.calibration} calibration, asked for is {wanted.settings.calibration}"
         if self.graph != wanted.graph:
@@ -126,16 +129,18 @@ class EngineRecord(Record):
     size_bytes: int
     device_memory_bytes: int
     build_seconds: float
+    built_at: float
 
     @staticmethod
     def of(key: EngineKey, plan: bytes, *, device_memory_bytes: int, build_seconds: float) -> EngineRecord:
-        """The record of a plan that has just been made."""
+        """The record of a plan that has just been made; `built_at` is in seconds since 1970."""
         return EngineRecord(
             key=_stored(key),
             sha256=hashlib.sha256(plan).hexdigest(),
             size_bytes=len(plan),
             device_memory_bytes=device_memory_bytes,
             build_seconds=build_seconds,
+            built_at=time.time(),
         )
 
 
@@ -145,13 +150,17 @@ def segment_file(bundle: Bundle, name: str, calibration: str = EXPLICIT) -> Path
     With explicit quantization that is the typed form; a calibrator of TensorRT 10 starts from the FP32 form.
     """
     file = _segment_name(bundle, name, calibration)
-    if file not in bundle.manifest.files:
-        missing = "form of segment {name} for TensorRT" if calibration == EXPLICIT else "FP reference of segment {name}"
+    if file in bundle.manifest.files and (bundle.path / file).is_file():
+        return bundle.path / file
+    if calibration != EXPLICIT:
         raise InputError(
-            f"{bundle.path} has no {missing.format(name=name)}; compile it again with --precision w8a8 "
-            f"(or fp16) and --reference, found --precision {bundle.manifest.precision}"
+            f"{bundle.path} has no FP reference of segment {name}; compile it with --precision w8a8 --reference, "
+            "or copy its reference/ folder too"
         )
-    return bundle.path / file
+    raise InputError(
+        f"{bundle.path} has no form of segment {name} for TensorRT; "
+        f"compile it again with --precision w8a8 or fp16, found --precision {bundle.manifest.precision}"
+    )
 
 
 def _segment_name(bundle: Bundle, name: str, calibration: str) -> str:
@@ -166,12 +175,17 @@ def _segment_name(bundle: Bundle, name: str, calibration: str) -> str:
 
 def segment_digest(bundle: Bundle, name: str, calibration: str = EXPLICIT) -> str:
     """A digest of the graph and of every weights file that it may read, from the manifest."""
-    graph = segment_file(bundle, name, calibration).relative_to(bundle.path).as_posix()
-    files = [graph, f"{graph}.data", f"segments/{name}.onnx.data"]
-    if calibration != EXPLICIT:
-        files.append(CALIBRATION_SET)
+    extra = () if calibration == EXPLICIT else (CALIBRATION_SET,)
+    return files_digest(bundle, segment_file(bundle, name, calibration), *extra)
+
+
+def files_digest(bundle: Bundle, graph: Path, *extra: str) -> str:
+    """A digest over an ONNX file, its weights and further files of a bundle, as its manifest vouches for them."""
+    name = graph.relative_to(bundle.path).as_posix()
+    portable = f"segments/{graph.name.split('.')[0]}.onnx.data"
     known = bundle.manifest.files
-    return digest_of({file: known[file].sha256 for file in files if file in known})
+    names = {name, f"{name}.data", portable, *extra}
+    return digest_of({file: known[file].sha256 for file in sorted(names) if file in known})
 
 
 ELF = b"\x7fELF\x02\x01"  # 64 bits, little endian
@@ -231,7 +245,7 @@ class EngineStore:
         return any(record.key.segment == wanted.segment and record.key.serves(wanted) for record in self.records())
 
     def read(self, wanted: EngineKey) -> tuple[bytes, EngineRecord]:
-        """The plan that serves, and its record; the one built last where several do.
+        """The plan that serves, and its record; where several do, one for this very platform, and the one built last.
 
         Raises InputError where there is none, saying what the nearest one is for, and where its bytes have changed.
         """
@@ -239,7 +253,7 @@ class EngineStore:
         serving = [record for record in serving if record.key.serves(wanted)]
         if not serving:
             raise InputError(self._why_none(wanted))
-        record = max(serving, key=lambda record: self.record_path(record.key).stat().st_mtime_ns)
+        record = max(serving, key=lambda found: (found.key.platform == wanted.platform, found.built_at))
         path = self.plan_path(record.key)
         plan = path.read_bytes()
         if hashlib.sha256(plan).hexdigest() != record.sha256:
@@ -257,7 +271,7 @@ class EngineStore:
         """Every readable record that has its plan beside it."""
         for path in sorted(self.folder.glob("*.json")):
             record = self._record(path)
-            if record is not None and self.plan_path(record.key).is_file():
+            if record is not None and path == self.record_path(record.key) and self.plan_path(record.key).is_file():
                 yield record
 
     def _why_none(self, wanted: EngineKey) -> str:

@@ -7,20 +7,21 @@ has run on a GPU; every call is held to the real bindings of 10.3, 10.16 and 11.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 from ditc.engines.device import Device
 from ditc.engines.store import Platform
 from ditc.errors import InputError
 
-__all__ = ["collecting_logger", "import_tensorrt", "numpy_type", "platform_of"]
+__all__ = ["collecting_logger", "import_tensorrt", "numpy_type", "open_builder", "open_runtime", "platform_of"]
 
 
 def import_tensorrt() -> Any:
     """The tensorrt module. Raises InputError where it is missing or can't load its libraries."""
     try:
         import tensorrt
-    except ImportError as e:
+    except (ImportError, OSError, RuntimeError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"TensorRT can't be imported ({reason}); install it with: pip install 'ditc[tensorrt]'") from e
     return tensorrt
@@ -45,13 +46,36 @@ def collecting_logger(trt: Any) -> Any:
     return CollectingLogger()
 
 
+def open_builder(trt: Any) -> tuple[Any, Any]:
+    """(a builder, its logger). Raises InputError where this machine makes none."""
+    log = collecting_logger(trt)
+    return _made(trt, trt.Builder, log), log
+
+
+def open_runtime(trt: Any) -> tuple[Any, Any]:
+    """(a runtime that never runs host code, its logger). Raises InputError where this machine makes none."""
+    log = collecting_logger(trt)
+    runtime = _made(trt, trt.Runtime, log)
+    runtime.engine_host_code_allowed = False  # the default, stated: a plan never brings code of its own
+    return runtime, log
+
+
+def _made(trt: Any, kind: Callable[[Any], Any], log: Any) -> Any:
+    """An object of TensorRT's; its bindings raise TypeError where the library returns none."""
+    try:
+        return kind(log)
+    except TypeError as e:
+        reason = log.errors[-1] if log.errors else "no GPU, or a driver that is older than it needs"
+        raise InputError(f"TensorRT {trt.__version__} does not start here: {reason}; see `ditc doctor`") from e
+
+
 def platform_of(trt: Any, device: Device) -> Platform:
     """What plans made here are bound to."""
     return Platform(
         tensorrt=str(trt.__version__),
         gpu=device.name,
         compute_capability=device.compute_capability,
-        system=platform.system(),
+        system=platform.system() + ("-tegra" if platform.release().endswith("tegra") else ""),
         machine=platform.machine(),
     )
 

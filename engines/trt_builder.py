@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ditc.engines.store import EXPLICIT, BuildSettings
-from ditc.engines.trt import collecting_logger
+from ditc.engines.trt import open_builder
 from ditc.errors import CheckError, InputError
 
 __all__ = ["BuiltPlan", "TimingCache", "build_plan"]
 
-Report = Callable[[str, int, int], bool]  # phase, done, of -> go on?
+Report = Callable[[str, int, int], bool]  # phase, done, of (0 inside another phase) -> go on?
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def build_plan(
     TensorRT's parser refuses, naming the node, or a timing cache of another machine, and CheckError where TensorRT
     finds no way to build it.
     """
-    log = collecting_logger(trt)
-    builder = trt.Builder(log)
+    builder, log = open_builder(trt)
     network = builder.create_network(_network_flags(trt, settings))
     _parse(trt, network, segment, log)
     config = builder.create_builder_config()
@@ -69,7 +68,7 @@ def build_plan(
     _set_timing_cache(config, timing_cache or TimingCache())
     profile = _profile(builder, network, segment, sizes)
     config.add_optimization_profile(profile)
-    if settings.calibration != EXPLICIT:
+    if calibrator is not None:
         _configure_weak_types(trt, network, config, profile, calibrator)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -99,6 +98,7 @@ def _configure(trt: Any, config: Any, settings: BuildSettings) -> None:
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
     config.builder_optimization_level = settings.optimization_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names, for whoever profiles
+    config.clear_flag(trt.BuilderFlag.TF32)  # what is FP32 here is FP32 on purpose
     if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # an embedded runtime is host code, which we never run
@@ -109,21 +109,23 @@ def _configure(trt: Any, config: Any, settings: BuildSettings) -> None:
 
 
 def _configure_weak_types(trt: Any, network: Any, config: Any, profile: Any, calibrator: Any) -> None:
-    """TensorRT 10 only: FP16 everywhere but in normalization, INT8 where the calibrator gives scales."""
+    """TensorRT 10 only: FP16 everywhere but in normalization, INT8 where the calibrator gives scales.
+
+    Segments without layers to calibrate stay FP32: sampler arithmetic and timestep phases don't survive FP16.
+    """
     config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.NORMALIZATION:
             layer.precision = trt.DataType.FLOAT
-    if calibrator is not None:
-        config.set_flag(trt.BuilderFlag.INT8)
-        config.int8_calibrator = calibrator
-        config.set_calibration_profile(profile)
+    config.set_flag(trt.BuilderFlag.INT8)
+    config.int8_calibrator = calibrator
+    config.set_calibration_profile(profile)
 
 
 def _monitor(trt: Any, report: Report) -> Any:
-    """TensorRT's progress as calls of `report`, for the outermost phase only."""
+    """TensorRT's progress as calls of `report`: with a total of 0 for phases inside others. Several threads call it."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -135,8 +137,7 @@ def _monitor(trt: Any, report: Report) -> Any:
                 self.steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            total = self.steps.get(phase_name)
-            return True if total is None else report(phase_name, step + 1, total)
+            return report(phase_name, step + 1, self.steps.get(phase_name, 0))
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.pop(phase_name, None)

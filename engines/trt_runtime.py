@@ -12,9 +12,10 @@ from typing import Any
 from ditc.bundle import Bundle
 from ditc.engines.backend import DeviceEngine, Port
 from ditc.engines.device import ALIGNMENT, CudaDevice, Device, DeviceTensor, open_device
-from ditc.engines.store import EXPLICIT, BuildSettings, EngineKey, EngineStore, Platform, segment_digest
-from ditc.engines.trt import collecting_logger, import_tensorrt, numpy_type, platform_of
+from ditc.engines.store import AGAIN, EXPLICIT, BuildSettings, EngineKey, EngineStore, Platform, segment_digest
+from ditc.engines.trt import import_tensorrt, numpy_type, open_runtime, platform_of
 from ditc.errors import CheckError, DitcError, InputError
+from ditc.files import digest_of
 from ditc.program import DECODE
 
 __all__ = ["TensorRTBackend", "TensorRTEngine", "profile_sizes", "wanted_key"]
@@ -38,6 +39,12 @@ def wanted_key(bundle: Bundle, segment: str, platform: Platform, settings: Build
     )
 
 
+def calibration_cache(store: EngineStore, bundle: Bundle, segment: str, method: str) -> Path:
+    """Where a calibrator keeps what it found, under a digest of network, points, shapes and method."""
+    key = digest_of([segment_digest(bundle, segment, method), profile_sizes(bundle, segment), method])
+    return store.folder / f"calibration-{segment}-{method}-{key}.cache"
+
+
 @dataclass(frozen=True)
 class TensorRTBackend:
     """Engines from a store, built earlier by `ditc build`. `store` of None is the bundle's own folder."""
@@ -55,9 +62,7 @@ class TensorRTBackend:
     @contextmanager
     def engines(self, bundle: Bundle, names: Sequence[str], device: Device) -> Iterator[Mapping[str, DeviceEngine]]:
         trt = import_tensorrt()
-        log = collecting_logger(trt)
-        runtime = trt.Runtime(log)
-        runtime.engine_host_code_allowed = False  # the default, stated: a plan never brings code of its own
+        runtime, log = open_runtime(trt)
         store = EngineStore.of(bundle, self.store)
         opened: dict[str, TensorRTEngine] = {}
         for key in self._wanted(bundle, names, store, platform_of(trt, device)):
@@ -76,7 +81,10 @@ class TensorRTBackend:
         if all(map(store.serves, explicit)):
             return explicit
         for method in sorted({record.key.settings.calibration for record in store.records()} - {EXPLICIT}):
-            calibrated = [wanted_key(bundle, n, platform, BuildSettings(calibration=method)) for n in names]
+            try:
+                calibrated = [wanted_key(bundle, n, platform, BuildSettings(calibration=method)) for n in names]
+            except InputError:  # this bundle can't be calibrated; the records are another's
+                continue
             if all(map(store.serves, calibrated)):
                 return calibrated
         return explicit
@@ -101,8 +109,7 @@ class TensorRTEngine:
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise InputError(
-                f"TensorRT {trt.__version__} does not take the engine of segment {name}: {log.last_error}; "
-                "build it here with: ditc build BUNDLE --target tensorrt"
+                f"TensorRT {trt.__version__} does not take the engine of segment {name}: {log.last_error}; {AGAIN}"
             )
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._context = self._engine.create_execution_context(strategy)

@@ -1,4 +1,4 @@
-"""The child process of a build: `python -m ditc.engines.trt_worker REQUEST.json`.
+"""The child process of a build.
 
 It talks in lines of JSON on stdout: {"phase", "done", "of"} while it works, {"error", "message"} where it refuses, and
 {"result": ...} at the end. TensorRT can crash or be killed for want of memory; then only this process dies.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ditc.engines.store import EXPLICIT, BuildSettings, Platform
@@ -54,9 +54,21 @@ class MachineDescription(Record):
     total_bytes: int
 
 
-def say(**line: Any) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+class Parent:
+    """The pipe to the parent. It alone gets lines of ours: whatever libraries print goes to stderr.
+
+    TensorRT reports progress from several threads, so a line is written under a lock.
+    """
+
+    def __init__(self) -> None:
+        self._pipe = os.fdopen(os.dup(1), "w")
+        self._lock = Lock()
+        os.dup2(2, 1)
+
+    def say(self, **line: Any) -> None:
+        with self._lock:
+            self._pipe.write(json.dumps(line) + "\n")
+            self._pipe.flush()
 
 
 def describe(calibration: str) -> dict[str, Any]:
@@ -74,7 +86,7 @@ def describe(calibration: str) -> dict[str, Any]:
     return found.model_dump(mode="json")
 
 
-def build(request: BuildRequest) -> dict[str, Any]:
+def build(request: BuildRequest, parent: Parent) -> dict[str, Any]:
     """Build one segment; plan and timing cache are left in the request's folder."""
     from ditc.engines.trt import import_tensorrt
     from ditc.engines.trt_builder import TimingCache, build_plan
@@ -87,7 +99,8 @@ def build(request: BuildRequest) -> dict[str, Any]:
         )
 
     def report(phase: str, done: int, total: int) -> bool:
-        say(phase=phase, done=done, of=total)
+        if total:
+            parent.say(phase=phase, done=done, of=total)
         return os.getppid() == request.parent  # nobody waits any more: stop
 
     with contextlib.ExitStack() as stack:
@@ -112,15 +125,18 @@ def build(request: BuildRequest) -> dict[str, Any]:
             raise failure
     atomic_write(request.folder / PLAN, built.plan)
     atomic_write(request.folder / TIMINGS, built.timing_cache)
-    return {"device_memory_bytes": _scratch_bytes(trt, built.plan)}
+    return {"device_memory_bytes": 0 if request.settings.version_compatible else _scratch_bytes(trt, built.plan)}
 
 
 def _scratch_bytes(trt: Any, plan: bytes) -> int:
-    """What the engine needs to run beside its weights; opening it here also shows that it opens at all."""
-    from ditc.engines.trt import collecting_logger
+    """What the engine needs to run beside its weights; opening it here also shows that it opens at all.
 
-    log = collecting_logger(trt)
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    A version-compatible plan opens under the lean runtime only, so of that it stays unknown.
+    """
+    from ditc.engines.trt import open_runtime
+
+    runtime, log = open_runtime(trt)
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise CheckError(f"TensorRT {trt.__version__} does not take back the plan it has just made: {log.last_error}")
     return int(engine.device_memory_size_v2)
@@ -128,17 +144,14 @@ def _scratch_bytes(trt: Any, plan: bytes) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run one request; the exit code only says whether a result was said."""
+    parent = Parent()
     try:
         if arguments[0] == "describe":
             result = describe(arguments[1])
         else:
-            result = build(BuildRequest.model_validate_json(Path(arguments[0]).read_bytes()))
+            result = build(BuildRequest.model_validate_json(Path(arguments[0]).read_bytes()), parent)
     except DitcError as e:
-        say(error="check" if isinstance(e, CheckError) else "input", message=str(e))
+        parent.say(error="check" if isinstance(e, CheckError) else "input", message=str(e))
         return 1
-    say(result=result)
+    parent.say(result=result)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

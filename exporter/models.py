@@ -27,8 +27,9 @@ BUILTIN = "digits"
 def load_model(name: str, *, num_heads: int | None = None, vae: Path | None = None) -> Any:
     """The model that `name` stands for, ready to export (fits `exporter.protocol.TrajectoryModel`).
 
-    `name` is "digits", a .pt or .safetensors file with original DiT keys, a diffusers folder, or "module:function"
-    for a function of the user's that returns a TrajectoryModel. `vae` is a local `AutoencoderKL` folder whose decoder
+    `name` is "digits", a .pt or .safetensors file with original DiT keys, a diffusers folder, "random:SIZE" or
+    "random:SIZE:SEED" (see `random_model`), or "module:function" for a function of the user's that returns a
+    TrajectoryModel. `vae` is a local `AutoencoderKL` folder whose decoder
     the model gets. Raises CheckpointError where something can't be read.
     """
     model = _named_model(name, num_heads)
@@ -48,6 +49,9 @@ def with_vae(model: Any, folder: Path) -> Any:
 def _named_model(name: str, num_heads: int | None) -> Any:
     if name == BUILTIN:
         return builtin_digits()
+    random = re.fullmatch(r"random:([\w-]+)(?::(\d+))?", name)
+    if random is not None:
+        return random_model(random[1], seed=int(random[2] or 0))
     path = Path(name)
     if path.is_dir():
         return dit_from_diffusers(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -194,15 +194,25 @@ def _fold_weight_transposes(model: ir.Model, branches: tuple[str, ...]) -> None:
         if not source.is_initializer():
             continue
         permutation = node.attributes.get_ints("perm") if "perm" in node.attributes else None
-        array = np.ascontiguousarray(np.transpose(_array(source), permutation))
-        weight = ir.Value(
-            name=f"{source.name}_t", shape=ir.Shape(array.shape), type=source.type, const_value=ir.tensor(array)
-        )
+        turned = _transposed(source, permutation)
+        weight = ir.Value(name=turned.name, shape=turned.shape, type=source.type, const_value=turned)
         model.graph.register_initializer(weight)
         target.replace_all_uses_with(weight)
         model.graph.remove(node, safe=True)
         if not source.uses():
             model.graph.initializers.pop(str(source.name))
+
+
+def _transposed(source: ir.Value, permutation: Sequence[int] | None) -> ir.LazyTensor:
+    """The transposed constant, made when it is written: all of a large model's at once would double its memory."""
+    view = np.transpose(_array(source), permutation)
+    name = f"{source.name}_t"
+    dtype = ir.DataType.from_numpy(view.dtype)
+
+    def made() -> Any:
+        return ir.Tensor(np.ascontiguousarray(view), name=name)
+
+    return ir.LazyTensor(made, dtype=dtype, shape=ir.Shape(view.shape), name=name)
 
 
 def _array(value: ir.Value) -> NDArray[Any]:

@@ -14,14 +14,14 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ditc.bundle import Manifest
 from ditc.engines.backend import DeviceEngine
 from ditc.engines.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor
 from ditc.engines.update import COLUMNS, UPDATE
-from ditc.errors import CheckError, InputError, unknown_name
-from ditc.program import CONDITION, DECODE, Program, Step
+from ditc.errors import CheckError, DitcError, InputError, unknown_name
+from ditc.program import CONDITION, DECODE, Step
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.executor import NoiseSource, Samples, StepEvent
-from ditc.spec import ModelSpec
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
 
@@ -29,14 +29,16 @@ GRAPHS = ("trajectory", "step", "none")  # how much one CUDA graph holds
 REPLAY_TOLERANCE = 1e-3  # of a replay against the same calls made one by one, relative to the largest value
 
 
-def update_rows(
-    table: Mapping[str, NDArray[np.float64]], compensation: TableCompensation | None, channels: int
-) -> NDArray[np.float32]:
-    """The `row` input of `update` for every step, (steps, width): COLUMNS, then K and mu per channel."""
-    steps = len(table["t"])
-    columns = {name: table.get(name, np.zeros(steps)) for name in COLUMNS}
-    columns["noise"] = (table["sigma"] > 0).astype(np.float64)
+def update_rows(tables: Mapping[str, NDArray[np.float64]], channels: int) -> NDArray[np.float32]:
+    """The `row` input of `update` for every step, (steps, width): COLUMNS, then K and mu per channel.
+
+    `tables` are a bundle's: the sampler's columns, and the compensation where there is one.
+    """
+    steps = len(tables["sampler.t"])
+    columns = {name: tables.get(f"sampler.{name}", np.zeros(steps)) for name in COLUMNS}
+    columns["noise"] = (columns["sigma"] > 0).astype(np.float64)
     k, mu = np.ones((steps, channels)), np.zeros((steps, channels))
+    compensation = TableCompensation.from_tables(tables)
     if compensation is not None:
         k = compensation.k
         mu = np.where(k == 1, 0.0, compensation.mu)
@@ -47,41 +49,34 @@ def update_rows(
 class DeviceExecutor:
     """Runs one program over device engines, at the one batch size they were made for.
 
-    A request of fewer images is filled up and cut back. `graphs` says how much one CUDA graph holds; the first
-    request captures it, and checks that a replay follows its inputs.
+    A request of fewer images is filled up and cut back. `tables` are the bundle's. `graphs` says how much one CUDA
+    graph holds: the second request captures it and checks that a replay follows its inputs, so that a single request
+    does not pay for that. A request that is begun while another is watched ends that other.
     """
 
     def __init__(
         self,
-        spec: ModelSpec,
-        program: Program,
-        table: Mapping[str, NDArray[np.float64]],
+        manifest: Manifest,
+        tables: Mapping[str, NDArray[np.float64]],
         engines: Mapping[str, DeviceEngine],
         device: Device,
         *,
-        batch: int,
-        guidance: float,
-        compensation: TableCompensation | None = None,
         graphs: str = "none",
     ) -> None:
         if graphs not in GRAPHS:
             raise unknown_name("CUDA graph scope", graphs, GRAPHS)
-        self.spec = spec
-        self.program = program
-        self.batch = batch
-        self.guidance = guidance
+        self.spec = manifest.model
+        self.program = manifest.program
+        self.batch = manifest.batch
+        self.halves = manifest.halves
         self.graphs = graphs
         self._engines = engines
         self._device = device
         self._adds_noise = "z" in engines[UPDATE].inputs
-        self._allocate(table, update_rows(table, compensation, spec.in_channels))
+        self._allocate(tables["sampler.t"], update_rows(tables, self.spec.in_channels))
         self._trajectory: DeviceGraph | None = None
         self._step_graphs: dict[int, DeviceGraph] = {}
-
-    @property
-    def halves(self) -> int:
-        """Network rows per image: 2 with guidance (conditional, unconditional), else 1."""
-        return 1 if self.guidance == 1 else 2
+        self._requests = 0
 
     def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
         """One request, observed: a StepEvent per step, whose sample is copied to the host. `last` does without."""
@@ -89,7 +84,10 @@ class DeviceExecutor:
         before = np.ascontiguousarray(noise, dtype=np.float32)
         self._queue_condition()
         self._device.synchronize()
+        number = self._requests
         for step in self.program.steps:
+            if number != self._requests:
+                raise DitcError("another request began on this pipeline, which ends this one; open one pipeline each")
             start = perf_counter()
             self._launch_step(step)
             self._device.synchronize()
@@ -122,6 +120,7 @@ class DeviceExecutor:
 
     def decode(self, latents: Samples) -> Samples:
         """Images of latents, (n, channels, height, width), through the decoder's engine."""
+        self._device.activate()
         images = []
         for first in range(0, len(latents), self.batch):
             part = latents[first : first + self.batch]
@@ -145,6 +144,7 @@ class DeviceExecutor:
         """Check a request and upload all it needs: labels, x_T, and every step's noise."""
         count = len(labels)
         self.spec.check_labels(tuple(labels))
+        self._device.activate()
         if count > self.batch:
             raise InputError(
                 f"these engines run {self.batch} images at a time, found {count} labels; "
@@ -155,13 +155,15 @@ class DeviceExecutor:
                 f"noise must have shape {(count, *self.spec.latent_shape)} for {count} labels, found {noise.shape}"
             )
         own = _filled(np.asarray(labels, np.int64), self.batch)
-        nulls = [np.full(self.batch, cast(int, self.spec.null_label), np.int64)] * (self.halves - 1)
-        self._device.upload(np.concatenate([own, *nulls]), self._labels)
+        if self.halves == 2:
+            own = np.concatenate([own, np.full(self.batch, cast(int, self.spec.null_label), np.int64)])
+        self._device.upload(own, self._labels)
         self._upload_noise(noise)
         if self._adds_noise:
             fresh = [_filled(fresh_noise(step.index), self.batch) for step in self.program.steps]
             for z, tensor in zip(fresh, self._z, strict=True):
                 self._device.upload(z, tensor)
+        self._requests += 1
         return count
 
     def _upload_noise(self, noise: Samples) -> None:
@@ -207,8 +209,8 @@ class DeviceExecutor:
             self._queue_step(step)
 
     def _launch_step(self, step: Step) -> None:
-        """One step: on its own graph where graphs hold steps, captured after a first run without."""
-        if self.graphs != "step":
+        """One step: on its own graph where graphs hold steps, captured by the second request."""
+        if self.graphs != "step" or self._requests < 2:
             self._queue_step(step)
         elif step.index in self._step_graphs:
             self._step_graphs[step.index].launch()
@@ -218,7 +220,7 @@ class DeviceExecutor:
             )
 
     def _launch_trajectory(self) -> None:
-        if self.graphs == "trajectory":
+        if self.graphs == "trajectory" and self._requests > 1:
             if self._trajectory is None:
                 self._trajectory = self._captured(self._queue_trajectory, self._start_x, self._final)
             else:
@@ -235,23 +237,25 @@ class DeviceExecutor:
         """
         queue_work()  # also settles what an engine sets up at its first run
         expected = self._device.download(result)
+        if not np.isfinite(expected).all():
+            raise CheckError("the samples are NaN or infinite on this target; `ditc verify --target` shows the step")
         graph = self._device.capture(queue_work)
         given = self._device.download(source)
-        self._device.upload(-given, source)
+        self._device.upload(given[..., ::-1] + 1, source)
         graph.launch()
         changed = self._device.download(result)
         self._device.upload(given, source)
         graph.launch()
         found = self._device.download(result)
-        scale = float(np.abs(expected).max()) or 1.0
-        if np.array_equal(changed, found) or not float(np.abs(found - expected).max()) <= REPLAY_TOLERANCE * scale:
+        gap, scale = float(np.abs(found - expected).max()), float(np.abs(expected).max()) or 1.0
+        if gap > REPLAY_TOLERANCE * scale or np.array_equal(changed, found):
             raise CheckError(
                 "a CUDA graph does not follow its inputs (it replays an old result); "
                 "run with --graphs none, and report this with what `ditc doctor` prints"
             )
         return graph
 
-    def _allocate(self, table: Mapping[str, NDArray[np.float64]], rows: NDArray[np.float32]) -> None:
+    def _allocate(self, t: NDArray[np.float64], rows: NDArray[np.float32]) -> None:
         device, spec, steps = self._device, self.spec, len(self.program.steps)
         count = self.batch * self.halves
         sample = (count, *spec.latent_shape)
@@ -261,7 +265,7 @@ class DeviceExecutor:
         self._out = device.empty((count, spec.out_channels, spec.height, spec.width), "float32")
         self._labels = device.empty((count,), "int64")
         self._t = device.empty((steps,), "float32")
-        device.upload(table["t"].astype(np.float32), self._t)
+        device.upload(t.astype(np.float32), self._t)
         self._update_rows = [self._uploaded(row) for row in rows]
         self._z = (
             [device.empty((self.batch, *spec.latent_shape), "float32") for _ in range(steps)]

@@ -114,30 +114,16 @@ class Pipeline:
         place = self.bundle.reference_path if self.reference else self.bundle.segment_path
         engines = open_engines(self._stack, backend, {name: place(name) for name in names})
         self.engines, self._decoder = engines, engines.get(DECODE)
-        manifest, (columns, compensation) = self.bundle.manifest, self._tables()
+        manifest, tables = self.bundle.manifest, self.bundle.tables()
+        columns = {n.removeprefix("sampler."): t for n, t in tables.items() if n.startswith("sampler.")}
+        compensation = None if self.reference else TableCompensation.from_tables(tables)
         return Executor(manifest.model, self.program, columns, engines, manifest.guidance, compensation)
 
     def _on_device(self, backend: DeviceBackend, names: Sequence[str]) -> DeviceExecutor:
         device = self._stack.enter_context(backend.device())
         self.engines = engines = self._stack.enter_context(backend.engines(self.bundle, names, device))
-        manifest, (columns, compensation) = self.bundle.manifest, self._tables()
-        return DeviceExecutor(
-            manifest.model,
-            self.program,
-            columns,
-            engines,
-            device,
-            batch=manifest.batch,
-            guidance=manifest.guidance,
-            compensation=compensation,
-            graphs=self._graphs if backend.captures else "none",
-        )
-
-    def _tables(self) -> tuple[dict[str, NDArray[Any]], TableCompensation | None]:
-        """(the sampler's columns, the compensation of the compiled program)."""
-        tables = self.bundle.tables()
-        columns = {n.removeprefix("sampler."): t for n, t in tables.items() if n.startswith("sampler.")}
-        return columns, None if self.reference else TableCompensation.from_tables(tables)
+        graphs = self._graphs if backend.captures else "none"
+        return DeviceExecutor(self.bundle.manifest, self.bundle.tables(), engines, device, graphs=graphs)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -246,6 +246,28 @@ def test_a_plan_whose_bytes_changed_is_built_again(bundle: Path, capsys: pytest.
 
 
 @pytest.mark.any_version
+def test_a_tensorrt_in_the_current_folder_is_not_run(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise SystemExit('a planted module was run')")
+    monkeypatch.chdir(tmp_path)
+    assert run(["build", str(bundle), "--dry-run"]) == 0
+
+
+@pytest.mark.any_version
+def test_what_libraries_print_does_not_disturb_a_build(bundle: Path, play: Any) -> None:
+    play(fault="noise")
+    assert run(["build", str(bundle)]) == 0
+
+
+@pytest.mark.any_version
+def test_what_a_killed_build_left_is_removed(bundle: Path) -> None:
+    (bundle / "engines" / ".building-left").mkdir(parents=True)
+    assert run(["build", str(bundle)]) == 0
+    assert not list((bundle / "engines").glob(".building-*"))
+
+
+@pytest.mark.any_version
 def test_two_builds_of_one_store_do_not_meet(bundle: Path, play: Any, capsys: pytest.CaptureFixture[str]) -> None:
     play(fault="hang", segment="condition")
     first = subprocess.Popen([sys.executable, "-m", "ditc.compiler", "build", str(bundle)], stderr=subprocess.DEVNULL)

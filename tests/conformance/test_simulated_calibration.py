@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorrt
+from tensorrt.played import MAGIC  # type: ignore[import-not-found]
 
 import ditc
 from ditc.compiler.cli import run
@@ -128,6 +129,39 @@ def test_a_bundle_without_its_reference_cannot_be_calibrated(capsys: pytest.Capt
     bundle = Path(os.environ["DITC_BUNDLES"]) / "fp16"
     assert run(["build", str(bundle), "--calibration", "entropy"]) == 2
     assert "has no FP reference of segment full" in capsys.readouterr().err
+
+
+@with_calibrators
+@pytest.mark.any_version
+def test_any_failure_while_feeding_writes_no_cache(tmp_path: Path) -> None:
+    def broken() -> Any:
+        yield {"x": Tensor(256)}
+        raise ValueError("a shape that does not fit")
+
+    calibrator = make_calibrator(tensorrt, "entropy", broken(), tmp_path / "cache")
+    calibrator.get_batch(["x"])
+    assert calibrator.get_batch(["x"]) is None
+    calibrator.write_calibration_cache(b"TRT-\n")
+    assert isinstance(calibrator.failure, ValueError)
+    assert not (tmp_path / "cache").exists()
+
+
+@with_calibrators
+@pytest.mark.any_version
+def test_only_the_segments_that_are_calibrated_lose_precision(bundle: Path) -> None:
+    assert run(["build", str(bundle), "--calibration", "entropy"]) == 0
+    flags = {}
+    for plan in (bundle / "engines").glob("*.plan"):
+        data = plan.read_bytes()[len(MAGIC) :]
+        size = int.from_bytes(data[:4], "little")
+        flags[plan.name.split("-")[0]] = json.loads(data[4 : 4 + size])["flags"]
+    assert flags.pop("full") == ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]
+    assert set(map(tuple, flags.values())) == {()}
+
+
+def test_a_damaged_cache_is_one_line() -> None:
+    with pytest.raises(InputError, match="damaged at 'x: zz'"):
+        scales_from_cache(b"TRT-100300-EntropyCalibration2\nx: zz\n")
 
 
 def test_what_is_no_calibration_cache_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,21 @@ import pytest
 from numpy.typing import NDArray
 
 import ditc
+from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.cli import run
 from ditc.engines.store import EngineStore, embedded_host_code
+from ditc.engines.targets import backend_for
 from ditc.errors import CheckError, DitcError, InputError
+from ditc.runtime.pipeline import Pipeline
 
 LABELS = [0, 3, 4]
 BUNDLES = ("small", "learned-noise", "fixed-noise", "unguided", "fp16", "odd-addresses")
 
 
 def latents(bundle: Path, target: str, labels: list[int] | None = None, **options: Any) -> NDArray[np.float32]:
+    """The latents of a second request, which is the one that runs on graphs."""
     with ditc.load(bundle, target=target, **options) as pipe:
+        pipe.latents([1], seed=1)
         return pipe.latents(LABELS if labels is None else labels, seed=3)
 
 
@@ -170,6 +176,107 @@ def test_gpu_code_is_not_host_code() -> None:
     cubin = b"\x7fELF\x02\x01" + bytes(12) + (190).to_bytes(2, "little") + bytes(40)
     assert embedded_host_code(b"plan" + cubin) is None
     assert embedded_host_code(b"plan" + cubin[:12]) is None
+
+
+@pytest.mark.any_version
+def test_a_model_without_an_unconditional_class_runs(built: Any, tmp_path: Path) -> None:
+    bundle = open_bundle(built["unguided"])
+    spec = bundle.manifest.model.model_copy(update={"null_label": None})
+    manifest = bundle.manifest.model_copy(update={"model": spec})
+    with Pipeline(Bundle(bundle.path, manifest), backend=backend_for("tensorrt")) as pipe:
+        found = pipe.latents(LABELS, seed=3)
+    assert relative_error(found, latents(built["unguided"], "cpu")) < 0.02
+
+
+@pytest.mark.any_version
+def test_a_request_ends_another_that_is_still_watched(built: Any) -> None:
+    with ditc.load(built["small"], target="tensorrt") as pipe:
+        alone = [event.x for event in pipe.generate([1], seed=1)]
+        watched = pipe.generate([1], seed=1)
+        assert np.array_equal(next(watched).x, alone[0])
+        other = pipe.latents([2], seed=2)
+        with pytest.raises(DitcError, match="another request began on this pipeline"):
+            next(watched)
+        assert np.array_equal(pipe.latents([2], seed=2), other)
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("graphs", ["step", "trajectory"])
+def test_a_start_of_zeros_is_no_stale_graph(graphs: str, built: Any) -> None:
+    with ditc.load(built["small"], target="tensorrt", graphs=graphs) as pipe:
+        zeros = np.zeros((1, *pipe.bundle.manifest.model.latent_shape), np.float32)
+        first = pipe.latents([1], noise=zeros)
+        assert np.array_equal(pipe.latents([1], noise=zeros), first)
+
+
+@pytest.mark.any_version
+def test_samples_that_are_not_finite_are_not_blamed_on_the_graph(built: Any) -> None:
+    with ditc.load(built["small"], target="tensorrt") as pipe:
+        broken = np.full((1, *pipe.bundle.manifest.model.latent_shape), np.nan, np.float32)
+        pipe.latents([1], noise=broken)
+        with pytest.raises(CheckError, match="NaN or infinite on this target"):
+            pipe.latents([1], noise=broken)
+
+
+@pytest.mark.any_version
+def test_a_single_request_captures_no_graph(built: Any, play: Any) -> None:
+    play(fault="stale-graph")
+    with ditc.load(built["small"], target="tensorrt") as pipe:
+        pipe.latents(LABELS)
+
+
+@pytest.mark.any_version
+def test_verify_finds_a_stale_graph(built: Any, play: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    play(fault="stale-graph")
+    assert run(["verify", str(built["small"]), "--target", "tensorrt", "--images", "2"]) == 1
+    assert "does not follow its inputs" in capsys.readouterr().err
+
+
+@pytest.mark.any_version
+def test_a_failing_call_inside_a_capture_keeps_its_reason(built: Any, play: Any) -> None:
+    with ditc.load(built["small"], target="tensorrt", graphs="step") as pipe:
+        pipe.latents([1])
+        executor = pipe._executor
+
+        def broken() -> None:
+            raise CheckError("the reason")
+
+        with pytest.raises(CheckError, match="the reason"):
+            executor._device.capture(broken)  # type: ignore[union-attr]
+        assert np.isfinite(pipe.latents([1])).all()
+
+
+@pytest.mark.any_version
+def test_version_compatible_engines_are_for_other_programs(bundle: Path) -> None:
+    assert run(["build", str(bundle), "--version-compatible"]) == 0
+    with pytest.raises(InputError, match="for the lean runtime of a later TensorRT"):
+        latents(bundle, "tensorrt")
+
+
+@pytest.mark.any_version
+def test_a_deployment_may_leave_reference_and_calibration_behind(built: Any, bundle: Path) -> None:
+    shutil.copytree(built["small"] / "engines", bundle / "engines")
+    shutil.rmtree(bundle / "reference")
+    shutil.rmtree(bundle / "calib")
+    assert len(latents(bundle, "tensorrt")) == len(LABELS)
+    assert run(["build", str(bundle), "--calibration", "entropy"]) == 2
+
+
+@pytest.mark.any_version
+def test_a_store_shared_with_calibrated_engines_of_another_bundle(bundle: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert run(["build", str(bundle), "--calibration", "minmax", "--engines", str(store)]) == 0
+    with pytest.raises(InputError, match=r"the engine of segment condition in .* is built with minmax calibration"):
+        latents(Path(os.environ["DITC_BUNDLES"]) / "fp16", "tensorrt", engines=store)
+
+
+@pytest.mark.any_version
+def test_a_renamed_record_is_not_taken(built: Any, bundle: Path) -> None:
+    shutil.copytree(built["small"] / "engines", bundle / "engines")
+    record = next((bundle / "engines").glob("full-*.json"))
+    record.rename(record.with_name("full-0000000000000000.json"))
+    with pytest.raises(InputError, match="no engine of segment full"):
+        latents(bundle, "tensorrt")
 
 
 @pytest.mark.any_version

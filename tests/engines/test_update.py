@@ -78,7 +78,10 @@ def test_update_is_the_arithmetic_of_the_host(
     session = onnxruntime.InferenceSession(str(tmp_path / "update.onnx"), providers=["CPUExecutionProvider"])
     assert ("z" in {port.name for port in session.get_inputs()}) == form.adds_noise
     halves = 1 if guidance == 1 else 2
-    rows = update_rows(table, compensation, 4)
+    tables = {f"sampler.{name}": column for name, column in table.items()}
+    if compensation is not None:
+        tables |= {"compensation.k": compensation.k, "compensation.mu": compensation.mu}
+    rows = update_rows(tables, 4)
     for step in range(STEPS):
         x, z = (rng.standard_normal((IMAGES, 4, 3, 5), dtype=np.float32) for _ in range(2))
         out = rng.standard_normal((IMAGES * halves, spec.out_channels, 3, 5), dtype=np.float32)
@@ -93,7 +96,9 @@ def test_update_is_the_arithmetic_of_the_host(
 
 def test_a_step_without_compensation_is_left_as_it_is() -> None:
     table = sampler_table(DiffusionSpec(), SamplerSpec(), STEPS)
-    found = update_rows(table, TableCompensation(k=np.ones((STEPS, 4)), mu=np.full((STEPS, 4), 3.0)), 4)
+    tables = {f"sampler.{name}": column for name, column in table.items()}
+    tables |= {"compensation.k": np.ones((STEPS, 4)), "compensation.mu": np.full((STEPS, 4), 3.0)}
+    found = update_rows(tables, 4)
     assert (found[:, len(COLUMNS) + 4 :] == 0).all()  # 0 + 1 * (x - 0) is x itself
 
 

@@ -2,7 +2,8 @@
 
 {"gpu": "Simulated GPU", "compute_capability": [8, 7], "memory_bytes": 8000000000, "fault": "kill", "segment": "full"}
 
-Faults of a build: parse, null, out-of-memory, kill, crash, hang. Faults of a run: refuse, stale-graph, not-enqueued.
+Faults of a build: parse, null, out-of-memory, kill, crash, hang, noise (libraries print what they like).
+Faults of a run: refuse, stale-graph, not-enqueued.
 `segment` says in which segment's build the fault is played; without it, in every one.
 """
 
