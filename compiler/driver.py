@@ -19,6 +19,7 @@ from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal
 from ditc.compiler import stages
 from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
+from ditc.compiler.released import release_weights, return_free_memory
 from ditc.compiler.stages import Plan, Progress, Segments
 from ditc.compiler.work import WorkFolder, work_folder
 from ditc.engines.backend import lowered_path
@@ -77,10 +78,14 @@ def compile_model(
         raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
     if target.exists() and not (target / "manifest.json").is_file():
         raise InputError(f"{target} exists and is not a bundle, so --force does not replace it; choose another folder")
-    held = [_opened(model, num_heads, vae)]
-    plan = make_plan(held[0], options, progress)
+    opened = _opened(model, num_heads, vae)
+    plan = make_plan(opened, options, progress)
     with work_folder(target) as work:
-        _run_stages(plan, held, work, target)
+        compile_ = _Compile(plan, work, _decided(plan, opened))
+        segments = compile_.export(opened)
+        if opened is not model:
+            release_weights(opened)  # ours, and nothing after the export needs it
+        _run_stages(compile_, segments, target)
         work.remove()
     return open_bundle(target)
 
@@ -139,6 +144,7 @@ class _Compile:
         """The folder of a stage, made now or kept from an earlier run."""
         self.key = digest_of([self.key, name, settings])
         folder, resumed = self.work.stage(name, self.key, make)
+        return_free_memory()
         self.plan.progress(f"{name} (kept from an earlier run)" if resumed else name, 1, 1)
         self.folders[name] = folder
         return folder
@@ -197,20 +203,22 @@ class _Compile:
         self.plan.progress("seal", 1, 1)
 
 
-def _run_stages(plan: Plan, held: list[Any], work: WorkFolder, target: Path) -> None:
-    """All stages. `held` is emptied after the export: nothing later needs the model, and it may be gigabytes."""
-    model = held.pop()
-    decided = [
-        stages.model_digest(model),
-        stages.behaviour_digest(model),
-        plan.spec.model_dump(),
-        package_versions(),
-        _source_digest(),
-        _shapes(plan.program),
-    ]
-    compile_ = _Compile(plan, work, digest_of(decided))
-    segments = compile_.export(model)
-    del model
+def _decided(plan: Plan, model: Any) -> str:
+    """A digest of what decides every stage: the model, what it computes, the code and its packages."""
+    return digest_of(
+        [
+            stages.model_digest(model),
+            stages.behaviour_digest(model),
+            plan.spec.model_dump(),
+            package_versions(),
+            _source_digest(),
+            _shapes(plan.program),
+        ]
+    )
+
+
+def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:
+    """Everything after the export."""
     compiled = compile_.quantize(segments)
     compile_.lower(compiled)
     compile_.fit(segments, compiled)

@@ -18,6 +18,7 @@ from ditc.calib_data.calibset import CalibSet
 from ditc.calib_data.pool import Pool, Visit, pool_from_visits
 from ditc.calib_data.selection import select_points
 from ditc.compiler.options import CompileOptions
+from ditc.compiler.released import return_free_memory
 from ditc.engines.backend import lowered_path, runnable_path
 from ditc.engines.linears import linear_count
 from ditc.engines.liveness import footprint_of
@@ -110,7 +111,7 @@ def behaviour_digest(model: Any) -> str:
 
 def export(plan: Plan, model: Any, folder: Path) -> None:
     """Every segment of the program as FP ONNX, each checked against torch; the errors go to parity.json."""
-    from ditc.exporter.onnx_export import export_segment, parity_error
+    from ditc.exporter.onnx_export import export_segment
     from ditc.exporter.segments import segments_of
 
     total = 1 + len(plan.program.segments) + len(plan.program.epilogue)
@@ -119,15 +120,17 @@ def export(plan: Plan, model: Any, folder: Path) -> None:
         plan.progress("export", done, total)
         path = folder / f"{segment.name}.onnx"
         export_segment(segment, path, plan.spec.branches)
-        session = plan.backend.session(path)
-
-        def run(
-            feeds: dict[str, Any], session: Any = session, names: tuple[str, ...] = segment.outputs
-        ) -> dict[str, Any]:
-            return dict(zip(names, session.run(list(names), feeds), strict=True))
-
-        parity[segment.name] = parity_error(segment, run)
+        return_free_memory()
+        parity[segment.name] = _parity(plan, segment, path)
     _write_json(folder / "parity.json", parity)
+
+
+def _parity(plan: Plan, segment: Any, path: Path) -> float:
+    """The error of an exported segment against torch; its session is gone before the next one is made."""
+    from ditc.exporter.onnx_export import parity_error
+
+    session, names = plan.backend.session(path), list(segment.outputs)
+    return parity_error(segment, lambda feeds: dict(zip(names, session.run(names, feeds), strict=True)))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from onnxscript.optimizer import optimize_ir
 from torch import Tensor
 
 from ditc.errors import CheckError, CheckpointError
@@ -32,13 +33,16 @@ OPSET = 20
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def export_segment(segment: Segment, path: Path, branches: tuple[str, ...]) -> ir.Model:
+def export_segment(segment: Segment, path: Path, branches: tuple[str, ...]) -> None:
     """Trace, clean and save one segment as `path` with its weights in `path`.data beside it."""
     model = _traced(segment)
+    traced = list(model.graph.initializers.values())
     for transform in CLEANUP:
         transform(model, branches)
     save_model(model, path)
-    return model
+    # the optimizer's pattern matcher keeps the last graph it saw, and with it every weight of the torch model
+    for value in (*traced, *model.graph.initializers.values()):
+        value.const_value = None
 
 
 @torch.no_grad()
@@ -96,13 +100,15 @@ def _traced(segment: Segment) -> ir.Model:
                 input_names=list(segment.inputs),
                 output_names=list(segment.outputs),
                 verbose=False,
+                optimize=False,
             )
+            assert program is not None
+            optimize_ir(program.model, should_fold=_small_enough)
     except torch.onnx.errors.OnnxExporterError as e:
         cause = str(e.__cause__ or e).strip().splitlines()[0]
         raise CheckpointError(
             f"segment {segment.name} can't be traced: {cause}; see docs/models.md for what a model may do"
         ) from e
-    assert program is not None
     fixed = [name for name in segment.inputs if not _is_open(program.model, name, segment.open_dims[name])]
     if fixed:
         raise CheckpointError(
@@ -110,6 +116,11 @@ def _traced(segment: Segment) -> ir.Model:
             "write reshapes with -1 for the batch, see docs/models.md"
         )
     return program.model
+
+
+def _small_enough(node: ir.Node) -> bool | None:
+    """Constant folding, but not of the weights' transposes: all at once they would double a large model's memory."""
+    return False if node.op_type == "Transpose" else None
 
 
 def _is_open(model: ir.Model, name: str, dims: dict[int, str]) -> bool:
