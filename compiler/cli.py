@@ -368,6 +368,24 @@ def bench_command(
     print_json(found) if json_ else print_bench(found)
 
 
+@cli.command("estimate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--device",
+    metavar="agx-orin|h100|h200|here|l4|orin-nx",
+    default="here",
+    show_default=True,
+    help="Where the bundle would run.",
+)
+@as_json
+def estimate_command(bundle: Path, device: str, json_: bool) -> None:
+    """Predict latency and memory of a bundle on a device from operations, bytes and published rates."""
+    from ditc.compiler.estimating import estimate_bundle
+
+    found = estimate_bundle(bundle, device)
+    print_json(found) if json_ else print_estimate(found)
+
+
 @cli.command("bisect")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--by", metavar="layer|branch|block", default="layer", show_default=True, help="What a group is.")
@@ -539,6 +557,29 @@ def print_bench(found: dict[str, Any]) -> None:
     click.echo(f"\n{found['seconds_per_image'] * 1e3:.2f} ms per image, {peak:,.0f} MB of host memory at most")
     for file in found.get("trace", []):
         click.echo(f"  {file}")
+
+
+def print_estimate(found: dict[str, Any]) -> None:
+    rates = found["device"]
+    click.echo(f"{rates['name']}: {rates['source']}")
+    click.echo(
+        f"INT8 {rates['int8_operations'] / 1e12:,.2f} T/s, float {rates['float_operations'] / 1e12:,.2f} T/s, "
+        f"memory {rates['bandwidth'] / 1e9:,.0f} GB/s"
+    )
+    click.echo(f"expected: {found['shares']['products']:.0%} and {found['shares']['bandwidth']:.0%} of those\n")
+    click.echo(
+        f"{'':<12}{'INT8 G':>10}{'float G':>10}{'weights MB':>12}{'moved MB':>10}{'bound ms':>11}{'expected ms':>13}"
+    )
+    for name, row in found["segments"].items():
+        work = f"{row['int8_operations'] / 1e9:>10.2f}{row['float_operations'] / 1e9:>10.2f}"
+        size = f"{row['weight_bytes'] / 1e6:>12.2f}{row['moved_bytes'] / 1e6:>10.2f}"
+        click.echo(f"{name:<12}{work}{size}{row['bound'] * 1e3:>11.3f}{row['expected'] * 1e3:>13.3f}")
+    image = found["seconds_per_image"]
+    click.echo(f"\nper image: bound {image['bound'] * 1e3:,.2f} ms, expected {image['expected'] * 1e3:,.2f} ms")
+    fits = "fits" if found["fits"] else "DOES NOT FIT"
+    click.echo(
+        f"memory: {found['memory_bytes'] / 1e6:,.0f} MB at least, {fits} in {rates['memory_bytes'] / 1e9:,.0f} GB"
+    )
 
 
 def print_bisection(found: Any, top: int) -> None:

@@ -24,17 +24,20 @@ def eager_images(
     fresh_noise: NoiseSource,
     guidance: float,
 ) -> Samples:
-    """Finished samples of a torch model: float32, eager, every step computed, conditional and null class in one batch.
+    """Finished samples of a torch model: eager, every step computed, conditional and null class in one batch.
 
-    `table` is the sampler's (`runtime.samplers.sampler_table`); `noise` is x_T, (n, channels, height, width).
+    The network computes in the type of its weights, the sampler in float32. `table` is the sampler's
+    (`runtime.samplers.sampler_table`); `noise` is x_T, (n, channels, height, width).
     """
+    kind = next(model.parameters()).dtype
     spec, count = model.spec, len(labels)
     halves = 1 if guidance == 1 else 2
     y = torch.tensor([*labels, *([spec.null_label] * count if halves == 2 else [])])
     x = noise
     for i in range(len(table["t"])):
         row = {name: float(column[i]) for name, column in table.items()}
-        out = model(torch.from_numpy(np.concatenate([x] * halves)), torch.full((len(y),), row["t"]), y).numpy()
+        rows = torch.from_numpy(np.concatenate([x] * halves)).to(kind)
+        out = model(rows, torch.full((len(y),), row["t"]), y).float().numpy()
         prediction = out[:count, : spec.in_channels].copy()
         if halves == 2:
             guided = slice(0, spec.cfg_channels)

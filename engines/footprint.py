@@ -27,12 +27,20 @@ class PortShape(Record):
 
 
 class Footprint(Record):
-    """Needs of one segment: `activation_bytes` is the least that holds all values alive at the same time."""
+    """Needs and work of one segment at its profile.
+
+    `activation_bytes` is the least that holds all values alive at the same time. Operations are two per multiplication
+    and addition of matrix products and convolutions; `moved_bytes` is what all other operators read and write, each by
+    itself.
+    """
 
     inputs: dict[str, PortShape]
     outputs: dict[str, PortShape]
     weight_bytes: int
     activation_bytes: int
+    int8_operations: int = 0
+    float_operations: int = 0
+    moved_bytes: int = 0
 
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}

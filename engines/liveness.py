@@ -75,7 +75,44 @@ def footprint_of(model: ir.Model, sizes: Mapping[str, int]) -> Footprint:
         outputs={str(value.name): _port(value) for value in graph.outputs},
         weight_bytes=sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value),
         activation_bytes=_peak_bytes(graph, sizes),
+        **_work(graph, sizes),
     )
+
+
+# operators that change how a tensor is looked at, or that the integer products take in
+FREE = frozenset({"DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Unsqueeze"})
+
+
+def _work(graph: ir.Graph, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Operations of the products by type, and bytes that everything else moves."""
+    found = {"int8_operations": 0, "float_operations": 0, "moved_bytes": 0}
+    for node in graph:
+        reduced = _reduced_length(node, sizes)
+        if reduced:
+            weight = node.inputs[1].producer() if node.inputs[1] is not None else None
+            quantized = weight is not None and weight.op_type == "DequantizeLinear"
+            kind = "int8_operations" if quantized else "float_operations"
+            found[kind] += 2 * reduced * _elements(node.outputs[0], sizes)
+        elif node.op_type not in FREE:
+            values = {value for value in (*node.inputs, *node.outputs) if value is not None}
+            found["moved_bytes"] += sum(_size_bytes(value, sizes) for value in values)
+    return found
+
+
+def _reduced_length(node: ir.Node, sizes: Mapping[str, int]) -> int:
+    """How many products make one element of the output; 0 for operators that are no product."""
+    if node.op_type in ("MatMul", "Gemm") and node.inputs[0] is not None and node.inputs[0].shape is not None:
+        last = (
+            0 if node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int() else -1
+        )
+        return _length(node.inputs[0].shape[last], sizes)
+    if node.op_type == "Conv" and node.inputs[1] is not None and node.inputs[1].shape is not None:
+        return math.prod(_length(size, sizes) for size in node.inputs[1].shape[1:])
+    return 0
+
+
+def _elements(value: ir.Value, sizes: Mapping[str, int]) -> int:
+    return 0 if value.shape is None else math.prod(_length(size, sizes) for size in value.shape)
 
 
 def _peak_bytes(graph: ir.Graph, sizes: Mapping[str, int]) -> int:

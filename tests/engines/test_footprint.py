@@ -65,3 +65,26 @@ def test_ports_keep_their_open_dimensions() -> None:
     port = footprint_of(ir.from_onnx_text(CHAIN), {"batch": 3}).inputs["x"]
     assert port.shape == ("batch", 8)
     assert port.size_bytes({"batch": 5}) == 5 * 8 * 4
+
+
+WORK = """
+<ir_version: 10, opset_import: ["" : 20]>
+work (float[batch, 8] x) => (float[batch, 2] y)
+<float scale = {0.1}, int8 zero = {0}, int8[8, 4] w, float[4] ws = {1, 1, 1, 1}, int8[4] wz = {0, 0, 0, 0},
+ float[4, 2] v, float[batch, 8] xd, float[batch, 4] h, float[batch, 4] g>
+{
+  xq = QuantizeLinear (x, scale, zero)
+  xd = DequantizeLinear (xq, scale, zero)
+  wd = DequantizeLinear <axis = 1> (w, ws, wz)
+  h = MatMul (xd, wd)
+  g = Neg (h)
+  y = MatMul (g, v)
+}
+"""
+
+
+def test_work_is_counted_by_type() -> None:
+    found = footprint_of(ir.from_onnx_text(WORK), {"batch": 3})
+    assert found.int8_operations == 2 * 3 * 8 * 4
+    assert found.float_operations == 2 * 3 * 4 * 2
+    assert found.moved_bytes == 2 * 3 * 4 * 4  # Neg reads and writes (3, 4) of float32; Q/DQ belong to the product

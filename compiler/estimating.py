@@ -1,0 +1,136 @@
+"""`ditc estimate` as a function: what a bundle would take on a device, from its work and the device's rates.
+
+    products   operations / rate, or weights / bandwidth where that is longer (they stream in while the products run)
+    the rest   bytes that all other operators move / bandwidth, each operator by itself
+
+So a segment's time is the sum of the two. Fusion makes it less, launches and scheduling make it more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ditc.bundle import Bundle, open_bundle
+from ditc.engines.footprint import Footprint
+from ditc.engines.memory import footprints, memory_plan
+from ditc.engines.update import UPDATE
+from ditc.errors import InputError, unknown_name
+from ditc.program import CONDITION
+from ditc.spec import Record
+
+__all__ = ["DEVICES", "HERE", "Rates", "estimate_bundle", "segment_seconds"]
+
+HERE = "here"
+# shares of the published rates that kernels reach: assumptions, but for `here`, whose rates are measured ones
+REACHED = {"products": 0.5, "bandwidth": 0.7}
+MEASURED = {"products": 1.0, "bandwidth": 1.0}
+
+
+class Rates(Record):
+    """What a device does per second: dense INT8 and float operations, bytes of memory traffic; and its memory."""
+
+    name: str
+    int8_operations: float
+    float_operations: float
+    bandwidth: float
+    memory_bytes: float
+    source: str
+    float_bytes: int = 2  # of an activation between two operators
+
+
+DEVICES: dict[str, Rates] = {
+    rates.name: rates
+    for rates in (
+        Rates(
+            name="orin-nx",
+            int8_operations=30e12,
+            float_operations=15e12,
+            bandwidth=102.4e9,
+            memory_bytes=16e9,
+            source="Jetson Orin NX 16 GB: GPU, 8 SMs at 918 MHz as AGX Orin per SM and clock, dense, no DLA; FP16",
+        ),
+        Rates(
+            name="agx-orin",
+            int8_operations=85e12,
+            float_operations=42.5e12,
+            bandwidth=204.8e9,
+            memory_bytes=64e9,
+            source="Jetson AGX Orin 64 GB data sheet: GPU, dense (half the sparse figure), without DLA; FP16",
+        ),
+        Rates(
+            name="l4",
+            int8_operations=242e12,
+            float_operations=121e12,
+            bandwidth=300e9,
+            memory_bytes=24e9,
+            source="NVIDIA L4 data sheet: dense (half the sparse figure); FP16",
+        ),
+        Rates(
+            name="h100",
+            int8_operations=1979e12,
+            float_operations=989e12,
+            bandwidth=3350e9,
+            memory_bytes=80e9,
+            source="NVIDIA H100 SXM data sheet: dense (half the sparse figure); FP16",
+        ),
+        Rates(
+            name="h200",
+            int8_operations=1979e12,
+            float_operations=989e12,
+            bandwidth=4800e9,
+            memory_bytes=141e9,
+            source="NVIDIA H200 SXM data sheet: dense (half the sparse figure); FP16",
+        ),
+    )
+}
+
+
+def segment_seconds(work: Footprint, rates: Rates, shares: Mapping[str, float]) -> float:
+    """Seconds of one call."""
+    products = work.int8_operations / rates.int8_operations + work.float_operations / rates.float_operations
+    bandwidth = rates.bandwidth * shares["bandwidth"]
+    moved = work.moved_bytes * rates.float_bytes / 2  # the typed form, where it was counted, has two bytes
+    return max(products / shares["products"], work.weight_bytes / bandwidth) + moved / bandwidth
+
+
+def estimate_bundle(path: Path, device: str) -> dict[str, Any]:
+    """Time per segment and per image, and memory, on a device. Raises InputError for one that is not known."""
+    bundle = open_bundle(path)
+    works = footprints(bundle)
+    if not any(work.int8_operations + work.float_operations for work in works.values()):
+        raise InputError(f"{path} was compiled by a ditc that counted no operations; compile it again")
+    rates, shares = _rates(device)
+    segments = {}
+    for name, work in works.items():
+        counted = work.model_dump(include={"int8_operations", "float_operations", "weight_bytes", "moved_bytes"})
+        times = {"bound": segment_seconds(work, rates, MEASURED), "expected": segment_seconds(work, rates, shares)}
+        segments[name] = counted | times
+    memory = memory_plan(bundle).total
+    return {
+        "device": rates.model_dump(),
+        "shares": shares,
+        "segments": segments,
+        "seconds_per_image": {kind: _per_image(bundle, segments, kind) for kind in ("bound", "expected")},
+        "memory_bytes": memory,
+        "fits": memory < rates.memory_bytes,
+    }
+
+
+def _rates(device: str) -> tuple[Rates, Mapping[str, float]]:
+    if device == HERE:
+        from ditc.compiler.ceilings import measured_rates
+
+        return measured_rates(), MEASURED
+    if device not in DEVICES:
+        raise unknown_name("device", device, (HERE, *DEVICES))
+    return DEVICES[device], REACHED
+
+
+def _per_image(bundle: Bundle, segments: Mapping[str, Any], kind: str) -> float:
+    """A whole request over its images: conditioning once, every step with its update, the decoder."""
+    program = bundle.manifest.program
+    steps = sum(segments[step.segment][kind] + segments[UPDATE][kind] for step in program.steps)
+    around = segments[CONDITION][kind] + sum(segments[name][kind] for name in program.epilogue)
+    return float(steps + around) / bundle.manifest.batch
