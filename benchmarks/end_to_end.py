@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ditc.compiler.cli import print_demo
 from ditc.compiler.demo import run_demo
 from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
+from ditc.compiler.printing import print_demo
 
 HERE = Path(__file__).parent
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from ditc.exporter.dit import DiT, DiTConfig
 HERE = Path(__file__).parent
 STORE = Path(sys.prefix) / "tensorrt-bindings"
 VERSIONS = ("10.3.0", "10.16.1.11", "11.4.0.106")
+Started = tuple["subprocess.Popen[bytes]", Path]
 QUICK = CompileOptions(steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4, policy="fora:2")
 SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
 NARROW = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=72, depth=2, num_heads=4, num_classes=5)
@@ -63,9 +65,18 @@ def install(version: str) -> Path:
     return STORE / version
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in libraries need a C compiler (gcc)")
-@pytest.mark.parametrize("version", VERSIONS)
-def test_everything_that_calls_tensorrt_holds_with_the_real_bindings(version: str, compiled: Path) -> None:
+@pytest.fixture(scope="module")
+def running(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
+    """The tests of all versions, started at once: they spend their time starting processes."""
+    folder = tmp_path_factory.mktemp("output")
+    started = {version: start(version, compiled, folder / version) for version in VERSIONS}
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+def start(version: str, compiled: Path, output: Path) -> Started:
     folder = install(version)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE.parent / "simulated"), str(folder), os.environ.get("PYTHONPATH", "")]),
@@ -74,7 +85,20 @@ def test_everything_that_calls_tensorrt_holds_with_the_real_bindings(version: st
         "DITC_BUNDLES": str(compiled),
     }
     tests = [str(path) for path in sorted(HERE.glob("test_simulated_*.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    options = ["-q", "-p", "no:cacheprovider", "--basetemp", str(output.with_suffix(".tmp"))]
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *tests], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+    return process, output
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in libraries need a C compiler (gcc)")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_everything_that_calls_tensorrt_holds_with_the_real_bindings(version: str, running: dict[str, Started]) -> None:
+    process, output = running[version]
+    code = process.wait()
+    said = output.read_text()
+    assert code == 0, said
+    assert " passed" in said

@@ -1,0 +1,171 @@
+"""What commands print on a terminal: each function takes what its command found, as JSON would have it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = [
+    "print_bench",
+    "print_bisection",
+    "print_calibration",
+    "print_demo",
+    "print_estimate",
+    "print_facts",
+    "print_inspection",
+    "print_json",
+    "print_plan",
+]
+
+
+def print_json(value: Any) -> None:
+    """One JSON document, indented."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def print_facts(path: Path, bundle: Any) -> None:
+    """The headline facts of a bundle."""
+    from ditc.compiler.listing import bundle_facts
+
+    click.echo(f"{path}")
+    for name, text in bundle_facts(bundle).items():
+        click.echo(f"  {name:<16} {text}")
+
+
+def print_inspection(bundle: Any) -> None:
+    """Everything that `ditc inspect` shows."""
+    from ditc.compiler.listing import calibration_comparisons, megabytes, schedule_map, step_runs
+
+    manifest = bundle.manifest
+    print_facts(bundle.path, bundle)
+    click.echo(f"\nprogram: {' '.join(manifest.program.prologue)} once, then")
+    click.echo("  steps      t               segment       reads  writes")
+    for row in step_runs(manifest.program):
+        click.echo(f"  {row['steps']:<9}  {row['t']:<14}  {row['segment']:<12}  {row['reads']:>5}  {row['writes']:>6}")
+    if manifest.program.epilogue:
+        click.echo(f"  then {' '.join(manifest.program.epilogue)}")
+    click.echo("\nschedule (# computed, . reused)")
+    for line in schedule_map(manifest.program):
+        click.echo(f"  {line}")
+    for row in calibration_comparisons(bundle):
+        print_calibration(row)
+    click.echo("\nfiles")
+    for name, entry in manifest.files.items():
+        click.echo(f"  {name:<36} {megabytes(entry.size_bytes):>12}  {entry.sha256[:16]}")
+    click.echo("\nmade with")
+    for name, value in manifest.settings.items():
+        click.echo(f"  {name:<16} {json.dumps(value)}")
+    click.echo("  versions         " + ", ".join(f"{name} {found}" for name, found in manifest.versions.items()))
+
+
+def print_calibration(row: dict[str, Any]) -> None:
+    """What a calibrator of TensorRT 10 found over the bundle's own scales; of a long list its two ends."""
+    click.echo(f"\n{row['file']}: scale over the bundle's own, {row['layers']} linear layers")
+    ranked = sorted(row["ratios"].items(), key=lambda item: item[1])
+    for path, ratio in ranked if len(ranked) <= 6 else [*ranked[:3], ("...", None), *ranked[-3:]]:
+        click.echo(f"  {path}" if ratio is None else f"  {path:<36} {ratio:>8.3f}")
+
+
+def print_plan(planned: dict[str, Any]) -> None:
+    """What a build will make: platform, memory, keys."""
+    click.echo(f"{planned['platform']}\n")
+    for name, size_bytes in planned["memory"].items():
+        click.echo(f"  {name:<24} {size_bytes / 1e6:>12,.2f} MB")
+    click.echo(
+        f"  {'device':<24} {planned['total_bytes'] / 1e6:>12,.2f} MB, {planned['free_bytes'] / 1e6:,.2f} MB free\n"
+    )
+    click.echo(f"  cache key  {planned['cache_key']}")
+    for engine in planned["engines"]:
+        click.echo(
+            f"  {engine['segment']:<14} {engine['file']}  {'built earlier' if engine['present'] else ''}".rstrip()
+        )
+    click.echo("")
+
+
+def print_bench(found: dict[str, Any]) -> None:
+    """Latencies per request, segment and outside the engines."""
+    request = found["request"]
+    click.echo(f"{found['machine']['processor']}, {found['machine']['cores']} cores")
+    what = f"{request['n']} requests of {found['batch']} images, {found['bundle']['steps']} steps"
+    click.echo(f"{what}, after {found['warmup']} others\n")
+    click.echo(f"{'':<18}{'n':>6}{'median ms':>12}{'p90 ms':>12}{'share':>9}")
+    rows = {"request": request, **found["segments"], "outside engines": found["outside_engines"]}
+    for name, times in rows.items():
+        share = f"{times['share']:>9.1%}" if "share" in times else ""
+        click.echo(f"{name:<18}{times['n']:>6}{times['median'] * 1e3:>12.3f}{times['p90'] * 1e3:>12.3f}{share}")
+    peak = found["host_peak_memory_bytes"] / 1e6
+    click.echo(f"\n{found['seconds_per_image'] * 1e3:.2f} ms per image, {peak:,.0f} MB of host memory at most")
+    for file in found.get("trace", []):
+        click.echo(f"  {file}")
+
+
+def print_estimate(found: dict[str, Any]) -> None:
+    """Work and time of every segment, and what they were made from."""
+    rates = found["device"]
+    click.echo(f"{rates['name']}: {rates['source']}")
+    click.echo(
+        f"INT8 {rates['int8_operations'] / 1e12:,.2f} T/s, float {rates['float_operations'] / 1e12:,.2f} T/s, "
+        f"memory {rates['bandwidth'] / 1e9:,.0f} GB/s"
+    )
+    click.echo(f"expected: {found['shares']['products']:.0%} and {found['shares']['bandwidth']:.0%} of those\n")
+    click.echo(
+        f"{'':<12}{'INT8 G':>10}{'float G':>10}{'weights MB':>12}{'moved MB':>10}{'bound ms':>11}{'expected ms':>13}"
+    )
+    for name, row in found["segments"].items():
+        work = f"{row['int8_operations'] / 1e9:>10.2f}{row['float_operations'] / 1e9:>10.2f}"
+        size = f"{row['weight_bytes'] / 1e6:>12.2f}{row['moved_bytes'] / 1e6:>10.2f}"
+        click.echo(f"{name:<12}{work}{size}{row['bound'] * 1e3:>11.3f}{row['expected'] * 1e3:>13.3f}")
+    image = found["seconds_per_image"]
+    click.echo(f"\nper image: bound {image['bound'] * 1e3:,.2f} ms, expected {image['expected'] * 1e3:,.2f} ms")
+    fits = "fits" if found["fits"] else "DOES NOT FIT"
+    click.echo(
+        f"memory: {found['memory_bytes'] / 1e6:,.0f} MB at least, {fits} in {rates['memory_bytes'] / 1e9:,.0f} GB"
+    )
+
+
+def print_bisection(found: Any, top: int) -> None:
+    """The worst groups of layers, `top` of them."""
+    from ditc.compiler.listing import joined_names
+
+    steps = len(found.together_steps)
+    click.echo(f"{found.points} points at {steps} steps, {found.backend}; relative error of the prediction")
+    click.echo(f"everything quantized: {found.together:.5f}\n")
+    shown = found.groups[:top]
+    places = [joined_names(group.branches) for group in shown]
+    width = max(map(len, ["branch", *places]))
+    error = {"only": "error caused", "without": "error left"}[found.mode]
+    click.echo(f"rank  {error:>12}   share  worst step       t  error there  {'branch':<{width}}  layers")
+    for rank, (group, place) in enumerate(zip(shown, places, strict=True), start=1):
+        worst = group.worst
+        click.echo(
+            f"{rank:4d}  {group.error:12.5f}  {group.share:6.1%}  {worst.step:10d}  {worst.t:6g}  {worst.error:11.5f}  "
+            f"{place:<{width}}  {joined_names(group.layers)}"
+        )
+    if len(found.groups) > top:
+        click.echo(f"and {len(found.groups) - top} more; --top shows them")
+    click.echo(
+        f"\nthe groups' squares sum to {found.squares_ratio:.2f} of the square with everything quantized "
+        "(1 where errors are independent)"
+    )
+
+
+def print_demo(found: dict[str, Any]) -> None:
+    """The comparison with plain torch."""
+    from ditc.compiler.listing import megabytes
+
+    torch, ours = found["torch"], found["compiled"]
+    click.echo(f"\n{'':<30}{'torch float32':>16}{'bundle':>16}{'ratio':>9}")
+    for batch, times in found["seconds_per_image"].items():
+        name = f"ms per image, batch {batch}"
+        numbers = f"{times['torch'] * 1e3:>16.2f}{times['compiled'] * 1e3:>16.2f}{times['ratio']:>8.1f}x"
+        click.echo(f"{name:<30}{numbers}")
+    click.echo(f"{'Frechet distance (pixels)':<30}{torch['frechet_distance']:>16.3f}{ours['frechet_distance']:>16.3f}")
+    click.echo(f"{'class agreement':<30}{torch['class_agreement']:>16.1%}{ours['class_agreement']:>16.1%}")
+    click.echo(f"{'PSNR against torch':<30}{'':>16}{ours['psnr_db']:>13.1f} dB")
+    ratio = torch["size_bytes"] / ours["size_bytes"]
+    click.echo(f"{'size':<30}{megabytes(torch['size_bytes']):>16}{megabytes(ours['size_bytes']):>16}{ratio:>8.1f}x")
+    click.echo(f"\nquality over {found['images']} images of each, same noise")
+    click.echo(f"picture: {found['grid']} (torch above, bundle below)\nbundle:  {found['bundle']}")
