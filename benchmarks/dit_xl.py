@@ -181,31 +181,39 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"n": len(seconds), "median_seconds": statistics.median(seconds), "spread_seconds": float(np.std(seconds))}
 
 
-def measured(work: Path, rounds: int, openvino: bool) -> dict[str, Any]:
-    bundle = open_bundle(work)
-    model = random_model(SIZE)
-    half = in_bfloat16(random_model(SIZE))
-    x, t, y = torch.randn(2, *model.spec.latent_shape), torch.full((2,), 500.0), torch.tensor([207, 1000])
+def steps_of(work: Path, rounds: int, openvino: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(times and ratios of single steps, the torch models)."""
+    models = {"torch float32": random_model(SIZE), "torch bfloat16": in_bfloat16(random_model(SIZE))}
+    spec = models["torch float32"].spec
+    x, t, y = torch.randn(2, *spec.latent_shape), torch.full((2,), 500.0), torch.tensor([207, 1000])
     peers: dict[str, Callable[[], object]] = {
-        "torch float32": lambda: model(x, t, y),
-        "torch bfloat16": lambda: half(x.to(torch.bfloat16), t, y),
+        "torch float32": lambda: models["torch float32"](x, t, y),
+        "torch bfloat16": lambda: models["torch bfloat16"](x.to(torch.bfloat16), t, y),
     }
-    vino = openvino_step(bundle) if openvino else "skipped: --no-openvino"
+    vino = openvino_step(open_bundle(work)) if openvino else "skipped: --no-openvino"
     if not isinstance(vino, str):
         peers["openvino nncf int8"] = vino
     steps = {name: summary(times) for name, times in step_times(work, peers, rounds).items()}
-    bundles = {f"fora:{n}": at_interval(bundle, n) for n in INTERVALS}
-    models = {"torch float32": model, "torch bfloat16": half}
-    whole = {name: summary(times) for name, times in whole_runs(bundles, models).items()}
-    seconds = {name: times["median_seconds"] for name, times in whole.items()}
-    if not isinstance(vino, str):
-        seconds["openvino nncf int8"] = 50 * steps["openvino nncf int8"]["median_seconds"]
     full = steps["full"]["median_seconds"]
     return {
         "steps": steps,
-        "openvino": "50 steps at the step's median" if not isinstance(vino, str) else vino,
+        "openvino": vino
+        if isinstance(vino, str)
+        else "NNCF INT8, its own choice of float type; a run is 50 such steps",
         "ratio_full_step": {name: steps[name]["median_seconds"] / full for name in peers},
         "reuse_share_of_full": steps["reuse"]["median_seconds"] / full,
+    }, models
+
+
+def measured(work: Path, rounds: int, openvino: bool) -> dict[str, Any]:
+    bundle = open_bundle(work)
+    found, models = steps_of(work, rounds, openvino)
+    bundles = {f"fora:{n}": at_interval(bundle, n) for n in INTERVALS}
+    whole = {name: summary(times) for name, times in whole_runs(bundles, models).items()}
+    seconds = {name: times["median_seconds"] for name, times in whole.items()}
+    if "openvino nncf int8" in found["steps"]:
+        seconds["openvino nncf int8"] = 50 * found["steps"]["openvino nncf int8"]["median_seconds"]
+    return found | {
         "whole_runs": whole,
         "ratio_whole_run": {
             name: {peer: seconds[peer] / seconds[name] for peer in seconds if peer not in bundles} for name in bundles
@@ -220,7 +228,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--measure-only", action="store_true", help="take the bundle that is there, keep its cost")
     parser.add_argument("--no-openvino", action="store_true")
+    parser.add_argument("--steps-only", action="store_true", help="single steps of a bundle that is there, in minutes")
     options = parser.parse_args()
+    if options.steps_only:
+        found = {
+            "machine": machine(),
+            "size": SIZE,
+            **steps_of(options.work, options.rounds, not options.no_openvino)[0],
+        }
+        (HERE / "dit_xl_steps.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps({key: found[key] for key in ("steps", "ratio_full_step", "openvino")}, indent=1))
+        return
     cost = None if options.measure_only else compile_cost(options.work)
     manifest = open_bundle(options.work).manifest
     before = json.loads((HERE / "dit_xl.json").read_text())

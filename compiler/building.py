@@ -30,8 +30,9 @@ def planned_build(bundle: Path, **settings: Any) -> dict[str, Any]:
 def build_bundle(bundle: Path, *, progress: Progress, on_plan: OnPlan | None = None, **settings: Any) -> dict[str, Any]:
     """Build what is missing; returns the plan with every engine's size and time. `on_plan` sees it before."""
     planned = _planned(open_bundle(bundle), settings)
+    plan = described(planned)
     if on_plan is not None:
-        on_plan(described(planned))
+        on_plan(plan)
     built = build_engines(planned, progress)
     engines = [
         {
@@ -44,7 +45,7 @@ def build_bundle(bundle: Path, *, progress: Progress, on_plan: OnPlan | None = N
         }
         for one in built
     ]
-    return described(planned) | {"engines": engines}
+    return plan | {"engines": engines}
 
 
 def described(planned: BuildPlan) -> dict[str, Any]:
@@ -63,10 +64,7 @@ def described(planned: BuildPlan) -> dict[str, Any]:
     }
 
 
-def _planned(
-    bundle: Bundle,
-    options: dict[str, Any],
-) -> BuildPlan:
+def _planned(bundle: Bundle, options: dict[str, Any]) -> BuildPlan:
     target, dla = options.pop("target"), options.pop("dla")
     if target not in TARGETS:
         raise unknown_name("target", target, BUILDABLE)

@@ -27,7 +27,7 @@ from ditc.engines.lowering import LOWERINGS
 from ditc.errors import InputError
 from ditc.exporter.onnx_files import data_path
 from ditc.files import atomic_folder, digest_of, sha256_of
-from ditc.program import CONDITION, Program, program_from_schedule
+from ditc.program import Program, program_from_schedule
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.samplers import sampler_table
 from ditc.schedule import schedule_for
@@ -158,7 +158,7 @@ class _Compile:
     def export(self, model: Any) -> Segments:
         plan = self.plan
         folder = self.stage("export", [], lambda folder: stages.export(plan, model, folder))
-        return {name: folder / f"{name}.onnx" for name in _called(plan.program)}
+        return {name: folder / f"{name}.onnx" for name in plan.program.calls}
 
     def quantize(self, segments: Segments) -> Segments:
         """The deployed segments: INT8 where the precision asks for it, else the FP ones."""
@@ -231,11 +231,6 @@ def _source_digest() -> str:
     home = Path(ditc.__file__).parent
     folders = [home, *(Path(module.__path__[0]) for module in (calib_data, compiler, engines, exporter, runtime))]
     return digest_of([sha256_of(path) for folder in folders for path in sorted(folder.glob("*.py"))])
-
-
-def _called(program: Program) -> list[str]:
-    """Names of all segments that a program calls."""
-    return [CONDITION, *(part.name for part in program.segments), *program.epilogue]
 
 
 def _shapes(program: Program) -> list[Any]:

@@ -40,50 +40,25 @@ class Rates(Record):
     float_bytes: int = 2  # of an activation between two operators
 
 
-DEVICES: dict[str, Rates] = {
-    rates.name: rates
-    for rates in (
-        Rates(
-            name="orin-nx",
-            int8_operations=30e12,
-            float_operations=15e12,
-            bandwidth=102.4e9,
-            memory_bytes=16e9,
-            source="Jetson Orin NX 16 GB: GPU, 8 SMs at 918 MHz as AGX Orin per SM and clock, dense, no DLA; FP16",
-        ),
-        Rates(
-            name="agx-orin",
-            int8_operations=85e12,
-            float_operations=42.5e12,
-            bandwidth=204.8e9,
-            memory_bytes=64e9,
-            source="Jetson AGX Orin 64 GB data sheet: GPU, dense (half the sparse figure), without DLA; FP16",
-        ),
-        Rates(
-            name="l4",
-            int8_operations=242e12,
-            float_operations=121e12,
-            bandwidth=300e9,
-            memory_bytes=24e9,
-            source="NVIDIA L4 data sheet: dense (half the sparse figure); FP16",
-        ),
-        Rates(
-            name="h100",
-            int8_operations=1979e12,
-            float_operations=989e12,
-            bandwidth=3350e9,
-            memory_bytes=80e9,
-            source="NVIDIA H100 SXM data sheet: dense (half the sparse figure); FP16",
-        ),
-        Rates(
-            name="h200",
-            int8_operations=1979e12,
-            float_operations=989e12,
-            bandwidth=4800e9,
-            memory_bytes=141e9,
-            source="NVIDIA H200 SXM data sheet: dense (half the sparse figure); FP16",
-        ),
+DENSE = "dense figures (half the sparse ones)"
+# name, dense INT8 operations/s (FP16 has half of them on all of these), bytes/s, bytes of memory, where from
+PUBLISHED = (
+    ("orin-nx", 30e12, 102.4e9, 16e9, "Jetson Orin NX 16 GB: GPU without DLA, 8 SMs at 918 MHz, per SM as AGX Orin"),
+    ("agx-orin", 85e12, 204.8e9, 64e9, f"Jetson AGX Orin 64 GB data sheet: GPU without DLA, {DENSE}"),
+    ("l4", 242e12, 300e9, 24e9, f"NVIDIA L4 data sheet: {DENSE}"),
+    ("h100", 1979e12, 3350e9, 80e9, f"NVIDIA H100 SXM data sheet: {DENSE}"),
+    ("h200", 1979e12, 4800e9, 141e9, f"NVIDIA H200 SXM data sheet: {DENSE}"),
+)
+DEVICES = {
+    name: Rates(
+        name=name,
+        int8_operations=int8,
+        float_operations=int8 / 2,
+        bandwidth=bandwidth,
+        memory_bytes=memory,
+        source=source,
     )
+    for name, int8, bandwidth, memory, source in PUBLISHED
 }
 
 

@@ -108,10 +108,12 @@ def verify_bundle(
                 for event in pipe.generate(part, seed=seed, first=first):
                     watch(event)
                     steps[event.index].append(event.x)
-        return [np.concatenate(parts) for _, parts in sorted(steps.items())]
+            samples = [np.concatenate(parts) for _, parts in sorted(steps.items())]
+            if pipe.on_device:
+                check_unwatched(pipe, labels, samples[-1], seed)
+        return samples
 
     exact, found = trajectory(True), trajectory(False)
-    check_unwatched(bundle, place, found[-1], seed)
     result = trajectory_comparison(found, exact)
     if not np.isfinite(result["psnr_db_mean"]):
         raise CheckError("the finished latents are NaN or infinite; the model diverges on this sampler")
@@ -123,17 +125,13 @@ def verify_bundle(
     return result
 
 
-def check_unwatched(bundle: Path, place: Place, watched: Samples, seed: int) -> None:
-    """On a GPU serving queues a request whole; raise CheckError unless that gives what the watched steps gave."""
-    with place.load(bundle) as pipe:
-        if not pipe.on_device:
-            return
-        labels = [number % pipe.bundle.manifest.model.num_classes for number in range(len(watched))]
-        pipe.latents(labels, seed=seed)  # graphs are captured by the second request
-        found = pipe.latents(labels, seed=seed)
+def check_unwatched(pipe: Pipeline, labels: Sequence[int], watched: Samples, seed: int) -> None:
+    """Serving on a GPU queues a request whole; raise CheckError unless that gives what the watched steps gave."""
+    pipe.latents(labels, seed=seed)  # graphs are captured by the second request
+    found = pipe.latents(labels, seed=seed)
     if not np.allclose(found, watched, rtol=0, atol=UNWATCHED_TOLERANCE * float(np.abs(watched).max())):
         raise CheckError(
-            f"requests queued whole (--graphs {place.graphs}) differ from the same steps watched one by one; "
+            "requests queued whole differ from the same steps watched one by one; "
             "run with --graphs none, and report this with what `ditc doctor` prints"
         )
 

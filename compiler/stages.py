@@ -138,7 +138,7 @@ def executor(
     plan: Plan, program: Program, segments: Segments, compensation: TableCompensation | None = None
 ) -> Iterator[Executor]:
     """An executor over segment files, engines closed at the end."""
-    names = [CONDITION, *(part.name for part in program.segments)]
+    names = [name for name in program.calls if name != DECODE]
     with ExitStack() as stack:
         engines = open_engines(stack, plan.backend, {name: segments[name] for name in names})
         yield Executor(plan.spec, program, plan.table, engines, plan.options.cfg, compensation)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ditc.bundle import Bundle
 from ditc.compiler.running import Place
 from ditc.engines.backend import runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
@@ -29,7 +30,7 @@ from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.engines.trt_runtime import TensorRTEngine
 from ditc.errors import InputError
 from ditc.files import atomic_write
-from ditc.program import CONDITION, PATH_KEY
+from ditc.program import PATH_KEY
 from ditc.runtime.pipeline import Pipeline
 
 __all__ = ["profile_rows", "trace_bundle"]
@@ -39,9 +40,10 @@ RUNS = 5  # of each segment under ONNX Runtime's profiler
 
 def trace_bundle(bundle: Path, folder: Path, place: Place) -> list[str]:
     """Trace every segment into `folder`; returns the files' names. Raises InputError for a target without layers."""
-    with replace(place, graphs="none").load(bundle) as pipe:  # a profiler waits inside a run, a capture can't
-        if not pipe.on_device:
-            return _trace_onnxruntime(pipe, folder)
+    closed = replace(place, graphs="none").load(bundle)  # a profiler waits inside a run, a capture can't
+    if not closed.on_device:
+        return _trace_onnxruntime(closed.bundle, folder)
+    with closed as pipe:
         if all(isinstance(engine, TensorRTEngine) for engine in pipe.engines.values()):
             return _trace_tensorrt(pipe, folder)
     raise InputError("--trace works on the targets cpu and tensorrt; run it on one of them")
@@ -66,17 +68,16 @@ def _collector(times: dict[str, list[float]]) -> Callable[[str, float], None]:
     return lambda layer, ms: times[layer].append(ms)
 
 
-def _trace_onnxruntime(pipe: Pipeline, folder: Path) -> list[str]:
+def _trace_onnxruntime(bundle: Bundle, folder: Path) -> list[str]:
     """Every segment by itself under ONNX Runtime's profiler, on the inputs of its first call in a real request."""
-    manifest = pipe.bundle.manifest
-    names = [CONDITION, *(plan.name for plan in manifest.program.segments), *manifest.program.epilogue]
-    recorder = RecordingBackend(OnnxRuntimeBackend(), {name: {0} for name in names})
-    with Pipeline(pipe.bundle, backend=recorder) as recorded:
+    manifest = bundle.manifest
+    recorder = RecordingBackend(OnnxRuntimeBackend(), {name: {0} for name in manifest.program.calls})
+    with Pipeline(bundle, backend=recorder) as recorded:
         labels = [n % manifest.model.num_classes for n in range(manifest.batch)]
         (recorded.images if recorded.makes_images else recorded.latents)(labels)
     written = []
     for name, runs in recorder.runs.items():
-        segment = runnable_path(pipe.bundle.segment_path(name), recorder.name)
+        segment = runnable_path(bundle.segment_path(name), recorder.name)
         layers, times = _profiled(segment, runs[0])
         written += _write(folder, name, layers, profile_rows(times))
     return written

@@ -51,6 +51,11 @@ class Program(Record):
     segments: tuple[SegmentPlan, ...]
     slots: int = 0
 
+    @property
+    def calls(self) -> list[str]:
+        """Names of all segments that the program calls, in the order of their first call."""
+        return [*self.prologue, *(plan.name for plan in self.segments), *self.epilogue]
+
     def segment(self, name: str) -> SegmentPlan:
         return next(plan for plan in self.segments if plan.name == name)
 

@@ -36,6 +36,13 @@ class Port:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def check_takes(self, segment: str, tensor: DeviceTensor) -> None:
+        """Raise ValueError unless a tensor has this port's type and shape."""
+        if (tensor.dtype, tensor.shape) != (self.dtype, self.shape):
+            raise ValueError(
+                f"{segment}: {self.name!r} is {self.dtype} {self.shape}, found {tensor.dtype} {tensor.shape}"
+            )
+
     @property
     def fixed_shape(self) -> tuple[int, ...]:
         """The shape of a port with no open dimension; raises ValueError where one is open."""

@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Any
 
 from ditc.bundle import Bundle
+from ditc.engines.calibrator import CalibrationRequest
 from ditc.engines.memory import MemoryPlan, memory_plan
 from ditc.engines.store import (
     CALIBRATION_SET,
@@ -34,7 +35,7 @@ from ditc.engines.store import (
     segment_file,
 )
 from ditc.engines.trt_runtime import calibration_cache, wanted_key
-from ditc.engines.trt_worker import PLAN, TIMINGS, BuildRequest, CalibrationRequest, MachineDescription
+from ditc.engines.trt_worker import PLAN, TIMINGS, BuildRequest, MachineDescription
 from ditc.engines.update import UPDATE
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, locked, writing
@@ -67,9 +68,8 @@ class BuiltSegment:
 
 
 def device_segments(bundle: Bundle) -> list[str]:
-    """All segments that a trajectory on a device calls, in the order of their first call."""
-    program = bundle.manifest.program
-    return [CONDITION, *(plan.name for plan in program.segments), UPDATE, *program.epilogue]
+    """All segments that a trajectory on a device calls; `condition` comes first, a calibrator needs its engine."""
+    return [*bundle.manifest.program.calls, UPDATE]
 
 
 def describe_machine(calibration: str = EXPLICIT) -> MachineDescription:

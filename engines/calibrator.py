@@ -22,16 +22,34 @@ from ditc.engines.device import Device, DeviceTensor, open_device
 from ditc.engines.store import EngineStore
 from ditc.engines.trt import open_runtime
 from ditc.engines.trt_runtime import TensorRTEngine, calibration_cache, share_scratch
-from ditc.engines.trt_worker import CalibrationRequest
 from ditc.errors import DitcError, InputError
 from ditc.files import atomic_write
 from ditc.program import CONDITION
+from ditc.spec import Record
 
-__all__ = ["CALIBRATORS", "check_calibrators", "make_calibrator", "open_calibrator", "scales_from_cache"]
+__all__ = [
+    "CALIBRATORS",
+    "CalibrationRequest",
+    "calibration_caches",
+    "check_calibrators",
+    "make_calibrator",
+    "open_calibrator",
+    "scales_from_cache",
+]
 
 CALIBRATORS = {"entropy": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCalibrator"}
 
 Batch = Mapping[str, DeviceTensor]
+
+
+class CalibrationRequest(Record):
+    """What a calibrator of TensorRT 10 needs: the points, the engine that makes their tables, a cache to keep."""
+
+    points: Path
+    condition_plan: Path
+    condition_sha256: str
+    null_label: int | None
+    cache: Path
 
 
 def check_calibrators(trt: Any, method: str) -> Any:

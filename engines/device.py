@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ditc.errors import DitcError, InputError
 
-__all__ = ["ALIGNMENT", "CudaDevice", "Device", "DeviceGraph", "DeviceTensor", "open_device"]
+__all__ = ["ALIGNMENT", "CudaDevice", "Device", "DeviceGraph", "DeviceTensor", "device_in_use", "open_device"]
 
 ALIGNMENT = 256  # bytes; TensorRT wants the address of every tensor to be a multiple of it
 
@@ -122,6 +122,14 @@ def open_device(index: int = 0) -> CudaDevice:
         reason = str(e).strip().splitlines() or [type(e).__name__]
         raise InputError(f"no GPU {index} to run on ({reason[0]}); `ditc doctor` shows what this machine has") from e
     return CudaDevice(core, core.create_stream())
+
+
+@contextmanager
+def device_in_use() -> Iterator[CudaDevice]:
+    """A GPU that has done everything queued on it when the block ends."""
+    device = open_device()
+    yield device
+    device.synchronize()
 
 
 class CudaDevice:

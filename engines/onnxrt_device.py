@@ -8,7 +8,7 @@ session opens, and activations are rounded to their INT8 values by two small ker
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,14 @@ import numpy as np
 
 from ditc.bundle import Bundle
 from ditc.engines.backend import DeviceEngine, Port, lowered_path
-from ditc.engines.device import CudaDevice, Device, DeviceTensor, open_device
+from ditc.engines.device import CudaDevice, Device, DeviceTensor, device_in_use
 from ditc.engines.onnxrt import import_onnxruntime, port_of, translated
 from ditc.engines.store import ENGINES, files_digest
 from ditc.engines.trt_runtime import profile_sizes
 from ditc.errors import InputError
-from ditc.files import digest_of
+from ditc.files import digest_of, writing
 
 __all__ = ["CUDA", "TENSORRT", "OnnxRuntimeDeviceBackend", "Provider"]
-
 
 GPU_ADVICE = "`ditc doctor` shows driver, GPU and providers"
 
@@ -62,11 +61,8 @@ class OnnxRuntimeDeviceBackend:
     name: str = "trt"  # whose form of the segments it runs
     captures: bool = False  # a session waits inside its runs, which a capture can't hold
 
-    @contextmanager
-    def device(self) -> Iterator[CudaDevice]:
-        device = open_device()
-        yield device
-        device.synchronize()
+    def device(self) -> AbstractContextManager[CudaDevice]:
+        return device_in_use()
 
     @contextmanager
     def engines(self, bundle: Bundle, names: Sequence[str], device: Device) -> Iterator[Mapping[str, DeviceEngine]]:
@@ -99,6 +95,8 @@ class OnnxRuntimeDeviceBackend:
         stream = {"user_compute_stream": str(device.stream)} if self.provider.takes_stream else {}
         chosen = {**stream, **self.provider.options}
         if self.provider.caches_engines:
+            with writing(cache):
+                cache.mkdir(parents=True, exist_ok=True)
             chosen |= {
                 "trt_engine_cache_enable": "True",
                 "trt_engine_cache_path": str(cache),
@@ -131,11 +129,7 @@ class OnnxRuntimeDeviceEngine:
         self._bound: dict[str, DeviceTensor] = {}
 
     def bind(self, name: str, tensor: DeviceTensor) -> None:
-        port = self.inputs.get(name) or self.outputs[name]
-        if (tensor.dtype, tensor.shape) != (port.dtype, port.shape):
-            raise ValueError(
-                f"{self._name}: {name!r} is {port.dtype} {port.shape}, found {tensor.dtype} {tensor.shape}"
-            )
+        (self.inputs.get(name) or self.outputs[name]).check_takes(self._name, tensor)
         if self._bound.get(name) == tensor:
             return
         place = self._binding.bind_input if name in self.inputs else self._binding.bind_output

@@ -6,14 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ditc.engines.backend import Backend, DeviceBackend
-from ditc.errors import unknown_name
+from ditc.errors import InputError, unknown_name
 
 __all__ = ["TARGETS", "backend_for"]
 
 Opener = Callable[[Path | None], "Backend | DeviceBackend"]
 
 
+def _refuse_store(target: str, store: Path | None) -> None:
+    if store is not None:
+        raise InputError(
+            f"--engines is for the targets tensorrt and ort-tensorrt; {target} has no engines, leave it out"
+        )
+
+
 def _cpu(store: Path | None) -> Backend:
+    _refuse_store("cpu", store)
     from ditc.engines.onnxrt import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend()
@@ -26,6 +34,7 @@ def _tensorrt(store: Path | None) -> DeviceBackend:
 
 
 def _cuda(store: Path | None) -> DeviceBackend:
+    _refuse_store("cuda", store)
     from ditc.engines.onnxrt_device import CUDA, OnnxRuntimeDeviceBackend
 
     return OnnxRuntimeDeviceBackend(CUDA)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ditc.bundle import Bundle
 from ditc.engines.backend import DeviceEngine, Port
-from ditc.engines.device import ALIGNMENT, CudaDevice, Device, DeviceTensor, open_device
+from ditc.engines.device import ALIGNMENT, CudaDevice, Device, DeviceTensor, device_in_use
 from ditc.engines.store import AGAIN, EXPLICIT, BuildSettings, EngineKey, EngineStore, Platform, segment_digest
 from ditc.engines.trt import import_tensorrt, numpy_type, open_runtime, platform_of
 from ditc.errors import CheckError, DitcError, InputError
@@ -53,11 +53,8 @@ class TensorRTBackend:
     name: str = "tensorrt"
     captures: bool = True
 
-    @contextmanager
-    def device(self) -> Iterator[CudaDevice]:
-        device = open_device()
-        yield device
-        device.synchronize()
+    def device(self) -> AbstractContextManager[CudaDevice]:
+        return device_in_use()
 
     @contextmanager
     def engines(self, bundle: Bundle, names: Sequence[str], device: Device) -> Iterator[Mapping[str, DeviceEngine]]:
@@ -132,9 +129,7 @@ class TensorRTEngine:
         self._scratch = block
 
     def bind(self, name: str, tensor: DeviceTensor) -> None:
-        port = self.inputs.get(name) or self.outputs[name]
-        if (tensor.dtype, tensor.shape) != (port.dtype, port.shape):
-            raise ValueError(f"{self.name}: {name!r} is {port.dtype} {port.shape}, found {tensor.dtype} {tensor.shape}")
+        (self.inputs.get(name) or self.outputs[name]).check_takes(self.name, tensor)
         if tensor.pointer % ALIGNMENT:
             raise ValueError(f"{self.name}: the address of {name!r} is not a multiple of {ALIGNMENT} bytes")
         if not self._context.set_tensor_address(name, tensor.pointer):

@@ -13,24 +13,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from ditc.engines.calibrator import CalibrationRequest, check_calibrators, open_calibrator
 from ditc.engines.store import EXPLICIT, BuildSettings, Platform
 from ditc.errors import CheckError, DitcError
 from ditc.files import atomic_write
 from ditc.spec import Record
 
-__all__ = ["BuildRequest", "CalibrationRequest", "MachineDescription", "main"]
+__all__ = ["BuildRequest", "MachineDescription", "main"]
 
 PLAN, TIMINGS = "plan", "timings"  # what a build leaves in its folder
-
-
-class CalibrationRequest(Record):
-    """What a calibrator of TensorRT 10 needs: the points, the engine that makes their tables, a cache to keep."""
-
-    points: Path
-    condition_plan: Path
-    condition_sha256: str
-    null_label: int | None
-    cache: Path
 
 
 class BuildRequest(Record):
@@ -73,7 +64,6 @@ class Parent:
 
 def describe(calibration: str) -> dict[str, Any]:
     """The machine, seen by a process that ends and gives its GPU memory back."""
-    from ditc.engines.calibrator import check_calibrators
     from ditc.engines.device import open_device
     from ditc.engines.trt import import_tensorrt, platform_of
 
@@ -106,8 +96,6 @@ def build(request: BuildRequest, parent: Parent) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         calibrator = None
         if request.settings.calibration != EXPLICIT and request.calibration is not None:
-            from ditc.engines.calibrator import open_calibrator
-
             calibrator = stack.enter_context(
                 open_calibrator(trt, request.settings.calibration, request.calibration, request.sizes)
             )

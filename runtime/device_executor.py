@@ -18,10 +18,10 @@ from ditc.bundle import Manifest
 from ditc.engines.backend import DeviceEngine
 from ditc.engines.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor
 from ditc.engines.update import COLUMNS, UPDATE
-from ditc.errors import CheckError, DitcError, InputError, unknown_name
+from ditc.errors import CheckError, DitcError, InputError
 from ditc.program import CONDITION, DECODE, Step
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.executor import NoiseSource, Samples, StepEvent
+from ditc.runtime.executor import NoiseSource, Samples, StepEvent, check_request
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
 
@@ -63,8 +63,6 @@ class DeviceExecutor:
         *,
         graphs: str = "none",
     ) -> None:
-        if graphs not in GRAPHS:
-            raise unknown_name("CUDA graph scope", graphs, GRAPHS)
         self.spec = manifest.model
         self.program = manifest.program
         self.batch = manifest.batch
@@ -143,31 +141,24 @@ class DeviceExecutor:
     def _start(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> int:
         """Check a request and upload all it needs: labels, x_T, and every step's noise."""
         count = len(labels)
-        self.spec.check_labels(tuple(labels))
+        check_request(self.spec, labels, noise)
         self._device.activate()
         if count > self.batch:
             raise InputError(
                 f"these engines run {self.batch} images at a time, found {count} labels; "
                 "take images() or latents(), which split them, or compile the bundle with a larger --batch"
             )
-        if noise.shape != (count, *self.spec.latent_shape):
-            raise InputError(
-                f"noise must have shape {(count, *self.spec.latent_shape)} for {count} labels, found {noise.shape}"
-            )
         own = _filled(np.asarray(labels, np.int64), self.batch)
         if self.halves == 2:
             own = np.concatenate([own, np.full(self.batch, cast(int, self.spec.null_label), np.int64)])
         self._device.upload(own, self._labels)
-        self._upload_noise(noise)
+        self._device.upload(np.concatenate([_filled(noise, self.batch)] * self.halves), self._start_x)
         if self._adds_noise:
             fresh = [_filled(fresh_noise(step.index), self.batch) for step in self.program.steps]
             for z, tensor in zip(fresh, self._z, strict=True):
                 self._device.upload(z, tensor)
         self._requests += 1
         return count
-
-    def _upload_noise(self, noise: Samples) -> None:
-        self._device.upload(np.concatenate([_filled(noise, self.batch)] * self.halves), self._start_x)
 
     def _queue_condition(self) -> None:
         """All steps' tables in one call, and x_T in its place."""

@@ -21,7 +21,7 @@ from ditc.program import CONDITION, Program, Step
 from ditc.runtime.samplers import Row, needs_noise, update
 from ditc.spec import ModelSpec
 
-__all__ = ["Compensation", "Executor", "NoiseSource", "Samples", "StepEvent", "seeded_noise"]
+__all__ = ["Compensation", "Executor", "NoiseSource", "Samples", "StepEvent", "check_request", "seeded_noise"]
 
 Samples = NDArray[np.float32]
 NoiseSource = Callable[[int], Samples]  # step -> fresh noise, (batch, channels, height, width)
@@ -98,12 +98,7 @@ class Executor:
 
         `noise` is x_T, (batch, channels, height, width). Samples of earlier events stay valid.
         """
-        self.spec.check_labels(tuple(labels))
-        if noise.shape != (len(labels), *self.spec.latent_shape):
-            raise InputError(
-                f"noise must have shape {(len(labels), *self.spec.latent_shape)} for {len(labels)} labels, "
-                f"found {noise.shape}"
-            )
+        check_request(self.spec, labels, noise)
         free = self._free.setdefault(len(labels), [])
         buffers = free.pop() if free else self._allocate(len(labels))
         try:
@@ -198,6 +193,14 @@ class Executor:
             for branch in step.writes:
                 return self._engines[step.segment].outputs[f"cache.{branch}"].dtype
         return "float32"
+
+
+def check_request(spec: ModelSpec, labels: Sequence[int], noise: Samples) -> None:
+    """Raise InputError unless every label is a class and `noise` has one sample per label."""
+    spec.check_labels(tuple(labels))
+    expected = (len(labels), *spec.latent_shape)
+    if noise.shape != expected:
+        raise InputError(f"noise must have shape {expected} for {len(labels)} labels, found {noise.shape}")
 
 
 def _shape(port: Port, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -21,10 +21,10 @@ from ditc.bundle import Bundle, open_bundle
 from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, runnable_path
 from ditc.engines.targets import backend_for
 from ditc.engines.update import UPDATE
-from ditc.errors import BundleError, DitcError, InputError
-from ditc.program import CONDITION, DECODE, Program
+from ditc.errors import BundleError, DitcError, InputError, unknown_name
+from ditc.program import DECODE, Program
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.device_executor import DeviceExecutor
+from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, seeded_noise
 
 __all__ = ["Pipeline", "load", "open_engines"]
@@ -48,10 +48,14 @@ def load(
     not the bundle's own; `graphs` how much one CUDA graph holds ("trajectory", "step", "none"); `backend` stands in
     for the target's. Raises BundleError, naming the file, where anything in the bundle differs from its manifest.
     """
+    if graphs not in GRAPHS:
+        raise unknown_name("CUDA graph scope", graphs, GRAPHS)
     bundle = open_bundle(Path(path))
-    if backend is None:
+    if backend is None and reference:
+        backend = backend_for("cpu")
+    elif backend is None:
         chosen = target or str(bundle.manifest.settings.get("target", "cpu"))
-        backend = backend_for("cpu" if reference else chosen, None if engines is None else Path(engines))
+        backend = backend_for(chosen, None if engines is None else Path(engines))
     return Pipeline(bundle, backend=backend, reference=reference, graphs=graphs)
 
 
@@ -99,7 +103,7 @@ class Pipeline:
         return isinstance(self.backend, DeviceBackend)
 
     def __enter__(self) -> Pipeline:
-        names = [CONDITION, *(plan.name for plan in self.program.segments), *self.program.epilogue]
+        names = self.program.calls
         try:
             if isinstance(self.backend, DeviceBackend):
                 self._executor = self._on_device(self.backend, [*names, UPDATE])

@@ -32,6 +32,12 @@ def bundle(tmp_path: Path) -> Path:
     return Path(shutil.copytree(Path(os.environ["DITC_BUNDLES"]) / "small", tmp_path / "small"))
 
 
+@pytest.fixture
+def unbuilt() -> Path:
+    """The folder of the bundles as they were compiled; not to be changed."""
+    return Path(os.environ["DITC_BUNDLES"])
+
+
 class Built(dict[str, Path]):
     """Bundles with their engines, by name, each built when it is first asked for."""
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import tensorrt
-from tensorrt.played import MAGIC, Config, Engine, Played  # type: ignore[import-not-found]
+from tensorrt.building import Config  # type: ignore[import-not-found]
+from tensorrt.interface import MAGIC, Played  # type: ignore[import-not-found]
+from tensorrt.running import Engine  # type: ignore[import-not-found]
 
 from ditc.compiler.cli import run
 from ditc.engines.store import BuildSettings
@@ -290,7 +292,17 @@ def test_a_child_whose_parent_is_killed_stops_by_itself(bundle: Path, play: Any)
     child = children_of(parent.pid)[0]
     parent.kill()
     parent.wait()
-    wait_for(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
+    wait_for(lambda: not is_running(child))
+    assert not is_running(child)
+    assert not list((bundle / "engines").glob("*.plan"))
+
+
+def is_running(pid: int) -> bool:
+    """Does a process exist, and not only as an entry that nobody has collected?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def children_of(pid: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorrt
-from tensorrt.played import MAGIC  # type: ignore[import-not-found]
+from tensorrt.interface import MAGIC  # type: ignore[import-not-found]
 
 import ditc
 from ditc.compiler.cli import run

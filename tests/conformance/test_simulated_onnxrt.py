@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import ditc
 from ditc.engines.device import CudaDevice, open_device
 from ditc.engines.onnxrt_device import CUDA, TENSORRT, OnnxRuntimeDeviceBackend, Provider
-from ditc.errors import InputError
+from ditc.errors import BundleError, InputError
 
 pytestmark = pytest.mark.any_version
 
@@ -61,6 +61,24 @@ def test_the_cuda_target_unfolds_the_weights_when_it_opens(built: Any, tmp_path:
     weights = {value.name for value in graph.initializer}
     assert not [n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights]
     assert not [n for n in graph.node if "Integer" in n.op_type]
+
+
+def test_a_bundle_in_float32_runs_on_the_cuda_target(unbuilt: Path) -> None:
+    bundle = unbuilt / "fp32"
+    with ditc.load(bundle) as cpu, ditc.load(bundle, backend=OnHost(played(CUDA))) as gpu:
+        expected, found = (pipe.latents([0, 3, 4], seed=3) for pipe in (cpu, gpu))
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
+
+
+def test_every_network_and_shape_has_an_engine_cache_of_its_own(unbuilt: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's cache looks at file names and graphs, not at weights."""
+    caching = replace(played(TENSORRT), caches_engines=True)
+    for number, name in enumerate(("digits", "small", "small"), start=1):
+        # the CPU provider has no such options, so the session opens or is refused; the folder is made before
+        with suppress(BundleError), ditc.load(unbuilt / name, backend=OnHost(caching, cache=tmp_path / "store")):
+            pass
+        folders = {path.name for path in (tmp_path / "store").glob("ort-condition-*")}
+        assert len(folders) == min(number, 2)
 
 
 @pytest.mark.parametrize("target", ["cuda", "ort-tensorrt"])

@@ -22,7 +22,7 @@ from ditc.errors import CheckError, DitcError, InputError
 from ditc.runtime.pipeline import Pipeline
 
 LABELS = [0, 3, 4]
-BUNDLES = ("small", "learned-noise", "fixed-noise", "unguided", "fp16", "odd-addresses")
+BUNDLES = ("small", "learned-noise", "fixed-noise", "unguided", "fp16", "odd-addresses", "partial-rows", "decoded")
 
 
 def latents(bundle: Path, target: str, labels: list[int] | None = None, **options: Any) -> NDArray[np.float32]:
@@ -51,6 +51,15 @@ def test_the_reference_model_goes_all_the_way(built: Any, tmp_path: Path) -> Non
     psnr = 10 * np.log10(4 / np.mean((cpu - gpu) ** 2))
     assert psnr > 40
     assert {p.name for p in (tmp_path / "cpu").iterdir()} == {p.name for p in (tmp_path / "tensorrt").iterdir()}
+
+
+@pytest.mark.any_version
+def test_a_decoder_gets_the_latents_on_the_device(built: Any) -> None:
+    with ditc.load(built["decoded"], target="tensorrt") as gpu, ditc.load(built["decoded"], target="cpu") as cpu:
+        found, expected = gpu.images(LABELS, seed=3), cpu.images(LABELS, seed=3)
+        assert found.shape == (len(LABELS), 3, 8, 8)
+        assert relative_error(found, expected) < 0.02
+        assert np.array_equal(found, gpu.decode(gpu.latents(LABELS, seed=3)))
 
 
 @pytest.mark.any_version
@@ -115,12 +124,10 @@ def test_too_many_labels_for_one_request_say_what_to_do(built: Any) -> None:
 
 
 @pytest.mark.any_version
-def test_an_unknown_scope_of_graphs_is_named(built: Any) -> None:
-    with (
-        pytest.raises(InputError, match=r"unknown CUDA graph scope 'all'"),
-        ditc.load(built["small"], target="tensorrt", graphs="all"),
-    ):
-        pass
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_an_unknown_scope_of_graphs_is_named(target: str, built: Any) -> None:
+    with pytest.raises(InputError, match=r"unknown CUDA graph scope 'all'"):
+        ditc.load(built["small"], target=target, graphs="all")
 
 
 # what must not run
@@ -220,9 +227,10 @@ def test_samples_that_are_not_finite_are_not_blamed_on_the_graph(built: Any) -> 
 
 @pytest.mark.any_version
 def test_a_single_request_captures_no_graph(built: Any, play: Any) -> None:
-    play(fault="stale-graph")
+    play(fault="stale-graph")  # a graph would be found out
     with ditc.load(built["small"], target="tensorrt") as pipe:
-        pipe.latents(LABELS)
+        found = pipe.latents(LABELS, seed=3)
+    assert relative_error(found, latents(built["small"], "cpu")) < 0.02
 
 
 @pytest.mark.any_version

@@ -6,19 +6,23 @@ The classes with native parts are played by tests/simulated, which holds every c
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.exporter.dit import DiT, DiTConfig
+from ditc.exporter.models import with_vae
 
 HERE = Path(__file__).parent
 STORE = Path(sys.prefix) / "tensorrt-bindings"
@@ -40,6 +44,7 @@ def small_model(config: DiTConfig) -> DiT:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of bundles: the reference model, and small ones that differ in what a device has to do."""
     folder = tmp_path_factory.mktemp("compiled")
+    schedule = partial_schedule(tmp_path_factory.mktemp("schedule") / "schedule.json")
     digits = QUICK.model_copy(update={"steps": 50, "points": 64, "pool_images": 8, "policy": "fora:3", "batch": 3})
     compile_model("digits", folder / "digits", digits)
     for name, config, changes in (
@@ -48,9 +53,26 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("fixed-noise", SMALL, {"eta": 0.5, "vc": "none"}),
         ("unguided", SMALL, {"cfg": 1.0}),
         ("fp16", SMALL, {"precision": "fp16", "target": "tensorrt"}),
+        ("fp32", SMALL, {"precision": "fp32"}),
         ("odd-addresses", NARROW, {"batch": 1}),  # a step's row of the table is no multiple of 256 bytes
+        ("partial-rows", SMALL, {"policy": str(schedule)}),
     ):
         compile_model(small_model(config), folder / name, QUICK.model_copy(update=changes))
+    latent = with_vae(small_model(replace(SMALL, in_channels=4)), tiny_vae(tmp_path_factory.mktemp("vae")))
+    compile_model(latent, folder / "decoded", QUICK)
+    return folder
+
+
+def partial_schedule(path: Path) -> Path:
+    """A schedule with full, empty and partial rows: attention reused while the MLPs compute."""
+    rows = [[True] * 4, [False] * 4, [False, True, False, True], [False] * 4, [True] * 4, [False] * 4]
+    path.write_text(json.dumps({"compute": rows}))
+    return path
+
+
+def tiny_vae(folder: Path) -> Path:
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8, sample_size=8).save_pretrained(folder)
     return folder
 
 

@@ -10,7 +10,8 @@ import simulation
 from tensorrt_bindings import *
 from tensorrt_bindings import __version__
 
-from tensorrt.played import Builder, OnnxParser, Runtime
+from tensorrt.building import Builder, OnnxParser
+from tensorrt.running import Runtime
 
 if simulation.plays("no-library"):
     raise ImportError("libnvinfer.so: cannot open shared object file: No such file or directory")
