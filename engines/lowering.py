@@ -1,7 +1,7 @@
 """Lowerings: what one backend wants changed in the portable segments. Graph only; the weights file is shared.
 
-A pass edits the graph and answers whether it changed it. For ONNX Runtime the quantized values stay as they were; for
-TensorRT they are those of FP16 arithmetic.
+A pass edits the graph and answers whether it changed it. For ONNX Runtime the integers stay as they were, but for
+rounding in the float arithmetic between them; for TensorRT they are those of FP16 arithmetic.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from ditc.engines.cpu_fusions import fuse_attention, fuse_integer_products
 from ditc.engines.half import half_precision
 
 __all__ = ["LOWERINGS", "lower"]
@@ -59,6 +60,8 @@ def drop_unused_constants(model: ir.Model) -> bool:
 LOWERINGS: dict[str, tuple[GraphPass, ...]] = {
     "onnxrt": (
         unsigned_activations,
+        fuse_integer_products,  # the fast kernel wants the unsigned form
+        fuse_attention,
         drop_unused_constants,  # last: the signed zero points are unused by then
     ),
     "trt": (
