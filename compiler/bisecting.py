@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -29,6 +28,7 @@ from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.groups import LayerGroup, check_grouping, groups_of
 from ditc.engines.lowering import lower
 from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.engines.outputs import keep_outputs
 from ditc.engines.qdq import insert_qdq
 from ditc.engines.scale_table import ScaleTable
 from ditc.errors import BundleError, CheckError, InputError, unknown_name
@@ -300,18 +300,11 @@ def write_variant(bench: _Bench, layers: Layers) -> Path:
     """The segment with `layers` quantized and only the prediction as output, as the backend takes it."""
     model = load_model(bench.segment)
     insert_qdq(model, bench.table, layers)
-    keep_output(model, "out")
+    keep_outputs(model, [value for value in model.graph.outputs if value.name == "out"])
     lower(model, bench.target.name)
     path = bench.segment.with_name(f"variant-{digest_of(sorted(layers))}.onnx")
     save_derived(model, path)
     return path
-
-
-def keep_output(model: ir.Model, name: str) -> None:
-    """Drop every output but one: what a step leaves for later ones is not compared."""
-    kept = [value for value in model.graph.outputs if value.name == name]
-    model.graph.outputs.clear()
-    model.graph.outputs.extend(kept)
 
 
 def _prediction(engine: Engine, feed: dict[str, NDArray[Any]], channels: int) -> Samples:

@@ -126,6 +126,13 @@ COMPILE_OPTIONS = (
         "--policy", default="fora:3", show_default=True, help="Cache policy: none, fora:N, or a schedule FILE.json."
     ),
     click.option(
+        "--caches",
+        metavar="auto|sums|branches",
+        default="auto",
+        show_default=True,
+        help="What a computing step leaves: a sum for each step that reuses, or every branch's output.",
+    ),
+    click.option(
         "--precision", metavar="fp32|fp16|w8a8", default="w8a8", show_default=True, help="Arithmetic of linear layers."
     ),
     click.option(

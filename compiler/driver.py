@@ -27,7 +27,7 @@ from ditc.engines.lowering import LOWERINGS
 from ditc.errors import InputError
 from ditc.exporter.onnx_files import data_path
 from ditc.files import atomic_folder, digest_of, sha256_of
-from ditc.program import Program, program_from_schedule
+from ditc.program import AHEAD, Caches, Program, program_from_schedule
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.samplers import sampler_table
 from ditc.schedule import schedule_for
@@ -44,6 +44,7 @@ CHECK_FILES = (
     ("export", "parity"),
     ("select", "pool"),
     ("quantize", "kernels"),
+    ("quantize", "storage"),
     ("lower", "tensorrt"),
     ("lower", "footprints"),
     ("verify", "verify"),
@@ -111,12 +112,35 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     t = [float(value) for value in table["t"]]
     decode = model.decoder is not None
 
-    def program(policy: str) -> Program:
-        return program_from_schedule(schedule_for(policy, spec, options.steps), t, spec.branches, decode=decode)
+    def program(policy: str, caches: Caches) -> Program:
+        schedule = schedule_for(policy, spec, options.steps)
+        return program_from_schedule(schedule, t, spec.branches, decode=decode, caches=caches)
 
-    plan = Plan(spec, options, program(options.policy), program("none"), table, progress)
+    deployed = program(options.policy, caches_for(model, options))
+    if options.caches == "sums" and any(plan.reads and plan.reads != (AHEAD,) for plan in deployed.segments):
+        raise InputError(
+            f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
+            f"--policy {options.policy} has others: leave --caches out"
+        )
+    plan = Plan(spec, options, deployed, program("none", "branches"), table, progress)
     check_pool_suffices(plan)
     return plan
+
+
+def caches_for(model: Any, options: CompileOptions) -> Caches:
+    """What a step leaves for later ones: sums where the model allows it, unless the options say otherwise."""
+    from ditc.exporter.protocol import branches_add
+
+    if options.caches == "branches":
+        return "branches"
+    if branches_add(model):
+        return "sums"
+    if options.caches == "sums":
+        raise InputError(
+            f"--caches sums needs branches that add to the residual stream; {model.spec.name} has one whose merge() "
+            "does more than that: leave --caches out"
+        )
+    return "branches"
 
 
 def check_pool_suffices(plan: Plan) -> None:

@@ -17,6 +17,7 @@ __all__ = ["PRECISIONS", "CompileOptions"]
 PRECISIONS = ("fp32", "fp16", "w8a8")
 LARGEST_SEED = 1 << 31
 POOL_FACTOR = 4  # the pool holds about this many times the points that are selected from it
+CACHES = ("auto", "sums", "branches")
 SPACINGS = ("linspace", "leading", "trailing")
 VARIANCES = ("learned", "fixed-small", "fixed-large")
 
@@ -25,8 +26,10 @@ class CompileOptions(Record):
     """The settings of `ditc compile`; each default is the recommended one.
 
     None for a sampler setting means the model's own. `pool_images` of None records about four times the points.
-    `pool_steps` is "computed" to calibrate on steps where the network runs (what deployment sees), or "all", the
-    paper's form. `vc_images` pairs fit the compensation, `verify_images` others check the result.
+    `caches` is what a computing step leaves for those that reuse: one sum for each of them, or every branch's output;
+    "auto" takes sums where the model and the schedule allow it. `pool_steps` is "computed" to calibrate on steps where
+    the network runs (what deployment sees), or "all", the paper's form. `vc_images` pairs fit the compensation,
+    `verify_images` others check the result.
     """
 
     steps: int = 50
@@ -37,6 +40,7 @@ class CompileOptions(Record):
     clip: float | None = None
     cfg: float = 1.5
     policy: str = "fora:3"
+    caches: str = "auto"
     precision: str = "w8a8"
     select: str = "tap"
     points: int = 800
@@ -66,6 +70,7 @@ class CompileOptions(Record):
             ("sampler", self.sampler or "ddim", ("ddim", "ddpm")),
             ("spacing", self.spacing or "linspace", SPACINGS),
             ("variance", self.variance or "learned", VARIANCES),
+            ("kind of caches", self.caches, CACHES),
             ("pool steps", self.pool_steps, ("computed", "all")),
         ):
             if found not in known:

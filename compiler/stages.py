@@ -27,6 +27,7 @@ from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_cens
 from ditc.engines.qdq import insert_qdq
 from ditc.engines.scale_table import ScaleTable
 from ditc.engines.scales import activation_probe, histograms_of, scale_table
+from ditc.engines.storage import half_storage
 from ditc.engines.tensorrt_rules import violations_of
 from ditc.engines.update import UPDATE, UpdateForm
 from ditc.engines.update_graph import update_model
@@ -36,7 +37,7 @@ from ditc.program import CONDITION, DECODE, Program
 from ditc.runtime.compensation import TableCompensation, fit_closed_loop
 from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
 from ditc.runtime.pipeline import open_engines
-from ditc.runtime.quality import trajectory_comparison
+from ditc.runtime.quality import relative_error, trajectory_comparison
 from ditc.spec import ModelSpec
 
 __all__ = ["Plan", "Segments", "export", "fit", "model_digest", "quantize", "record_pool", "select", "verify"]
@@ -46,6 +47,7 @@ Segments = Mapping[str, Path]
 
 BUFFER_BYTES = 1 << 28  # cache slots, or probed activations, that one batch of compile-time work may take
 LARGEST_BATCH = 64
+LABELS_COMPARED = 4
 
 # purposes with noise of their own, so that no image is used twice: calibration, compensation, verification
 POOL_NOISE, FIT_NOISE, VERIFY_NOISE = 1_000_003, 2_000_003, 3_000_003
@@ -130,7 +132,13 @@ def _parity(plan: Plan, segment: Any, path: Path) -> float:
     from ditc.exporter.onnx_export import parity_error
 
     session, names = plan.backend.session(path), list(segment.outputs)
-    return parity_error(segment, lambda feeds: dict(zip(names, session.run(names, feeds), strict=True)))
+    taken = {port.name for port in session.get_inputs()}
+
+    def run(feeds: dict[str, Any]) -> dict[str, Any]:
+        own = {name: array for name, array in feeds.items() if name in taken}
+        return dict(zip(names, session.run(names, own), strict=True))
+
+    return parity_error(segment, run)
 
 
 @contextmanager
@@ -228,10 +236,13 @@ def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleT
     names = list(readers)
     null_label = plan.spec.null_label if plan.halves == 2 else None
     feeds = calibration_feeds(plan.backend.session(segments[CONDITION]), calib, null_label, rows)
-    histograms = histograms_of(
-        lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True)),
-        watched(plan, feeds, len(calib)),
-    )
+    taken = {port.name for port in session.get_inputs()}  # tables for the head alone are not among them
+
+    def run_probe(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        own = {name: array for name, array in feeds.items() if name in taken}
+        return dict(zip(names, session.run(names, own), strict=True))
+
+    histograms = histograms_of(run_probe, watched(plan, feeds, len(calib)))
     return scale_table(
         histograms,
         readers,
@@ -242,7 +253,10 @@ def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleT
 
 
 def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
-    """Scales, INT8 segments, and their form for ONNX Runtime, where every linear layer must run an integer kernel."""
+    """Scales, INT8 segments, and their form for ONNX Runtime, where every linear layer must run an integer kernel.
+
+    `condition` keeps FP32 arithmetic and stores its weights as FP16; storage.json tells the error of its tables.
+    """
     from ditc.exporter.onnx_files import load_model, save_model, save_sharing_data
 
     table = activation_scales(plan, segments, CalibSet.load(calib_file))
@@ -261,6 +275,24 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
             save_sharing_data(lowered, lowered_path(path, plan.backend.name))
         kernels[part.name] = check_integer_kernels(plan.backend, path, expected)
     _write_json(folder / "kernels.json", kernels)
+    store_condition(plan, segments[CONDITION], folder / f"{CONDITION}.onnx")
+
+
+def store_condition(plan: Plan, segment: Path, path: Path) -> None:
+    """`condition` with half the bytes, unless its weights are too few or too large; its tables are compared."""
+    from ditc.exporter.onnx_files import load_model, save_model
+
+    model = load_model(segment)
+    if not half_storage(model):
+        return
+    save_model(model, path)
+    feeds = {
+        "t": plan.table["t"].astype(np.float32),
+        "y": np.array(plan.labels(LABELS_COMPARED), np.int64),
+    }
+    exact, found = (plan.backend.session(file).run(None, feeds) for file in (segment, path))
+    error = max(relative_error(f, e) for f, e in zip(found, exact, strict=True))
+    _write_json(path.with_name("storage.json"), {CONDITION: {"relative_error": error}})
 
 
 def check_integer_kernels(backend: OnnxRuntimeBackend, segment: Path, expected: int) -> dict[str, int]:

@@ -6,32 +6,58 @@ pure function from a program to an equal or better one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from ditc.errors import InputError
 from ditc.files import digest_of
 from ditc.schedule import CacheSchedule
 from ditc.spec import Record
 
-__all__ = ["BRANCH_KEY", "CONDITION", "DECODE", "PATH_KEY", "Program", "SegmentPlan", "Step", "program_from_schedule"]
+__all__ = [
+    "AHEAD",
+    "BRANCH_KEY",
+    "CONDITION",
+    "DECODE",
+    "PATH_KEY",
+    "Caches",
+    "Program",
+    "SegmentPlan",
+    "Step",
+    "program_from_schedule",
+]
 
 CONDITION, DECODE = "condition", "decode"
+FULL, REUSE = "full", "reuse"
+
+# a segment with `ahead` takes the tables of the next steps as inputs AHEAD.NAME, and returns their sums as AHEAD.1, ...
+AHEAD = "ahead"
+
+# what a step that computes leaves for the steps that don't: the output of each branch, or one sum for each such step
+Caches = Literal["branches", "sums"]
 
 # metadata of every ONNX node of a segment: the branch it belongs to, and the torch module path it came from
 BRANCH_KEY, PATH_KEY = "ditc.branch", "ditc.path"
 
 
 class SegmentPlan(Record):
-    """One pass through the network: which branches compute, and which cached outputs it takes and returns."""
+    """One pass through the network: which branches compute, and which cached outputs it takes and returns.
+
+    With `ahead` it also adds up all branches with the gates of that many next steps, for those that compute nothing.
+    """
 
     name: str
     compute: tuple[bool, ...]
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    ahead: int = 0
 
 
 class Step(Record):
-    """One denoising step. `reads` and `writes` name the cache slot of each branch; `before` are calls of its own."""
+    """One denoising step. `reads` and `writes` name the slot of each cached value; `before` are calls of its own.
+
+    A cached value is a branch's output under its name, or AHEAD.k, the sum that the k-th step after the writer adds.
+    """
 
     index: int
     t: float
@@ -39,6 +65,14 @@ class Step(Record):
     before: tuple[str, ...] = ()
     reads: dict[str, int] = {}
     writes: dict[str, int] = {}
+
+    @property
+    def cache_ports(self) -> Iterator[tuple[str, int]]:
+        """(port of the segment, slot) of every cache that the step binds. A sum is read as AHEAD, whichever it is."""
+        for value, slot in self.reads.items():
+            yield f"cache.{AHEAD if value.startswith(f'{AHEAD}.') else value}", slot
+        for value, slot in self.writes.items():
+            yield f"cache.{value}", slot
 
 
 class Program(Record):
@@ -127,6 +161,36 @@ def merge_equal_segments(program: Program) -> Program:
     return program.model_copy(update={"steps": tuple(steps), "segments": tuple(merged.values())})
 
 
+def fold_reuse(program: Program) -> Program:
+    """Let the step that computes add up what each next step will reuse, gates and all: one sum per step is kept.
+
+    The gates of later steps are known before the loop, and a residual stream that nothing else writes to is a sum. A
+    program with other segments, or with more sums than branches, keeps the outputs of the branches.
+    """
+    if [plan.name for plan in program.segments] != [FULL, REUSE]:
+        return program
+    steps, ahead, distance = [], 0, 0
+    for step in program.steps:
+        distance = 0 if step.segment == FULL else distance + 1
+        ahead = max(ahead, distance)
+        steps.append(step.model_copy(update={"reads": {f"{AHEAD}.{distance}": 0} if distance else {}}))
+    if ahead > len(program.branches):
+        return program
+    sums = tuple(f"{AHEAD}.{number}" for number in range(1, ahead + 1))
+    full, reuse = program.segments
+    return program.model_copy(
+        update={
+            "steps": tuple(
+                step if step.reads else step.model_copy(update={"writes": dict.fromkeys(sums, 0)}) for step in steps
+            ),
+            "segments": (
+                full.model_copy(update={"writes": sums, "ahead": ahead}),
+                reuse.model_copy(update={"reads": (AHEAD,)}),
+            ),
+        }
+    )
+
+
 def assign_slots(program: Program) -> Program:
     """Give each cached value a slot from its step to its last reader; a branch keeps its slot where it can.
 
@@ -157,16 +221,24 @@ PASSES: tuple[Pass, ...] = (
     hoist_condition,  # first: afterwards two steps with equal rows are equal calls
     drop_unread_caches,  # before merging, so that a schedule without reuse has a segment without cache outputs
     merge_equal_segments,
-    assign_slots,  # last: it needs the final reads and writes
 )
+FOLDING: dict[Caches, tuple[Pass, ...]] = {
+    "branches": (assign_slots,),
+    "sums": (fold_reuse, assign_slots),  # slots last: they need the final reads and writes
+}
 
 
 def program_from_schedule(
-    schedule: CacheSchedule, timesteps: Sequence[float], branches: Sequence[str], *, decode: bool = False
+    schedule: CacheSchedule,
+    timesteps: Sequence[float],
+    branches: Sequence[str],
+    *,
+    decode: bool = False,
+    caches: Caches = "branches",
 ) -> Program:
-    """The compiled program of a schedule."""
+    """The compiled program of a schedule. With "sums" every branch of the model has to add to the residual stream."""
     program = naive_program(schedule, timesteps, branches)
-    for transform in PASSES:
+    for transform in (*PASSES, *FOLDING[caches]):
         program = transform(program)
     program = program.model_copy(update={"epilogue": (DECODE,) if decode else ()})
     program.check()
@@ -187,8 +259,8 @@ def _with_steps(program: Program, steps: tuple[Step, ...]) -> Program:
 
 def _segment_name(mask: tuple[bool, ...]) -> str:
     if all(mask):
-        return "full"
-    return f"row-{digest_of(mask)[:8]}" if any(mask) else "reuse"
+        return FULL
+    return f"row-{digest_of(mask)[:8]}" if any(mask) else REUSE
 
 
 def _free_slot(busy_until: list[int], step: int, preferred: int | None) -> int:

@@ -218,6 +218,7 @@ class _BuildRun:
             condition_plan=store.plan_path(condition).absolute(),
             condition_sha256=store.record(condition).sha256,
             null_label=bundle.manifest.model.null_label if bundle.manifest.halves == 2 else None,
+            ahead=bundle.manifest.program.segment(key.segment).ahead,
             cache=calibration_cache(store, bundle, key.segment, method).absolute(),
         )
 

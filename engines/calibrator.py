@@ -24,7 +24,7 @@ from ditc.engines.trt import open_runtime
 from ditc.engines.trt_runtime import TensorRTEngine, calibration_cache, share_scratch
 from ditc.errors import DitcError, InputError
 from ditc.files import atomic_write
-from ditc.program import CONDITION
+from ditc.program import AHEAD, CONDITION
 from ditc.spec import Record
 
 __all__ = [
@@ -49,6 +49,7 @@ class CalibrationRequest(Record):
     condition_plan: Path
     condition_sha256: str
     null_label: int | None
+    ahead: int = 0  # how many later steps' tables the segment takes
     cache: Path
 
 
@@ -117,25 +118,26 @@ def open_calibrator(trt: Any, method: str, request: CalibrationRequest, sizes: M
     condition = TensorRTEngine(trt, runtime, log, plan, CONDITION, device)
     scratch = share_scratch([condition], device)
     points = CalibSet.load(request.points)
-    batches = calibration_batches(points, condition, device, sizes["batch"], request.null_label)
+    batches = calibration_batches(points, condition, device, sizes["batch"], request)
     yield make_calibrator(trt, method, batches, request.cache)
     device.synchronize()
     del scratch
 
 
 def calibration_batches(
-    points: CalibSet, condition: TensorRTEngine, device: Device, rows: int, null_label: int | None
+    points: CalibSet, condition: TensorRTEngine, device: Device, rows: int, request: CalibrationRequest
 ) -> Iterator[Batch]:
     """The inputs of a computing segment at every calibration point, batch by batch, on the device.
 
     Points of one step share a batch; the last of a step is filled up by repeating. `rows` counts guidance halves.
     """
-    halves = 1 if null_label is None else 2
+    halves = 1 if request.null_label is None else 2
     images = rows // halves
     t = device.empty(condition.inputs["t"].fixed_shape, condition.inputs["t"].dtype)
     y = device.empty((rows,), "int64")
     tables = {name: device.empty(port.fixed_shape, port.dtype) for name, port in condition.outputs.items()}
     row = {name: device.empty(table.shape[1:], table.dtype) for name, table in tables.items()}
+    later = {f"{AHEAD}.{name}": table.rows(0, request.ahead) for name, table in tables.items() if request.ahead}
     x = device.empty((rows, *points.x.shape[1:]), "float32")
     for name, tensor in (("t", t), ("y", y), *tables.items()):
         condition.bind(name, tensor)
@@ -145,14 +147,14 @@ def calibration_batches(
         for start in range(0, len(at_step), images):
             part = np.resize(at_step[start : start + images], images)
             labels = points.label[part]
-            nulls = [] if null_label is None else [np.full(images, null_label)]
+            nulls = [] if request.null_label is None else [np.full(images, request.null_label)]
             device.upload(np.concatenate([labels, *nulls]).astype(np.int64), y)
             device.upload(np.concatenate([points.x[part]] * halves), x)
             condition.enqueue()
             for name, table in tables.items():
                 device.copy(table.row(0), row[name])  # every step of this table is the same timestep
             device.synchronize()
-            yield {"x": x, **row}
+            yield {"x": x, **row, **later}  # TensorRT asks for those that the network has
 
 
 def calibration_caches(bundle: Bundle) -> list[Path]:

@@ -41,6 +41,10 @@ class DeviceTensor:
         stride = self.size_bytes // self.shape[0]
         return DeviceTensor(self.pointer + index * stride, self.dtype, self.shape[1:], self.memory)
 
+    def rows(self, first: int, count: int) -> DeviceTensor:
+        """`count` parts of the first axis from `first` on, sharing the memory."""
+        return DeviceTensor(self.row(first).pointer, self.dtype, (count, *self.shape[1:]), self.memory)
+
 
 class DeviceGraph(Protocol):
     """Work that was captured once and is queued again as one call."""

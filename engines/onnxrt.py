@@ -13,6 +13,7 @@ from typing import Any
 
 from ditc.engines.backend import Buffer, Engine, Port
 from ditc.errors import BundleError, DitcError, InputError
+from ditc.program import CONDITION
 
 __all__ = [
     "INTEGER_KERNELS",
@@ -108,15 +109,28 @@ class OnnxRuntimeBackend:
     threads: int = 0
     name: str = "onnxrt"
 
-    def session(self, segment: Path, optimized: Path | None = None, *, profile_prefix: str | None = None) -> Any:
-        """The session of a segment; with `optimized`, the graph that it really runs is written there.
+    def _options(self, segment: Path) -> Any:
+        """What a session is opened with.
 
-        `profile_prefix` switches the profiler on and begins the name of the file it writes.
+        `condition` runs once per request and holds a third of the weights: they stay mapped from the file, nothing of
+        it is packed, folded or kept between requests.
         """
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
+        if segment.name.split(".")[0] == CONDITION:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return options
+
+    def session(self, segment: Path, optimized: Path | None = None, *, profile_prefix: str | None = None) -> Any:
+        """The session of a segment; with `optimized`, the graph that it really runs is written there.
+
+        `profile_prefix` switches the profiler on and begins the name of the file it writes.
+        """
+        ort, options = import_onnxruntime(), self._options(segment)
         if profile_prefix is not None:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ditc.engines.linears import Linear, linears_of
+from ditc.engines.outputs import keep_outputs
 from ditc.engines.ranges import LEVELS, Histogram, clipping_range
 from ditc.engines.scale_table import ScaleTable
 
@@ -20,7 +21,7 @@ RunProbe = Callable[[Feeds], Mapping[str, NDArray[np.float32]]]
 
 
 def activation_probe(model: ir.Model) -> dict[str, tuple[str, ...]]:
-    """Make every activation that a linear layer reads an output of `model`.
+    """Make every activation that a linear layer reads an output of `model`, and drop what none of them needs.
 
     Returns the output's name -> the layers that read it: layers with one input (q, k and v) share one scale.
     """
@@ -30,8 +31,7 @@ def activation_probe(model: ir.Model) -> dict[str, tuple[str, ...]]:
         name = str(linear.activation.name)
         readers.setdefault(name, []).append(linear.path)
         values[name] = linear.activation
-    model.graph.outputs.clear()
-    model.graph.outputs.extend(values.values())
+    keep_outputs(model, list(values.values()))
     return {name: tuple(paths) for name, paths in readers.items()}
 
 

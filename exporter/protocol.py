@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from ditc.errors import CheckpointError
 from ditc.spec import ModelSpec
 
-__all__ = ["Branch", "TrajectoryModel", "check_decomposition", "example_inputs", "relative_error"]
+__all__ = [
+    "Branch",
+    "TrajectoryModel",
+    "branches_add",
+    "check_decomposition",
+    "example_inputs",
+    "relative_error",
+]
 
 
 class Branch(Protocol):
@@ -72,6 +79,30 @@ class TrajectoryModel(Protocol):
     def head(self, h: Tensor, parts: Any) -> Tensor:
         """The residual stream to (batch, out_channels, height, width)."""
         ...
+
+
+@torch.no_grad()
+def branches_add(model: TrajectoryModel, tolerance: float = 1e-4) -> bool:
+    """Does every branch add to the residual stream something that doesn't depend on it, in the stream's own shape?
+
+    Then what a step reuses is one sum over the branches, which an earlier step can make.
+    """
+    x, t, y = example_inputs(model.spec, 2)
+    parts = model.unpack({name: table[0] for name, table in model.condition(t[:1], y).items()})
+    h = model.embed(x)
+    if h.shape[1:] != model.spec.branch_shape:
+        return False
+    generator = torch.Generator().manual_seed(2)
+    for branch in model.branches:
+        out = torch.randn(len(x), *model.spec.branch_shape, generator=generator)
+        try:
+            term = branch.merge(torch.zeros(()), out, parts)
+        except (RuntimeError, IndexError, TypeError):
+            return False
+        merged = branch.merge(h, out, parts)
+        if term.shape != h.shape or not relative_error(merged, h + term) < tolerance:
+            return False
+    return True
 
 
 MEMBERS = ("spec", "branches", "decoder", "condition", "unpack", "embed", "head")

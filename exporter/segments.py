@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditc.exporter.protocol import Branch, TrajectoryModel, example_inputs
-from ditc.program import CONDITION, DECODE, Program, SegmentPlan
+from ditc.program import AHEAD, CONDITION, DECODE, Program, SegmentPlan
 
 __all__ = ["Segment", "segments_of"]
 
@@ -52,7 +52,10 @@ class Condition(nn.Module):
 
 
 class Trunk(nn.Module):
-    """One pass through the network with some branches computed and the others taken from a cache."""
+    """One pass through the network with some branches computed and the others taken from a cache.
+
+    Inputs after x: the step's tables; with `plan.ahead` those of the next steps, each (ahead, ...); the caches.
+    """
 
     def __init__(self, model: TrajectoryModel, plan: SegmentPlan, tables: tuple[str, ...]) -> None:
         super().__init__()
@@ -62,15 +65,26 @@ class Trunk(nn.Module):
         self.branch = nn.ModuleList(BranchScope(branch) for branch in model.branches)
 
     def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        tables = dict(zip(self.tables, rest, strict=False))
-        cached = dict(zip(self.plan.reads, rest[len(self.tables) :], strict=True))
+        tables, rest = self._tables(rest)
+        ahead, rest = self._tables(rest) if self.plan.ahead else ({}, rest)
+        cached = dict(zip(self.plan.reads, rest, strict=True))
         parts = self.model.unpack(tables)
+        later = [self.model.unpack({n: t[k] for n, t in ahead.items()}) for k in range(self.plan.ahead)]
         h = self.model.embed(x)
-        made = {}
+        if AHEAD in cached:
+            return (self.model.head(h + cached[AHEAD], parts),)
+        made = {f"{AHEAD}.{k + 1}": torch.zeros(()) for k in range(len(later))}
         for branch, scope, computes in zip(self.model.branches, self.branch, self.plan.compute, strict=True):
             made[branch.name] = out = scope(h, parts) if computes else cached[branch.name]
             h = branch.merge(h, out, parts)
+            for k, then in enumerate(later):
+                made[f"{AHEAD}.{k + 1}"] = branch.merge(made[f"{AHEAD}.{k + 1}"], out, then)
         return self.model.head(h, parts), *(made[name] for name in self.plan.writes)
+
+    def _tables(self, rest: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """The tables by name, and the inputs after them."""
+        count = len(self.tables)
+        return dict(zip(self.tables, rest[:count], strict=True)), rest[count:]
 
 
 class Decode(nn.Module):
@@ -102,13 +116,19 @@ def segments_of(model: TrajectoryModel, program: Program) -> Iterator[Segment]:
         cached = {
             f"cache.{name}": torch.randn(len(x), *model.spec.branch_shape, generator=generator) for name in plan.reads
         }
-        inputs = {"x": x, **step, **cached}
+        later = {f"{AHEAD}.{name}": _later_rows(table, plan.ahead) for name, table in conditioned.items() if plan.ahead}
+        inputs = {"x": x, **step, **later, **cached}
         yield Segment(
             name=plan.name,
             module=Trunk(model, plan, tuple(step)),
             inputs=inputs,
             outputs=("out", *(f"cache.{name}" for name in plan.writes)),
-            open_dims={name: {0: "batch"} for name in inputs},
+            open_dims={name: {1 if name in later else 0: "batch"} for name in inputs},
         )
     if DECODE in program.epilogue and model.decoder is not None:
         yield Segment(DECODE, Decode(model.decoder), {"latent": x[:2]}, ("image",), {"latent": {0: "batch"}})
+
+
+def _later_rows(table: Tensor, ahead: int) -> Tensor:
+    """Example tables of `ahead` later steps, all different: the two last rows of a table in turn, each scaled."""
+    return torch.stack([table[1 + k % 2] * (1 + 0.1 * k) for k in range(ahead)])

@@ -19,9 +19,9 @@ from ditc.engines.backend import DeviceEngine
 from ditc.engines.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor
 from ditc.engines.update import COLUMNS, UPDATE
 from ditc.errors import CheckError, DitcError, InputError
-from ditc.program import CONDITION, DECODE, Step
+from ditc.program import AHEAD, CONDITION, DECODE, Step
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.executor import NoiseSource, Samples, StepEvent, check_request
+from ditc.runtime.executor import NoiseSource, Samples, StepEvent, check_request, steps_ahead
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
 
@@ -166,12 +166,10 @@ class DeviceExecutor:
         engine.bind("t", self._t)
         engine.bind("y", self._labels)
         for name, table in self._tables.items():
-            engine.bind(name, table)
+            engine.bind(name, table.rows(0, len(self.program.steps)))
         engine.enqueue()
-        for name, rows in self._rows_of_tables.items():
-            if rows[0].memory is not self._tables[name].memory:
-                for index, row in enumerate(rows):
-                    self._device.copy(self._tables[name].row(index), row)
+        for part, own in self._copied_parts:
+            self._device.copy(part, own)
         self._device.copy(self._start_x, self._x[0])
 
     def _queue_step(self, step: Step) -> None:
@@ -180,10 +178,10 @@ class DeviceExecutor:
         x, after = self._x[step.index % 2], self._x[(step.index + 1) % 2]
         engine.bind("x", x)
         engine.bind("out", self._out)
-        for name, rows in self._rows_of_tables.items():
-            engine.bind(name, rows[step.index])
-        for branch, slot in (*step.reads.items(), *step.writes.items()):
-            engine.bind(f"cache.{branch}", self._slots[slot])
+        for name, part in self._table_parts[step.index].items():
+            engine.bind(name, part)
+        for port_name, slot in step.cache_ports:
+            engine.bind(port_name, self._slots[slot])
         engine.enqueue()
         update = self._engines[UPDATE]
         update.bind("x", x)
@@ -263,9 +261,8 @@ class DeviceExecutor:
             if self._adds_noise
             else []
         )
-        ports = self._engines[CONDITION].outputs.values()
-        self._tables = {port.name: device.empty(port.fixed_shape, port.dtype) for port in ports}
-        self._rows_of_tables = {name: self._table_rows(tensor) for name, tensor in self._tables.items()}
+        self._copied_parts: list[tuple[DeviceTensor, DeviceTensor]] = []
+        self._allocate_tables()
         shape, dtype = self._slot_form(count)
         self._slots = [device.empty(shape, dtype) for _ in range(self.program.slots)]
         if self.decodes:
@@ -278,18 +275,40 @@ class DeviceExecutor:
         self._device.upload(array, tensor)
         return tensor
 
-    def _table_rows(self, table: DeviceTensor) -> list[DeviceTensor]:
-        """The rows of a table; where their addresses would be odd, tensors of their own to copy them to."""
-        rows = [table.row(index) for index in range(table.shape[0])]
-        if all(row.pointer % ALIGNMENT == 0 for row in rows):
-            return rows
-        return [self._device.empty(row.shape, row.dtype) for row in rows]
+    def _allocate_tables(self) -> None:
+        """What `condition` makes, rows of zeros for steps past the last, and the parts of it that each step binds."""
+        later = {
+            name: {port.name: steps_ahead(port) for port in engine.inputs.values() if port.name.startswith(f"{AHEAD}.")}
+            for name, engine in self._engines.items()
+        }
+        past = max((count for ports in later.values() for count in ports.values()), default=0)
+        self._tables = {}
+        for port in self._engines[CONDITION].outputs.values():
+            steps, *shape = port.fixed_shape
+            self._tables[port.name] = self._uploaded(np.zeros((steps + past, *shape), port.dtype))
+        self._table_parts = []
+        for step in self.program.steps:
+            taken = self._engines[step.segment].inputs
+            tables = {name: table for name, table in self._tables.items() if name in taken}
+            parts = {name: self._placed(table.row(step.index)) for name, table in tables.items()}
+            for port_name, count in later[step.segment].items():
+                table = self._tables[port_name.removeprefix(f"{AHEAD}.")]
+                parts[port_name] = self._placed(table.rows(step.index + 1, count))
+            self._table_parts.append(parts)
+
+    def _placed(self, part: DeviceTensor) -> DeviceTensor:
+        """A part of a table; where its address would be odd, a tensor of its own that it is copied to."""
+        if part.pointer % ALIGNMENT == 0:
+            return part
+        own = self._device.empty(part.shape, part.dtype)
+        self._copied_parts.append((part, own))
+        return own
 
     def _slot_form(self, count: int) -> tuple[tuple[int, ...], str]:
         """Shape and type in which segments hand over cached outputs: those of the first one written."""
         for step in self.program.steps:
-            for branch in step.writes:
-                return (count, *self.spec.branch_shape), self._engines[step.segment].outputs[f"cache.{branch}"].dtype
+            for value in step.writes:
+                return (count, *self.spec.branch_shape), self._engines[step.segment].outputs[f"cache.{value}"].dtype
         return (count, *self.spec.branch_shape), "float32"
 
 

@@ -17,11 +17,20 @@ from numpy.typing import NDArray
 
 from ditc.engines.backend import Buffer, Engine, Port
 from ditc.errors import InputError
-from ditc.program import CONDITION, Program, Step
+from ditc.program import AHEAD, CONDITION, Program, Step
 from ditc.runtime.samplers import Row, needs_noise, update
 from ditc.spec import ModelSpec
 
-__all__ = ["Compensation", "Executor", "NoiseSource", "Samples", "StepEvent", "check_request", "seeded_noise"]
+__all__ = [
+    "Compensation",
+    "Executor",
+    "NoiseSource",
+    "Samples",
+    "StepEvent",
+    "check_request",
+    "seeded_noise",
+    "steps_ahead",
+]
 
 Samples = NDArray[np.float32]
 NoiseSource = Callable[[int], Samples]  # step -> fresh noise, (batch, channels, height, width)
@@ -56,7 +65,7 @@ class _Buffers:
     x: Samples
     labels: NDArray[np.int64]
     out: Samples
-    condition: dict[str, Buffer]  # name -> (steps, rows, ...)
+    condition: dict[str, Buffer]  # name -> (steps, rows, ...), and rows of zeros for steps past the last
     slots: tuple[Buffer, ...]  # each (rows, *branch_shape)
 
 
@@ -126,7 +135,7 @@ class Executor:
         engine.bind("t", np.array([row["t"] for row in self._rows], dtype=np.float32))
         engine.bind("y", buffers.labels)
         for name, table in buffers.condition.items():
-            engine.bind(name, table)
+            engine.bind(name, table[: len(self._rows)])
         engine.run()
 
     def _run_step(self, step: Step, x: Samples, buffers: _Buffers, fresh_noise: NoiseSource) -> StepEvent:
@@ -159,9 +168,12 @@ class Executor:
         engine.bind("x", buffers.x)
         engine.bind("out", buffers.out)
         for name, table in buffers.condition.items():
-            engine.bind(name, table[step.index])
-        for branch, slot in (*step.reads.items(), *step.writes.items()):
-            engine.bind(f"cache.{branch}", buffers.slots[slot])
+            if name in engine.inputs:
+                engine.bind(name, table[step.index])
+            if (later := engine.inputs.get(f"{AHEAD}.{name}")) is not None:
+                engine.bind(later.name, table[step.index + 1 : step.index + 1 + steps_ahead(later)])
+        for port, slot in step.cache_ports:
+            engine.bind(port, buffers.slots[slot])
         return engine
 
     def _guided(self, out: Samples, count: int) -> tuple[Samples, Samples | None]:
@@ -176,23 +188,35 @@ class Executor:
 
     def _allocate(self, count: int) -> _Buffers:
         rows = count * self.halves
-        sizes = {"batch": rows, "steps": len(self.program.steps)}
+        sizes = {"batch": rows, "steps": len(self.program.steps) + self._most_ahead()}
         outputs = self._engines[CONDITION].outputs.values()
         slot_shape, slot_type = (rows, *self.spec.branch_shape), self._slot_type()
         return _Buffers(
             x=np.empty((rows, *self.spec.latent_shape), np.float32),
             labels=np.empty(rows, np.int64),
             out=np.empty((rows, self.spec.out_channels, self.spec.height, self.spec.width), np.float32),
-            condition={port.name: np.empty(_shape(port, sizes), port.dtype) for port in outputs},
+            condition={port.name: np.zeros(_shape(port, sizes), port.dtype) for port in outputs},
             slots=tuple(np.empty(slot_shape, slot_type) for _ in range(self.program.slots)),
         )
+
+    def _most_ahead(self) -> int:
+        """How many rows of the tables past its own a step may be given."""
+        ports = (port for engine in self._engines.values() for port in engine.inputs.values())
+        return max((steps_ahead(port) for port in ports if port.name.startswith(f"{AHEAD}.")), default=0)
 
     def _slot_type(self) -> str:
         """The type in which segments hand over cached outputs: that of the first one written."""
         for step in self.program.steps:
-            for branch in step.writes:
-                return self._engines[step.segment].outputs[f"cache.{branch}"].dtype
+            for value in step.writes:
+                return self._engines[step.segment].outputs[f"cache.{value}"].dtype
         return "float32"
+
+
+def steps_ahead(port: Port) -> int:
+    """How many later steps' rows an input AHEAD.TABLE takes."""
+    count = port.shape[0]
+    assert isinstance(count, int)  # the export fixes it
+    return count
 
 
 def check_request(spec: ModelSpec, labels: Sequence[int], noise: Samples) -> None:

@@ -47,6 +47,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     return {
         "cached": made("cached", policy="fora:2"),
         "fp32-cached": made("fp32-cached", policy="fora:2", precision="fp32", vc="none"),
+        "fp32-branches": made("fp32-branches", policy="fora:2", precision="fp32", vc="none", caches="branches"),
         "fp32-none": made("fp32-none", policy="none", precision="fp32", vc="none"),
         "fp32-fora1": made("fp32-fora1", policy="fora:1", precision="fp32", vc="none"),
     }

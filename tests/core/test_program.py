@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditc.errors import InputError
-from ditc.program import Program, SegmentPlan, Step, program_from_schedule
+from ditc.program import Caches, Program, SegmentPlan, Step, program_from_schedule
 from ditc.schedule import CacheSchedule
 
 LAW = settings(deadline=None)  # a busy machine stalls now and then
@@ -23,9 +23,9 @@ def schedules(draw: st.DrawFn) -> CacheSchedule:
     return CacheSchedule(compute=((True,) * width, *later))
 
 
-def compiled(schedule: CacheSchedule, *, decode: bool = False) -> Program:
+def compiled(schedule: CacheSchedule, *, decode: bool = False, caches: Caches = "branches") -> Program:
     timesteps = [float(t) for t in range(schedule.steps - 1, -1, -1)]
-    return program_from_schedule(schedule, timesteps, NAMES[: len(schedule.compute[0])], decode=decode)
+    return program_from_schedule(schedule, timesteps, NAMES[: len(schedule.compute[0])], decode=decode, caches=caches)
 
 
 def computed_by(step: Step, program: Program, schedule: CacheSchedule) -> list[str]:
@@ -185,6 +185,46 @@ def test_a_program_survives_json(schedule: CacheSchedule, decode: bool) -> None:
 def test_the_same_schedule_gives_the_same_bytes() -> None:
     schedule = rows("xxx", "x.x", "..x", "xxx", ".x.")
     assert compiled(schedule).model_dump_json() == compiled(schedule).model_dump_json()
+
+
+@LAW
+@given(st.integers(2, 6), st.integers(2, 20))
+def test_a_sum_is_read_once_and_by_the_step_it_was_made_for(interval: int, steps: int) -> None:
+    program = compiled(fora(interval, steps, width=5), caches="sums")
+    slots: dict[int, tuple[str, int]] = {}
+    for step in program.steps:
+        for value, slot in step.reads.items():
+            writer = step.index - int(value.removeprefix("ahead."))
+            assert slots.pop(slot) == (value, writer)
+            assert writer == step.index // interval * interval
+        slots |= {slot: (value, step.index) for value, slot in step.writes.items()}
+        assert bool(step.reads) == (step.index % interval > 0)
+    assert program.slots == min(interval, steps) - 1
+
+
+def test_with_sums_the_full_step_looks_ahead_and_the_reuse_step_has_one_cache() -> None:
+    program = compiled(fora(3, 8), caches="sums")
+    full, reuse = program.segments
+    assert (full.writes, full.ahead) == (("ahead.1", "ahead.2"), 2)
+    assert (reuse.reads, reuse.ahead) == (("ahead",), 0)
+    assert [list(step.cache_ports) for step in program.steps[:3]] == [
+        [("cache.ahead.1", 0), ("cache.ahead.2", 1)],
+        [("cache.ahead", 0)],
+        [("cache.ahead", 1)],
+    ]
+    assert set(program.steps[6].writes) == {"ahead.1", "ahead.2"}  # the last interval is shorter, the segment the same
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        rows("xxx", "x..", "...", "xxx"),  # a step that computes some branches needs the others by themselves
+        rows("xxx", "xxx"),
+        rows("xx", "..", "..", ".."),  # three sums take more memory than two branches
+    ],
+)
+def test_a_schedule_that_gains_nothing_from_sums_keeps_the_branches(schedule: CacheSchedule) -> None:
+    assert compiled(schedule, caches="sums") == compiled(schedule)
 
 
 def hand_made(*steps: Step) -> Program:

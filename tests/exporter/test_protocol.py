@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ditc.errors import CheckpointError
 from ditc.exporter.models import load_model
-from ditc.exporter.protocol import TrajectoryModel, check_decomposition, example_inputs, relative_error
+from ditc.exporter.protocol import TrajectoryModel, branches_add, check_decomposition, example_inputs, relative_error
 from ditc.spec import DiffusionSpec, ModelSpec
 
 OWN_FILE = Path(__file__).parents[1] / "models" / "separate_qkv.py"
@@ -62,6 +62,26 @@ def test_a_model_written_differently_is_accepted(own: ModuleType) -> None:
     model = own.build().eval()
     assert isinstance(model, TrajectoryModel)
     check_decomposition(model)
+
+
+def test_branches_that_add_to_the_stream_are_known(own: ModuleType) -> None:
+    assert branches_add(own.build())
+
+
+@pytest.mark.parametrize(
+    ("what", "merge"),
+    [
+        ("scales the stream", lambda self, h, out, parts: 0.5 * h + out),
+        ("gates by the stream", lambda self, h, out, parts: h + h.sigmoid() * out),
+        ("joins tokens", lambda self, h, out, parts: torch.cat([h, out], dim=1)[:, : h.shape[1]]),
+        ("adds one number a token", lambda self, h, out, parts: h + out.mean(dim=-1, keepdim=True)),
+    ],
+)
+def test_branches_that_do_more_than_add_are_known(
+    what: str, merge: Any, own: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own.FeedForwardBranch, "merge", merge)
+    assert not branches_add(own.build()), what
 
 
 def test_a_merge_that_forgets_the_gate_is_refused(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

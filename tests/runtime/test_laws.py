@@ -117,10 +117,26 @@ def test_guidance_leaves_the_unguided_channel_conditional(bundles: dict[str, Bun
         assert not np.allclose(events[4.0].x[:, :2], events[1.0].x[:, :2], atol=1e-3)
 
 
+def test_sums_made_ahead_give_what_the_branches_give(bundles: dict[str, Bundle], pipes: dict[str, Pipeline]) -> None:
+    """The same trajectory, one sum kept for each step that reuses, up to the order of the additions."""
+    sums, branches = (bundles[name].manifest.program for name in ("fp32-cached", "fp32-branches"))
+    assert (sums.slots, branches.slots) == (1, 4)
+    for events in zip(*(pipes[n].generate(LABELS, seed=3) for n in ("fp32-cached", "fp32-branches")), strict=True):
+        assert relative_error(events[0].x, events[1].x) < 1e-6
+
+
+def test_a_step_that_reuses_sums_adds_once(bundles: dict[str, Bundle]) -> None:
+    model = load_model(bundles["fp32-cached"].segment_path("reuse"))
+    assert [value.name for value in model.graph.inputs] == ["x", "modulation", "cache.ahead"]
+    operators = [node.op_type for node in model.graph]
+    assert operators.count("Mul") == 1  # the final layer's scale
+    assert operators.count("Add") == 4  # positions, the sum, the final layer's shift and bias
+
+
 def test_the_residual_is_applied_once_per_branch(bundles: dict[str, Bundle]) -> None:
     """`reuse` adds every cached branch to the stream once: two operations a branch, none doubled."""
-    nodes = [node.op_type for node in load_model(bundles["fp32-cached"].segment_path("reuse")).graph]
-    branches = len(bundles["fp32-cached"].manifest.model.branches)
+    nodes = [node.op_type for node in load_model(bundles["fp32-branches"].segment_path("reuse")).graph]
+    branches = len(bundles["fp32-branches"].manifest.model.branches)
     assert nodes.count("Mul") == branches + 1  # each gate, and the final layer's scale
     assert nodes.count("MatMul") == 1  # the final layer
 
