@@ -2,8 +2,8 @@
 
     python benchmarks/digits_card.py --images 1000 --seeds 0 1 2
 
-Frechet distance over the 64 pixels and class agreement, as `ditc demo` measures them, per seed; beside it the same
-distance between the real training and held-out digits, for scale.
+Frechet distances over the 64 pixels and over the classifier's 64 features, and class agreement, as `ditc demo` measures
+them, per seed; beside it the same distances between the real training and held-out digits, for scale.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ditc.compiler.demo import DigitJudge
 from ditc.compiler.eager import eager_images
+from ditc.compiler.features import digit_quality, open_extractor
 from ditc.compiler.machine import machine
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.train_digits import digits_split
+from ditc.runtime.distributions import frechet_distance
 from ditc.runtime.executor import seeded_noise
-from ditc.runtime.quality import frechet_distance
 from ditc.runtime.samplers import sampler_table
 
 HERE = Path(__file__).parent
@@ -46,21 +46,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    judge = DigitJudge()
     train, _, held_out, _ = (part.numpy() for part in digits_split())
     results = []
     for sampler in ("ddim", "ddpm"):
         for seed in options.seeds:
             images, labels, seconds = sample(sampler, seed, options.images)
-            row = {"sampler": sampler, "seed": seed, "images": options.images, **judge.measure(images, labels)}
+            row = {"sampler": sampler, "seed": seed, "images": options.images, **digit_quality(images, labels)}
             results.append(row | {"seconds_per_10000_images": seconds * 10_000 / options.images})
             print(results[-1])
-    floor = frechet_distance(train.reshape(len(train), -1), held_out.reshape(len(held_out), -1))
+    extractors = [open_extractor(name, train.shape[1:]) for name in ("pixels", "digits")]
+    floor = {each.name: frechet_distance(each.features(held_out), each.features(train)) for each in extractors}
     found = {
         "machine": machine(),
         "steps": 50,
         "guidance": 1.5,
-        "classifier_held_out_accuracy": judge.held_out_accuracy,
         "frechet_distance_real_train_to_held_out": floor,
         "results": results,
     }

@@ -18,6 +18,7 @@ from ditc.compiler.printing import (
     print_bisection,
     print_demo,
     print_estimate,
+    print_evaluation,
     print_facts,
     print_inspection,
     print_json,
@@ -327,6 +328,37 @@ def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None,
     )
 
 
+@cli.command("evaluate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--images", type=int, default=1000, show_default=True, help="Images of each seed.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of the noise: 0,1,2.")
+@click.option("--features", metavar="digits|pixels|inception", help="What images are measured by; default the model's.")
+@click.option("--real", metavar="fp|digits|PATH", help="Real images: a folder, an .npz file; default the model's.")
+@click.option("--batch", type=int, help="Images of one request; default is what fits a small buffer.")
+@click.option("--step-images", type=int, default=64, show_default=True, help="Images followed step by step.")
+@click.option("--rounds", type=int, default=1000, show_default=True, help="Rounds of the bootstrap.")
+@click.option("--save", type=click.Path(path_type=Path), help="Folder for report, features and FP images.")
+@click.option(
+    "--fail-if-worse",
+    type=float,
+    help="Fail (exit code 1) where the interval of the Frechet distance less FP's lies above this.",
+)
+@place_options
+@as_json
+def evaluate_command(bundle: Path, seeds: str, save: Path | None, json_: bool, **settings: Any) -> None:
+    """Measure a bundle's images: against FP on the same noise, and against real images, with intervals."""
+    from ditc.compiler.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle
+    from ditc.compiler.running import Place
+
+    place = Place(**{name: settings.pop(name) for name in ("target", "engines", "graphs")})
+    options = EvaluateOptions(seeds=seeds_from_text(seeds), **settings).checked()
+    with progress_on_stderr() as progress:
+        found = evaluate_bundle(bundle, options, place=place, save=save, progress=progress)
+    print_json(found) if json_ else print_evaluation(found)
+    if options.fail_if_worse is not None:
+        check_not_worse(found, options.fail_if_worse)
+
+
 @cli.command("export-polygraphy")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
@@ -465,6 +497,14 @@ def labels_from_text(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as e:
         raise InputError(f"labels must be whole numbers with commas between, like 207,360; found {text!r}") from e
+
+
+def seeds_from_text(text: str) -> tuple[int, ...]:
+    """ "0,1,2" to (0, 1, 2)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as e:
+        raise InputError(f"--seeds must be whole numbers with commas between, like 0,1,2; found {text!r}") from e
 
 
 @contextmanager

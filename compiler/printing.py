@@ -14,6 +14,7 @@ __all__ = [
     "print_calibration",
     "print_demo",
     "print_estimate",
+    "print_evaluation",
     "print_facts",
     "print_inspection",
     "print_json",
@@ -126,6 +127,56 @@ def print_estimate(found: dict[str, Any]) -> None:
     )
 
 
+def print_evaluation(found: dict[str, Any]) -> None:
+    """Pairs, distributions with their intervals, and the drift of every step."""
+    bundle, seeds = found["bundle"], ", ".join(map(str, found["seeds"]))
+    click.echo(f"{bundle['model']} {bundle['precision']}, {bundle['policy']}: {found['n']:,} images, seeds {seeds}")
+    click.echo(f"intervals: {found['bootstrap']['level']:.0%}, {found['bootstrap']['rounds']:,} bootstrap rounds\n")
+    click.echo(f"{'against FP, same noise':<26}{'mean':>10}{'interval':>22}{'worst':>11}")
+    for name, row in found["paired"].items():
+        if "skipped" in row:
+            click.echo(f"{name:<26}not measured: {row['skipped']}")
+            continue
+        label = f"{name}, window {row['window']}" if "window" in row else name
+        span = f"{row['low']:.4f} to {row['high']:.4f}"
+        click.echo(f"{label:<26}{row['mean']:>10.4f}{span:>22}{row['worst']:>11.4f}")
+    print_distribution(found["distribution"])
+    print_drift(found["steps"])
+
+
+def print_distribution(found: dict[str, Any]) -> None:
+    """Both sides against the real images, and their difference."""
+    if "skipped" in found:
+        click.echo(f"\nno distribution measures: {found['skipped']}")
+        return
+    click.echo(f"\nfeatures: {found['features']['name']}, {found['features']['about']}; real: {found['real']['about']}")
+    sides = ("bundle", "fp", "difference")
+    click.echo(f"{'':<18}" + "".join(f"{name:>11}{'interval':>20}" for name in ("bundle", "FP", "difference")))
+    for name in (name for name, row in found["bundle"].items() if row is not None):
+        cells = (found[side][name] for side in sides)
+        text = (f"{row['value']:>11.4f}{row['low']:>9.4f} to{row['high']:>8.4f}" for row in cells)
+        click.echo(f"{name.replace('_', ' '):<18}{''.join(text)}")
+    small = [found[side]["frechet_distance"]["bias"] for side in sides[:2]]
+    click.echo(f"of the Frechet distances about {small[0]:.4f} and {small[1]:.4f} come from the number of images alone")
+    for row in found["per_seed"]:
+        distances = f"{row['bundle']['frechet_distance']:.4f}, FP {row['fp']['frechet_distance']:.4f}"
+        click.echo(f"  seed {row['seed']}, {row['n']:,} images: Frechet distance {distances}")
+
+
+def print_drift(steps: dict[str, Any]) -> None:
+    """Per step the relative error, and of mean and variance the channel that drifts most; beside it without VC."""
+    names = {"bundle": "bundle", "uncompensated": "without compensation"}
+    click.echo(f"\n{steps['bundle']['images']} images step by step; of the channels the one that drifts most")
+    click.echo("      " + "".join(f"{names[side]:<34}" for side in steps))
+    click.echo("step  " + f"{'error':<10}{'mean/std':<12}{'variance':<12}" * len(steps))
+    for step in range(len(steps["bundle"]["relative_error"])):
+        cells = ""
+        for drift in steps.values():
+            mean, variance = (max(drift[name][step], key=abs) for name in ("mean_drift", "variance_drift"))
+            cells += f"{drift['relative_error'][step]:<10.5f}{mean:<+12.5f}{variance:<+12.5f}"
+        click.echo(f"{step:4d}  {cells.rstrip()}")
+
+
 def print_bisection(found: Any, top: int) -> None:
     """The worst groups of layers, `top` of them."""
     from ditc.compiler.listing import joined_names
@@ -162,7 +213,8 @@ def print_demo(found: dict[str, Any]) -> None:
         name = f"ms per image, batch {batch}"
         numbers = f"{times['torch'] * 1e3:>16.2f}{times['compiled'] * 1e3:>16.2f}{times['ratio']:>8.1f}x"
         click.echo(f"{name:<30}{numbers}")
-    click.echo(f"{'Frechet distance (pixels)':<30}{torch['frechet_distance']:>16.3f}{ours['frechet_distance']:>16.3f}")
+    for name, key in (("pixels", "frechet_distance"), ("classifier", "frechet_distance_classifier")):
+        click.echo(f"{f'Frechet distance ({name})':<30}{torch[key]:>16.3f}{ours[key]:>16.3f}")
     click.echo(f"{'class agreement':<30}{torch['class_agreement']:>16.1%}{ours['class_agreement']:>16.1%}")
     click.echo(f"{'PSNR against torch':<30}{'':>16}{ours['psnr_db']:>13.1f} dB")
     ratio = torch["size_bytes"] / ours["size_bytes"]

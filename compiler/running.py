@@ -31,8 +31,15 @@ class Place:
     engines: Path | None = None
     graphs: str = "trajectory"
 
-    def load(self, bundle: Path, *, reference: bool = False) -> Pipeline:
-        return load(bundle, target=self.target, engines=self.engines, graphs=self.graphs, reference=reference)
+    def load(self, bundle: Path, *, reference: bool = False, compensation: bool = True) -> Pipeline:
+        return load(
+            bundle,
+            target=self.target,
+            engines=self.engines,
+            graphs=self.graphs,
+            reference=reference,
+            compensation=compensation,
+        )
 
 
 HERE = Place()

@@ -41,11 +41,13 @@ def load(
     graphs: str = "trajectory",
     backend: Backend | DeviceBackend | None = None,
     reference: bool = False,
+    compensation: bool = True,
 ) -> Pipeline:
     """Open a bundle. `reference=True` runs its FP, uncached program instead of the compiled one, on the CPU.
 
-    `target` is where it runs, None for the one it was compiled for; `engines` the folder of its engines where that is
-    not the bundle's own; `graphs` how much one CUDA graph holds ("trajectory", "step", "none"); `backend` stands in
+    `compensation=False` leaves out the variance compensation it was compiled with, to see what that does. `target` is
+    where it runs, None for the one it was compiled for; `engines` the folder of its engines where that is not the
+    bundle's own; `graphs` how much one CUDA graph holds ("trajectory", "step", "none"); `backend` stands in
     for the target's. Raises BundleError, naming the file, where anything in the bundle differs from its manifest.
     """
     if graphs not in GRAPHS:
@@ -56,7 +58,7 @@ def load(
     elif backend is None:
         chosen = target or str(bundle.manifest.settings.get("target", "cpu"))
         backend = backend_for(chosen, None if engines is None else Path(engines))
-    return Pipeline(bundle, backend=backend, reference=reference, graphs=graphs)
+    return Pipeline(bundle, backend=backend, reference=reference, compensation=compensation, graphs=graphs)
 
 
 def open_engines(stack: ExitStack, backend: Backend, segments: Mapping[str, Path]) -> dict[str, Engine]:
@@ -78,6 +80,7 @@ class Pipeline:
         *,
         backend: Backend | DeviceBackend,
         reference: bool = False,
+        compensation: bool = True,
         graphs: str = "none",
     ) -> None:
         if reference and not bundle.has_reference:
@@ -85,6 +88,7 @@ class Pipeline:
         self.bundle = bundle
         self.backend = backend
         self.reference = reference
+        self._compensated = compensation and not reference
         self._stack = ExitStack()
         self._graphs = graphs
         self._executor: Executor | DeviceExecutor | None = None
@@ -118,16 +122,20 @@ class Pipeline:
         place = self.bundle.reference_path if self.reference else self.bundle.segment_path
         engines = open_engines(self._stack, backend, {name: place(name) for name in names})
         self.engines, self._decoder = engines, engines.get(DECODE)
-        manifest, tables = self.bundle.manifest, self.bundle.tables()
+        manifest, tables = self.bundle.manifest, self._tables()
         columns = {n.removeprefix("sampler."): t for n, t in tables.items() if n.startswith("sampler.")}
-        compensation = None if self.reference else TableCompensation.from_tables(tables)
+        compensation = TableCompensation.from_tables(tables)
         return Executor(manifest.model, self.program, columns, engines, manifest.guidance, compensation)
+
+    def _tables(self) -> dict[str, NDArray[Any]]:
+        tables = self.bundle.tables()
+        return {n: t for n, t in tables.items() if self._compensated or not n.startswith("compensation.")}
 
     def _on_device(self, backend: DeviceBackend, names: Sequence[str]) -> DeviceExecutor:
         device = self._stack.enter_context(backend.device())
         self.engines = engines = self._stack.enter_context(backend.engines(self.bundle, names, device))
         graphs = self._graphs if backend.captures else "none"
-        return DeviceExecutor(self.bundle.manifest, self.bundle.tables(), engines, device, graphs=graphs)
+        return DeviceExecutor(self.bundle.manifest, self._tables(), engines, device, graphs=graphs)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -152,16 +160,19 @@ class Pipeline:
             last = event.index == event.steps - 1
             yield replace(event, images=self.decode(event.x)) if last and self.makes_images else event
 
-    def latents(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None) -> Samples:
+    def latents(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None, first: int = 0) -> Samples:
         """Finished samples before decoding, (n, channels, height, width), in batches of the bundle's size."""
         executor = self._open_executor()
-        return np.concatenate([executor.last(*request) for request in self._requests(labels, seed, noise)])
+        return np.concatenate([executor.last(*request) for request in self._requests(labels, seed, noise, first)])
 
-    def images(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None) -> Samples:
-        """Images in [-1, 1], float32 (n, channels, height, width), in batches of the bundle's size."""
+    def images(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None, first: int = 0) -> Samples:
+        """Images in [-1, 1], float32 (n, channels, height, width), in batches of the bundle's size.
+
+        The first one is image `first` of the seed.
+        """
         self.check_makes_images()
         executor = self._open_executor()
-        requests = self._requests(labels, seed, noise)
+        requests = self._requests(labels, seed, noise, first)
         if isinstance(executor, DeviceExecutor) and executor.decodes:  # the latents stay on the device
             return np.concatenate([np.clip(executor.last_images(*request), -1, 1) for request in requests])
         return np.concatenate([self.decode(executor.last(*request)) for request in requests])
@@ -200,7 +211,7 @@ class Pipeline:
             )
 
     def _requests(
-        self, labels: Sequence[int], seed: int, noise: Samples | None
+        self, labels: Sequence[int], seed: int, noise: Samples | None, offset: int
     ) -> Iterator[tuple[Sequence[int], Samples, NoiseSource]]:
         """Labels, x_T and the source of fresh noise, in batches of the bundle's size."""
         size = self.bundle.manifest.batch
@@ -210,7 +221,7 @@ class Pipeline:
             raise InputError(f"noise must have one sample per label: {len(labels)} labels, found {len(noise)}")
         for first in range(0, len(labels), size):
             part = labels[first : first + size]
-            drawn, fresh = seeded_noise(seed, first, len(part), self.bundle.manifest.model.latent_shape)
+            drawn, fresh = seeded_noise(seed, offset + first, len(part), self.bundle.manifest.model.latent_shape)
             yield part, drawn if noise is None else noise[first : first + size], fresh
 
     def _open_executor(self) -> Executor | DeviceExecutor:

@@ -1,16 +1,36 @@
-"""How far one set of images is from another."""
+"""How far images and trajectories are from the exact ones they are paired with: same noise, same label.
+
+Every measure of images takes `found` and `exact`, each (n, channels, height, width), and gives one number per image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["frechet_distance", "psnr_db", "relative_error", "trajectory_comparison"]
+from ditc.spec import Record
+
+__all__ = [
+    "PAIRED",
+    "StepDrift",
+    "cosine",
+    "psnr_db",
+    "relative_error",
+    "ssim",
+    "ssim_window",
+    "step_drift",
+    "trajectory_comparison",
+]
 
 Array = NDArray[Any]
+Numbers = NDArray[np.float64]
+
+PEAK = 2.0  # the range of values of images in [-1, 1]
+SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004
+PIXEL_AXES = (0, 2, 3)  # every axis but the channels
 
 
 def relative_error(found: Array, expected: Array) -> float:
@@ -18,25 +38,90 @@ def relative_error(found: Array, expected: Array) -> float:
     return float(np.linalg.norm(np.float64(found) - np.float64(expected)) / np.linalg.norm(np.float64(expected)))
 
 
-def psnr_db(found: Array, expected: Array, peak: float = 2.0) -> NDArray[np.float64]:
+def psnr_db(found: Array, exact: Array, peak: float = PEAK) -> Numbers:
     """Peak signal-to-noise ratio of each image in dB, (n,); `peak` is the range of values, 2 for [-1, 1]."""
-    gap = (np.float64(found) - np.float64(expected)).reshape(len(found), -1)
+    gap = (np.float64(found) - np.float64(exact)).reshape(len(found), -1)
     return np.asarray(10 * np.log10(peak**2 / np.maximum((gap**2).mean(axis=1), 1e-20)))
 
 
-def frechet_distance(a: Array, b: Array) -> float:
-    """Frechet distance between Gaussians fitted to two sets of feature vectors, each (n, features).
+def cosine(found: Array, exact: Array) -> Numbers:
+    """Cosine of the angle between the two images of each pair, as vectors; (n,)."""
+    a, b = (np.float64(images).reshape(len(images), -1) for images in (found, exact))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(axis=1) / np.maximum(lengths, 1e-20))
 
-    |mu_a - mu_b|^2 + tr(Ca + Cb - 2 (Ca Cb)^(1/2)); the trace of the root comes from the eigenvalues of
-    Ca^(1/2) Cb Ca^(1/2), which is symmetric.
+
+def ssim_window(height: int, width: int) -> int:
+    """The side of SSIM's window in pixels: 11, or the largest odd number that fits a smaller image."""
+    fits = min(height, width)
+    return min(SSIM_WINDOW, fits - 1 + fits % 2)
+
+
+def ssim(found: Array, exact: Array, peak: float = PEAK) -> Numbers:
+    """Structural similarity of each pair, (n,): 1 for equal images (Wang, Bovik, Sheikh and Simoncelli 2004, eq. 13).
+
+    Means, variances and the covariance are local, under a Gaussian window of deviation 1.5 at every place where it
+    fits whole; averaged over places and channels.
     """
-    a64, b64 = np.float64(a), np.float64(b)
-    cov_a, cov_b = np.cov(a64, rowvar=False), np.cov(b64, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0)).sum()
-    means = ((a64.mean(axis=0) - b64.mean(axis=0)) ** 2).sum()
-    return float(means + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    height, width = found.shape[-2:]
+    side = ssim_window(height, width)
+    rows, columns = sliding_gaussian(height, side), sliding_gaussian(width, side)
+
+    def local(values: Numbers) -> Numbers:
+        return np.asarray(rows @ values @ columns.T)
+
+    a, b = np.float64(found), np.float64(exact)
+    mean_a, mean_b = local(a), local(b)
+    var_a, var_b, covariance = local(a * a) - mean_a**2, local(b * b) - mean_b**2, local(a * b) - mean_a * mean_b
+    c1, c2 = (SSIM_K1 * peak) ** 2, (SSIM_K2 * peak) ** 2
+    top = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    bottom = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    return np.asarray((top / bottom).mean(axis=(1, 2, 3)))
+
+
+def sliding_gaussian(size: int, side: int) -> Numbers:
+    """A Gaussian window of `side` pixels at every place along `size` pixels, as a matrix (places, size)."""
+    weights = np.exp(-(((np.arange(side) - side // 2) / SSIM_SIGMA) ** 2) / 2)
+    matrix = np.zeros((size - side + 1, size))
+    for place, row in enumerate(matrix):
+        row[place : place + side] = weights / weights.sum()
+    return matrix
+
+
+PAIRED: dict[str, Callable[[Array, Array], Numbers]] = {"psnr_db": psnr_db, "ssim": ssim, "cosine": cosine}
+
+
+class StepDrift(Record):
+    """What a trajectory does to the samples after each step, against the exact one on the same noise.
+
+    `relative_error` is per step. The drifts are per step and channel: `mean_drift` how far the mean has moved, in
+    standard deviations of the exact samples; `variance_drift` the ratio of the variances less 1. A channel that is
+    constant in the exact samples has drift 0.
+    """
+
+    images: int
+    relative_error: tuple[float, ...]
+    mean_drift: tuple[tuple[float, ...], ...]
+    variance_drift: tuple[tuple[float, ...], ...]
+
+
+def step_drift(found: Sequence[Array], exact: Sequence[Array]) -> StepDrift:
+    """The drift of samples after each step, each (n, channels, height, width), from the exact ones."""
+    drifts = [_channel_drift(np.float64(f), np.float64(e)) for f, e in zip(found, exact, strict=True)]
+    return StepDrift(
+        images=len(exact[0]),
+        relative_error=tuple(relative_error(f, e) for f, e in zip(found, exact, strict=True)),
+        mean_drift=tuple(tuple(means.tolist()) for means, _ in drifts),
+        variance_drift=tuple(tuple(variances.tolist()) for _, variances in drifts),
+    )
+
+
+def _channel_drift(found: Numbers, exact: Numbers) -> tuple[Numbers, Numbers]:
+    spread = exact.std(axis=PIXEL_AXES)
+    varies = spread > 1e-12
+    gap = found.mean(axis=PIXEL_AXES) - exact.mean(axis=PIXEL_AXES)
+    ratio = np.divide(found.std(axis=PIXEL_AXES), spread, out=np.ones_like(spread), where=varies)
+    return np.divide(gap, spread, out=np.zeros_like(spread), where=varies), ratio**2 - 1
 
 
 def trajectory_comparison(found: Sequence[Array], exact: Sequence[Array]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def test_generating_from_a_bundle_loads_no_torch(cached_bundle_path: Path) -> No
     assert loaded.isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("command", ["run", "verify", "inspect", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["run", "verify", "evaluate", "inspect", "bench", "doctor"])
 def test_a_deployment_runs_every_command_but_those_that_make_graphs_without_the_compiler(
     command: str, cached_bundle_path: Path, tmp_path: Path
 ) -> None:
@@ -35,6 +35,7 @@ def test_a_deployment_runs_every_command_but_those_that_make_graphs_without_the_
     arguments = {
         "run": ["run", str(cached_bundle_path), "--labels", "1", "-o", str(tmp_path / "images")],
         "verify": ["verify", str(cached_bundle_path), "--images", "1"],
+        "evaluate": ["evaluate", str(cached_bundle_path), *"--images 8 --seeds 0 --rounds 5 --step-images 2".split()],
         "inspect": ["inspect", str(cached_bundle_path)],
         "bench": ["bench", str(cached_bundle_path), "--requests", "1"],
         "doctor": ["doctor"],

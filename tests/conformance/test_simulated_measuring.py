@@ -39,3 +39,25 @@ def test_bisect_builds_an_engine_of_every_variant(built: Any, capsys: pytest.Cap
     assert found["tensorrt"]["backend"] == "trt"
     assert [g["layers"] for g in found["tensorrt"]["groups"]] == [g["layers"] for g in found["cpu"]["groups"]]
     assert found["tensorrt"]["together"] == pytest.approx(found["cpu"]["together"], rel=0.1)
+
+
+@pytest.mark.any_version
+def test_evaluate_measures_whole_requests_on_the_device_with_and_without_compensation(
+    built: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """10 images in requests of 4: the last one is filled up, and every image is the CPU's."""
+    bundle, found = built["small"], {}
+    for target in ("cpu", "tensorrt"):
+        capsys.readouterr()
+        command = f"evaluate {bundle} --target {target} --images 10 --seeds 0 --rounds 5 --step-images 5 --json"
+        assert run(command.split()) == 0
+        found[target] = json.loads(capsys.readouterr().out)
+    assert found["tensorrt"]["paired"]["psnr_db"]["mean"] == pytest.approx(
+        found["cpu"]["paired"]["psnr_db"]["mean"], rel=0.1
+    )
+    for side in ("bundle", "uncompensated"):
+        drifts = [found[target]["steps"][side]["relative_error"][-1] for target in ("cpu", "tensorrt")]
+        assert drifts[1] == pytest.approx(drifts[0], rel=0.1)
+    assert found["tensorrt"]["steps"]["bundle"] != found["tensorrt"]["steps"]["uncompensated"]
+    assert run(f"evaluate {bundle} --target tensorrt --images 10 --batch 5".split()) == 2
+    assert "these engines run 4 images at a time, found --batch 5; leave it out" in capsys.readouterr().err

@@ -188,3 +188,10 @@ def test_noise_of_the_wrong_shape_is_refused(pipes: dict[str, Pipeline]) -> None
 def test_a_pipeline_that_is_not_open_says_how_to_open_it(bundles: dict[str, Bundle]) -> None:
     with pytest.raises(DitcError, match=r"with ditc\.load"):
         load(bundles["cached"].path).images([1])
+
+
+def test_an_image_is_the_same_whichever_request_it_comes_in(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["fp32-cached"]
+    whole = pipe.images([0, 1, 2, 3, 4, 0], seed=3)
+    np.testing.assert_array_equal(pipe.images([2, 3, 4], seed=3, first=2), whole[2:5])
+    np.testing.assert_array_equal(pipe.latents([2, 3, 4], seed=3, first=2), pipe.latents([0, 1, 2, 3, 4], seed=3)[2:])

@@ -1,0 +1,135 @@
+"""Images of an open bundle by the hundred: in requests of a fitting size, and those of FP kept in a folder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from ditc.bundle import Bundle
+from ditc.errors import CheckError, InputError
+from ditc.files import digest_of, writing
+from ditc.runtime.executor import Samples
+from ditc.runtime.pipeline import Pipeline
+
+__all__ = ["MOST_AT_ONCE", "ImageSource", "classes_in_turn", "stored_images"]
+
+Progress = Callable[[str, int, int], None]
+
+REQUEST_BYTES = 256 << 20  # about what the buffers of one request may take
+MOST_AT_ONCE = 64
+BLOCK_INSIDES = 16  # tensors of a branch's size that are alive inside a block, beside the cache slots
+
+
+def classes_in_turn(num_classes: int, first: int, count: int) -> list[int]:
+    """The classes that images `first` to `first + count` of a seed are asked for."""
+    return [number % num_classes for number in range(first, first + count)]
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An open pipeline that makes images by their numbers; the classes take turns.
+
+    `batch` of None is as many as fit a small buffer. On a GPU it is always the bundle's own.
+    """
+
+    pipe: Pipeline
+    batch: int | None
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        made_for = self.pipe.bundle.manifest.batch
+        if self.pipe.on_device and self.batch not in (None, made_for):
+            raise InputError(f"these engines run {made_for} images at a time, found --batch {self.batch}; leave it out")
+
+    @property
+    def size(self) -> int:
+        """Images of one request."""
+        manifest = self.pipe.bundle.manifest
+        if self.pipe.on_device:
+            return manifest.batch
+        tensors = self.pipe.program.slots + BLOCK_INSIDES
+        one = manifest.halves * prod(manifest.model.branch_shape) * 4 * tensors
+        return self.batch or max(manifest.batch, min(MOST_AT_ONCE, REQUEST_BYTES // one), 1)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image: (channels, height, width)."""
+        return self.pipe.decode(np.zeros((1, *self.pipe.bundle.manifest.model.latent_shape), np.float32)).shape[1:]
+
+    def images(self, stage: str, seed: int, first: int, count: int) -> Iterator[tuple[slice, Samples]]:
+        """(places among the `count`, images of one request), latents where there is no decoder."""
+        for places, labels in self._requests(stage, first, count):
+            images = self._finished(labels, seed, first + places.start)
+            if not np.isfinite(images).all():
+                raise CheckError("finished images are NaN or infinite; `ditc verify` shows the step where that begins")
+            yield places, images
+
+    def trajectory(self, stage: str, seed: int, count: int) -> list[Samples]:
+        """The samples after every step, each (count, channels, height, width)."""
+        steps = defaultdict(list)
+        for places, labels in self._requests(stage, 0, count):
+            for event in self.pipe.generate(labels, seed=seed, first=places.start):
+                steps[event.index].append(event.x)
+        return [np.concatenate(parts) for _, parts in sorted(steps.items())]
+
+    def _requests(self, stage: str, first: int, count: int) -> Iterator[tuple[slice, list[int]]]:
+        classes = self.pipe.bundle.manifest.model.num_classes
+        for start in range(0, count, self.size):
+            self.progress(stage, start, count)
+            places = slice(start, min(start + self.size, count))
+            yield places, classes_in_turn(classes, first + start, places.stop - start)
+        self.progress(stage, count, count)
+
+    def _finished(self, labels: Sequence[int], seed: int, first: int) -> Samples:
+        pipe = self.pipe
+        if pipe.on_device:
+            return (pipe.images if pipe.makes_images else pipe.latents)(labels, seed=seed, first=first)
+        *_, event = pipe.generate(labels, seed=seed, first=first)
+        return event.x if event.images is None else event.images
+
+
+def stored_images(source: ImageSource, folder: Path, stage: str, seed: int, first: int, count: int) -> Samples:
+    """FP's images `first` to `first + count` of a seed, mapped from a file of the folder; made where it isn't there."""
+    names = fp_digest(source.pipe.bundle), f"seed{seed}-{first}-to-{first + count - 1}.npy"
+    path = folder / f"fp-{names[0]}" / names[1]
+    if not path.exists():
+        partial = path.with_name(f".{path.name}.partial")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_images(source.images(stage, seed, first, count), count, partial)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+    try:
+        images: Samples = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as e:
+        raise InputError(f"{path} is damaged ({e}); remove it, and it is made again") from e
+    if len(images) != count:
+        raise InputError(f"{path} holds {len(images)} images, expected {count}; remove it, and it is made again")
+    return images
+
+
+def _write_images(parts: Iterator[tuple[slice, Samples]], count: int, path: Path) -> None:
+    stored = None
+    for places, images in parts:
+        if stored is None:
+            stored = np.lib.format.open_memmap(path, "w+", np.float32, (count, *images.shape[1:]))
+        stored[places] = images
+
+
+def fp_digest(bundle: Bundle) -> str:
+    """A digest of all that decides FP's images: model, steps, guidance, sampler, and the files of its program."""
+    manifest = bundle.manifest
+    program = manifest.reference_program
+    if program is None:
+        raise InputError(f"{bundle.path} has no FP program; compile it again")
+    files = {bundle.reference_path(name).relative_to(bundle.path).as_posix() for name in program.calls}
+    hashes = {name: entry.sha256 for name, entry in manifest.files.items() if name.removesuffix(".data") in files}
+    sampler = {name: table.tolist() for name, table in bundle.tables().items() if name.startswith("sampler.")}
+    return digest_of([manifest.model.model_dump(mode="json"), manifest.guidance, sampler, hashes])
