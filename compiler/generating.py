@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ditc.bundle import Bundle
+from ditc.bundle import Bundle, Manifest
 from ditc.errors import CheckError, InputError
 from ditc.files import digest_of, writing
 from ditc.runtime.executor import Samples
@@ -124,12 +124,22 @@ def _write_images(parts: Iterator[tuple[slice, Samples]], count: int, path: Path
 
 
 def fp_digest(bundle: Bundle) -> str:
-    """A digest of all that decides FP's images: model, steps, guidance, sampler, and the files of its program."""
+    """A digest of all that decides FP's images: model, weights, sampler, steps, guidance.
+
+    Of a segment that keeps its weights in a file of their own, that file counts: its graph has further outputs for the
+    cache, which differ from policy to policy and change no image.
+    """
     manifest = bundle.manifest
     program = manifest.reference_program
     if program is None:
         raise InputError(f"{bundle.path} has no FP program; compile it again")
-    files = {bundle.reference_path(name).relative_to(bundle.path).as_posix() for name in program.calls}
-    hashes = {name: entry.sha256 for name, entry in manifest.files.items() if name.removesuffix(".data") in files}
+    graphs = [bundle.reference_path(name).relative_to(bundle.path).as_posix() for name in program.calls]
+    weights = [_weights_of(manifest, graph) for graph in graphs]
     sampler = {name: table.tolist() for name, table in bundle.tables().items() if name.startswith("sampler.")}
-    return digest_of([manifest.model.model_dump(mode="json"), manifest.guidance, sampler, hashes])
+    model = manifest.model.model_dump(mode="json")
+    return digest_of([manifest.ditc_version, model, weights, sampler, manifest.guidance])
+
+
+def _weights_of(manifest: Manifest, graph: str) -> str:
+    data = manifest.files.get(f"{graph}.data")
+    return (data if data is not None and data.size_bytes else manifest.files[graph]).sha256

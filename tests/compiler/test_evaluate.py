@@ -15,6 +15,7 @@ from ditc.bundle import Bundle, open_bundle, seal_bundle, write_tables
 from ditc.compiler.cli import run
 from ditc.compiler.driver import compile_model
 from ditc.compiler.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle
+from ditc.compiler.generating import fp_digest
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.printing import print_evaluation
 from ditc.errors import CheckError, InputError
@@ -143,6 +144,14 @@ def test_fp_images_that_lie_in_the_folder_are_not_made_again(exact: Path, damage
     stored.write_bytes(stored.read_bytes()[:100])
     with pytest.raises(InputError, match="is damaged"):
         evaluate(exact)
+
+
+def test_bundles_that_differ_in_their_cache_share_fp_images_and_others_do_not(bundles: dict[str, Bundle]) -> None:
+    uncached, cached = fp_digest(bundles["fp32-none"]), fp_digest(bundles["fp32-cached"])
+    assert uncached == cached
+    manifest = bundles["fp32-none"].manifest
+    for changes in ({"guidance": 3.0}, {"model": manifest.model.model_copy(update={"num_classes": 4})}):
+        assert fp_digest(Bundle(bundles["fp32-none"].path, manifest.model_copy(update=changes))) != uncached
 
 
 def test_images_do_not_depend_on_the_size_of_a_request(exact: Path) -> None:
