@@ -1,92 +1,114 @@
-"""`ditc bench` as a function: a bundle's latency per request, step and segment, and traces of its layers."""
+"""`ditc bench` as a function: a bundle's latency per request, step and segment, beside its peers and its limits."""
 
 from __future__ import annotations
 
 import json
 import resource
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ditc.compiler.bench_options import BenchOptions
 from ditc.compiler.machine import machine
+from ditc.compiler.match import bench_labels
 from ditc.compiler.running import HERE, Place
+from ditc.compiler.side_by_side import against_peers
 from ditc.compiler.tracing import trace_bundle
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write
-from ditc.runtime.latency import latency_of
+from ditc.program import CONDITION, DECODE
+from ditc.runtime.latency import Latency, latency_of
 from ditc.runtime.pipeline import Pipeline
 
 __all__ = ["bench_bundle"]
 
 Watch = Callable[[str, int, int], None]
+Times = Mapping[str, list[float]]
 
 
-def bench_bundle(
-    bundle: Path,
-    *,
-    requests: int,
-    warmup: int,
-    place: Place = HERE,
-    trace: Path | None = None,
-    most_seconds: float | None = None,
-    progress: Watch,
-) -> dict[str, Any]:
-    """Measure `requests` full batches after `warmup` others. `trace` is a folder for layers_*.json, profile_*.json.
+def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, progress: Watch) -> dict[str, Any]:
+    """Measure a bundle. `side_by_side.check_not_slower` holds what is found to `options.least_ratio`.
 
-    Raises CheckError where the median request takes longer than `most_seconds`.
+    Raises CheckError where the median request takes longer than `options.most_seconds`.
     """
-    if requests < 1 or warmup < 0:
-        raise InputError(f"--requests must be at least 1 and --warmup at least 0, found {requests} and {warmup}")
-    with place.load(bundle) as pipe:
-        found = _measured(pipe, requests, warmup, progress)
-    if trace is not None:
-        found["trace"] = trace_bundle(bundle, trace, place)
-        atomic_write(trace / "bench.json", json.dumps(found, indent=1).encode() + b"\n")
-    median = found["request"]["median"]
-    if most_seconds is not None and median > most_seconds:
-        raise CheckError(f"the median request takes {median:.4f} s, allowed are {most_seconds:g} s (--max-seconds)")
+    pipe = place.load(bundle)
+    if pipe.on_device and (options.roofline or options.against):
+        raise InputError("peers and ceilings are measured on the processor; measure there too: --target cpu")
+    with pipe:
+        found = _measured(pipe, options, progress)
+    if options.roofline:
+        found["roofline"] = _roofline(pipe, found)
+    if options.against:
+        found["against"] = against_peers(pipe, options, progress)
+    if options.trace is not None:
+        found["trace"] = trace_bundle(bundle, options.trace, place)
+        atomic_write(options.trace / "bench.json", json.dumps(found, indent=1).encode() + b"\n")
+    median, most = found["request"]["median"], options.most_seconds
+    if most is not None and median > most:
+        raise CheckError(f"the median request takes {median:.4f} s, allowed are {most:g} s (--max-seconds)")
     return found
 
 
-def _measured(pipe: Pipeline, requests: int, warmup: int, progress: Watch) -> dict[str, Any]:
-    manifest = pipe.bundle.manifest
-    labels = [number % manifest.model.num_classes for number in range(manifest.batch)]
-    for number in range(warmup):
+def _measured(pipe: Pipeline, options: BenchOptions, progress: Watch) -> dict[str, Any]:
+    manifest, labels = pipe.bundle.manifest, bench_labels(pipe.bundle.manifest)
+    for number in range(options.warmup):
         pipe.latents(labels, seed=number)
     seconds = []
-    for number in range(requests):
-        progress("requests", number, requests)
+    for number in range(options.requests):
+        progress("requests", number, options.requests)
         start = perf_counter()
         pipe.latents(labels, seed=number)
         seconds.append(perf_counter() - start)
-    progress("requests", requests, requests)
+    progress("requests", options.requests, options.requests)
     request = latency_of(seconds)
     return {
         "machine": machine(),
         "bundle": {"model": manifest.model.name, "precision": manifest.precision, "steps": len(manifest.program.steps)},
         "batch": manifest.batch,
-        "warmup": warmup,
-        "request": request.model_dump() | {"spread": request.spread},
+        "warmup": options.warmup,
+        "request": _spread(request),
         "seconds_per_image": request.median / manifest.batch,
-        **_step_times(pipe, labels, requests),
+        **_call_times(pipe, labels, options.requests),
         "host_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def _step_times(pipe: Pipeline, labels: list[int], requests: int) -> dict[str, Any]:
-    """Observed requests: every step by itself, and the share of them that is not inside an engine."""
+def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> dict[str, Any]:
+    """Observed requests: every call by itself, and the share of them that is not inside an engine.
+
+    The conditioning is what comes before the first step, decoding what comes after the last, NumPy around them and all.
+    """
     engine: dict[str, list[float]] = defaultdict(list)
     outside: list[float] = []
     for number in range(requests):
+        asked = perf_counter()
         for event in pipe.generate(labels, seed=number):
+            around = perf_counter() - asked - event.seconds
+            if event.index == 0:
+                engine[CONDITION].append(around)
+            elif event.index == event.steps - 1 and DECODE in pipe.program.epilogue:
+                engine[DECODE].append(around)
             engine[event.segment].append(event.engine_seconds)
             outside.append(event.seconds - event.engine_seconds)
+            asked = perf_counter()
     total = sum(sum(times) for times in engine.values()) + sum(outside)
     return {
-        "segments": {
-            name: latency_of(times).model_dump() | {"share": sum(times) / total} for name, times in engine.items()
-        },
-        "outside_engines": latency_of(outside).model_dump() | {"share": sum(outside) / total},
+        "segments": {name: _spread(latency_of(times), share=sum(times) / total) for name, times in engine.items()},
+        "outside_engines": _spread(
+            latency_of(outside), share=sum(outside) / total, seconds_per_step=sum(outside) / len(outside)
+        ),
     }
+
+
+def _spread(latency: Latency, **more: float) -> dict[str, Any]:
+    return latency.model_dump() | {"spread": latency.spread} | more
+
+
+def _roofline(pipe: Pipeline, found: Mapping[str, Any]) -> dict[str, Any]:
+    from ditc.compiler.ceilings import measured_rates
+    from ditc.compiler.roofline import roofline
+
+    medians = {name: times["median"] for name, times in found["segments"].items()}
+    return roofline(pipe.bundle, medians, measured_rates())

@@ -388,6 +388,17 @@ def export_polygraphy_command(bundle: Path, out: Path, points: int, force: bool,
 @click.option("--warmup", type=int, default=2, show_default=True, help="Full batches before those.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Folder for layers_*.json and profile_*.json.")
 @click.option("--max-seconds", type=float, help="Fail (exit code 1) where the median request takes longer.")
+@click.option("--against", metavar="PEER,...|all", multiple=True, help="Peers to measure in turn with the bundle.")
+@click.option("--model", metavar="MODEL", help="The model it was compiled from, for peers in torch.")
+@click.option("--heads", type=int, help="Attention heads of --model, where its width does not tell.")
+@click.option(
+    "--fail-if-slower",
+    "least_ratio",
+    type=float,
+    metavar="RATIO",
+    help="Fail (exit code 1) where a peer's whole run takes less than RATIO times the bundle's.",
+)
+@click.option("--roofline", is_flag=True, help="Measure this machine's ceilings, and hold every segment to them.")
 @place_options
 @as_json
 def bench_command(
@@ -396,24 +407,36 @@ def bench_command(
     warmup: int,
     trace: Path | None,
     max_seconds: float | None,
+    against: tuple[str, ...],
+    model: str | None,
+    heads: int | None,
+    least_ratio: float | None,
+    roofline: bool,
     json_: bool,
     **place: Any,
 ) -> None:
-    """Measure a bundle's latency: per request, per step, per segment; and trace its layers."""
+    """Measure a bundle's latency per request, step and segment: beside its peers, and against the machine's limits."""
+    from ditc.compiler.bench_options import BenchOptions, ModelChoice
     from ditc.compiler.benching import bench_bundle
+    from ditc.compiler.peers import peer_names
     from ditc.compiler.running import Place
+    from ditc.compiler.side_by_side import check_not_slower
 
+    options = BenchOptions(
+        requests=requests,
+        warmup=warmup,
+        trace=trace,
+        most_seconds=max_seconds,
+        against=peer_names(against),
+        model=ModelChoice(model, heads),
+        least_ratio=least_ratio,
+        roofline=roofline,
+    )
     with progress_on_stderr() as progress:
-        found = bench_bundle(
-            bundle,
-            requests=requests,
-            warmup=warmup,
-            place=Place(**place),
-            trace=trace,
-            most_seconds=max_seconds,
-            progress=progress,
-        )
+        found = bench_bundle(bundle, options, place=Place(**place), progress=progress)
     print_json(found) if json_ else print_bench(found)
+    if least_ratio is not None:
+        check_not_slower(found["against"], least_ratio)
 
 
 @cli.command("estimate")

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditc.compiler.guided import Forward, GuidedRun
 from ditc.runtime.executor import NoiseSource, Samples
-from ditc.runtime.samplers import needs_noise, update
 
-__all__ = ["eager_images"]
+__all__ = ["eager_forward", "eager_images"]
 
 
-@torch.inference_mode()
 def eager_images(
     model: Any,
     table: Mapping[str, NDArray[np.float64]],
@@ -29,20 +28,21 @@ def eager_images(
     The network computes in the type of its weights, the sampler in float32. `table` is the sampler's
     (`runtime.samplers.sampler_table`); `noise` is x_T, (n, channels, height, width).
     """
-    kind = next(model.parameters()).dtype
-    spec, count = model.spec, len(labels)
-    halves = 1 if guidance == 1 else 2
-    y = torch.tensor([*labels, *([spec.null_label] * count if halves == 2 else [])])
-    x = noise
-    for i in range(len(table["t"])):
-        row = {name: float(column[i]) for name, column in table.items()}
-        rows = torch.from_numpy(np.concatenate([x] * halves)).to(kind)
-        out = model(rows, torch.full((len(y),), row["t"]), y).float().numpy()
-        prediction = out[:count, : spec.in_channels].copy()
-        if halves == 2:
-            guided = slice(0, spec.cfg_channels)
-            unconditional = out[count:, guided]
-            prediction[:, guided] = unconditional + np.float32(guidance) * (out[:count, guided] - unconditional)
-        raw_variance = out[:count, spec.in_channels :] if spec.diffusion.learned_sigma else None
-        x = update(row, x, prediction, raw_variance, fresh_noise(i) if needs_noise(row) else None)
-    return x
+    run = GuidedRun(model.spec, table, guidance)
+    forward = eager_forward(model, table["t"], run.labels(list(labels)), next(model.parameters()).dtype)
+    return run.last(forward, noise, fresh_noise)
+
+
+def eager_forward(model: Any, t: NDArray[np.float64], labels: NDArray[np.int64], kind: torch.dtype) -> Forward:
+    """A torch network on rows (rows, channels, height, width) of step `index`. `kind` is the type of its weights.
+
+    `t` are the timesteps of all steps, `labels` the class of every row.
+    """
+    y = torch.from_numpy(labels)
+
+    @torch.inference_mode()
+    def forward(index: int, rows: Samples) -> Samples:
+        out = model(torch.from_numpy(rows).to(kind), torch.full((len(y),), float(t[index])), y)
+        return out.float().numpy()  # type: ignore[no-any-return]
+
+    return forward

@@ -66,8 +66,7 @@ def segment_seconds(work: Footprint, rates: Rates, shares: Mapping[str, float]) 
     """Seconds of one call."""
     products = work.int8_operations / rates.int8_operations + work.float_operations / rates.float_operations
     bandwidth = rates.bandwidth * shares["bandwidth"]
-    moved = work.moved_bytes * rates.float_bytes / 2  # the typed form, where it was counted, has two bytes
-    return max(products / shares["products"], work.weight_bytes / bandwidth) + moved / bandwidth
+    return max(products / shares["products"], work.weight_bytes / bandwidth) + work.moved_bytes / bandwidth
 
 
 def estimate_bundle(path: Path, device: str) -> dict[str, Any]:
@@ -78,7 +77,8 @@ def estimate_bundle(path: Path, device: str) -> dict[str, Any]:
         raise InputError(f"{path} was compiled by a ditc that counted no operations; compile it again")
     rates, shares = _rates(device)
     segments = {}
-    for name, work in works.items():
+    for name, counted_work in works.items():
+        work = _as_run(counted_work, bundle.manifest.precision, rates)
         counted = work.model_dump(include={"int8_operations", "float_operations", "weight_bytes", "moved_bytes"})
         times = {"bound": segment_seconds(work, rates, MEASURED), "expected": segment_seconds(work, rates, shares)}
         segments[name] = counted | times
@@ -91,6 +91,12 @@ def estimate_bundle(path: Path, device: str) -> dict[str, Any]:
         "memory_bytes": memory,
         "fits": memory < rates.memory_bytes,
     }
+
+
+def _as_run(work: Footprint, precision: str, rates: Rates) -> Footprint:
+    """The work with floats as wide as the device has them; the typed form, where that was counted, has two bytes."""
+    factor = 1 if precision == "fp32" else rates.float_bytes / 2
+    return work.model_copy(update={"moved_bytes": round(work.moved_bytes * factor)})
 
 
 def _rates(device: str) -> tuple[Rates, Mapping[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +88,105 @@ def print_plan(planned: dict[str, Any]) -> None:
 
 
 def print_bench(found: dict[str, Any]) -> None:
-    """Latencies per request, segment and outside the engines."""
+    """Latencies per request, segment and outside the engines; limits and peers where they were asked for."""
     request = found["request"]
     click.echo(f"{found['machine']['processor']}, {found['machine']['cores']} cores")
     what = f"{request['n']} requests of {found['batch']} images, {found['bundle']['steps']} steps"
     click.echo(f"{what}, after {found['warmup']} others\n")
-    click.echo(f"{'':<18}{'n':>6}{'median ms':>12}{'p90 ms':>12}{'share':>9}")
-    rows = {"request": request, **found["segments"], "outside engines": found["outside_engines"]}
-    for name, times in rows.items():
-        share = f"{times['share']:>9.1%}" if "share" in times else ""
-        click.echo(f"{name:<18}{times['n']:>6}{times['median'] * 1e3:>12.3f}{times['p90'] * 1e3:>12.3f}{share}")
+    outside = found["outside_engines"]
+    rows = {"request": request, **found["segments"], "outside engines": outside}
+    print_table(
+        ("", "n", "median ms", "p90 ms", "spread", "share"),
+        [
+            (name, str(times["n"]), *_times(times), f"{times['share']:.1%}" if "share" in times else "")
+            for name, times in rows.items()
+        ],
+    )
     peak = found["host_peak_memory_bytes"] / 1e6
     click.echo(f"\n{found['seconds_per_image'] * 1e3:.2f} ms per image, {peak:,.0f} MB of host memory at most")
+    click.echo(
+        f"outside the engines: {outside['seconds_per_step'] * 1e3:.3f} ms per step, "
+        f"{outside['share']:.1%} of the trajectory"
+    )
+    if "roofline" in found:
+        print_roofline(found["roofline"])
+    if "against" in found:
+        print_peers(found["against"])
     for file in found.get("trace", []):
         click.echo(f"  {file}")
+
+
+def _times(latency: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{latency['median'] * 1e3:,.3f}", f"{latency['p90'] * 1e3:,.3f}", f"{latency['spread']:.0%}"
+
+
+def print_roofline(found: dict[str, Any]) -> None:
+    """Every segment against the ceilings of the machine."""
+    rates = found["rates"]
+    click.echo(
+        f"\nceilings, measured just now: INT8 {rates['int8_operations'] / 1e9:,.0f} G/s, "
+        f"float {rates['float_operations'] / 1e9:,.0f} G/s, memory {rates['bandwidth'] / 1e9:,.1f} GB/s"
+    )
+    print_table(
+        ("", "INT8 G", "float G", "MB at least", "limit ms", "unfused ms", "measured ms", "of the limit", "bound by"),
+        [
+            (
+                name,
+                f"{row['int8_operations'] / 1e9:,.3f}",
+                f"{row['float_operations'] / 1e9:,.3f}",
+                f"{row['least_bytes'] / 1e6:,.2f}",
+                *(f"{row[kind] * 1e3:,.3f}" for kind in ("limit", "unfused", "measured")),
+                f"{row['share_of_limit']:.1%}",
+                row["bound_by"],
+            )
+            for name, row in found["segments"].items()
+        ],
+    )
+
+
+def print_peers(found: dict[str, Any]) -> None:
+    """The bundle and its peers, and why others were skipped."""
+    click.echo("")
+    if found["peers"]:
+        print_sides(found, {"bundle": found["bundle"], **found["peers"]})
+    for name, reason in found["skipped"].items():
+        click.echo(f"  {name} skipped: {reason}")
+
+
+def print_sides(found: dict[str, Any], sides: dict[str, Any]) -> None:
+    """Those that were measured; x is how many times as long as the bundle it takes."""
+    click.echo(f"in turn, guidance {found['guidance']:g}, error at step {found['step']} against the FP reference")
+    print_table(
+        ("", "n", "step ms", "p90 ms", "spread", "x", "whole run ms", "p90 ms", "spread", "x", "error"),
+        [
+            (
+                name,
+                str(side["step"]["n"]),
+                *_times(side["step"]),
+                f"{side['ratio_step']:.2f}" if "ratio_step" in side else "",
+                *_times(side["run"]),
+                f"{side['ratio_run']:.2f}" if "ratio_run" in side else "",
+                f"{side['relative_error']:.2g}",
+            )
+            for name, side in sides.items()
+        ],
+    )
+    for name, side in found["peers"].items():
+        run = "runs measured whole" if side["run_measured"] else "runs made of its steps"
+        click.echo(f"  {name}: {side['what']}; {run}")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout, names left, numbers right; as wide as it is, whatever the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(80, sum(max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)))).print(table)
 
 
 def print_estimate(found: dict[str, Any]) -> None:

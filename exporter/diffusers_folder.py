@@ -17,7 +17,7 @@ from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.weights import listed, load_weights, read_tensors
 from ditc.spec import DiffusionSpec, SamplerSpec
 
-__all__ = ["decoder_from_vae", "dit_from_diffusers"]
+__all__ = ["decoder_from_vae", "diffusers_from_dit", "dit_from_diffusers"]
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -167,6 +167,60 @@ def _diffusers_names(name: str) -> list[str]:
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", module):
         return [f"transformer_blocks.{match[1]}.{BLOCK_NAMES[match[2]]}.{leaf}"]
     return [f"transformer_blocks.0.{BLOCK_NAMES[module]}.{leaf}"]  # the embedder that all blocks share
+
+
+def diffusers_from_dit(model: Any) -> Any:
+    """A `DiTTransformer2DModel` that computes what the model computes, its weights shared.
+
+    The frequencies of the original release differ from diffusers'; the copy takes the model's. Raises InputError for a
+    model that diffusers' class can't be.
+    """
+    if not isinstance(model, DiT):
+        raise InputError(
+            f"diffusers' DiT is made from a DiT of the original or diffusers' form, found {type(model).__name__}"
+        )
+    config = model.config
+    if config.mlp_ratio != 4:
+        raise InputError(f"{model.name} is not diffusers' DiT: its MLP ratio is {config.mlp_ratio:g}, expected 4")
+    try:
+        from diffusers import DiTTransformer2DModel
+    except ImportError as e:
+        raise InputError("diffusers is not installed; install it with: pip install 'ditc[export]'") from e
+    kind: Any = DiTTransformer2DModel
+    copy = kind(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        attention_bias=config.qkv_bias,
+        sample_size=config.input_size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.num_classes,
+        norm_eps=config.norm2_eps,
+    )
+    copy.load_state_dict(_diffusers_state(model), strict=True, assign=True)
+    copy.pos_embed.pos_embed = model.pos_embed.data
+    for block in copy.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = config.freq_shift
+    return copy.eval()
+
+
+def _diffusers_state(model: DiT) -> dict[str, Tensor]:
+    """The model's parameters under diffusers' keys, with the shared embedders in every block."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed" and not name.startswith("decoder."):
+            keys = _diffusers_names(name)
+            for key, part in zip(keys, parameter.detach().chunk(len(keys)), strict=True):
+                if not torch.equal(state.setdefault(key, part), part):
+                    raise InputError(f"{model.name} is not diffusers' DiT: its final layer has an embedder of its own")
+    embedder = "transformer_blocks.0.norm1.emb."
+    shared = {key: value for key, value in state.items() if key.startswith(embedder)}
+    for block in range(1, model.config.depth):
+        for key, value in shared.items():
+            state.setdefault(key.replace("blocks.0", f"blocks.{block}", 1), value)
+    return state
 
 
 def _copied_embedders(tensors: dict[str, Tensor], config: DiTConfig) -> set[str]:

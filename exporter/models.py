@@ -19,7 +19,7 @@ from ditc.exporter.original import dit_from_checkpoint
 from ditc.exporter.protocol import check_decomposition
 from ditc.spec import SamplerSpec
 
-__all__ = ["builtin_digits", "load_model", "random_model", "with_vae"]
+__all__ = ["builtin_digits", "load_model", "random_dit", "random_model", "with_vae"]
 
 BUILTIN = "digits"
 
@@ -83,10 +83,15 @@ def random_model(size: str, *, seed: int = 0, depth: int | None = None) -> DiT:
     config: DiTConfig = config_for_size(match[1], int(match[2]), int(match[3]))
     if depth is not None:
         config = replace(config, depth=depth)
+    return random_dit(config, f"{size}-random", seed=seed)
+
+
+def random_dit(config: DiTConfig, name: str, *, seed: int = 0) -> DiT:
+    """A DiT of any size with random weights: torch's default initialisation, so no gate is zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DiT(config, name=f"{size}-random").eval()
-    model.sampler = SamplerSpec(variance="learned")
+        model = DiT(config, name=name).eval()
+    model.sampler = SamplerSpec(variance="learned" if config.learn_sigma else "fixed-small")
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,17 @@ def test_bench_counts_every_call_and_traces_the_layers(
     assert run(command.split()) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["request"]["n"] == 3
-    assert {name: times["n"] for name, times in printed["segments"].items()} == {"full": 9, "reuse": 9}
+    assert {name: times["n"] for name, times in printed["segments"].items()} == {
+        "condition": 3,
+        "full": 9,
+        "reuse": 9,
+    }
     shares = sum(times["share"] for times in printed["segments"].values()) + printed["outside_engines"]["share"]
     assert shares == pytest.approx(1)
+    outside, medians = printed["outside_engines"], {name: s["median"] for name, s in printed["segments"].items()}
+    assert outside["n"] == 18
+    assert outside["least"] <= outside["seconds_per_step"] <= outside["most"]
+    assert medians["condition"] + 3 * (medians["full"] + medians["reuse"]) < 3 * printed["request"]["most"]
     assert printed["seconds_per_image"] == pytest.approx(printed["request"]["median"] / 4)
     assert json.loads((folder / "bench.json").read_text()) == printed
     layers = json.loads((folder / "layers_full.json").read_text())["Layers"]
@@ -57,3 +66,10 @@ def test_a_slower_bundle_than_allowed_fails(bundles: dict[str, Bundle], capsys: 
     assert run(f"bench {bundle} --requests 1 --warmup 0 --max-seconds 0.000001".split()) == 1
     assert "allowed are 1e-06 s (--max-seconds)" in capsys.readouterr().err
     assert run(f"bench {bundle} --requests 0".split()) == 2
+
+
+def test_bench_says_what_is_spent_outside_the_engines(
+    bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"bench {bundles['cached'].path} --requests 1 --warmup 0".split()) == 0
+    assert re.search(r"outside the engines: [\d.]+ ms per step, [\d.]+% of the trajectory", capsys.readouterr().out)

@@ -10,6 +10,7 @@ from ditc.bundle import Bundle
 from ditc.compiler.cli import run
 from ditc.compiler.estimating import DEVICES, MEASURED, Rates, segment_seconds
 from ditc.engines.footprint import Footprint
+from ditc.engines.memory import footprints
 
 UNIT = Rates(
     name="unit", int8_operations=100, float_operations=10, bandwidth=1, memory_bytes=1, source="made up", float_bytes=2
@@ -36,9 +37,19 @@ def test_a_segment_takes_its_products_or_its_weights_and_then_the_rest(counted: 
     assert segment_seconds(counted, UNIT, MEASURED) == pytest.approx(seconds)
 
 
-def test_wider_activations_move_more() -> None:
-    wide = UNIT.model_copy(update={"float_bytes": 4})
-    assert segment_seconds(work(moved_bytes=7), wide, MEASURED) == pytest.approx(14)
+@pytest.mark.parametrize(("bundle", "factor"), [("cached", 2), ("fp32-cached", 1)])
+def test_floats_are_as_wide_as_the_device_has_them(
+    bundle: str,
+    factor: int,
+    bundles: dict[str, Bundle],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a quantized bundle the form with two-byte floats was counted, and a CPU has four; else there is one form."""
+    monkeypatch.setitem(DEVICES, "cpu", UNIT.model_copy(update={"float_bytes": 4}))
+    assert run(["estimate", str(bundles[bundle].path), "--device", "cpu", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["segments"]["full"]
+    assert row["moved_bytes"] == factor * footprints(bundles[bundle])["full"].moved_bytes
 
 
 @pytest.mark.parametrize("device", [*DEVICES, "here"])

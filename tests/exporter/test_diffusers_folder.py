@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ditc.errors import CheckpointError
-from ditc.exporter.diffusers_folder import dit_from_diffusers
-from ditc.exporter.dit import DiT, sincos_positions
+from ditc.errors import CheckpointError, InputError
+from ditc.exporter.diffusers_folder import diffusers_from_dit, dit_from_diffusers
+from ditc.exporter.dit import DiT, DiTConfig, sincos_positions
+from ditc.exporter.models import random_dit
 from ditc.exporter.protocol import relative_error
 from ditc.spec import DiffusionSpec, SamplerSpec
 
@@ -392,3 +394,28 @@ def test_a_truncated_vae_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     assert "not a readable AutoencoderKL" in refusal(tmp_path)
+
+
+OWN = DiTConfig(input_size=8, in_channels=4, hidden_size=64, depth=2, num_heads=4, num_classes=10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"freq_shift": 1, "norm2_eps": 1e-5}, {"learn_sigma": False, "qkv_bias": False}, {"embedder_per_block": True}],
+)
+def test_a_dit_as_diffusers_class_computes_the_same_and_shares_its_weights(changes: Settings) -> None:
+    own = random_dit(replace(OWN, **changes), "own")
+    if own.config.embedder_per_block:  # diffusers takes the first block's for the final layer too
+        own.t_embedder, own.y_embedder = own.blocks[0].t_embedder, own.blocks[0].y_embedder
+    model = diffusers_from_dit(own)
+    assert error_against(model, own) < 1e-4
+    assert model.transformer_blocks[1].ff.net[2].weight.data_ptr() == own.blocks[1].mlp.fc2.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"mlp_ratio": 2.0}, "MLP ratio is 2, expected 4"), ({"embedder_per_block": True}, "embedder of its own")],
+)
+def test_a_dit_that_diffusers_class_can_not_be_is_refused(changes: Settings, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        diffusers_from_dit(random_dit(replace(OWN, **changes), "own"))

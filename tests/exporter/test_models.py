@@ -10,7 +10,7 @@ import torch
 
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DiT, DiTConfig
-from ditc.exporter.models import builtin_digits, load_model, random_model
+from ditc.exporter.models import builtin_digits, load_model, random_dit, random_model
 from ditc.exporter.protocol import check_decomposition
 
 
@@ -47,6 +47,16 @@ def test_random_weights_follow_the_seed() -> None:
 
 
 @torch.no_grad()
+def test_a_random_model_has_any_size() -> None:
+    config = DiTConfig(input_size=6, patch_size=3, in_channels=2, hidden_size=24, depth=3, num_heads=2, num_classes=4)
+    one, again, other = (random_dit(config, "own size", seed=seed) for seed in (1, 1, 2))
+    assert (one.spec.name, one.spec.branch_shape, len(one.spec.branches)) == ("own size", (4, 24), 6)
+    weights = [model.blocks[2].mlp.fc1.weight for model in (one, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    check_decomposition(one)
+
+
 def test_no_gate_of_a_random_model_is_closed() -> None:
     model = random_model("dit-s-8-256", depth=2)
     rows = model.condition(torch.tensor([500.0]), torch.tensor([7]))["modulation"][0, 0]

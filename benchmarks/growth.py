@@ -1,0 +1,199 @@
+"""How the cost of a compiled step and of a whole run grows: with blocks, tokens, batch and cache interval.
+
+    python benchmarks/growth.py [--quick] [--work out/growth]
+
+Small DiTs with random weights, each compiled whole into a bundle, all measured in turn in one run. Beside what was
+measured stands what the counted operations predict, and the cost model of `ditc estimate` at this machine's measured
+rates. Of each the exponent: the slope of log cost over log size by least squares, with the residual, and the slope
+between each two neighbours, since attention's share of the work grows with the tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+import ditc
+from ditc.bundle import Bundle, open_bundle, seal_bundle
+from ditc.compiler.ceilings import measured_rates
+from ditc.compiler.driver import compile_model
+from ditc.compiler.estimating import MEASURED, Rates, segment_seconds
+from ditc.compiler.machine import machine
+from ditc.compiler.options import CompileOptions
+from ditc.compiler.printing import print_table
+from ditc.compiler.roofline import footprints_here
+from ditc.compiler.side_by_side import bundle_turn, take_turns
+from ditc.exporter.dit import DiTConfig
+from ditc.exporter.models import random_dit
+from ditc.program import CONDITION
+from ditc.runtime.latency import latency_of
+
+HERE = Path(__file__).parent
+WIDTH, HEADS, PATCH = 192, 3, 2  # heads of 64, as in the released sizes but the largest
+OPTIONS = CompileOptions(steps=20, points=8, pool_images=4, vc="none", verify_images=1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sizes of every sweep; its other sizes are those of `base` (blocks, tokens, interval), and one image."""
+
+    blocks: tuple[int, ...]
+    tokens: tuple[int, ...]
+    batch: tuple[int, ...]
+    interval: tuple[int, ...]
+    base: tuple[int, int, int]
+
+
+FULL = Grid((4, 8, 16, 28), (64, 144, 256, 576, 1024), (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 8, 10), (5, 256, 2))
+QUICK = Grid((1, 2, 4), (16, 64, 256), (1, 2, 4), (1, 2, 4), (2, 64, 2))
+
+
+def compiled(work: Path, blocks: int, tokens: int, interval: int) -> Bundle:
+    """The bundle of a size, compiled unless it is there."""
+    path = work / f"blocks{blocks}-tokens{tokens}-fora{interval}"
+    if not path.exists():
+        start = perf_counter()
+        config = DiTConfig(
+            input_size=PATCH * math.isqrt(tokens),
+            patch_size=PATCH,
+            hidden_size=WIDTH,
+            depth=blocks,
+            num_heads=HEADS,
+            num_classes=10,
+        )
+        compile_model(random_dit(config, path.name), path, OPTIONS.model_copy(update={"policy": f"fora:{interval}"}))
+        print(f"{path.name}: compiled in {perf_counter() - start:.0f} s", flush=True)
+    return open_bundle(path)
+
+
+def at_batch(bundle: Bundle, batch: int) -> Path:
+    """The same files, hard-linked beside the bundle, for another number of images at a time."""
+    out = bundle.path.with_name(f"{bundle.path.name}-batch{batch}")
+    for file in bundle.manifest.files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        os.link(bundle.path / file, out / file)
+    seal_bundle(out, bundle.manifest.model_copy(update={"batch": batch}))
+    return out
+
+
+def sweeps(work: Path, grid: Grid) -> dict[str, dict[int, Path]]:
+    """Size -> bundle, for each of the four."""
+    blocks, tokens, interval = grid.base
+    base = compiled(work, *grid.base)
+    return {
+        "blocks": {n: compiled(work, n, tokens, interval).path for n in grid.blocks},
+        "tokens": {n: compiled(work, blocks, n, interval).path for n in grid.tokens},
+        "batch": {n: base.path if n == 1 else at_batch(base, n) for n in grid.batch},
+        "interval": {n: compiled(work, blocks, tokens, n).path for n in grid.interval},
+    }
+
+
+def measured(paths: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+    """Latencies of a step and of a whole run of every bundle, all in turn."""
+    with ExitStack() as stack:
+        pipes = [stack.enter_context(ditc.load(path)) for path in paths]
+        times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, lambda *_: None)
+    return [{kind: latency_of(found[kind]).model_dump() for kind in ("step", "run")} for found in times]
+
+
+def predicted(path: Path, rates: Rates) -> dict[str, dict[str, float]]:
+    """Operations, and seconds by the cost model, of a step and of a whole run."""
+    bundle = open_bundle(path)
+    works, program = footprints_here(bundle), bundle.manifest.program
+
+    def both(cost: Callable[[str], float]) -> dict[str, float]:
+        steps = sum(cost(step.segment) for step in program.steps)
+        return {"step": cost(program.steps[0].segment), "run": cost(CONDITION) + steps}
+
+    return {
+        "operations": both(lambda name: works[name].int8_operations + works[name].float_operations),
+        "model_seconds": both(lambda name: segment_seconds(works[name], rates, MEASURED)),
+    }
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> dict[str, Any]:
+    """Slope of log cost over log size, the root mean square of what it leaves (in log units), and local slopes."""
+    x, y = np.log(np.asarray(sizes, np.float64)), np.log(np.asarray(costs, np.float64))
+    slope, offset = np.polyfit(x, y, 1)
+    return {
+        "exponent": float(slope),
+        "residual": float(np.sqrt(np.mean((y - slope * x - offset) ** 2))),
+        "between_neighbours": (np.diff(y) / np.diff(x)).tolist(),
+    }
+
+
+def fitted(points: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Exponents of a sweep, of a step and of a run: of the median, of the least, in operations, by the cost model."""
+    sizes = list(points)
+    sources: dict[str, Callable[[dict[str, Any], str], float]] = {
+        "measured": lambda point, kind: point[kind]["median"],
+        "least": lambda point, kind: point[kind]["least"],
+        "operations": lambda point, kind: point["operations"][kind],
+        "model": lambda point, kind: point["model_seconds"][kind],
+    }
+    return {
+        kind: {
+            source: exponent(sizes, [cost(point, kind) for point in points.values()])
+            for source, cost in sources.items()
+        }
+        for kind in ("step", "run")
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    rows = []
+    for name, sweep in found["sweeps"].items():
+        for kind, fits in sweep["exponents"].items():
+            ends = [f"{fits[source]['between_neighbours'][-1]:.2f}" for source in ("measured", "operations")]
+            slopes = [f"{fit['exponent']:.2f} ± {fit['residual']:.2f}" for fit in fits.values()]
+            rows.append((f"{kind} over {name}", f"{sweep['sizes'][0]}..{sweep['sizes'][-1]}", *slopes, *ends))
+    print_table(("", "sizes", "median", "least", "operations", "cost model", "median, end", "operations, end"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, default=Path("out/growth"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes, to try the script")
+    parser.add_argument("--out", type=Path, default=HERE / "growth.json")
+    options = parser.parse_args()
+    grid = QUICK if options.quick else FULL
+    shutil.rmtree(options.work, ignore_errors=True)
+    bundles = sweeps(options.work, grid)
+    rates = measured_rates()
+    paths = sorted({path for sweep in bundles.values() for path in sweep.values()})
+    points = {
+        path: times | predicted(path, rates) for path, times in zip(paths, measured(paths, options.rounds), strict=True)
+    }
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "rates": rates.model_dump(),
+        "model": {
+            "width": WIDTH,
+            "heads": HEADS,
+            **dict(zip(("blocks", "tokens", "interval"), grid.base, strict=True)),
+        },
+        "settings": OPTIONS.model_dump(),
+        "rounds": options.rounds,
+        "sweeps": {},
+    }
+    for name, sweep in bundles.items():
+        at = {size: points[path] for size, path in sweep.items()}
+        found["sweeps"][name] = {"sizes": list(at), "points": list(at.values()), "exponents": fitted(at)}
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    show(found)
+
+
+if __name__ == "__main__":
+    main()

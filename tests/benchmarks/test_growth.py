@@ -1,0 +1,58 @@
+"""What `benchmarks/growth.py` rests on: exponents, and bundles at another batch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ditc.bundle import Bundle, open_bundle
+from ditc.compiler.roofline import footprints_here
+from ditc.runtime.pipeline import load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def growth(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return __import__("growth")
+
+
+def test_an_exponent_is_the_slope_of_logarithms(growth: Any) -> None:
+    found = growth.exponent([1, 2, 4], [3, 12, 48])
+    assert found["exponent"] == pytest.approx(2)
+    assert found["residual"] == pytest.approx(0, abs=1e-12)
+    bent = growth.exponent([1, 2, 4], [1, 2, 8])
+    assert bent["between_neighbours"] == pytest.approx([1, 2])
+    assert bent["exponent"] == pytest.approx(1.5)
+    assert bent["residual"] == pytest.approx(np.log(2) / np.sqrt(18))
+
+
+def test_a_bundle_runs_at_another_batch_with_that_much_more_work(
+    growth: Any, bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    shutil.copytree(bundles["cached"].path, tmp_path / "b")
+    bundle = open_bundle(tmp_path / "b")
+    twice = open_bundle(growth.at_batch(bundle, 8))
+    assert twice.manifest.batch == 8
+    operations = [footprints_here(b)["full"].int8_operations for b in (bundle, twice)]
+    assert operations[1] == 2 * operations[0]
+    with load(twice.path) as pipe:
+        assert len(pipe.latents([1] * 8)) == 8
+
+
+def test_operations_of_a_run_are_those_of_its_calls(growth: Any, bundles: dict[str, Bundle]) -> None:
+    rates = growth.Rates(
+        name="unit", int8_operations=1, float_operations=1, bandwidth=1, memory_bytes=1, source="made up"
+    )
+    found = growth.predicted(bundles["cached"].path, rates)["operations"]
+    work = {
+        name: need.int8_operations + need.float_operations for name, need in footprints_here(bundles["cached"]).items()
+    }
+    assert found["step"] == work["full"]
+    assert found["run"] == work["condition"] + 3 * (work["full"] + work["reuse"])
