@@ -30,7 +30,7 @@ from ditc.engines.lowering import lower
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.outputs import keep_outputs
 from ditc.engines.qdq import insert_qdq
-from ditc.engines.scale_table import ScaleTable
+from ditc.engines.scale_table import ScaleTable, step_inputs
 from ditc.errors import BundleError, CheckError, InputError, unknown_name
 from ditc.exporter.onnx_files import data_path, load_model, save_derived
 from ditc.files import digest_of, writing
@@ -256,6 +256,8 @@ def _bench(bundle: Bundle, points: int, target: Target) -> Iterator[_Bench]:
     table, calib = scales_of(bundle), chosen_points(bundle, points)
     condition = OnnxRuntimeBackend().session(runnable_path(bundle.segment_path(CONDITION), "onnxrt"))
     feeds = list(calibration_feeds(condition, calib, spec.null_label if guided else None, points_at_once=1))
+    for name, rows in step_inputs(bundle.tables()).items():
+        feeds = [feed | {name: rows[step]} for feed, step in zip(feeds, calib.step, strict=True)]
     with TemporaryDirectory(prefix="ditc-bisect-") as folder:
         segment = Path(folder).resolve() / "full.onnx"  # resolved: ONNX Runtime takes no weights through a link
         source = bundle.reference_path("full")

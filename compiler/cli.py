@@ -162,6 +162,13 @@ COMPILE_OPTIONS = (
         show_default=True,
         help="How ranges are chosen.",
     ),
+    click.option(
+        "--scales",
+        metavar="static|per-step",
+        default="static",
+        show_default=True,
+        help="Activation scales: one for all steps, or one for each.",
+    ),
     click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
     click.option("--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit the compensation."),
     click.option("--verify-images", type=int, default=16, show_default=True, help="Images that check the result."),

@@ -10,7 +10,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 import ditc
@@ -162,7 +161,7 @@ class _Compile:
     work: WorkFolder
     key: str
     folders: dict[str, Path] = field(default_factory=dict)
-    compensation: TableCompensation | None = None
+    tables: dict[str, NDArray[Any]] = field(default_factory=dict)  # of the bundle, beside the sampler's
 
     def stage(self, name: str, settings: list[Any], make: Callable[[Path], None]) -> Path:
         """The folder of a stage, made now or kept from an earlier run."""
@@ -193,9 +192,10 @@ class _Compile:
         calib = self.stage("select", [self.run_settings, chosen], lambda folder: stages.select(plan, segments, folder))
         folder = self.stage(
             "quantize",
-            [options.ranges],
+            [options.ranges, options.scales],
             lambda folder: stages.quantize(plan, segments, calib / "calib.npz", folder),
         )
+        self.tables |= read_tables(folder / "scales.safetensors")
         made = {name: folder / f"{name}.onnx" for name in segments}
         return {name: made[name] if made[name].is_file() else path for name, path in segments.items()}
 
@@ -211,14 +211,12 @@ class _Compile:
         if options.vc == "none" or (options.precision != "w8a8" and not plan.program.slots):
             return
         settings = [self.run_settings, options.vc, options.vc_images]
-        folder = self.stage("fit", settings, lambda folder: stages.fit(plan, segments, compiled, folder))
-        self.compensation = TableCompensation.from_tables(read_tables(folder / "compensation.safetensors"))
+        folder = self.stage("fit", settings, lambda folder: stages.fit(plan, segments, compiled, self.tables, folder))
+        self.tables |= read_tables(folder / "compensation.safetensors")
 
     def verify(self, segments: Segments, compiled: Segments) -> None:
         plan, settings = self.plan, [self.run_settings, self.plan.options.verify_images]
-        self.stage(
-            "verify", settings, lambda folder: stages.verify(plan, segments, compiled, self.compensation, folder)
-        )
+        self.stage("verify", settings, lambda folder: stages.verify(plan, segments, compiled, self.tables, folder))
 
     def seal(self, segments: Segments, compiled: Segments, target: Path) -> None:
         self.plan.progress("seal", 0, 1)
@@ -276,10 +274,8 @@ def _assemble(done: _Compile, segments: Segments, compiled: Segments, target: Pa
         if stage in done.folders:
             (target / "calib").mkdir(exist_ok=True)
             shutil.copyfile(done.folders[stage] / name, target / "calib" / name)
-    tables: dict[str, NDArray[np.float64]] = {f"sampler.{name}": column for name, column in plan.table.items()}
-    if done.compensation is not None:
-        tables |= {"compensation.k": done.compensation.k, "compensation.mu": done.compensation.mu}
-    write_tables(target / TABLES, tables)
+    sampler = {f"sampler.{name}": column for name, column in plan.table.items()}
+    write_tables(target / TABLES, sampler | done.tables)
     seal_bundle(target, _manifest(done))
 
 
@@ -290,8 +286,9 @@ def _manifest(done: _Compile) -> Manifest:
         for stage, name in CHECK_FILES
         if stage in done.folders and (done.folders[stage] / f"{name}.json").is_file()
     }
-    if done.compensation is not None:
-        k = done.compensation.k
+    compensation = TableCompensation.from_tables(done.tables)
+    if compensation is not None:
+        k = compensation.k
         checks["compensation"] = {"k_mean": float(k.mean()), "k_min": float(k.min()), "k_max": float(k.max())}
     sampler = options.sampler_spec(plan.spec.sampler)
     return Manifest(

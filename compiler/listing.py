@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby, takewhile
 from typing import Any
 
+import numpy as np
+
 from ditc.bundle import Bundle
+from ditc.engines.scale_table import SCALES_INPUT, ScaleTable, step_inputs
 from ditc.program import Program
 
 __all__ = ["bundle_facts", "joined_names", "megabytes", "schedule_map", "step_runs"]
@@ -54,7 +57,6 @@ def calibration_comparisons(bundle: Bundle) -> list[dict[str, Any]]:
     `ratios` are the calibrator's scale over ours by linear layer; layers whose tensor it does not know are left out.
     """
     from ditc.engines.calibrator import calibration_caches, scales_from_cache
-    from ditc.engines.scale_table import ScaleTable
 
     table_file = bundle.path / "calib" / "scales.json"
     if not table_file.is_file():
@@ -66,6 +68,17 @@ def calibration_comparisons(bundle: Bundle) -> list[dict[str, Any]]:
         ratios = {path: found[name] / table.scales[path] for path, name in table.tensors.items() if name in found}
         rows.append({"file": cache.name, "layers": len(ratios), "ratios": ratios})
     return rows
+
+
+def activation_scales(bundle: Bundle) -> str:
+    """How the activation scales are bound, and how far those of one activation lie apart."""
+    binding = str(bundle.manifest.settings.get("scales", "static"))
+    magnitudes = step_inputs(bundle.tables()).get(SCALES_INPUT)
+    if magnitudes is None:
+        return f"{binding} scales"
+    different = len(np.unique(magnitudes, axis=0))
+    spread = float((magnitudes.max(axis=0) / magnitudes.min(axis=0)).max())
+    return f"{binding} scales, {different} for each of {magnitudes.shape[1]} tensors, up to {spread:.2f} x apart"
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, str]:
@@ -88,6 +101,8 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
             for name, found in kernels.items()
             if isinstance(found, dict)
         )
+    if m.precision == "w8a8":
+        facts["activations"] = activation_scales(bundle)
     rules = m.checks.get("tensorrt")
     if isinstance(rules, dict):
         broken = [text for found in rules.values() if isinstance(found, list) for text in found]

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from ditc.calib_data.selection import SelectionOptions, check_selector
 from ditc.calib_data.tap import TapSettings
 from ditc.engines.ranges import RANGES
+from ditc.engines.scale_binding import BINDINGS
 from ditc.engines.targets import TARGETS
 from ditc.errors import InputError, unknown_name
 from ditc.runtime.compensation import ESTIMATORS
@@ -52,6 +53,7 @@ class CompileOptions(Record):
     pool_images: int | None = None
     pool_steps: str = "computed"
     ranges: str = "mse"
+    scales: str = "static"
     vc: str = "std"
     vc_images: int = 64
     verify_images: int = 16
@@ -65,6 +67,7 @@ class CompileOptions(Record):
         for kind, found, known in (
             ("precision", self.precision, PRECISIONS),
             ("range method", self.ranges, RANGES),
+            ("scale binding", self.scales, BINDINGS),
             ("compensation", self.vc, ("none", *ESTIMATORS)),
             ("target", self.target, TARGETS),
             ("sampler", self.sampler or "ddim", ("ddim", "ddpm")),
@@ -86,6 +89,11 @@ class CompileOptions(Record):
         ):
             if number < least:
                 raise InputError(f"{name} must be at least {least}, found {number}")
+        if self.precision != "w8a8" and self.scales != "static":
+            raise InputError(
+                f"--scales {self.scales} is for activations in INT8, and --precision {self.precision} has none; "
+                "leave it out, or compile with --precision w8a8"
+            )
         if not 0 < self.cfg < 1000:
             raise InputError(f"--cfg must be above 0 and below 1000, found {self.cfg:g}; 1 means no guidance")
         if not 0 <= self.seed < LARGEST_SEED:

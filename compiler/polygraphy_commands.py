@@ -7,7 +7,7 @@ Every option here is one of Polygraphy 0.53; the tests hand each command line to
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = ["SCRIPTS", "Script", "SegmentFacts", "loader_name", "script_text"]
@@ -27,7 +27,8 @@ class SegmentFacts:
     """What the commands of a segment need to know. Paths are relative to the bundle.
 
     `shapes` are those of one recorded point, `rms` the size of each output there; `typed` is the form for TensorRT,
-    None where the bundle has none, and `cut` a tensor half-way through the graph.
+    None where the bundle has none, and `cut` a tensor half-way through the graph. `quantized_inputs` are those that
+    the FP graph lacks.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SegmentFacts:
     shapes: Mapping[str, Sequence[int]]
     rms: Mapping[str, float]
     cut: str
+    quantized_inputs: Collection[str] = ()
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -114,13 +116,13 @@ exit "$failed"
 def _case(facts: SegmentFacts, lines: Sequence[str]) -> str:
     """What a script does with one segment."""
     needs_shapes = any("${shapes[@]}" in line for line in lines)
-    body = [_shapes(facts), *lines] if needs_shapes else lines
+    body = [_shapes_array(facts.shapes), *lines] if needs_shapes else lines
     return "\n    ".join([f"{facts.name})", *body, ";;"])
 
 
-def _shapes(facts: SegmentFacts) -> str:
+def _shapes_array(shapes: Mapping[str, Sequence[int]]) -> str:
     """The `shapes` array of a case: bundles are built for one size, so least, best and largest are the same."""
-    words = (f"{name}:[{','.join(map(str, shape))}]" for name, shape in facts.shapes.items())
+    words = (f"{name}:[{','.join(map(str, shape))}]" for name, shape in shapes.items())
     return f"shapes=({' '.join(map(shlex.quote, words))})"
 
 
@@ -285,7 +287,9 @@ def calibrate_tensorrt10(facts: SegmentFacts) -> list[str]:
     """TensorRT's own calibration of the FP graph."""
     if facts.typed is None or not facts.has_fp_reference:
         return []
+    shapes = {name: shape for name, shape in facts.shapes.items() if name not in facts.quantized_inputs}
     return [
+        *([_shapes_array(shapes)] if facts.quantized_inputs else []),
         _checked(
             f'polygraphy convert "$BUNDLE/{facts.reference}" --convert-to trt --int8 --fp16',
             f"--data-loader-script {loader_name(facts.name, facts.reference)}",
@@ -293,7 +297,7 @@ def calibrate_tensorrt10(facts: SegmentFacts) -> list[str]:
             PROFILE,
             f"--pool-limit workspace:{WORKSPACE}",
             f"-o out/{facts.name}.calibrated.plan",
-        )
+        ),
     ]
 
 

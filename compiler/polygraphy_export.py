@@ -19,6 +19,7 @@ from ditc.compiler.polygraphy_commands import SCRIPTS, SegmentFacts, loader_name
 from ditc.engines.backend import lowered_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordedRun, RecordingBackend
+from ditc.engines.scale_table import step_inputs
 from ditc.errors import InputError
 from ditc.files import atomic_folder
 from ditc.program import CONDITION, Program
@@ -114,6 +115,7 @@ def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> Seg
         shapes={key: value.shape for key, value in runs[0].inputs.items()},
         rms={key: max(_rms(run.outputs[key]) for run in runs) for key in runs[0].outputs},
         cut=str(list(graph)[len(graph) // 2].outputs[0].name),
+        quantized_inputs=step_inputs(bundle.tables()).keys() & runs[0].inputs.keys(),
     )
 
 

@@ -25,8 +25,9 @@ from ditc.engines.liveness import footprint_of
 from ditc.engines.lowering import lower
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq
-from ditc.engines.scale_table import ScaleTable
-from ditc.engines.scales import activation_probe, histograms_of, scale_table
+from ditc.engines.scale_binding import BINDINGS, Groups
+from ditc.engines.scale_table import ScaleTable, step_inputs
+from ditc.engines.scales import Origin, activation_probe, histograms_of, ranges_of, scale_table
 from ditc.engines.storage import half_storage
 from ditc.engines.tensorrt_rules import violations_of
 from ditc.engines.update import UPDATE, UpdateForm
@@ -44,6 +45,8 @@ __all__ = ["Plan", "Segments", "export", "fit", "model_digest", "quantize", "rec
 
 Progress = Callable[[str, int, int], None]  # stage, done, of
 Segments = Mapping[str, Path]
+Tables = Mapping[str, NDArray[Any]]
+NO_TABLES: Tables = {}
 
 BUFFER_BYTES = 1 << 28  # cache slots, or probed activations, that one batch of compile-time work may take
 LARGEST_BATCH = 64
@@ -77,6 +80,12 @@ class Plan:
         """The steps whose points enter the pool."""
         every = self.options.pool_steps == "all"
         return {s.index for s in self.program.steps if every or any(self.program.segment(s.segment).compute)}
+
+    def scale_groups(self, calib: CalibSet) -> Groups:
+        """Which steps share activation scales, (steps,)."""
+        steps = self.program.steps
+        computes = np.array([any(self.program.segment(step.segment).compute) for step in steps])
+        return BINDINGS[self.options.scales].groups(np.bincount(calib.step, minlength=len(steps)), computes)
 
     def labels(self, count: int) -> list[int]:
         """`count` classes, every class equally often, in a seeded order."""
@@ -142,14 +151,15 @@ def _parity(plan: Plan, segment: Any, path: Path) -> float:
 
 
 @contextmanager
-def executor(
-    plan: Plan, program: Program, segments: Segments, compensation: TableCompensation | None = None
-) -> Iterator[Executor]:
-    """An executor over segment files, engines closed at the end."""
+def executor(plan: Plan, program: Program, segments: Segments, tables: Tables = NO_TABLES) -> Iterator[Executor]:
+    """An executor over segment files, engines closed at the end. `tables` are a bundle's beside the sampler's."""
     names = [name for name in program.calls if name != DECODE]
     with ExitStack() as stack:
         engines = open_engines(stack, plan.backend, {name: segments[name] for name in names})
-        yield Executor(plan.spec, program, plan.table, engines, plan.options.cfg, compensation)
+        compensation = TableCompensation.from_tables(tables)
+        yield Executor(
+            plan.spec, program, plan.table, engines, plan.options.cfg, compensation, step_inputs=step_inputs(tables)
+        )
 
 
 def start_requests(plan: Plan, runner: Executor, count: int, purpose: int) -> list[tuple[range, Iterator[StepEvent]]]:
@@ -209,9 +219,8 @@ def calibration_feeds(
             yield {"x": x, **{name: table[0] for name, table in zip(names, tables, strict=True)}}
 
 
-def watched(plan: Plan, feeds: Iterable[dict[str, Any]], points: int) -> Iterator[dict[str, Any]]:
+def watched(plan: Plan, feeds: Iterable[dict[str, Any]], done: int, points: int) -> Iterator[dict[str, Any]]:
     """The same feeds, each reported as progress of `quantize`."""
-    done = 0
     for feed in feeds:
         plan.progress("quantize", done, points)
         done += len(feed["x"]) // plan.halves
@@ -235,21 +244,21 @@ def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleT
     rows = int(np.clip(BUFFER_BYTES // point_bytes, 1, LARGEST_BATCH))
     names = list(readers)
     null_label = plan.spec.null_label if plan.halves == 2 else None
-    feeds = calibration_feeds(plan.backend.session(segments[CONDITION]), calib, null_label, rows)
     taken = {port.name for port in session.get_inputs()}  # tables for the head alone are not among them
 
     def run_probe(feeds: Mapping[str, Any]) -> dict[str, Any]:
         own = {name: array for name, array in feeds.items() if name in taken}
         return dict(zip(names, session.run(names, own), strict=True))
 
-    histograms = histograms_of(run_probe, watched(plan, feeds, len(calib)))
-    return scale_table(
-        histograms,
-        readers,
-        method=plan.options.ranges,
-        segment_sha256=sha256_of(segments["full"]),
-        calibration_digest=calib.digest,
-    )
+    condition, groups, ranges, done = plan.backend.session(segments[CONDITION]), plan.scale_groups(calib), [], 0
+    for group in range(groups.max() + 1):
+        part = calib.take(np.flatnonzero(groups[calib.step] == group))
+        feeds = calibration_feeds(condition, part, null_label, rows)
+        histograms = histograms_of(run_probe, watched(plan, feeds, done, len(calib)))
+        ranges.append(ranges_of(histograms, plan.options.ranges))
+        done += len(part)
+    origin = Origin(plan.options.ranges, sha256_of(segments["full"]), calib.digest, plan.options.scales)
+    return scale_table(ranges, readers, groups, origin)
 
 
 def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
@@ -261,6 +270,7 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
 
     table = activation_scales(plan, segments, CalibSet.load(calib_file))
     atomic_write(folder / "scales.json", table.model_dump_json(indent=1).encode() + b"\n")
+    write_tables(folder / "scales.safetensors", table.tables())
     kernels = {}
     for part in plan.program.segments:
         if not any(part.compute):
@@ -345,24 +355,22 @@ def exact_trajectory(plan: Plan, segments: Segments, count: int, purpose: int, s
     return [np.concatenate(parts) for parts in steps]
 
 
-def fit(plan: Plan, segments: Segments, compiled: Segments, folder: Path) -> None:
+def fit(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
     """The compensation table, fitted in a closed loop against the FP program: compensation.safetensors."""
     count = plan.options.vc_images
     exact = exact_trajectory(plan, segments, count, FIT_NOISE, "fit")
-    with executor(plan, plan.program, compiled) as runner:
+    with executor(plan, plan.program, compiled, tables) as runner:
         requests = [request for _, request in start_requests(plan, runner, count, FIT_NOISE)]
         table = fit_closed_loop(requests, exact, plan.options.vc)
     write_tables(folder / "compensation.safetensors", {"compensation.k": table.k, "compensation.mu": table.mu})
 
 
-def verify(
-    plan: Plan, segments: Segments, compiled: Segments, compensation: TableCompensation | None, folder: Path
-) -> None:
+def verify(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
     """The compiled program against the FP one on fresh noise: verify.json."""
     count = plan.options.verify_images
     exact = exact_trajectory(plan, segments, count, VERIFY_NOISE, "verify")
     found: list[list[Samples]] = [[] for _ in exact]
-    with executor(plan, plan.program, compiled, compensation) as runner:
+    with executor(plan, plan.program, compiled, tables) as runner:
         for _, request in start_requests(plan, runner, count, VERIFY_NOISE):
             for event in request:
                 found[event.index].append(event.x)

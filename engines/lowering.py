@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ditc.engines.cpu_fusions import fuse_attention, fuse_integer_products
 from ditc.engines.half import half_precision
+from ditc.engines.scale_lowering import fold_magnitudes_into_tables, scales_from_input
 
 __all__ = ["LOWERINGS", "lower"]
 
@@ -59,12 +60,14 @@ def drop_unused_constants(model: ir.Model) -> bool:
 
 LOWERINGS: dict[str, tuple[GraphPass, ...]] = {
     "onnxrt": (
+        scales_from_input,  # first: afterwards every pair is a plain one
         unsigned_activations,
         fuse_integer_products,  # the fast kernel wants the unsigned form
         fuse_attention,
         drop_unused_constants,  # last: the signed zero points are unused by then
     ),
     "trt": (
+        fold_magnitudes_into_tables,  # first: it looks for rows of the tables as they come in
         half_precision,  # strongly typed networks compute in the type that the graph says
     ),
 }

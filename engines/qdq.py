@@ -2,7 +2,8 @@
 
 This is the portable artifact: symmetric, zero-point 0, constant scales, what TensorRT 10 and 11 take and what ONNX
 Runtime turns into integer kernels. The bias stays a float Add after the MatMul. Q/DQ anywhere else would land where no
-integer kernel takes it, and cost time for nothing.
+integer kernel takes it, and cost time for nothing. Where a scale is not the same at every step, the activation is
+divided by its magnitude in front of the pair and the product multiplied behind it (`scale_binding`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ditc.engines.linears import Linear, linears_of
+from ditc.engines.magnitudes import RESTORES, add_constant, divided, followed_by
 from ditc.engines.ranges import LEVELS
+from ditc.engines.scale_binding import BINDINGS
 from ditc.engines.scale_table import ScaleTable
 from ditc.engines.scales import layers_without_scale
 from ditc.errors import DitcError
@@ -55,22 +58,43 @@ def insert_qdq(model: ir.Model, table: ScaleTable, layers: Container[str] | None
     missing = layers_without_scale(table, linears)
     if missing:
         raise DitcError(f"no activation scale for {missing[0]}; calibrate on a segment that computes it")
-    pairs: dict[str, ir.Value] = {}
+    pairs: dict[str, _Pair] = {}
     for linear in linears:
         name = str(linear.activation.name)
         if name not in pairs:
-            pairs[name] = _activation_pair(model, linear, table.scales[linear.path])
-        linear.node.replace_input_with(0, pairs[name])
+            pairs[name] = _activation_pair(model, linear, table)
+        pair = pairs[name]
+        linear.node.replace_input_with(0, pair.output)
         linear.node.replace_input_with(1, _weight_dequantizer(model, linear))
+        if pair.magnitude is not None:
+            followed_by(model, linear, "Mul", pair.magnitude, RESTORES)
     return bool(linears)
 
 
-def _activation_pair(model: ir.Model, linear: Linear, scale: float) -> ir.Value:
-    """Q and DQ in front of the layer; returns DQ's output."""
+@dataclass(frozen=True)
+class _Pair:
+    """DQ's output, and what the activation was divided by in front of Q, None for nothing."""
+
+    output: ir.Value
+    magnitude: ir.Value | None
+
+
+def _activation_pair(model: ir.Model, linear: Linear, table: ScaleTable) -> _Pair:
+    """Q and DQ in front of the layer, as the table's binding has it."""
+    magnitude_of = BINDINGS[table.binding].magnitude
+    if magnitude_of is None:
+        return _Pair(_qdq(model, linear, linear.activation, table.scales[linear.path]), None)
+    magnitude = magnitude_of(model, linear, table)
+    scaled = divided(model, linear, magnitude)
+    return _Pair(_qdq(model, linear, scaled, 1 / LEVELS), magnitude)
+
+
+def _qdq(model: ir.Model, linear: Linear, activation: ir.Value, scale: float) -> ir.Value:
+    """Q and DQ of an activation, with a constant scale; returns DQ's output."""
     stem = str(linear.activation.name)
-    scale_value = _constant(model, f"{linear.name}.input_scale", np.float32(scale))
-    zero = _constant(model, f"{linear.name}.input_zero", np.int8(0))
-    quantize = ir.node("QuantizeLinear", [linear.activation, scale_value, zero], name=f"{linear.name}/QuantizeLinear")
+    scale_value = add_constant(model, f"{linear.name}.input_scale", np.float32(scale))
+    zero = add_constant(model, f"{linear.name}.input_zero", np.int8(0))
+    quantize = ir.node("QuantizeLinear", [activation, scale_value, zero], name=f"{linear.name}/QuantizeLinear")
     dequantize = ir.node(
         "DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{linear.name}/DequantizeLinear"
     )
@@ -83,9 +107,9 @@ def _activation_pair(model: ir.Model, linear: Linear, scale: float) -> ir.Value:
 def _weight_dequantizer(model: ir.Model, linear: Linear) -> ir.Value:
     """The INT8 weight as a constant behind a per-channel DQ; returns DQ's output. The float weight is dropped."""
     weight = quantize_weight(linear.weight_array())
-    values = _constant(model, f"{linear.name}.weight_int8", weight.values)
-    scale = _constant(model, f"{linear.name}.weight_scale", weight.scale)
-    zero = _constant(model, f"{linear.name}.weight_zero", np.zeros(len(weight.scale), np.int8))
+    values = add_constant(model, f"{linear.name}.weight_int8", weight.values)
+    scale = add_constant(model, f"{linear.name}.weight_scale", weight.scale)
+    zero = add_constant(model, f"{linear.name}.weight_zero", np.zeros(len(weight.scale), np.int8))
     dequantize = ir.node(
         "DequantizeLinear",
         [values, scale, zero],
@@ -104,10 +128,3 @@ def _placed(model: ir.Model, linear: Linear, *nodes: ir.Node) -> ir.Value:
         node.metadata_props.update(linear.node.metadata_props)
     model.graph.insert_before(linear.node, list(nodes))
     return nodes[-1].outputs[0]
-
-
-def _constant(model: ir.Model, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
-    tensor = ir.tensor(np.asarray(array))
-    value = ir.Value(name=name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value

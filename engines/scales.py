@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from ditc.engines.linears import Linear, linears_of
 from ditc.engines.outputs import keep_outputs
 from ditc.engines.ranges import LEVELS, Histogram, clipping_range
+from ditc.engines.scale_binding import BINDINGS, Groups
 from ditc.engines.scale_table import ScaleTable
 
-__all__ = ["ScaleTable", "activation_probe", "histograms_of", "scale_table"]
+__all__ = ["Origin", "ScaleTable", "activation_probe", "histograms_of", "ranges_of", "scale_table"]
 
 Feeds = Mapping[str, NDArray[Any]]
 RunProbe = Callable[[Feeds], Mapping[str, NDArray[np.float32]]]
@@ -44,26 +46,46 @@ def histograms_of(run: RunProbe, points: Iterable[Feeds]) -> dict[str, Histogram
     return histograms
 
 
+def ranges_of(histograms: Mapping[str, Histogram], method: str) -> dict[str, float]:
+    """The magnitude of each activation that maps to 127."""
+    return {name: clipping_range(method, histogram) for name, histogram in histograms.items()}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What scales are made from and how: the range method, the row of BINDINGS, digests of segment and points."""
+
+    method: str
+    segment_sha256: str
+    calibration_digest: str
+    binding: str = "static"
+
+
 def scale_table(
-    histograms: Mapping[str, Histogram],
+    ranges: Sequence[Mapping[str, float]],
     readers: Mapping[str, tuple[str, ...]],
-    *,
-    method: str,
-    segment_sha256: str,
-    calibration_digest: str,
+    groups: Groups,
+    origin: Origin,
 ) -> ScaleTable:
-    """Scales of every linear layer: clipping range / 127."""
-    scales: dict[str, float] = {}
+    """Scales of every linear layer, range / 127. `ranges` are those of each group of steps, `groups` is (steps,)."""
+    columns: dict[str, int] = {}
+    widest: dict[int, NDArray[np.float64]] = {}  # column -> (groups,)
     for name, paths in readers.items():
-        scale = clipping_range(method, histograms[name]) / LEVELS
-        for path in paths:  # a layer that two branches share takes the wider range
-            scales[path] = max(scale, scales.get(path, 0.0))
+        column = next((columns[path] for path in paths if path in columns), len(widest))
+        found = np.array([part[name] for part in ranges])
+        widest[column] = np.maximum(found, widest.get(column, 0.0))  # a layer that two branches share
+        columns |= {path: columns.get(path, column) for path in paths}
+    scales = {path: widest[column] / LEVELS for path, column in columns.items()}
+    by_step = BINDINGS[origin.binding].by_step
     return ScaleTable(
-        method=method,
-        segment_sha256=segment_sha256,
-        calibration_digest=calibration_digest,
-        scales=scales,
+        method=origin.method,
+        segment_sha256=origin.segment_sha256,
+        calibration_digest=origin.calibration_digest,
+        scales={path: float(found.max()) for path, found in scales.items()},
         tensors={path: name for name, paths in readers.items() for path in paths},
+        binding=origin.binding,
+        steps={path: tuple(found[groups].tolist()) for path, found in scales.items()} if by_step else {},
+        columns=columns if by_step else {},
     )
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ditc.bundle import Manifest
 from ditc.engines.backend import DeviceEngine
 from ditc.engines.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor
+from ditc.engines.scale_table import step_inputs
 from ditc.engines.update import COLUMNS, UPDATE
 from ditc.errors import CheckError, DitcError, InputError
 from ditc.program import AHEAD, CONDITION, DECODE, Step
@@ -72,6 +73,9 @@ class DeviceExecutor:
         self._device = device
         self._adds_noise = "z" in engines[UPDATE].inputs
         self._allocate(tables["sampler.t"], update_rows(tables, self.spec.in_channels))
+        self._step_inputs = {
+            name: [self._uploaded(row) for row in table] for name, table in step_inputs(tables).items()
+        }
         self._trajectory: DeviceGraph | None = None
         self._step_graphs: dict[int, DeviceGraph] = {}
         self._requests = 0
@@ -180,6 +184,8 @@ class DeviceExecutor:
         engine.bind("out", self._out)
         for name, part in self._table_parts[step.index].items():
             engine.bind(name, part)
+        for name in self._step_inputs.keys() & engine.inputs.keys():
+            engine.bind(name, self._step_inputs[name][step.index])
         for port_name, slot in step.cache_ports:
             engine.bind(port_name, self._slots[slot])
         engine.enqueue()

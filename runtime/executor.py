@@ -35,6 +35,7 @@ __all__ = [
 Samples = NDArray[np.float32]
 NoiseSource = Callable[[int], Samples]  # step -> fresh noise, (batch, channels, height, width)
 Compensation = Callable[[int, Samples], Samples]  # (step, sample) -> sample
+NO_INPUTS: Mapping[str, Samples] = {}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Executor:
     """Runs one program over opened engines.
 
     `engines` maps segment names to engines, `table` is the sampler's (column -> (steps,)), `guidance` the weight of
-    classifier-free guidance; at 1 the unconditional half is not computed at all.
+    classifier-free guidance; at 1 the unconditional half is not computed at all. `step_inputs` are tables that a
+    segment may take a row of at each step, name of its input -> (steps, ...).
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class Executor:
         engines: Mapping[str, Engine],
         guidance: float,
         compensation: Compensation | None = None,
+        *,
+        step_inputs: Mapping[str, Samples] = NO_INPUTS,
     ) -> None:
         if guidance != 1 and spec.null_label is None:
             raise InputError(f"{spec.name} has no unconditional class, so guidance must be 1, found {guidance:g}")
@@ -92,6 +96,7 @@ class Executor:
         self.guidance = guidance
         self.compensation = compensation
         self._engines = engines
+        self._step_inputs = step_inputs
         self._rows: list[Row] = [
             {name: float(column[i]) for name, column in table.items()} for i in range(len(program.steps))
         ]
@@ -172,6 +177,8 @@ class Executor:
                 engine.bind(name, table[step.index])
             if (later := engine.inputs.get(f"{AHEAD}.{name}")) is not None:
                 engine.bind(later.name, table[step.index + 1 : step.index + 1 + steps_ahead(later)])
+        for name in self._step_inputs.keys() & engine.inputs.keys():
+            engine.bind(name, self._step_inputs[name][step.index])
         for port, slot in step.cache_ports:
             engine.bind(port, buffers.slots[slot])
         return engine

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, runnable_path
+from ditc.engines.scale_table import step_inputs
 from ditc.engines.targets import backend_for
 from ditc.engines.update import UPDATE
 from ditc.errors import BundleError, DitcError, InputError, unknown_name
@@ -125,7 +126,15 @@ class Pipeline:
         manifest, tables = self.bundle.manifest, self._tables()
         columns = {n.removeprefix("sampler."): t for n, t in tables.items() if n.startswith("sampler.")}
         compensation = TableCompensation.from_tables(tables)
-        return Executor(manifest.model, self.program, columns, engines, manifest.guidance, compensation)
+        return Executor(
+            manifest.model,
+            self.program,
+            columns,
+            engines,
+            manifest.guidance,
+            compensation,
+            step_inputs=step_inputs(tables),
+        )
 
     def _tables(self) -> dict[str, NDArray[Any]]:
         tables = self.bundle.tables()

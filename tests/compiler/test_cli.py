@@ -69,6 +69,12 @@ def test_inspect_shows_program_schedule_and_settings(
     assert '"fora:2"' in text
 
 
+def test_inspect_says_how_scales_are_bound(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("cached", "static scales"), ("per-step", "per-step scales, 3 for each of 8 tensors, up to")):
+        assert run(["inspect", str(bundles[name].path)]) == 0
+        assert text in capsys.readouterr().out
+
+
 def test_inspect_json_is_the_manifest(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(bundles["cached"].path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["program"]["slots"] == 4
@@ -125,6 +131,8 @@ def bad_files(tmp_path: Path) -> Path:
         ("compile digits -o {bad}/b --policy {bad}/broken.json", "is not a schedule"),
         ("compile digits -o {bad}/b --steps 1", "--steps must be at least 2"),
         ("compile digits -o {bad}/b --select best", "unknown selector"),
+        ("compile digits -o {bad}/b --scales often", "unknown scale binding 'often'; choose one of: per-step, static"),
+        ("compile digits -o {bad}/b --scales per-step --precision fp16", "--precision fp16 has none; leave it out"),
         ("compile digits -o {bad}/b --batch 0", "--batch must be at least 1"),
         ("run {bad}/empty --labels 1 -o {bad}/i", "is not a bundle"),
         ("run {bundle} --labels 9 -o {bad}/i", "label 9 is not a class"),

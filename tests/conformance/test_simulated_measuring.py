@@ -29,11 +29,12 @@ def test_a_trace_has_the_files_of_tensorrts_own_tools(
 
 
 @pytest.mark.any_version
-def test_bisect_builds_an_engine_of_every_variant(built: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    found = {}
+@pytest.mark.parametrize("name", ["small", "per-step"])
+def test_bisect_builds_an_engine_of_every_variant(name: str, built: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found, bundle = {}, built[name]
     for target in ("cpu", "tensorrt"):
         capsys.readouterr()
-        command = f"bisect {built['small']} --target {target} --by block --points 2 --json"
+        command = f"bisect {bundle} --target {target} --by block --points 2 --json"
         assert run(command.split()) == 0
         found[target] = json.loads(capsys.readouterr().out)
     assert found["tensorrt"]["backend"] == "trt"

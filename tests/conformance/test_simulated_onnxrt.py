@@ -42,7 +42,7 @@ def played(provider: Provider) -> Provider:
 
 
 @pytest.mark.parametrize("provider", [CUDA, TENSORRT])
-@pytest.mark.parametrize("name", ["small", "learned-noise", "odd-addresses"])
+@pytest.mark.parametrize("name", ["small", "learned-noise", "odd-addresses", "per-step"])
 def test_sessions_on_device_memory_make_the_images_of_the_cpu(provider: Provider, name: str, built: Any) -> None:
     with ditc.load(built[name], target="cpu") as cpu, ditc.load(built[name], backend=OnHost(played(provider))) as gpu:
         expected, found = (pipe.latents([0, 3, 4], seed=3) for pipe in (cpu, gpu))

@@ -19,10 +19,14 @@ from ditc.compiler.cli import run
 from ditc.engines.store import EngineStore, embedded_host_code
 from ditc.engines.targets import backend_for
 from ditc.errors import CheckError, DitcError, InputError
+from ditc.runtime.device_executor import DeviceExecutor
 from ditc.runtime.pipeline import Pipeline
 
 LABELS = [0, 3, 4]
-BUNDLES = ("small", "learned-noise", "fixed-noise", "unguided", "fp16", "odd-addresses", "partial-rows", "decoded")
+BUNDLES = (
+    *("small", "learned-noise", "fixed-noise", "unguided", "fp16", "odd-addresses", "partial-rows", "per-step"),
+    "decoded",
+)
 
 
 def latents(bundle: Path, target: str, labels: list[int] | None = None, **options: Any) -> NDArray[np.float32]:
@@ -68,6 +72,20 @@ def test_graphs_change_nothing(name: str, built: Any) -> None:
     plain = latents(built[name], "tensorrt", graphs="none")
     assert np.array_equal(latents(built[name], "tensorrt", graphs="step"), plain)
     assert np.array_equal(latents(built[name], "tensorrt", graphs="trajectory"), plain)
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("graphs", ["none", "step", "trajectory"])
+def test_every_step_takes_its_own_scales(graphs: str, built: Any) -> None:
+    """Wrong scales at one step, in device memory, change what comes after it and nothing before."""
+    with ditc.load(built["per-step"], target="tensorrt", graphs=graphs) as pipe:
+        right = [event.x for _ in range(2) for event in pipe.generate(LABELS, seed=3)][6:]
+        executor = pipe._executor
+        assert isinstance(executor, DeviceExecutor)
+        row = executor._step_inputs["scales"][2]
+        executor._device.upload(50 * executor._device.download(row), row)
+        wrong = [event.x for event in pipe.generate(LABELS, seed=3)]
+    assert [np.array_equal(a, b) for a, b in zip(right, wrong, strict=True)] == [True] * 2 + [False] * 4
 
 
 @pytest.mark.any_version

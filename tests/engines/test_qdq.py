@@ -18,7 +18,7 @@ from ditc.engines.linears import linears_of
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq, quantize_weight
 from ditc.engines.scale_table import ScaleTable
-from ditc.engines.scales import activation_probe, histograms_of, scale_table
+from ditc.engines.scales import Origin, activation_probe, histograms_of, ranges_of, scale_table
 from ditc.errors import CheckError, DitcError
 from ditc.exporter.onnx_files import load_model, save_model
 from ditc.program import BRANCH_KEY, PATH_KEY
@@ -131,7 +131,7 @@ def test_the_probe_returns_each_activation_once_with_its_readers() -> None:
 def test_scales_follow_the_largest_activation() -> None:
     points = [{"x": np.full((2, 2), value, np.float32)} for value in (1.0, -12.7, 3.0)]
     histograms = histograms_of(lambda feeds: {"x": feeds["x"]}, points)
-    found = scale_table(histograms, {"x": ("a",)}, method="max", segment_sha256="", calibration_digest="")
+    found = scale_table([ranges_of(histograms, "max")], {"x": ("a",)}, np.zeros(1, np.int64), Origin("max", "", ""))
     assert found.scales["a"] == pytest.approx(0.1)
 
 

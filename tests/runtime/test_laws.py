@@ -30,7 +30,7 @@ def test_a_schedule_with_reuse_gives_another_result(pipes: dict[str, Pipeline]) 
     assert not np.allclose(pipes["fp32-cached"].latents(LABELS, seed=3), pipes["fp32-none"].latents(LABELS, seed=3))
 
 
-@pytest.mark.parametrize("name", ["cached", "fp32-cached"])
+@pytest.mark.parametrize("name", ["cached", "per-step", "fp32-cached"])
 def test_permuting_the_batch_permutes_the_images(pipes: dict[str, Pipeline], name: str) -> None:
     order = [2, 0, 3, 1]
     noise = noise_for(4)
@@ -39,7 +39,7 @@ def test_permuting_the_batch_permutes_the_images(pipes: dict[str, Pipeline], nam
     np.testing.assert_allclose(permuted, plain[order], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["cached", "fp32-cached"])
+@pytest.mark.parametrize("name", ["cached", "per-step", "fp32-cached"])
 def test_an_image_does_not_depend_on_its_neighbours(pipes: dict[str, Pipeline], name: str) -> None:
     noise = noise_for(4)
     together = pipes[name].latents(LABELS, noise=noise)
@@ -72,6 +72,21 @@ def test_a_request_after_a_failed_one_equals_a_fresh_one(bundles: dict[str, Bund
             pipe.images(LABELS, seed=8)
         engine.run = run  # type: ignore[method-assign]
         assert np.array_equal(pipe.images(LABELS, seed=5), first)
+
+
+def test_every_step_takes_its_own_row_of_the_scales(bundles: dict[str, Bundle]) -> None:
+    """Wrong scales at one step change what comes after it, and nothing before."""
+    with load(bundles["per-step"].path) as pipe:
+        right = [event.x for event in pipe.generate(LABELS, seed=5)]
+        assert pipe._executor is not None
+        pipe._executor._step_inputs["scales"][2] *= 50
+        wrong = [event.x for event in pipe.generate(LABELS, seed=5)]
+    assert [np.array_equal(a, b) for a, b in zip(right, wrong, strict=True)] == [True] * 2 + [False] * 4
+
+
+def test_the_reference_of_a_bundle_with_step_scales_takes_none(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["per-step"].path, reference=True) as found, load(bundles["cached"].path, reference=True) as same:
+        assert np.array_equal(found.latents(LABELS, seed=3), same.latents(LABELS, seed=3))
 
 
 def test_two_requests_can_be_walked_in_turn(pipes: dict[str, Pipeline]) -> None:

@@ -1,0 +1,72 @@
+"""How a scale reaches its Q/DQ pair: which steps share one, and whether the graph holds it or reads it as an input.
+
+A row of BINDINGS. "static" is one constant for all steps. "per-step" is time-grouped quantization (TQ-DiT) with as
+many groups as the calibration set can fill: the step's magnitude s is an input of the segment, u = x / s is quantized
+with the constant scale 1/127, and the product gets its size back before the bias, y = s (W u) + b. So the Q/DQ scales
+stay constants, which TensorRT asks for, and all steps share one engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ditc.engines.linears import Linear
+from ditc.engines.magnitudes import step_magnitude
+from ditc.engines.scale_table import ScaleTable
+
+__all__ = ["BINDINGS", "LEAST_POINTS", "ScaleBinding", "neighbouring_steps", "one_group"]
+
+Groups = NDArray[np.int64]  # the group of each step, (steps,), numbered from 0 in the order of steps
+LEAST_POINTS = 8  # of a group; fewer say little about the tail of an activation
+
+
+@dataclass(frozen=True)
+class ScaleBinding:
+    """`groups` takes the calibration points of each step and whether it computes, both (steps,).
+
+    `magnitude` gives the value that an activation is divided by in front of a pair of constant scale; None where the
+    pair's own scale is the layer's.
+    """
+
+    groups: Callable[[NDArray[np.int64], NDArray[np.bool_]], Groups]
+    magnitude: Callable[[ir.Model, Linear, ScaleTable], ir.Value] | None = None
+
+    @property
+    def by_step(self) -> bool:
+        return self.magnitude is not None
+
+
+def one_group(points: NDArray[np.int64], computes: NDArray[np.bool_]) -> Groups:
+    """All steps together."""
+    return np.zeros(len(points), np.int64)
+
+
+def neighbouring_steps(points: NDArray[np.int64], computes: NDArray[np.bool_], least: int = LEAST_POINTS) -> Groups:
+    """Each step that computes is a group of its own, joined with its neighbours until it has `least` points.
+
+    A step that does not compute belongs to the last one before it that does: it needs no scales, and where it has
+    points nevertheless they count there. What is left over at the end joins the last group.
+    """
+    runs = np.cumsum(computes) - 1  # (steps,), the run of each step; the first step computes
+    filled = np.bincount(runs, weights=points)
+    group_of_run, group, held = [], 0, 0
+    for count in filled:
+        if held >= least:
+            group, held = group + 1, 0
+        group_of_run.append(group)
+        held += int(count)
+    groups = np.array(group_of_run, np.int64)
+    if group and held < least:
+        groups[groups == group] = group - 1
+    return np.asarray(groups[runs])
+
+
+BINDINGS: dict[str, ScaleBinding] = {
+    "static": ScaleBinding(one_group),
+    "per-step": ScaleBinding(neighbouring_steps, step_magnitude),
+}
