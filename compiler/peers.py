@@ -22,7 +22,7 @@ PEERS: dict[str, Callable[[Match], Peer]] = {
     "torch-f32": torch_peers.torch_f32,
     "torch-bf16": torch_peers.torch_bf16,
     "torch-compile": torch_peers.torch_compile,
-    "cache-dit": torch_peers.cache_dit,
+    "cache-dit": torch_peers.cached_by_cache_dit,
     "onnxruntime-f32": onnx_peers.onnxruntime_f32,
     "onnxruntime-quant": onnx_peers.onnxruntime_quant,
     "openvino-f32": onnx_peers.openvino_f32,

@@ -12,7 +12,7 @@ from ditc.compiler.match import Match
 from ditc.compiler.peer import Peer
 from ditc.errors import InputError
 
-__all__ = ["cache_dit", "torch_bf16", "torch_compile", "torch_f32"]
+__all__ = ["cached_by_cache_dit", "torch_bf16", "torch_compile", "torch_f32"]
 
 
 def torch_f32(match: Match) -> Peer:
@@ -32,7 +32,7 @@ def torch_compile(match: Match) -> Peer:
     return _torch_peer(match, torch.compile(match.model, dynamic=False), "torch.compile float32")
 
 
-def cache_dit(match: Match) -> Peer:
+def cached_by_cache_dit(match: Match) -> Peer:
     """diffusers' DiT, eager float32, with cache-dit computing at the bundle's own steps and reusing in between."""
     import cache_dit
     import diffusers
