@@ -192,7 +192,7 @@ class _Compile:
         calib = self.stage("select", [self.run_settings, chosen], lambda folder: stages.select(plan, segments, folder))
         folder = self.stage(
             "quantize",
-            [options.ranges, options.scales],
+            [options.ranges, options.scales, options.midpoint],
             lambda folder: stages.quantize(plan, segments, calib / "calib.npz", folder),
         )
         self.tables |= read_tables(folder / "scales.safetensors")

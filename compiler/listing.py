@@ -65,7 +65,11 @@ def calibration_comparisons(bundle: Bundle) -> list[dict[str, Any]]:
     rows = []
     for cache in calibration_caches(bundle):
         found = scales_from_cache(cache.read_bytes())
-        ratios = {path: found[name] / table.scales[path] for path, name in table.tensors.items() if name in found}
+        ratios = {
+            path: found[name] / table.scales[path]
+            for path, name in table.tensors.items()
+            if name in found and path in table.scales
+        }
         rows.append({"file": cache.name, "layers": len(ratios), "ratios": ratios})
     return rows
 

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from ditc.calib_data.selection import SelectionOptions, check_selector
 from ditc.calib_data.tap import TapSettings
+from ditc.engines.midpoints import MIDPOINTS
 from ditc.engines.ranges import RANGES
 from ditc.engines.scale_binding import BINDINGS
 from ditc.engines.targets import TARGETS
@@ -54,6 +55,7 @@ class CompileOptions(Record):
     pool_steps: str = "computed"
     ranges: str = "mse"
     scales: str = "static"
+    midpoint: str = "zero"
     vc: str = "std"
     vc_images: int = 64
     verify_images: int = 16
@@ -68,6 +70,7 @@ class CompileOptions(Record):
             ("precision", self.precision, PRECISIONS),
             ("range method", self.ranges, RANGES),
             ("scale binding", self.scales, BINDINGS),
+            ("midpoint", self.midpoint, MIDPOINTS),
             ("compensation", self.vc, ("none", *ESTIMATORS)),
             ("target", self.target, TARGETS),
             ("sampler", self.sampler or "ddim", ("ddim", "ddpm")),
@@ -89,10 +92,16 @@ class CompileOptions(Record):
         ):
             if number < least:
                 raise InputError(f"{name} must be at least {least}, found {number}")
-        if self.precision != "w8a8" and self.scales != "static":
+        for name, found, default in (("--scales", self.scales, "static"), ("--midpoint", self.midpoint, "zero")):
+            if self.precision != "w8a8" and found != default:
+                raise InputError(
+                    f"{name} {found} is for activations in INT8, and --precision {self.precision} has none; "
+                    "leave it out, or compile with --precision w8a8"
+                )
+        if self.scales == "dynamic" and self.midpoint != "zero":
             raise InputError(
-                f"--scales {self.scales} is for activations in INT8, and --precision {self.precision} has none; "
-                "leave it out, or compile with --precision w8a8"
+                f"--scales dynamic measures every tensor as it comes, so --midpoint {self.midpoint} has nothing to do; "
+                "leave one of them out"
             )
         if not 0 < self.cfg < 1000:
             raise InputError(f"--cfg must be above 0 and below 1000, found {self.cfg:g}; 1 means no guidance")

@@ -28,7 +28,8 @@ class SegmentFacts:
 
     `shapes` are those of one recorded point, `rms` the size of each output there; `typed` is the form for TensorRT,
     None where the bundle has none, and `cut` a tensor half-way through the graph. `quantized_inputs` are those that
-    the FP graph lacks.
+    the FP graph lacks, `typed_only` tensors of the typed form that the portable one lacks: Polygraphy would hold each
+    against whichever tensor comes at its place.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SegmentFacts:
     rms: Mapping[str, float]
     cut: str
     quantized_inputs: Collection[str] = ()
+    typed_only: Sequence[str] = ()
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -181,6 +183,7 @@ def layers_onnxrt(facts: SegmentFacts) -> list[str]:
         ),
         _checked(
             f"polygraphy run \"$BUNDLE/{facts.typed}\" --onnxrt {AS_WRITTEN} --onnx-outputs '*'",
+            *([f"--onnx-exclude-outputs {' '.join(map(shlex.quote, facts.typed_only))}"] if facts.typed_only else []),
             f"--data-loader-script {loader_name(facts.name, facts.typed)}:load_first",
             f"--load-outputs out/{facts.name}.layers.json {SNR}",
         ),

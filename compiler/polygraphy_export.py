@@ -96,6 +96,7 @@ def recorded_runs(bundle: Bundle, points: int) -> dict[str, list[RecordedRun]]:
 
 def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> SegmentFacts:
     """What the commands of a segment need, read from its graph and its recorded runs."""
+    from ditc.engines.modulation_folding import OVER_MAGNITUDE
     from ditc.exporter.onnx_files import load_model
 
     portable = bundle.segment_path(name)
@@ -105,18 +106,27 @@ def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> Seg
         path = lowered_path(portable, backend)
         return _inside(bundle, path) if path.exists() else None
 
+    typed = form("trt")
     return SegmentFacts(
         name=name,
         reference=_inside(bundle, bundle.reference_path(name)),
         portable=_inside(bundle, portable),
         onnxrt=form("onnxrt"),
-        typed=form("trt"),
+        typed=typed,
         quantized=any(node.op_type == "QuantizeLinear" for node in graph),
         shapes={key: value.shape for key, value in runs[0].inputs.items()},
         rms={key: max(_rms(run.outputs[key]) for run in runs) for key in runs[0].outputs},
         cut=str(list(graph)[len(graph) // 2].outputs[0].name),
         quantized_inputs=step_inputs(bundle.tables()).keys() & runs[0].inputs.keys(),
+        typed_only=[] if typed is None else tensors_with(bundle.path / typed, OVER_MAGNITUDE),
     )
+
+
+def tensors_with(segment: Path, text: str) -> list[str]:
+    """Names of inner tensors of a graph that have a text in them."""
+    from ditc.exporter.onnx_files import load_model
+
+    return [str(value.name) for node in load_model(segment).graph for value in node.outputs if text in str(value.name)]
 
 
 def _inside(bundle: Bundle, path: Path) -> str:

@@ -23,11 +23,20 @@ from ditc.engines.backend import lowered_path, runnable_path
 from ditc.engines.linears import linear_count
 from ditc.engines.liveness import footprint_of
 from ditc.engines.lowering import lower
+from ditc.engines.midpoints import lower_bounds
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq
 from ditc.engines.scale_binding import BINDINGS, Groups
 from ditc.engines.scale_table import ScaleTable, step_inputs
-from ditc.engines.scales import Origin, activation_probe, histograms_of, ranges_of, scale_table
+from ditc.engines.scales import (
+    Origin,
+    RunProbe,
+    activation_probe,
+    histograms_of,
+    ranges_of,
+    scale_table,
+    uncalibrated_table,
+)
 from ditc.engines.storage import half_storage
 from ditc.engines.tensorrt_rules import violations_of
 from ditc.engines.update import UPDATE, UpdateForm
@@ -81,11 +90,11 @@ class Plan:
         every = self.options.pool_steps == "all"
         return {s.index for s in self.program.steps if every or any(self.program.segment(s.segment).compute)}
 
-    def scale_groups(self, calib: CalibSet) -> Groups:
-        """Which steps share activation scales, (steps,)."""
-        steps = self.program.steps
+    def scale_groups(self, calib: CalibSet) -> Groups | None:
+        """Which steps share activation scales, (steps,); None where nothing is calibrated."""
+        groups, steps = BINDINGS[self.options.scales].groups, self.program.steps
         computes = np.array([any(self.program.segment(step.segment).compute) for step in steps])
-        return BINDINGS[self.options.scales].groups(np.bincount(calib.step, minlength=len(steps)), computes)
+        return None if groups is None else groups(np.bincount(calib.step, minlength=len(steps)), computes)
 
     def labels(self, count: int) -> list[int]:
         """`count` classes, every class equally often, in a seeded order."""
@@ -229,36 +238,47 @@ def watched(plan: Plan, feeds: Iterable[dict[str, Any]], done: int, points: int)
 
 def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleTable:
     """Run the FP `full` segment at the calibration points, and turn what its linear layers read into scales."""
-    from ditc.exporter.onnx_files import load_model, save_sharing_data
+    from ditc.exporter.onnx_files import load_model
 
     model = load_model(segments["full"])
-    readers = activation_probe(model)
-    probe = segments["full"].with_name("full.probe.onnx")  # its weights lie in that folder
-    save_sharing_data(model, probe)
-    try:
-        session = plan.backend.session(probe)
-    finally:
-        probe.unlink()
+    bounds, readers = lower_bounds(model, plan.options.midpoint), activation_probe(model)
+    origin = Origin(plan.options.ranges, sha256_of(segments["full"]), calib.digest, plan.options.scales)
+    groups = plan.scale_groups(calib)
+    if groups is None:
+        return uncalibrated_table(readers, origin)
     # every block probes 3 inputs of the model's width and one of the MLP's: 7 widths in a standard block
     point_bytes = 4 * plan.halves * 7 * int(np.prod(plan.spec.branch_shape)) * len(plan.spec.branches) // 2
     rows = int(np.clip(BUFFER_BYTES // point_bytes, 1, LARGEST_BATCH))
-    names = list(readers)
     null_label = plan.spec.null_label if plan.halves == 2 else None
-    taken = {port.name for port in session.get_inputs()}  # tables for the head alone are not among them
-
-    def run_probe(feeds: Mapping[str, Any]) -> dict[str, Any]:
-        own = {name: array for name, array in feeds.items() if name in taken}
-        return dict(zip(names, session.run(names, own), strict=True))
-
-    condition, groups, ranges, done = plan.backend.session(segments[CONDITION]), plan.scale_groups(calib), [], 0
+    condition, run_probe = plan.backend.session(segments[CONDITION]), probe_runner(plan, segments, model)
+    ranges, done = [], 0
     for group in range(groups.max() + 1):
         part = calib.take(np.flatnonzero(groups[calib.step] == group))
         feeds = calibration_feeds(condition, part, null_label, rows)
-        histograms = histograms_of(run_probe, watched(plan, feeds, done, len(calib)))
-        ranges.append(ranges_of(histograms, plan.options.ranges))
+        histograms = histograms_of(run_probe, watched(plan, feeds, done, len(calib)), bounds)
+        ranges.append(ranges_of(histograms, plan.options.ranges, bounds))
         done += len(part)
-    origin = Origin(plan.options.ranges, sha256_of(segments["full"]), calib.digest, plan.options.scales)
     return scale_table(ranges, readers, groups, origin)
+
+
+def probe_runner(plan: Plan, segments: Segments, probe: Any) -> RunProbe:
+    """A function that runs the `full` segment cut down to `probe`, an onnx_ir model, on the inputs of a step."""
+    from ditc.exporter.onnx_files import save_sharing_data
+
+    path = segments["full"].with_name("full.probe.onnx")  # its weights lie in that folder
+    save_sharing_data(probe, path)
+    try:
+        session = plan.backend.session(path)
+    finally:
+        path.unlink()
+    names = [port.name for port in session.get_outputs()]
+    taken = {port.name for port in session.get_inputs()}  # tables for the head alone are not among them
+
+    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        own = {name: array for name, array in feeds.items() if name in taken}
+        return dict(zip(names, session.run(names, own), strict=True))
+
+    return run
 
 
 def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:

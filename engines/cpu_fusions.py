@@ -57,7 +57,7 @@ def _integer_product(node: ir.Node) -> _Fusion | None:
 
 def _is_unsigned(dequantize: ir.Node) -> bool:
     zero = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
-    return zero is not None and zero.const_value is not None and zero.const_value.dtype == ir.DataType.UINT8
+    return zero is not None and zero.dtype == ir.DataType.UINT8
 
 
 def _bias_of(product: ir.Node) -> tuple[ir.Node, ir.Value] | tuple[None, None]:

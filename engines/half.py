@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ditc.engines.scale_table import SCALES_INPUT
+from ditc.engines.scale_table import MIDPOINTS_INPUT, SCALES_INPUT
 
 __all__ = ["FP32_OPERATORS", "FULL_PRECISION_PORTS", "half_precision"]
 
@@ -23,7 +23,7 @@ FP32_OPERATORS = frozenset(
     }
 )
 CONDITION_INPUTS = frozenset({"t", "y"})
-FULL_PRECISION_PORTS = frozenset({"x", "out", "latent", "image", SCALES_INPUT})
+FULL_PRECISION_PORTS = frozenset({"x", "out", "latent", "image", SCALES_INPUT, MIDPOINTS_INPUT})
 LEAST_SCALE = 2.0**-14  # the smallest FP16 number with full precision
 
 

@@ -13,13 +13,18 @@ import onnx_ir as ir
 
 from ditc.engines.cpu_fusions import fuse_attention, fuse_integer_products
 from ditc.engines.half import half_precision
-from ditc.engines.scale_lowering import fold_magnitudes_into_tables, scales_from_input
+from ditc.engines.modulation_folding import fold_magnitudes_into_tables
+from ditc.engines.scale_lowering import (
+    UNSIGNED_ZERO,
+    centres_as_zero_points,
+    dynamic_products,
+    merge_recentring,
+    scales_from_input,
+)
 
 __all__ = ["LOWERINGS", "lower"]
 
 GraphPass = Callable[[ir.Model], bool]
-
-UNSIGNED_ZERO = 128  # int8 -128..127 becomes uint8 0..255
 
 
 def unsigned_activations(model: ir.Model) -> bool:
@@ -60,7 +65,9 @@ def drop_unused_constants(model: ir.Model) -> bool:
 
 LOWERINGS: dict[str, tuple[GraphPass, ...]] = {
     "onnxrt": (
-        scales_from_input,  # first: afterwards every pair is a plain one
+        centres_as_zero_points,  # first: afterwards scales and products lie side by side
+        scales_from_input,
+        dynamic_products,  # now every pair that is left is a plain one
         unsigned_activations,
         fuse_integer_products,  # the fast kernel wants the unsigned form
         fuse_attention,
@@ -68,6 +75,7 @@ LOWERINGS: dict[str, tuple[GraphPass, ...]] = {
     ),
     "trt": (
         fold_magnitudes_into_tables,  # first: it looks for rows of the tables as they come in
+        merge_recentring,
         half_precision,  # strongly typed networks compute in the type that the graph says
     ),
 }

@@ -1,150 +1,76 @@
-"""Quantization by a magnitude that is known only at run time: u = x / s, Q/DQ with the scale 1/127, y = s (W u).
-
-The pieces that `qdq` puts into a graph, and how lowerings find them again: the nodes that divide and restore carry
-their role in their metadata.
-"""
+"""Where the numbers around a Q/DQ pair come from at run time: a row of the bundle's tables, or the tensor itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from ditc.engines.activation_pairs import MEASURES, ActivationPair, add_constant, marked
 from ditc.engines.linears import Linear
-from ditc.engines.scale_table import SCALES_INPUT, ScaleTable
+from ditc.engines.ranges import LEVELS
+from ditc.engines.scale_table import LEAST_MAGNITUDE, MIDPOINTS_INPUT, SCALES_INPUT, ScaleTable
 from ditc.errors import DitcError
 
-__all__ = [
-    "DIVIDES",
-    "RESTORES",
-    "ROLE_KEY",
-    "ScaledPair",
-    "add_constant",
-    "bypass",
-    "divided",
-    "followed_by",
-    "is_step_split",
-    "scaled_pairs",
-    "step_magnitude",
-    "step_split",
-]
-
-ROLE_KEY = "ditc.role"
-DIVIDES, RESTORES = "divides", "restores"
-SPLIT = f"{SCALES_INPUT}/Split"
-
-
-@dataclass(frozen=True)
-class ScaledPair:
-    """A Q/DQ pair behind a division, and the products whose size is restored: (MatMul, the Mul behind it) each."""
-
-    divide: ir.Node
-    quantize: ir.Node
-    dequantize: ir.Node
-    products: tuple[tuple[ir.Node, ir.Node], ...]
-
-    @property
-    def activation(self) -> ir.Value:
-        return _given(self.divide.inputs[0])
-
-    @property
-    def magnitude(self) -> ir.Value:
-        return _given(self.divide.inputs[1])
-
-
-def scaled_pairs(model: ir.Model) -> list[ScaledPair]:
-    """Every pair of the graph behind a division by its magnitude, in graph order."""
-    found = []
-    for divide in model.graph:
-        if divide.metadata_props.get(ROLE_KEY) != DIVIDES:
-            continue
-        (quantize,) = divide.outputs[0].consumers()
-        (dequantize,) = quantize.outputs[0].consumers()
-        products = tuple((product, _restorer(product)) for product in dequantize.outputs[0].consumers())
-        found.append(ScaledPair(divide, quantize, dequantize, products))
-    return found
-
-
-def _restorer(product: ir.Node) -> ir.Node:
-    (after,) = product.outputs[0].consumers()
-    assert after.metadata_props.get(ROLE_KEY) == RESTORES
-    return after
+__all__ = ["is_of_the_step", "largest_magnitude", "split_of", "step_centre", "step_magnitude"]
 
 
 def step_magnitude(model: ir.Model, linear: Linear, table: ScaleTable) -> ir.Value:
     """The current step's magnitude of a layer, (1,): one element of the segment's input."""
-    return step_split(model, table.width).outputs[table.columns[linear.path]]
+    split = split_of(model, SCALES_INPUT) or _cut_input(model, SCALES_INPUT, len(set(table.columns.values())))
+    return split.outputs[table.columns[linear.path]]
 
 
-def step_split(model: ir.Model, width: int) -> ir.Node:
-    """The node that cuts the input into one value per column; made with the input where the graph has none."""
-    for node in model.graph:
-        if is_step_split(node):
-            return node
-    if any(value.name == SCALES_INPUT for value in model.graph.inputs):
-        raise DitcError(f"the model has a table named {SCALES_INPUT!r}, as the activation scales are; rename it")
-    scales = ir.Value(name=SCALES_INPUT, shape=ir.Shape([width]), type=ir.TensorType(ir.DataType.FLOAT))
-    model.graph.inputs.append(scales)
-    node = ir.node("Split", [scales], attributes={"axis": 0, "num_outputs": width}, num_outputs=width, name=SPLIT)
+def step_centre(model: ir.Model, linear: Linear, table: ScaleTable) -> ir.Value:
+    """The middle of the current step's range over its magnitude, (1,): one element of an input over 127."""
+    columns = table.midpoint_columns
+    split = split_of(model, MIDPOINTS_INPUT)
+    if split is None:
+        split = _cut_input(model, MIDPOINTS_INPUT, len(columns))
+        levels = add_constant(model, f"{MIDPOINTS_INPUT}/levels", np.float32(LEVELS))
+        centres = ir.node("Div", [split.inputs[0], levels], name=f"{MIDPOINTS_INPUT}/Div")
+        value = centres.outputs[0]
+        value.name, value.dtype, value.shape = f"{MIDPOINTS_INPUT}.centres", ir.DataType.FLOAT, ir.Shape([len(columns)])
+        model.graph.insert_before(split, centres)
+        split.replace_input_with(0, value)
+    return split.outputs[columns.index(table.columns[linear.path])]
+
+
+def split_of(model: ir.Model, name: str) -> ir.Node | None:
+    """The node that cuts an input of the step into one value per column."""
+    return next((node for node in model.graph if node.name == f"{name}/Split"), None)
+
+
+def is_of_the_step(pair: ActivationPair) -> bool:
+    """Is the pair behind a division by what the segment reads at each step?"""
+    split = None if pair.magnitude is None else pair.magnitude.producer()
+    return split is not None and split.name == f"{SCALES_INPUT}/Split"
+
+
+def _cut_input(model: ir.Model, name: str, width: int) -> ir.Node:
+    """A new input of the segment, and the node that cuts it into one value per column."""
+    if any(value.name == name for value in model.graph.inputs):
+        raise DitcError(f"the model has a table named {name!r}, which is an input of quantized segments; rename it")
+    row = ir.Value(name=name, shape=ir.Shape([width]), type=ir.TensorType(ir.DataType.FLOAT))
+    model.graph.inputs.append(row)
+    attributes = {"axis": 0, "num_outputs": width}
+    node = ir.node("Split", [row], attributes=attributes, num_outputs=width, name=f"{name}/Split")
     for column, value in enumerate(node.outputs):
-        value.name, value.dtype, value.shape = f"{SCALES_INPUT}.{column}", ir.DataType.FLOAT, ir.Shape([1])
+        value.name, value.dtype, value.shape = f"{name}.{column}", ir.DataType.FLOAT, ir.Shape([1])
     model.graph.insert_before(model.graph[0], node)
     return node
 
 
-def is_step_split(node: ir.Node | None) -> bool:
-    """Is this the node that cuts the input into magnitudes?"""
-    return node is not None and node.name == SPLIT
-
-
-def divided(model: ir.Model, linear: Linear, magnitude: ir.Value) -> ir.Value:
-    """What the layer reads, over its magnitude: between -1 and 1."""
-    node = _marked("Div", linear, [linear.activation, magnitude], DIVIDES)
-    value = node.outputs[0]
-    value.name, value.dtype = f"{linear.activation.name}.scaled", ir.DataType.FLOAT
-    value.shape = linear.activation.shape
-    model.graph.insert_before(linear.node, node)
-    return value
-
-
-def followed_by(model: ir.Model, linear: Linear, kind: str, other: ir.Value, role: str) -> None:
-    """Put a node between the layer's product and everything that reads it; the result takes over the name."""
-    before = linear.node.outputs[0]
-    node = _marked(kind, linear, [None, other], role)
-    after = node.outputs[0]
-    before.replace_all_uses_with(after, replace_graph_outputs=True)
-    node.replace_input_with(0, before)
-    after.name, before.name = before.name, f"{before.name}.{role}"
-    after.type, after.shape = before.type, before.shape
-    model.graph.insert_after(linear.node, node)
-
-
-def bypass(model: ir.Model, node: ir.Node) -> None:
-    """Remove a node and give what reads it its first input, under the name that it had."""
-    before, after = _given(node.inputs[0]), node.outputs[0]
-    name = after.name
-    after.replace_all_uses_with(before, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
-    before.name = name
-
-
-def add_constant(model: ir.Model, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
-    """A constant of the graph."""
-    tensor = ir.tensor(np.asarray(array))
-    value = ir.Value(name=name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _marked(kind: str, linear: Linear, inputs: list[ir.Value | None], role: str) -> ir.Node:
-    node = ir.node(kind, inputs, name=f"{linear.name}/{kind}_{role}")
-    node.metadata_props.update(linear.node.metadata_props)
-    node.metadata_props[ROLE_KEY] = role
-    return node
-
-
-def _given(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value
+def largest_magnitude(model: ir.Model, linear: Linear, table: ScaleTable) -> ir.Value:
+    """The largest |x| of what a layer reads, (1, ..., 1): over the whole tensor, all rows of the batch together."""
+    activation = linear.activation
+    assert activation.shape is not None
+    floor = add_constant(model, f"{linear.name}.input_floor", np.float32(LEAST_MAGNITUDE))
+    size = marked("Abs", linear, [activation], MEASURES)
+    largest = marked("ReduceMax", linear, [size.outputs[0]], MEASURES)
+    bounded = marked("Max", linear, [largest.outputs[0], floor], MEASURES)
+    one = ir.Shape([1] * len(activation.shape))
+    for node, name, shape in ((size, "size", activation.shape), (largest, "largest", one), (bounded, "magnitude", one)):
+        value = node.outputs[0]
+        value.name, value.dtype, value.shape = f"{activation.name}.{name}", ir.DataType.FLOAT, shape
+    model.graph.insert_before(linear.node, [size, largest, bounded])
+    return bounded.outputs[0]

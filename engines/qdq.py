@@ -3,7 +3,8 @@
 This is the portable artifact: symmetric, zero-point 0, constant scales, what TensorRT 10 and 11 take and what ONNX
 Runtime turns into integer kernels. The bias stays a float Add after the MatMul. Q/DQ anywhere else would land where no
 integer kernel takes it, and cost time for nothing. Where a scale is not the same at every step, the activation is
-divided by its magnitude in front of the pair and the product multiplied behind it (`scale_binding`).
+divided by its magnitude in front of the pair and the product multiplied behind it (`scale_binding`); where a range does
+not lie about zero, its middle is taken from the activation and its product added behind (`midpoints`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,19 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ditc.engines.activation_pairs import (
+    CENTRES,
+    DIVIDES,
+    MEASURES,
+    RECENTRES,
+    RESTORES,
+    add_constant,
+    followed_by,
+    marked,
+    preceded_by,
+)
 from ditc.engines.linears import Linear, linears_of
-from ditc.engines.magnitudes import RESTORES, add_constant, divided, followed_by
+from ditc.engines.magnitudes import step_centre
 from ditc.engines.ranges import LEVELS
 from ditc.engines.scale_binding import BINDINGS
 from ditc.engines.scale_table import ScaleTable
@@ -35,6 +47,10 @@ class QuantizedWeight:
 
     def dequantized(self) -> NDArray[np.float32]:
         return self.values.astype(np.float32) * self.scale
+
+    def column_sums(self) -> NDArray[np.float32]:
+        """What the layer makes of an input of ones, (out,)."""
+        return np.asarray(self.values.sum(axis=0, dtype=np.int64).astype(np.float32) * self.scale)
 
 
 def quantize_weight(weight: NDArray[np.float32]) -> QuantizedWeight:
@@ -65,34 +81,62 @@ def insert_qdq(model: ir.Model, table: ScaleTable, layers: Container[str] | None
             pairs[name] = _activation_pair(model, linear, table)
         pair = pairs[name]
         linear.node.replace_input_with(0, pair.output)
-        linear.node.replace_input_with(1, _weight_dequantizer(model, linear))
+        weight = quantize_weight(linear.weight_array())
+        linear.node.replace_input_with(1, _weight_dequantizer(model, linear, weight))
         if pair.magnitude is not None:
             followed_by(model, linear, "Mul", pair.magnitude, RESTORES)
+        if pair.centre is not None:
+            followed_by(model, linear, "Add", _centre_product(model, linear, pair.centre, weight), RECENTRES)
     return bool(linears)
+
+
+def _centre_product(model: ir.Model, linear: Linear, centre: ir.Value, weight: QuantizedWeight) -> ir.Value:
+    """What the layer makes of the middle that was taken from its input, (out,)."""
+    name, sums = f"{linear.name}.input_centre_product", weight.column_sums()
+    if centre.const_value is not None:
+        return add_constant(model, name, np.asarray(centre.const_value.numpy() * sums))
+    node = marked("Mul", linear, [add_constant(model, f"{linear.name}.weight_sums", sums), centre], MEASURES)
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, ir.DataType.FLOAT, ir.Shape(sums.shape)
+    model.graph.insert_before(linear.node, node)
+    return node.outputs[0]
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """DQ's output, and what the activation was divided by in front of Q, None for nothing."""
+    """DQ's output, and what the activation was divided by and what was taken from it in front of Q."""
 
     output: ir.Value
     magnitude: ir.Value | None
+    centre: ir.Value | None
 
 
 def _activation_pair(model: ir.Model, linear: Linear, table: ScaleTable) -> _Pair:
     """Q and DQ in front of the layer, as the table's binding has it."""
     magnitude_of = BINDINGS[table.binding].magnitude
-    if magnitude_of is None:
-        return _Pair(_qdq(model, linear, linear.activation, table.scales[linear.path]), None)
-    magnitude = magnitude_of(model, linear, table)
-    scaled = divided(model, linear, magnitude)
-    return _Pair(_qdq(model, linear, scaled, 1 / LEVELS), magnitude)
+    magnitude, scale, activation = None, np.float32(table.scales.get(linear.path, 0)), linear.activation
+    if magnitude_of is not None:
+        magnitude, scale = magnitude_of(model, linear, table), np.float32(1 / LEVELS)
+        activation = preceded_by(model, linear, "Div", activation, magnitude, DIVIDES)
+    centre = _centre(model, linear, table, scale)
+    if centre is not None:
+        activation = preceded_by(model, linear, "Sub", activation, centre, CENTRES)
+    return _Pair(_qdq(model, linear, activation, scale), magnitude, centre)
 
 
-def _qdq(model: ir.Model, linear: Linear, activation: ir.Value, scale: float) -> ir.Value:
+def _centre(model: ir.Model, linear: Linear, table: ScaleTable, scale: np.float32) -> ir.Value | None:
+    """The middle of the layer's range, None where that is zero."""
+    if linear.path not in table.midpoints:
+        return None
+    if BINDINGS[table.binding].by_step:
+        return step_centre(model, linear, table)
+    (midpoint,) = table.midpoints[linear.path]
+    return add_constant(model, f"{linear.name}.input_centre", np.float32(midpoint) * scale)
+
+
+def _qdq(model: ir.Model, linear: Linear, activation: ir.Value, scale: np.float32) -> ir.Value:
     """Q and DQ of an activation, with a constant scale; returns DQ's output."""
     stem = str(linear.activation.name)
-    scale_value = add_constant(model, f"{linear.name}.input_scale", np.float32(scale))
+    scale_value = add_constant(model, f"{linear.name}.input_scale", scale)
     zero = add_constant(model, f"{linear.name}.input_zero", np.int8(0))
     quantize = ir.node("QuantizeLinear", [activation, scale_value, zero], name=f"{linear.name}/QuantizeLinear")
     dequantize = ir.node(
@@ -104,9 +148,8 @@ def _qdq(model: ir.Model, linear: Linear, activation: ir.Value, scale: float) ->
     return _placed(model, linear, quantize, dequantize)
 
 
-def _weight_dequantizer(model: ir.Model, linear: Linear) -> ir.Value:
+def _weight_dequantizer(model: ir.Model, linear: Linear, weight: QuantizedWeight) -> ir.Value:
     """The INT8 weight as a constant behind a per-channel DQ; returns DQ's output. The float weight is dropped."""
-    weight = quantize_weight(linear.weight_array())
     values = add_constant(model, f"{linear.name}.weight_int8", weight.values)
     scale = add_constant(model, f"{linear.name}.weight_scale", weight.scale)
     zero = add_constant(model, f"{linear.name}.weight_zero", np.zeros(len(weight.scale), np.int8))

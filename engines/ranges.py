@@ -1,8 +1,8 @@
 """From a histogram of magnitudes to a clipping range: max, percentile, MSE search and KL entropy.
 
 Histograms stream in one pass: when a value exceeds the range, the range doubles and neighbouring bins merge, so memory
-does not grow with the calibration set and no point is run twice. A method is a pure function from a histogram to the
-magnitude that maps to 127. Symmetric INT8 throughout (what TensorRT accepts).
+does not grow with the calibration set and no point is run twice. A method is a pure function from a histogram and a
+number of levels to the magnitude that maps to the last level: 127 for symmetric INT8, what TensorRT accepts.
 """
 
 from __future__ import annotations
@@ -69,50 +69,50 @@ class Histogram:
         return np.asarray(np.minimum((np.arange(len(self.counts)) + 0.5) * self.bin_width, self.amax))
 
 
-Method = Callable[[Histogram], float]
+Method = Callable[[Histogram, int], float]
 
 
-def max_range(histogram: Histogram) -> float:
+def max_range(histogram: Histogram, levels: int = LEVELS) -> float:
     """The largest magnitude seen: nothing clips."""
     return histogram.amax
 
 
-def percentile_range(histogram: Histogram, share: float = 0.9999) -> float:
+def percentile_range(histogram: Histogram, levels: int = LEVELS, share: float = 0.9999) -> float:
     """The magnitude that `share` of the values stay under."""
     reached = np.cumsum(histogram.counts) / histogram.counts.sum()
     index = int(np.searchsorted(reached, share))
     return float(min((index + 1) * histogram.bin_width, histogram.amax))
 
 
-def mse_range(histogram: Histogram, candidates: int = 100) -> float:
+def mse_range(histogram: Histogram, levels: int = LEVELS, candidates: int = 100) -> float:
     """The range with the least squared quantization error, over shrink factors of amax down to 1 %."""
     values, counts = histogram.centers, histogram.counts
     best, best_error = histogram.amax, np.inf
     for shrink in np.linspace(1.0, 1.0 / candidates, candidates):
-        scale = shrink * histogram.amax / LEVELS
-        rounded = np.minimum(np.round(values / scale), LEVELS) * scale
+        scale = shrink * histogram.amax / levels
+        rounded = np.minimum(np.round(values / scale), levels) * scale
         error = float((counts * (values - rounded) ** 2).sum())
         if error < best_error:
             best, best_error = shrink * histogram.amax, error
     return float(best)
 
 
-def entropy_range(histogram: Histogram) -> float:
-    """The range whose 128-level histogram is closest in KL divergence to the clipped original.
+def entropy_range(histogram: Histogram, levels: int = LEVELS) -> float:
+    """The range whose histogram of `levels` + 1 bins is closest in KL divergence to the clipped original.
 
     The method of TensorRT's entropy calibrator (S. Migacz, "8-bit inference with TensorRT", GTC 2017). For each
-    number of kept bins the tail is added to the last bin of the reference; the kept bins are merged into 128 levels
+    number of kept bins the tail is added to the last bin of the reference; the kept bins are merged into the levels
     and spread back over their non-empty bins.
     """
     used = int(np.flatnonzero(histogram.counts)[-1]) + 1
     counts = histogram.counts[:used].astype(np.float64)
-    levels = LEVELS + 1
-    if used <= levels:
+    bins = levels + 1
+    if used <= bins:
         return histogram.amax
     counts[0] = counts[1]  # exact zeros say nothing about the range
     best, best_divergence = used, np.inf
-    for kept in range(used, levels - 1, -8):
-        divergence = _divergence(counts, kept, levels)
+    for kept in range(used, bins - 1, -8):
+        divergence = _divergence(counts, kept, bins)
         if divergence < best_divergence:
             best, best_divergence = kept, divergence
     return float(min(best * histogram.bin_width, histogram.amax))
@@ -141,8 +141,8 @@ RANGES: dict[str, Method] = {
 }
 
 
-def clipping_range(method: str, histogram: Histogram) -> float:
-    """The magnitude that maps to 127. A tensor that was always zero gets 1: any scale represents it."""
+def clipping_range(method: str, histogram: Histogram, levels: int = LEVELS) -> float:
+    """The magnitude that maps to the last level. A tensor that was always zero gets 1: any scale represents it."""
     if method not in RANGES:
         raise unknown_name("range method", method, RANGES)
-    return RANGES[method](histogram) if histogram.amax > 0 else 1.0
+    return RANGES[method](histogram, levels) if histogram.amax > 0 else 1.0

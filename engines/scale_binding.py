@@ -3,7 +3,8 @@
 A row of BINDINGS. "static" is one constant for all steps. "per-step" is time-grouped quantization (TQ-DiT) with as
 many groups as the calibration set can fill: the step's magnitude s is an input of the segment, u = x / s is quantized
 with the constant scale 1/127, and the product gets its size back before the bias, y = s (W u) + b. So the Q/DQ scales
-stay constants, which TensorRT asks for, and all steps share one engine.
+stay constants, which TensorRT asks for, and all steps share one engine. "dynamic" is the same with s = max |x| of the
+tensor itself: nothing is calibrated, and the images of a batch share it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ditc.engines.linears import Linear
-from ditc.engines.magnitudes import step_magnitude
+from ditc.engines.magnitudes import largest_magnitude, step_magnitude
 from ditc.engines.scale_table import ScaleTable
 
 __all__ = ["BINDINGS", "LEAST_POINTS", "ScaleBinding", "neighbouring_steps", "one_group"]
@@ -29,16 +30,14 @@ LEAST_POINTS = 8  # of a group; fewer say little about the tail of an activation
 class ScaleBinding:
     """`groups` takes the calibration points of each step and whether it computes, both (steps,).
 
-    `magnitude` gives the value that an activation is divided by in front of a pair of constant scale; None where the
-    pair's own scale is the layer's.
+    It is None where nothing is calibrated. `magnitude` gives the value that an activation is divided by in front of a
+    pair of constant scale; None where the pair's own scale is the layer's. `by_step` is whether that value comes from
+    a table of the bundle.
     """
 
-    groups: Callable[[NDArray[np.int64], NDArray[np.bool_]], Groups]
+    groups: Callable[[NDArray[np.int64], NDArray[np.bool_]], Groups] | None
     magnitude: Callable[[ir.Model, Linear, ScaleTable], ir.Value] | None = None
-
-    @property
-    def by_step(self) -> bool:
-        return self.magnitude is not None
+    by_step: bool = False
 
 
 def one_group(points: NDArray[np.int64], computes: NDArray[np.bool_]) -> Groups:
@@ -68,5 +67,6 @@ def neighbouring_steps(points: NDArray[np.int64], computes: NDArray[np.bool_], l
 
 BINDINGS: dict[str, ScaleBinding] = {
     "static": ScaleBinding(one_group),
-    "per-step": ScaleBinding(neighbouring_steps, step_magnitude),
+    "per-step": ScaleBinding(neighbouring_steps, step_magnitude, by_step=True),
+    "dynamic": ScaleBinding(None, largest_magnitude),
 }

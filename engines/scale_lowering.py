@@ -1,18 +1,134 @@
-"""Passes that give one backend the form of per-step scales that costs it least.
+"""Passes that give one backend the form of scales and midpoints that costs it least.
 
-What they find is what `magnitudes` put there: u = x / s in front of a Q/DQ pair, y = s (W u) behind the product.
+What they find is what `activation_pairs` describes: u = x / s in front of a Q/DQ pair and y = s (W u) behind the
+product, with a middle taken off and added again where a range does not lie about zero.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ditc.engines.magnitudes import ScaledPair, add_constant, bypass, is_step_split, scaled_pairs
+from ditc.engines.activation_pairs import activation_pairs, add_constant, bypass, made
+from ditc.engines.magnitudes import is_of_the_step, split_of
 from ditc.engines.ranges import LEVELS
-from ditc.engines.scale_table import SCALES_INPUT
+from ditc.engines.scale_table import MIDPOINTS_INPUT, SCALES_INPUT
 
-__all__ = ["fold_magnitudes_into_tables", "scales_from_input"]
+__all__ = ["centres_as_zero_points", "dynamic_products", "merge_recentring", "scales_from_input"]
+
+UNSIGNED_ZERO = 128  # int8 -128..127 becomes uint8 0..255
+
+
+def centres_as_zero_points(model: ir.Model) -> bool:
+    """Let the zero point of an unsigned pair take the middle off, instead of operators before and behind it.
+
+    The middle is a whole number of steps, so the integers stay what they were, and the kernel gives the product of the
+    activation itself.
+    """
+    pairs = [pair for pair in activation_pairs(model) if pair.centre is not None]
+    for pair in pairs:
+        assert pair.centre is not None
+        zero = _zero_point(model, pair.quantize, pair.centre.inputs[1])
+        for node in (pair.quantize, pair.dequantize):
+            node.replace_input_with(2, zero)
+        pair.quantize.outputs[0].dtype = ir.DataType.UINT8
+        for node in pair.recentres:
+            bypass(model, node)
+        _step_over(model, pair.centre)
+    split = split_of(model, MIDPOINTS_INPUT)
+    if pairs and split is not None:
+        _cut_zero_points(model, split)
+    if pairs:
+        RemoveUnusedNodesPass()(model)
+    return bool(pairs)
+
+
+def _zero_point(model: ir.Model, quantize: ir.Node, centre: ir.Value | None) -> ir.Value | None:
+    """The zero point of a middle: a constant, or the value itself where the step decides it."""
+    scale = quantize.inputs[1]
+    if centre is None or centre.const_value is None or scale is None or scale.const_value is None:
+        return centre
+    steps = round(float(centre.const_value.numpy()) / float(scale.const_value.numpy()))
+    return add_constant(model, f"{quantize.name}/zero_point", np.uint8(UNSIGNED_ZERO - steps))
+
+
+def _cut_zero_points(model: ir.Model, split: ir.Node) -> None:
+    """Let the node that cut midpoints cut zero points: 128 - midpoint, as uint8."""
+    row = next(value for value in model.graph.inputs if value.name == MIDPOINTS_INPUT)
+    unsigned = add_constant(model, f"{MIDPOINTS_INPUT}/unsigned", np.float32(UNSIGNED_ZERO))
+    shifted = made("Sub", [unsigned, row], f"{MIDPOINTS_INPUT}/Sub", ir.DataType.FLOAT)
+    kind = ir.DataType.UINT8
+    zeros = made("Cast", [shifted.outputs[0]], f"{MIDPOINTS_INPUT}/Cast", kind, to=int(kind))
+    model.graph.insert_before(split, [shifted, zeros])
+    split.replace_input_with(0, zeros.outputs[0])
+    for value in split.outputs:
+        value.dtype = kind
+
+
+def merge_recentring(model: ir.Model) -> bool:
+    """Add the product of the middle and the bias as one constant, where nothing is between them."""
+    changed = False
+    for node in [node for pair in activation_pairs(model) for node in pair.recentres]:
+        readers = node.outputs[0].consumers()
+        bias = readers[0].inputs[1] if len(readers) == 1 and readers[0].op_type == "Add" else None
+        product = node.inputs[1]
+        if bias is None or bias.const_value is None or product is None or product.const_value is None:
+            continue
+        total = np.asarray(bias.const_value.numpy() + product.const_value.numpy())
+        readers[0].replace_input_with(1, add_constant(model, f"{product.name}.bias", total))
+        _step_over(model, node)
+        changed = True
+    return changed
+
+
+def dynamic_products(model: ir.Model) -> bool:
+    """Quantize by DynamicQuantizeLinear, which measures and rounds in one operator, in front of integer products.
+
+    It is per tensor as well, but unsigned between the least and the largest value: finer where an activation does not
+    lie about zero. ONNX Runtime makes one DynamicQuantizeMatMul of it where a single layer reads the activation.
+    """
+    pairs = [pair for pair in activation_pairs(model) if pair.divide is not None and not is_of_the_step(pair)]
+    for pair in pairs:
+        assert pair.divide is not None
+        activation = pair.divide.inputs[0]
+        node = ir.node("DynamicQuantizeLinear", [activation], num_outputs=3, name=f"{pair.quantize.name}Dynamic")
+        for value, part, kind in zip(node.outputs, ("q", "scale", "zero"), DYNAMIC_TYPES, strict=True):
+            value.name, value.dtype = f"{pair.quantize.outputs[0].name}.{part}", kind
+        model.graph.insert_before(pair.quantize, node)
+        for product, restore in zip(pair.products, pair.restores, strict=True):
+            _multiply_integers(model, node, product, restore)
+    if pairs:
+        RemoveUnusedNodesPass()(model)
+    return bool(pairs)
+
+
+DYNAMIC_TYPES = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
+
+
+def _multiply_integers(model: ir.Model, quantize: ir.Node, product: ir.Node, restore: ir.Node) -> None:
+    """The integer product in the place of a float one and the Mul behind it, in the operators that get fused."""
+    values, scale, zero = quantize.outputs
+    weight = _producer(product.inputs[1])
+    integers = ir.node("MatMulInteger", [values, weight.inputs[0], zero], name=f"{restore.name}/MatMulInteger")
+    floats = ir.node("Cast", [integers.outputs[0]], attributes={"to": int(ir.DataType.FLOAT)})
+    step = ir.node("Mul", [scale, weight.inputs[1]])
+    result = ir.node("Mul", [floats.outputs[0], step.outputs[0]], name=restore.name)
+    out = restore.outputs[0]
+    for node, name in ((integers, "integers"), (floats, "floats"), (step, "step"), (result, "product")):
+        node.metadata_props.update(product.metadata_props)
+        node.outputs[0].name, node.outputs[0].dtype = f"{out.name}.{name}", ir.DataType.FLOAT
+    integers.outputs[0].dtype = ir.DataType.INT32
+    model.graph.insert_before(restore, [integers, floats, step, result])
+    out.replace_all_uses_with(result.outputs[0], replace_graph_outputs=True)
+    result.outputs[0].shape = out.shape
+    result.outputs[0].name, out.name = out.name, f"{out.name}.replaced"
+
+
+def _producer(value: ir.Value | None) -> ir.Node:
+    node = None if value is None else value.producer()
+    assert node is not None
+    return node
 
 
 def scales_from_input(model: ir.Model) -> bool:
@@ -20,13 +136,13 @@ def scales_from_input(model: ir.Model) -> bool:
 
     ONNX Runtime fuses such a pair into the same integer kernel as one with a constant scale.
     """
-    pairs = [pair for pair in scaled_pairs(model) if is_step_split(pair.magnitude.producer())]
+    pairs = [pair for pair in activation_pairs(model) if is_of_the_step(pair)]
     for pair in pairs:
         for node in (pair.quantize, pair.dequantize):
             node.replace_input_with(1, pair.magnitude)
-        for _, restore in pair.products:
+        for restore in pair.restores:
             bypass(model, restore)
-        _drop_division(model, pair)
+        _step_over(model, pair.divide)
     if pairs:
         _divide_by_levels(model)
     return bool(pairs)
@@ -34,124 +150,18 @@ def scales_from_input(model: ir.Model) -> bool:
 
 def _divide_by_levels(model: ir.Model) -> None:
     """Magnitudes to scales, all columns at once."""
-    split = next(node for node in model.graph if is_step_split(node))
+    split = split_of(model, SCALES_INPUT)
+    assert split is not None
     levels = add_constant(model, f"{SCALES_INPUT}/levels", np.float32(LEVELS))
-    scales = _node("Div", [split.inputs[0], levels], f"{SCALES_INPUT}/Div", ir.DataType.FLOAT)
+    scales = made("Div", [split.inputs[0], levels], f"{SCALES_INPUT}/Div", ir.DataType.FLOAT)
     model.graph.insert_before(split, scales)
     split.replace_input_with(0, scales.outputs[0])
 
 
-def fold_magnitudes_into_tables(model: ir.Model) -> bool:
-    """Divide the rows of a modulation table instead of what they modulate: (n a + b) / s = n (a / s) + b / s.
-
-    Works where an activation is a product and a sum with rows that a Split cuts from a table of the step, and nothing
-    else reads those rows: adaLN in front of qkv and fc1. The rows of a table are divided together, so it costs one
-    pass over the table instead of one over the tokens for every layer. Other divisions stay where they are.
-    """
-    columns: dict[ir.Node, dict[int, int]] = {}  # the Split of a table -> output -> column of the scales
-    for pair in scaled_pairs(model):
-        rows = _modulating_rows(pair.divide, pair.activation)
-        if not rows or not is_step_split(pair.magnitude.producer()):
-            continue
-        for split, output in rows:
-            columns.setdefault(split, {})[output] = _place(pair.magnitude)
-        activation, name = pair.activation, pair.divide.outputs[0].name
-        _drop_division(model, pair)
-        activation.name = name  # it is the divided one now, as in the portable form
-    for split, column_of in columns.items():
-        _divide_table(model, split, column_of)
-    return bool(columns)
-
-
-def _modulating_rows(reader: ir.Node, activation: ir.Value) -> list[tuple[ir.Node, int]]:
-    """(Split, output) of the scale and the shift of an activation that is n a + b; empty where it is none."""
-    add = _only_reader_is(activation, reader, "Add")
-    if add is None:
-        return []
-    for product, shift in (add.inputs, add.inputs[::-1]):
-        mul = None if product is None else _only_reader_is(product, add, "Mul")
-        scales = [] if mul is None else [value for value in mul.inputs if _is_own_row(value)]
-        if len(scales) == 1 and _is_own_row(shift):
-            return [_cut(scales[0]), _cut(shift)]
-    return []
-
-
-def _only_reader_is(value: ir.Value, reader: ir.Node, kind: str) -> ir.Node | None:
-    """The node that makes a value, if it is of a kind and nothing but `reader` takes the value."""
-    node = value.producer()
-    private = tuple(value.consumers()) == (reader,) and not value.is_graph_output()
-    return node if private and node is not None and node.op_type == kind else None
-
-
-def _is_own_row(value: ir.Value | None) -> bool:
-    """Is this a part of a table of the step, along an axis behind the batch, that has one reader?"""
-    split = None if value is None else value.producer()
-    if value is None or split is None or split.op_type != "Split" or len(value.uses()) != 1:
-        return False
-    table = split.inputs[0]
-    return (
-        table is not None
-        and table.is_graph_input()
-        and table.shape is not None
-        and _axis(split) > 0
-        and isinstance(table.shape[_axis(split)], int)
-    )
-
-
-def _cut(value: ir.Value | None) -> tuple[ir.Node, int]:
-    assert value is not None
-    split = value.producer()
-    assert split is not None
-    return split, _place(value)
-
-
-def _place(value: ir.Value) -> int:
-    """Which output of its node a value is."""
-    place = value.index()
-    assert place is not None
-    return place
-
-
-def _axis(split: ir.Node) -> int:
-    table = split.inputs[0]
-    assert table is not None
-    assert table.shape is not None
-    axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
-    return axis % len(table.shape)
-
-
-def _divide_table(model: ir.Model, split: ir.Node, column_of: dict[int, int]) -> None:
-    """Divide the rows of a table by their magnitudes in front of its Split; rows that have none by 1."""
-    table, axis = split.inputs[0], _axis(split)
-    assert table is not None
-    assert table.shape is not None
-    scales = next(value for value in model.graph.inputs if value.name == SCALES_INPUT)
-    assert scales.shape is not None
-    (width,), rank = scales.shape.numpy(), len(table.shape)
-    lengths = np.array([value.shape[axis] for value in split.outputs if value.shape is not None], np.int64)
-    places = np.repeat([column_of.get(output, width) for output in range(len(lengths))], lengths)
-    stem, kind = f"{table.name}/magnitudes", ir.DataType.FLOAT
-    one = add_constant(model, f"{stem}.one", np.ones(1, np.float32))
-    row_places = add_constant(model, f"{stem}.places", places.astype(np.int64))
-    row_shape = add_constant(model, f"{stem}.shape", np.array([-1] + [1] * (rank - axis - 1), np.int64))
-    padded = _node("Concat", [scales, one], f"{stem}/Concat", kind, axis=0)
-    rows = _node("Gather", [padded.outputs[0], row_places], f"{stem}/Gather", kind, axis=0)
-    factors = _node("Reshape", [rows.outputs[0], row_shape], f"{stem}/Reshape", kind)
-    divided = _node("Div", [table, factors.outputs[0]], f"{stem}/Div", kind)
-    padded.outputs[0].shape = ir.Shape([width + 1])
-    rows.outputs[0].shape = ir.Shape([len(places)])
-    factors.outputs[0].shape = ir.Shape([len(places)] + [1] * (rank - axis - 1))
-    divided.outputs[0].shape = table.shape
-    model.graph.insert_before(split, [padded, rows, factors, divided])
-    split.replace_input_with(0, divided.outputs[0])
-
-
-def _drop_division(model: ir.Model, pair: ScaledPair) -> None:
-    pair.quantize.replace_input_with(0, pair.activation)
-    model.graph.remove(pair.divide, safe=True)
-
-
-def _node(kind: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType, **attributes: int) -> ir.Node:
-    node = ir.node(kind, inputs, attributes=attributes, name=name)
-    node.outputs[0].name, node.outputs[0].dtype = f"{name}.out", dtype
-    return node
+def _step_over(model: ir.Model, node: ir.Node | None) -> None:
+    """Let what reads a node read its first input instead, and remove it."""
+    assert node is not None
+    before = node.inputs[0]
+    assert before is not None
+    node.outputs[0].replace_all_uses_with(before)
+    model.graph.remove(node, safe=True)

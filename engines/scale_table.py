@@ -12,10 +12,19 @@ from pydantic import model_validator
 from ditc.engines.ranges import LEVELS
 from ditc.spec import Record
 
-__all__ = ["SCALES_INPUT", "SCALES_TABLE", "ScaleTable", "step_inputs"]
+__all__ = [
+    "LEAST_MAGNITUDE",
+    "MIDPOINTS_INPUT",
+    "MIDPOINTS_TABLE",
+    "SCALES_INPUT",
+    "SCALES_TABLE",
+    "ScaleTable",
+    "step_inputs",
+]
 
-SCALES_INPUT = "scales"  # of a segment: the magnitudes of the current step, (columns,)
-SCALES_TABLE = "scales.activation"  # in a bundle's tables: those of every step, (steps, columns)
+# inputs of a segment, one row of a bundle's table each
+SCALES_INPUT, SCALES_TABLE = "scales", "scales.activation"  # magnitudes, (steps, columns)
+MIDPOINTS_INPUT, MIDPOINTS_TABLE = "midpoints", "scales.midpoint"  # of the columns that have any, in steps of the scale
 LEAST_MAGNITUDE = 2.0**-14  # FP16 divides by it with full precision; what is smaller rounds to zero
 
 
@@ -24,8 +33,9 @@ class ScaleTable(Record):
 
     `binding` is a row of `scale_binding.BINDINGS`. With "per-step", `steps` has each layer's scale at every step,
     `scales` the largest of them, and `columns` the layer's column of the table that the engines read; layers with one
-    input share a column. With "dynamic" there are no scales. `tensors` names the activation that a layer reads in the
-    FP segment, so that other calibrators can be compared.
+    input share a column. With "dynamic" there are no scales. `midpoints` are the middles of ranges that do not lie
+    about zero, in steps of the scale: one number, or one for every step. `tensors` names the activation that a layer
+    reads in the FP segment, so that other calibrators can be compared.
     """
 
     method: str
@@ -36,11 +46,10 @@ class ScaleTable(Record):
     binding: str = "static"
     steps: dict[str, tuple[float, ...]] = {}
     columns: dict[str, int] = {}
+    midpoints: dict[str, tuple[int, ...]] = {}
 
     @model_validator(mode="after")
     def _positive(self) -> ScaleTable:
-        if not self.scales:
-            raise ValueError("no scales at all, expected one for every linear layer")
         every = {name: (scale, *self.steps.get(name, ())) for name, scale in self.scales.items()}
         for name, scales in every.items():
             wrong = [scale for scale in scales if not scale > 0 or not np.isfinite(scale)]
@@ -49,22 +58,26 @@ class ScaleTable(Record):
         return self
 
     @property
-    def width(self) -> int:
-        """Columns of the table that the engines read."""
-        return len(set(self.columns.values()))
+    def midpoint_columns(self) -> list[int]:
+        """The columns of layers that have a midpoint, in order."""
+        return sorted({self.columns[path] for path in self.midpoints})
 
     def magnitudes(self) -> NDArray[np.float32]:
         """The magnitude that maps to 127 at every step, (steps, columns): what the engines read."""
-        found = np.empty((len(next(iter(self.steps.values()))), self.width), np.float32)
-        for path, column in self.columns.items():
-            found[:, column] = np.maximum(np.array(self.steps[path]) * LEVELS, LEAST_MAGNITUDE)
-        return found
+        by_column = {column: np.array(self.steps[path]) * LEVELS for path, column in self.columns.items()}
+        found = np.stack([by_column[column] for column in sorted(by_column)], axis=1)
+        return np.asarray(np.maximum(found, LEAST_MAGNITUDE), np.float32)
 
     def tables(self) -> dict[str, NDArray[np.float32]]:
         """What of this goes into a bundle's tables: nothing, where the graphs hold the scales."""
-        return {SCALES_TABLE: self.magnitudes()} if self.steps else {}
+        if not self.steps:
+            return {}
+        by_column = {self.columns[path]: np.array(found, np.float32) for path, found in self.midpoints.items()}
+        midpoints = [by_column[column] for column in self.midpoint_columns]
+        return {SCALES_TABLE: self.magnitudes()} | ({MIDPOINTS_TABLE: np.stack(midpoints, axis=1)} if midpoints else {})
 
 
 def step_inputs(tables: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """What of a bundle's tables the segments take as an input, one row a step: name of the input -> (steps, ...)."""
-    return {SCALES_INPUT: tables[SCALES_TABLE].astype(np.float32)} if SCALES_TABLE in tables else {}
+    names = {SCALES_INPUT: SCALES_TABLE, MIDPOINTS_INPUT: MIDPOINTS_TABLE}
+    return {name: tables[table].astype(np.float32) for name, table in names.items() if table in tables}

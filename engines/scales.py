@@ -11,14 +11,25 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ditc.engines.linears import Linear, linears_of
+from ditc.engines.midpoints import Range, centred_scales, range_of
 from ditc.engines.outputs import keep_outputs
-from ditc.engines.ranges import LEVELS, Histogram, clipping_range
+from ditc.engines.ranges import Histogram
 from ditc.engines.scale_binding import BINDINGS, Groups
 from ditc.engines.scale_table import ScaleTable
 
-__all__ = ["Origin", "ScaleTable", "activation_probe", "histograms_of", "ranges_of", "scale_table"]
+__all__ = [
+    "Origin",
+    "RunProbe",
+    "ScaleTable",
+    "activation_probe",
+    "histograms_of",
+    "ranges_of",
+    "scale_table",
+    "uncalibrated_table",
+]
 
 Feeds = Mapping[str, NDArray[Any]]
+NO_BOUNDS: Mapping[str, float] = {}
 RunProbe = Callable[[Feeds], Mapping[str, NDArray[np.float32]]]
 
 
@@ -37,18 +48,26 @@ def activation_probe(model: ir.Model) -> dict[str, tuple[str, ...]]:
     return {name: tuple(paths) for name, paths in readers.items()}
 
 
-def histograms_of(run: RunProbe, points: Iterable[Feeds]) -> dict[str, Histogram]:
-    """Histograms of the probed activations, in one streaming pass over the calibration points."""
+def histograms_of(
+    run: RunProbe, points: Iterable[Feeds], bounds: Mapping[str, float] = NO_BOUNDS
+) -> dict[str, Histogram]:
+    """Histograms of the probed activations x, in one streaming pass over the calibration points.
+
+    They count |x|, and x - bound for those that have a lower bound.
+    """
     histograms: dict[str, Histogram] = {}
     for feeds in points:
         for name, values in run(feeds).items():
-            histograms[name] = histograms.get(name, Histogram.empty()).add(values)
+            counted = values - np.float32(bounds[name]) if name in bounds else values
+            histograms[name] = histograms.get(name, Histogram.empty()).add(counted)
     return histograms
 
 
-def ranges_of(histograms: Mapping[str, Histogram], method: str) -> dict[str, float]:
-    """The magnitude of each activation that maps to 127."""
-    return {name: clipping_range(method, histogram) for name, histogram in histograms.items()}
+def ranges_of(
+    histograms: Mapping[str, Histogram], method: str, bounds: Mapping[str, float] = NO_BOUNDS
+) -> dict[str, Range]:
+    """What of each activation is not clipped."""
+    return {name: range_of(histogram, method, bounds.get(name)) for name, histogram in histograms.items()}
 
 
 @dataclass(frozen=True)
@@ -62,20 +81,21 @@ class Origin:
 
 
 def scale_table(
-    ranges: Sequence[Mapping[str, float]],
+    ranges: Sequence[Mapping[str, Range]],
     readers: Mapping[str, tuple[str, ...]],
     groups: Groups,
     origin: Origin,
 ) -> ScaleTable:
-    """Scales of every linear layer, range / 127. `ranges` are those of each group of steps, `groups` is (steps,)."""
-    columns: dict[str, int] = {}
-    widest: dict[int, NDArray[np.float64]] = {}  # column -> (groups,)
-    for name, paths in readers.items():
-        column = next((columns[path] for path in paths if path in columns), len(widest))
-        found = np.array([part[name] for part in ranges])
-        widest[column] = np.maximum(found, widest.get(column, 0.0))  # a layer that two branches share
-        columns |= {path: columns.get(path, column) for path in paths}
-    scales = {path: widest[column] / LEVELS for path, column in columns.items()}
+    """Scales of every linear layer. `ranges` are those of each group of steps, `groups` is (steps,)."""
+    columns = _columns(readers)
+    centred = {}
+    for column in set(columns.values()):
+        names = [name for name, paths in readers.items() if columns[paths[0]] == column]
+        low = np.array([min(part[name].low for name in names) for part in ranges])
+        high = np.array([max(part[name].high for name in names) for part in ranges])
+        centred[column] = centred_scales(low, high)
+    scales = {path: centred[column][1] for path, column in columns.items()}
+    midpoints = {path: centred[column][0] for path, column in columns.items()}
     by_step = BINDINGS[origin.binding].by_step
     return ScaleTable(
         method=origin.method,
@@ -86,9 +106,37 @@ def scale_table(
         binding=origin.binding,
         steps={path: tuple(found[groups].tolist()) for path, found in scales.items()} if by_step else {},
         columns=columns if by_step else {},
+        midpoints={
+            path: tuple((found[groups] if by_step else found).tolist())
+            for path, found in midpoints.items()
+            if found.any()
+        },
     )
+
+
+def uncalibrated_table(readers: Mapping[str, tuple[str, ...]], origin: Origin) -> ScaleTable:
+    """The table of a binding that needs no scales."""
+    return ScaleTable(
+        method=origin.method,
+        segment_sha256=origin.segment_sha256,
+        calibration_digest=origin.calibration_digest,
+        scales={},
+        tensors={path: name for name, paths in readers.items() for path in paths},
+        binding=origin.binding,
+    )
+
+
+def _columns(readers: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
+    """Layers with one input share a column, and so do the inputs of a layer that branches share."""
+    columns: dict[str, int] = {}
+    for paths in readers.values():
+        column = next((columns[path] for path in paths if path in columns), len(set(columns.values())))
+        columns |= {path: columns.get(path, column) for path in paths}
+    return columns
 
 
 def layers_without_scale(table: ScaleTable, linears: Iterable[Linear]) -> list[str]:
     """Paths of linear layers that a table knows nothing about."""
+    if BINDINGS[table.binding].groups is None:
+        return []
     return [linear.path for linear in linears if linear.path not in table.scales]

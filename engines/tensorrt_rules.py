@@ -23,7 +23,8 @@ ANY = NUMBERS | {T.BOOL}
 
 # operators that DiT segments and VAE decoders use, with the types the parser takes for their first input
 OPERATORS: dict[str, frozenset[ir.DataType]] = {
-    **dict.fromkeys(("Add", "Div", "Max", "Min", "Mul", "Neg", "Pow", "ReduceMean", "ReduceSum", "Sub"), NUMBERS),
+    **dict.fromkeys(("Abs", "Add", "Div", "Max", "Min", "Mul", "Neg", "Pow", "Sub"), NUMBERS),
+    **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceSum"), NUMBERS),
     **dict.fromkeys(("Cos", "Erf", "Exp", "Reciprocal", "Sigmoid", "Sin", "Softmax", "Sqrt", "Tanh"), FLOATS),
     **dict.fromkeys(("Conv", "Gelu", "Gemm", "MatMul", "Resize"), FLOATS),
     **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization"), FLOATS),

@@ -46,7 +46,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 
     return {
         "cached": made("cached", policy="fora:2"),
-        "per-step": made("per-step", policy="fora:2", scales="per-step", vc="none"),
+        "per-step": made("per-step", policy="fora:2", scales="per-step", midpoint="bounded", vc="none"),
         "fp32-cached": made("fp32-cached", policy="fora:2", precision="fp32", vc="none"),
         "fp32-branches": made("fp32-branches", policy="fora:2", precision="fp32", vc="none", caches="branches"),
         "fp32-none": made("fp32-none", policy="none", precision="fp32", vc="none"),

@@ -27,6 +27,7 @@ from ditc.compiler.stages import calibration_feeds
 from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.fake import FakeEngine
 from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.engines.scale_table import step_inputs
 from ditc.errors import CheckError
 from ditc.exporter import onnx_files
 from ditc.files import sha256_of
@@ -261,3 +262,24 @@ def test_damaged_scales_are_one_line(planted: Path, tmp_path: Path, capsys: pyte
     seal_bundle(tmp_path / "b", open_bundle(planted).manifest)
     assert run(["bisect", str(tmp_path / "b")]) == 2
     assert "scales.json is not a table of scales; compile the bundle again" in capsys.readouterr().err
+
+
+def test_a_point_is_run_with_the_scales_of_its_step(bundles: dict[str, Bundle]) -> None:
+    """Everything quantized is what the deployed segment gives at each point, with the row of the point's step."""
+    bundle = bundles["per-step"]
+    rows = step_inputs(bundle.tables())
+    assert set(rows) == {"scales", "midpoints"}
+    calib = chosen_points(bundle, 6)
+    condition = ORT.session(bundle.segment_path(CONDITION))
+    feeds = list(calibration_feeds(condition, calib, bundle.manifest.model.null_label, 1))
+    for feed in feeds:
+        feed["ahead.modulation"] = feed["modulation"][None]
+    deployed = ORT.session(runnable_path(bundle.segment_path("full"), "onnxrt"))
+    found = [
+        deployed.run(["out"], feed | {name: table[step] for name, table in rows.items()})[0][:, :3]
+        for feed, step in zip(feeds, calib.step, strict=True)
+    ]
+    reference = ORT.session(bundle.reference_path("full"))
+    exact = [reference.run(["out"], feed)[0][:, :3] for feed in feeds]
+    together = bisect_bundle(bundle.path, BisectOptions(points=6)).together
+    assert together == pytest.approx(relative_error(np.stack(found), np.stack(exact)), rel=1e-4)

@@ -131,8 +131,17 @@ def bad_files(tmp_path: Path) -> Path:
         ("compile digits -o {bad}/b --policy {bad}/broken.json", "is not a schedule"),
         ("compile digits -o {bad}/b --steps 1", "--steps must be at least 2"),
         ("compile digits -o {bad}/b --select best", "unknown selector"),
-        ("compile digits -o {bad}/b --scales often", "unknown scale binding 'often'; choose one of: per-step, static"),
+        (
+            "compile digits -o {bad}/b --scales often",
+            "'often'; choose one of: dynamic, per-step, static",
+        ),
         ("compile digits -o {bad}/b --scales per-step --precision fp16", "--precision fp16 has none; leave it out"),
+        ("compile digits -o {bad}/b --midpoint low", "unknown midpoint 'low'; choose one of: bounded, zero"),
+        (
+            "compile digits -o {bad}/b --midpoint bounded --precision fp32",
+            "--midpoint bounded is for activations",
+        ),
+        ("compile digits -o {bad}/b --scales dynamic --midpoint bounded", "leave one of them out"),
         ("compile digits -o {bad}/b --batch 0", "--batch must be at least 1"),
         ("run {bad}/empty --labels 1 -o {bad}/i", "is not a bundle"),
         ("run {bundle} --labels 9 -o {bad}/i", "label 9 is not a class"),

@@ -339,6 +339,21 @@ def test_a_bundle_without_a_typed_form_goes_without_tensorrt_and_says_so(
     assert "is left out" in (out / "README.md").read_text()
 
 
+def test_scales_of_the_step_are_recorded_and_kept_from_the_fp_graph(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    bundle = bundles["per-step"]
+    export_polygraphy(bundle.path, tmp_path / "out", points=2)
+    with np.load(tmp_path / "out" / "inputs" / "full.npz") as inputs:
+        np.testing.assert_array_equal(inputs["scales"], bundle.tables()["scales.activation"][[0, 4]])
+    typed, fp = (
+        [line for line in (tmp_path / "out" / name).read_text().splitlines() if "shapes=(" in line]
+        for name in ("compare_tensorrt.sh", "calibrate_tensorrt10.sh")
+    )
+    assert any("scales:[8]" in line for line in typed)
+    assert not any("scales:[8]" in line for line in fp[-1:])  # the one that holds
+    done = run_script(tmp_path / "out", "layers_onnxrt.sh", "full")
+    assert done.returncode == 0, done.stdout
+
+
 def test_json_lists_steps_inputs_and_files(
     bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,15 +75,16 @@ def test_graphs_change_nothing(name: str, built: Any) -> None:
 
 
 @pytest.mark.any_version
+@pytest.mark.parametrize("name", ["scales", "midpoints"])
 @pytest.mark.parametrize("graphs", ["none", "step", "trajectory"])
-def test_every_step_takes_its_own_scales(graphs: str, built: Any) -> None:
+def test_every_step_takes_its_own_scales(graphs: str, name: str, built: Any) -> None:
     """Wrong scales at one step, in device memory, change what comes after it and nothing before."""
     with ditc.load(built["per-step"], target="tensorrt", graphs=graphs) as pipe:
         right = [event.x for _ in range(2) for event in pipe.generate(LABELS, seed=3)][6:]
         executor = pipe._executor
         assert isinstance(executor, DeviceExecutor)
-        row = executor._step_inputs["scales"][2]
-        executor._device.upload(50 * executor._device.download(row), row)
+        row = executor._step_inputs[name][2]
+        executor._device.upload(0.5 * executor._device.download(row), row)
         wrong = [event.x for event in pipe.generate(LABELS, seed=3)]
     assert [np.array_equal(a, b) for a, b in zip(right, wrong, strict=True)] == [True] * 2 + [False] * 4
 

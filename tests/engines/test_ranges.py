@@ -63,7 +63,7 @@ def test_a_streamed_percentile_is_the_exact_one_up_to_a_bin(made: list[np.ndarra
     histogram = histogram_of(*made)
     everything = np.sort(np.abs(np.concatenate(made)))
     exact = everything[max(0, int(np.ceil(share * len(everything) - 1e-9)) - 1)]
-    assert percentile_range(histogram, share) == pytest.approx(exact, abs=1.01 * histogram.bin_width)
+    assert percentile_range(histogram, share=share) == pytest.approx(exact, abs=1.01 * histogram.bin_width)
 
 
 @LAW

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditc.engines.midpoints import Range
 from ditc.engines.scale_binding import LEAST_POINTS, neighbouring_steps, one_group
 from ditc.engines.scales import Origin, scale_table
 
@@ -55,7 +56,7 @@ def test_groups_are_runs_of_steps_with_enough_points(steps: list[tuple[int, bool
     assert len(held) == 1 or held.min() >= least
 
 
-RANGES = [{"x": 12.7, "y": 1.0}, {"x": 25.4, "y": 1.0}]
+RANGES = [{"x": Range(-12.7, 12.7), "y": Range(-1, 1)}, {"x": Range(-25.4, 25.4), "y": Range(-1, 1)}]
 READERS = {"x": ("a.to_q", "a.to_k"), "y": ("a.out",)}
 
 
@@ -74,7 +75,7 @@ def test_static_scales_have_no_table() -> None:
 
 
 def test_a_layer_that_two_branches_share_takes_the_wider_range() -> None:
-    ranges, readers = [{"x": 1.0, "y": 5.0}], {"x": ("shared",), "y": ("shared", "own")}
+    ranges, readers = [{"x": Range(-1, 1), "y": Range(-5, 5)}], {"x": ("shared",), "y": ("shared", "own")}
     for binding in ("static", "per-step"):
         found = scale_table(ranges, readers, np.zeros(2, np.int64), Origin("max", "", "", binding))
         assert found.scales["shared"] == found.scales["own"] == pytest.approx(5 / 127)

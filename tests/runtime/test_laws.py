@@ -74,12 +74,13 @@ def test_a_request_after_a_failed_one_equals_a_fresh_one(bundles: dict[str, Bund
         assert np.array_equal(pipe.images(LABELS, seed=5), first)
 
 
-def test_every_step_takes_its_own_row_of_the_scales(bundles: dict[str, Bundle]) -> None:
+@pytest.mark.parametrize("name", ["scales", "midpoints"])
+def test_every_step_takes_its_own_row_of_a_table(bundles: dict[str, Bundle], name: str) -> None:
     """Wrong scales at one step change what comes after it, and nothing before."""
     with load(bundles["per-step"].path) as pipe:
         right = [event.x for event in pipe.generate(LABELS, seed=5)]
         assert pipe._executor is not None
-        pipe._executor._step_inputs["scales"][2] *= 50
+        pipe._executor._step_inputs[name][2] *= 0.5
         wrong = [event.x for event in pipe.generate(LABELS, seed=5)]
     assert [np.array_equal(a, b) for a, b in zip(right, wrong, strict=True)] == [True] * 2 + [False] * 4
 
