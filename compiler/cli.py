@@ -176,6 +176,13 @@ COMPILE_OPTIONS = (
         show_default=True,
         help="Middle of the ranges; bounded: those after GELU begin at its least value.",
     ),
+    click.option(
+        "--smooth",
+        metavar="none|smooth|balance",
+        default="none",
+        show_default=True,
+        help="Factors per channel folded in front of linear layers, against outliers.",
+    ),
     click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
     click.option("--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit the compensation."),
     click.option("--verify-images", type=int, default=16, show_default=True, help="Images that check the result."),

@@ -19,6 +19,7 @@ from ditc.compiler import stages
 from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.released import release_weights, return_free_memory
+from ditc.compiler.smoothing import smooth
 from ditc.compiler.stages import Plan, Progress, Segments
 from ditc.compiler.work import WorkFolder, work_folder
 from ditc.engines.backend import lowered_path
@@ -42,6 +43,7 @@ SELECT_SETTINGS = {
 CHECK_FILES = (
     ("export", "parity"),
     ("select", "pool"),
+    ("smooth", "smooth"),
     ("quantize", "kernels"),
     ("quantize", "storage"),
     ("lower", "tensorrt"),
@@ -183,19 +185,33 @@ class _Compile:
         folder = self.stage("export", [], lambda folder: stages.export(plan, model, folder))
         return {name: folder / f"{name}.onnx" for name in plan.program.calls}
 
-    def quantize(self, segments: Segments) -> Segments:
-        """The deployed segments: INT8 where the precision asks for it, else the FP ones."""
+    def select(self, segments: Segments) -> Path:
+        """The calibration set."""
+        plan = self.plan
+        chosen = [self.run_settings, plan.options.model_dump(include=SELECT_SETTINGS)]
+        return self.stage("select", chosen, lambda folder: stages.select(plan, segments, folder)) / "calib.npz"
+
+    def smooth(self, segments: Segments, calib: Path) -> Segments:
+        """The FP segments, re-parameterised where the settings ask for it; they take each other's tables only."""
         plan, options = self.plan, self.plan.options
-        if options.precision != "w8a8":
+        if options.smooth == "none":
             return segments
-        chosen = options.model_dump(include=SELECT_SETTINGS)
-        calib = self.stage("select", [self.run_settings, chosen], lambda folder: stages.select(plan, segments, folder))
-        folder = self.stage(
-            "quantize",
-            [options.ranges, options.scales, options.midpoint],
-            lambda folder: stages.quantize(plan, segments, calib / "calib.npz", folder),
+        settings = [options.smooth, options.ranges]
+        return self._replaced("smooth", segments, settings, lambda folder: smooth(plan, segments, calib, folder))
+
+    def quantize(self, segments: Segments, calib: Path) -> Segments:
+        """The INT8 segments; those without a linear layer stay."""
+        plan, options = self.plan, self.plan.options
+        settings = [options.ranges, options.scales, options.midpoint]
+        made = self._replaced(
+            "quantize", segments, settings, lambda folder: stages.quantize(plan, segments, calib, folder)
         )
-        self.tables |= read_tables(folder / "scales.safetensors")
+        self.tables |= read_tables(self.folders["quantize"] / "scales.safetensors")
+        return made
+
+    def _replaced(self, name: str, segments: Segments, settings: list[Any], make: Callable[[Path], None]) -> Segments:
+        """The segments, with those that a stage made in place of the ones it took."""
+        folder = self.stage(name, settings, make)
         made = {name: folder / f"{name}.onnx" for name in segments}
         return {name: made[name] if made[name].is_file() else path for name, path in segments.items()}
 
@@ -241,7 +257,11 @@ def _decided(plan: Plan, model: Any) -> str:
 
 def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:
     """Everything after the export."""
-    compiled = compile_.quantize(segments)
+    compiled = segments
+    if compile_.plan.options.precision == "w8a8":
+        calib = compile_.select(segments)
+        segments = compile_.smooth(segments, calib)
+        compiled = compile_.quantize(segments, calib)
     compile_.lower(compiled)
     compile_.fit(segments, compiled)
     compile_.verify(segments, compiled)

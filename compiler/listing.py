@@ -98,6 +98,9 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
         "size": f"{megabytes(m.size_bytes(reference=False))} deployed, "
         f"{megabytes(m.size_bytes(reference=True))} FP reference",
     }
+    smoothed = m.checks.get("smooth")
+    if isinstance(smoothed, dict):
+        facts["smoothing"] = "{method}: {smoothed} of {linears} linear layers".format(**smoothed)
     kernels = m.checks.get("kernels")
     if isinstance(kernels, dict):
         facts["integer kernels"] = ", ".join(

@@ -10,6 +10,7 @@ from ditc.engines.midpoints import MIDPOINTS
 from ditc.engines.ranges import RANGES
 from ditc.engines.scale_binding import BINDINGS
 from ditc.engines.targets import TARGETS
+from ditc.engines.transforms import TRANSFORMS
 from ditc.errors import InputError, unknown_name
 from ditc.runtime.compensation import ESTIMATORS
 from ditc.spec import Record, SamplerSpec
@@ -30,8 +31,8 @@ class CompileOptions(Record):
     None for a sampler setting means the model's own. `pool_images` of None records about four times the points.
     `caches` is what a computing step leaves for those that reuse: one sum for each of them, or every branch's output;
     "auto" takes sums where the model and the schedule allow it. `pool_steps` is "computed" to calibrate on steps where
-    the network runs (what deployment sees), or "all", the paper's form. `vc_images` pairs fit the compensation,
-    `verify_images` others check the result.
+    the network runs (what deployment sees), or "all", the paper's form. `smooth` is "none" or a row of TRANSFORMS.
+    `vc_images` pairs fit the compensation, `verify_images` others check the result.
     """
 
     steps: int = 50
@@ -56,6 +57,7 @@ class CompileOptions(Record):
     ranges: str = "mse"
     scales: str = "static"
     midpoint: str = "zero"
+    smooth: str = "none"
     vc: str = "std"
     vc_images: int = 64
     verify_images: int = 16
@@ -71,6 +73,7 @@ class CompileOptions(Record):
             ("range method", self.ranges, RANGES),
             ("scale binding", self.scales, BINDINGS),
             ("midpoint", self.midpoint, MIDPOINTS),
+            ("smoothing", self.smooth, ("none", *TRANSFORMS)),
             ("compensation", self.vc, ("none", *ESTIMATORS)),
             ("target", self.target, TARGETS),
             ("sampler", self.sampler or "ddim", ("ddim", "ddpm")),
@@ -102,6 +105,11 @@ class CompileOptions(Record):
             raise InputError(
                 f"--scales dynamic measures every tensor as it comes, so --midpoint {self.midpoint} has nothing to do; "
                 "leave one of them out"
+            )
+        if self.smooth != "none" and self.precision != "w8a8":
+            raise InputError(
+                f"--smooth {self.smooth} needs --precision w8a8, found {self.precision}: without INT8 there is nothing "
+                "to make easier"
             )
         if not 0 < self.cfg < 1000:
             raise InputError(f"--cfg must be above 0 and below 1000, found {self.cfg:g}; 1 means no guidance")

@@ -81,6 +81,11 @@ class Plan:
         return 1 if self.options.cfg == 1 else 2
 
     @property
+    def guidance_label(self) -> int | None:
+        """The label of the unconditional half; None without guidance."""
+        return self.spec.null_label if self.halves == 2 else None
+
+    @property
     def backend(self) -> OnnxRuntimeBackend:
         return OnnxRuntimeBackend()
 
@@ -236,29 +241,33 @@ def watched(plan: Plan, feeds: Iterable[dict[str, Any]], done: int, points: int)
         yield feed
 
 
-def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleTable:
-    """Run the FP `full` segment at the calibration points, and turn what its linear layers read into scales."""
+@dataclass(frozen=True)
+class Probe:
+    """The FP `full` segment with what its linear layers read as outputs: `readers` names them, and who reads each.
+
+    `bounds` are what is known of an output without running it; `run` takes the feeds of `points_at_once` points at most.
+    """
+
+    readers: Mapping[str, tuple[str, ...]]
+    bounds: Mapping[str, float]
+    run: RunProbe
+    points_at_once: int
+
+
+def open_probe(plan: Plan, segments: Segments) -> Probe:
+    """The probe of a compile, as one session of ONNX Runtime."""
     from ditc.exporter.onnx_files import load_model
 
     model = load_model(segments["full"])
     bounds, readers = lower_bounds(model, plan.options.midpoint), activation_probe(model)
-    origin = Origin(plan.options.ranges, sha256_of(segments["full"]), calib.digest, plan.options.scales)
-    groups = plan.scale_groups(calib)
-    if groups is None:
-        return uncalibrated_table(readers, origin)
     # every block probes 3 inputs of the model's width and one of the MLP's: 7 widths in a standard block
     point_bytes = 4 * plan.halves * 7 * int(np.prod(plan.spec.branch_shape)) * len(plan.spec.branches) // 2
-    rows = int(np.clip(BUFFER_BYTES // point_bytes, 1, LARGEST_BATCH))
-    null_label = plan.spec.null_label if plan.halves == 2 else None
-    condition, run_probe = plan.backend.session(segments[CONDITION]), probe_runner(plan, segments, model)
-    ranges, done = [], 0
-    for group in range(groups.max() + 1):
-        part = calib.take(np.flatnonzero(groups[calib.step] == group))
-        feeds = calibration_feeds(condition, part, null_label, rows)
-        histograms = histograms_of(run_probe, watched(plan, feeds, done, len(calib)), bounds)
-        ranges.append(ranges_of(histograms, plan.options.ranges, bounds))
-        done += len(part)
-    return scale_table(ranges, readers, groups, origin)
+    return Probe(
+        readers=readers,
+        bounds=bounds,
+        run=probe_runner(plan, segments, model),
+        points_at_once=int(np.clip(BUFFER_BYTES // point_bytes, 1, LARGEST_BATCH)),
+    )
 
 
 def probe_runner(plan: Plan, segments: Segments, probe: Any) -> RunProbe:
@@ -279,6 +288,25 @@ def probe_runner(plan: Plan, segments: Segments, probe: Any) -> RunProbe:
         return dict(zip(names, session.run(names, own), strict=True))
 
     return run
+
+
+def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleTable:
+    """Run the FP `full` segment at the calibration points, and turn what its linear layers read into scales."""
+    from ditc.exporter.onnx_files import load_model
+
+    origin = Origin(plan.options.ranges, sha256_of(segments["full"]), calib.digest, plan.options.scales)
+    groups = plan.scale_groups(calib)
+    if groups is None:
+        return uncalibrated_table(activation_probe(load_model(segments["full"])), origin)
+    probe, condition = open_probe(plan, segments), plan.backend.session(segments[CONDITION])
+    ranges, done = [], 0
+    for group in range(groups.max() + 1):
+        part = calib.take(np.flatnonzero(groups[calib.step] == group))
+        feeds = calibration_feeds(condition, part, plan.guidance_label, probe.points_at_once)
+        histograms = histograms_of(probe.run, watched(plan, feeds, done, len(calib)), probe.bounds)
+        ranges.append(ranges_of(histograms, plan.options.ranges, probe.bounds))
+        done += len(part)
+    return scale_table(ranges, probe.readers, groups, origin)
 
 
 def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:

@@ -1,0 +1,154 @@
+"""The stage that smooths: factors from the calibration set, folded into the FP segments before scales are taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ditc.calib_data.calibset import CalibSet
+from ditc.compiler.released import return_free_memory
+from ditc.compiler.stages import Plan, Segments, calibration_feeds, open_probe
+from ditc.engines.folding import Site, common_sites, fold_into_segment, table_factors
+from ditc.engines.linears import linears_of
+from ditc.engines.moves import row_shape
+from ditc.engines.output_factors import multiply_output
+from ditc.engines.transforms import ChannelStatistics, Choice, choose_factors
+from ditc.errors import CheckError
+from ditc.files import atomic_write
+from ditc.program import AHEAD, CONDITION
+from ditc.runtime.quality import relative_error
+
+__all__ = ["smooth"]
+
+PARITY_POINTS = 8
+PARITY_TOLERANCE = 1e-4  # that of an exported segment against torch
+
+
+def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
+    """The FP segments with factors folded in, the same function to rounding; smooth.json says which layers have them.
+
+    Where no place to fold into is found, a layer stays as it is. Raises CheckError where a segment's outputs differ.
+    """
+    from ditc.exporter.onnx_files import load_model
+
+    calib = CalibSet.load(calib_file)
+    models = {part.name: load_model(segments[part.name]) for part in plan.program.segments}
+    paths = dict.fromkeys(linear.path for linear in linears_of(models["full"]))
+    sites = common_sites(models)
+    choices = choose(plan, models["full"], statistics_of(plan, segments, calib, sites))
+    factors = {site: choice.factors for site, choice in choices.items() if choice.alpha is not None}
+    made = write_folded(models, segments[CONDITION], factors, folder)
+    report = {
+        "method": plan.options.smooth,
+        "linears": len(paths),
+        "smoothed": sum(len(site.layers) for site in factors),
+        "layers": {layer: summary(choice) for site, choice in choices.items() for layer in site.layers},
+        "left": [path for path in paths if not any(path in site.layers for site in choices)],
+        "parity": parity_of(plan, segments, {**segments, **made}, calib),
+    }
+    atomic_write(folder / "smooth.json", json.dumps(report, indent=1).encode() + b"\n")
+
+
+def write_folded(
+    models: Mapping[str, ir.Model], condition: Path, factors: Mapping[Site, NDArray[np.float64]], folder: Path
+) -> dict[str, Path]:
+    """The segments that factors change, and `condition` with the tables to match; changes `models` in place."""
+    from ditc.exporter.onnx_files import load_model, save_model
+
+    shapes = {str(value.name): (row_shape(value) or ())[1:] for value in models["full"].graph.inputs}
+    changed = {name: model for name, model in models.items() if fold_into_segment(model, factors)}
+    if tables := table_factors(factors, shapes):
+        changed[CONDITION] = load_model(condition)
+        for table, factor in tables.items():
+            multiply_output(changed[CONDITION], table, factor)
+    for name, model in changed.items():
+        save_model(model, folder / f"{name}.onnx")
+    return {name: folder / f"{name}.onnx" for name in changed}
+
+
+def summary(choice: Choice) -> dict[str, float | None]:
+    """What the manifest keeps of a layer's factors; alpha is None where the search found it best without any."""
+    return {"alpha": choice.alpha, "least": float(choice.factors.min()), "largest": float(choice.factors.max())}
+
+
+def statistics_of(
+    plan: Plan, segments: Segments, calib: CalibSet, sites: Sequence[Site]
+) -> dict[Site, ChannelStatistics]:
+    """What each site's activation was at the calibration points, in one streaming pass."""
+    if not sites:
+        return {}
+    probe, condition = open_probe(plan, segments), plan.backend.session(segments[CONDITION])
+    rng = np.random.default_rng(plan.options.seed)
+    seen: dict[Site, ChannelStatistics] = {}
+    done = 0
+    for step in np.unique(calib.step):
+        at_step = calib.take(np.flatnonzero(calib.step == step))
+        feeds = calibration_feeds(condition, at_step, plan.guidance_label, probe.points_at_once)
+        for turn, feed in enumerate(feeds):
+            plan.progress("smooth", done, len(calib))
+            done += len(feed["x"]) // plan.halves
+            found = probe.run(feed)
+            for site in sites:
+                values = found[site.activation]
+                before = seen.get(site) or ChannelStatistics.empty(values.shape[-1])
+                seen[site] = before.add(values, turn == 0, rng)
+    return seen
+
+
+def choose(plan: Plan, full: ir.Model, seen: Mapping[Site, ChannelStatistics]) -> dict[Site, Choice]:
+    """The factors of every site."""
+    linears = {linear.name: linear for linear in linears_of(full)}
+    chosen = {}
+    for done, (site, statistics) in enumerate(seen.items()):
+        plan.progress("smooth", done, len(seen))
+        weight = np.concatenate([linears[layer].weight_array() for layer in site.layers], axis=1)
+        chosen[site] = choose_factors(plan.options.smooth, statistics, weight, plan.options.ranges)
+    return chosen
+
+
+def parity_of(plan: Plan, exact: Segments, folded: Segments, calib: CalibSet) -> dict[str, float]:
+    """The largest relative error of any output of each segment, with the tables of its own side's `condition`."""
+    every = np.linspace(0, len(calib) - 1, min(PARITY_POINTS, len(calib))).round().astype(np.int64)
+    points = calib.take(every[np.argsort(calib.step[every], kind="stable")])
+    worst = {}
+    for part in plan.program.segments:
+        before, after = (_outputs(plan, side, part.name, points) for side in (exact, folded))
+        worst[part.name] = max(_change(after[name], before[name]) for name in before)
+        if not worst[part.name] < PARITY_TOLERANCE:
+            raise CheckError(
+                f"segment {part.name}: smoothing changes its outputs by {worst[part.name]:.2g}, expected below "
+                f"{PARITY_TOLERANCE:g}; compile with --smooth none, and report this"
+            )
+    return worst
+
+
+def _change(after: NDArray[np.float32], before: NDArray[np.float32]) -> float:
+    """The relative error, or the norm itself where there was nothing before."""
+    return relative_error(after, before) if before.any() else float(np.linalg.norm(after))
+
+
+def _taken(port: Any, feed: Mapping[str, NDArray[Any]], cached: NDArray[np.float32]) -> NDArray[Any]:
+    """What a segment's input gets: its own feed, for the next steps' tables those of this step, else what is cached."""
+    if port.name.startswith(f"{AHEAD}."):
+        return np.stack([feed[port.name.removeprefix(f"{AHEAD}.")]] * port.shape[0])
+    return feed.get(port.name, cached)
+
+
+def _outputs(plan: Plan, segments: Segments, name: str, points: CalibSet) -> dict[str, Any]:
+    """All outputs of a segment at some points, one after the other; what it takes from a cache is seeded noise."""
+    condition, session = (plan.backend.session(segments[each]) for each in (CONDITION, name))
+    names = [port.name for port in session.get_outputs()]
+    rng = np.random.default_rng(0)
+    found = []
+    for feed in calibration_feeds(condition, points, plan.guidance_label, 1):
+        noise = rng.standard_normal((len(feed["x"]), *plan.spec.branch_shape), np.float32)
+        taken = {port.name: _taken(port, feed, noise) for port in session.get_inputs()}
+        found.append(session.run(names, taken))
+    return_free_memory()
+    return {each: np.concatenate(parts) for each, parts in zip(names, zip(*found, strict=True), strict=True)}
