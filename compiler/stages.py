@@ -245,7 +245,7 @@ def watched(plan: Plan, feeds: Iterable[dict[str, Any]], done: int, points: int)
 class Probe:
     """The FP `full` segment with what its linear layers read as outputs: `readers` names them, and who reads each.
 
-    `bounds` are what is known of an output without running it; `run` takes the feeds of `points_at_once` points at most.
+    `bounds` are what is known of an output without running it; `run` takes feeds of `points_at_once` points at most.
     """
 
     readers: Mapping[str, tuple[str, ...]]

@@ -77,7 +77,7 @@ def test_inspect_says_how_scales_are_bound(bundles: dict[str, Bundle], capsys: p
 
 def test_inspect_json_is_the_manifest(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(bundles["cached"].path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["program"]["slots"] == 4
+    assert json.loads(capsys.readouterr().out)["program"]["slots"] == 1
 
 
 def test_verify_of_an_uncached_fp_bundle_finds_no_difference(
