@@ -115,7 +115,7 @@ def measured(bundles: dict[str, Path], options: argparse.Namespace) -> dict[str,
         found = {name: ready_peer(name, match) for name in peer_names([options.against])}
         peers = {name: ready for name, ready in found.items() if isinstance(ready, ReadyPeer)}
         times = in_turn(bundles, peers, match, options.rounds)
-        walked = {} if options.steps_only else {"walked_once": walked_once(match, peers)}
+        walked = {} if options.steps_only or options.no_walk else {"walked_once": walked_once(match, peers)}
     return {
         "peers": {name: {"what": r.peer.what, "relative_error": r.relative_error} for name, r in peers.items()},
         "skipped": {name: reason for name, reason in found.items() if isinstance(reason, str)},
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--against", default=PEERS)
     parser.add_argument("--measure-only", action="store_true", help="take the bundles that are there, keep their cost")
     parser.add_argument("--steps-only", action="store_true", help="the same with the first interval alone, in minutes")
+    parser.add_argument("--no-walk", action="store_true", help="leave out the one real run of each torch model")
     parser.add_argument("--out", type=Path, help="default is dit_xl.json or dit_xl_steps.json beside this script")
     options = parser.parse_args()
     out = options.out or HERE / ("dit_xl_steps.json" if options.steps_only else "dit_xl.json")
