@@ -25,7 +25,18 @@ def test_a_trace_has_the_files_of_tensorrts_own_tools(
     assert count == {"count": 3}  # `full` runs at three of the six steps
     assert {row["name"] for row in rows} == {layer["Name"] for layer in layers["Layers"]}
     assert sum(row["percentage"] for row in rows) == pytest.approx(100)
-    assert set(json.loads(capsys.readouterr().out)["segments"]) == {"full", "reuse"}
+    assert set(json.loads(capsys.readouterr().out)["segments"]) == {"condition", "full", "reuse"}
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("option", ["--against onnxruntime-f32", "--roofline"])
+def test_what_is_measured_on_the_processor_is_refused_on_a_gpu(
+    option: str, built: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = built["small"]
+    capsys.readouterr()
+    assert run(f"bench {bundle} --target tensorrt {option}".split()) == 2
+    assert "measure there too: --target cpu" in capsys.readouterr().err
 
 
 @pytest.mark.any_version
