@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ditc.exporter.protocol import Branch, TrajectoryModel, example_inputs
 from ditc.program import AHEAD, CONDITION, DECODE, Program, SegmentPlan
 
-__all__ = ["Segment", "segments_of"]
+__all__ = ["Excerpt", "Passing", "Segment", "Trunk", "segments_of"]
+
+Stream = tuple[Tensor, ...]  # the residual stream, and the sums for later steps
+Parts = tuple[Any, ...]  # what branches take from the tables, of this step and of later ones
+Cached = dict[str, Tensor]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,23 @@ class BranchScope(nn.Module):
         return self._hidden[0].compute(h, parts)
 
 
+class Residual(nn.Module):
+    """One residual sub-layer, computed or taken from a cache, and merged; in a scope of its own as well.
+
+    The stream that goes from one to the next is the residual stream and, with `plan.ahead`, the sums for later steps.
+    """
+
+    def __init__(self, branch: Branch) -> None:
+        super().__init__()
+        self._hidden = (branch,)
+        self.compute = BranchScope(branch)
+
+    def forward(self, stream: Stream, cached: Tensor | None, parts: Parts) -> tuple[Tensor, Stream]:
+        """(output of the branch, the stream after it); `parts` are those of this step and of the later ones."""
+        out = self.compute(stream[0], parts[0]) if cached is None else cached
+        return out, tuple(self._hidden[0].merge(h, out, own) for h, own in zip(stream, parts, strict=True))
+
+
 class Condition(nn.Module):
     """Timesteps (steps,) and labels (batch,) to every table that the steps need."""
 
@@ -62,29 +85,73 @@ class Trunk(nn.Module):
         self.model = model
         self.plan = plan
         self.tables = tables
-        self.branch = nn.ModuleList(BranchScope(branch) for branch in model.branches)
+        self.residual = nn.ModuleList(Residual(branch) for branch in model.branches)
 
-    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def begin(self, x: Tensor, rest: tuple[Tensor, ...], reads: Sequence[str]) -> tuple[Stream, Parts, Cached]:
+        """The stream in front of the branches, what they take from the tables, and the caches named `reads`."""
         tables, rest = self._tables(rest)
         ahead, rest = self._tables(rest) if self.plan.ahead else ({}, rest)
-        cached = dict(zip(self.plan.reads, rest, strict=True))
         parts = self.model.unpack(tables)
         later = [self.model.unpack({n: t[k] for n, t in ahead.items()}) for k in range(self.plan.ahead)]
-        h = self.model.embed(x)
+        stream = self.model.embed(x), *(torch.zeros(()) for _ in later)
+        return stream, (parts, *later), dict(zip(reads, rest, strict=True))
+
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        stream, parts, cached = self.begin(x, rest, self.plan.reads)
         if AHEAD in cached:
-            return (self.model.head(h + cached[AHEAD], parts),)
-        made = {f"{AHEAD}.{k + 1}": torch.zeros(()) for k in range(len(later))}
-        for branch, scope, computes in zip(self.model.branches, self.branch, self.plan.compute, strict=True):
-            made[branch.name] = out = scope(h, parts) if computes else cached[branch.name]
-            h = branch.merge(h, out, parts)
-            for k, then in enumerate(later):
-                made[f"{AHEAD}.{k + 1}"] = branch.merge(made[f"{AHEAD}.{k + 1}"], out, then)
-        return self.model.head(h, parts), *(made[name] for name in self.plan.writes)
+            return (self.model.head(stream[0] + cached[AHEAD], parts[0]),)
+        made = {}
+        for name, residual in zip(self.model.spec.branches, self.residual, strict=True):
+            made[name], stream = residual(stream, cached.get(name), parts)
+        made |= {f"{AHEAD}.{k}": total for k, total in enumerate(stream) if k}
+        return self.model.head(stream[0], parts[0]), *(made[name] for name in self.plan.writes)
 
     def _tables(self, rest: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """The tables by name, and the inputs after them."""
         count = len(self.tables)
         return dict(zip(self.tables, rest[:count], strict=True)), rest[count:]
+
+
+class Excerpt(nn.Module):
+    """A trunk with some of its branches only, `chosen` by number, and with everything that passes between its parts.
+
+    Its inputs are those of the trunk, of the caches only those that are read. Its outputs are the prediction; the
+    tensors among the leaves of `parts`; the stream; and for each branch its output and the stream after it.
+    """
+
+    def __init__(self, trunk: Trunk, chosen: Sequence[int]) -> None:
+        super().__init__()
+        self._hidden = (trunk,)
+        self.model, self.residual = trunk.model, trunk.residual  # under the trunk's names, which nodes will carry
+        self.chosen = tuple(chosen)
+        names = trunk.model.spec.branches
+        self.reads = tuple(names[number] for number in self.chosen if names[number] in trunk.plan.reads)
+
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        stream, parts, cached = self._hidden[0].begin(x, rest, self.reads)
+        between = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
+        between += stream
+        for number in self.chosen:
+            out, stream = self.residual[number](stream, cached.get(self.model.spec.branches[number]), parts)
+            between += [out, *stream]
+        return self.model.head(stream[0], parts[0]), *between
+
+
+@dataclass(frozen=True)
+class Passing(Generic[Value]):
+    """What passes between the parts of an excerpt: leaves, the streams around the branches, what the branches make."""
+
+    leaves: list[Value]
+    streams: list[list[Value]]
+    outs: list[Value]
+
+    @classmethod
+    def of(cls, outputs: Sequence[Value], branches: int, width: int) -> Passing[Value]:
+        """Sorted from the outputs of an excerpt with so many branches and streams of `width` tensors."""
+        first = len(outputs) - width - branches * (1 + width)
+        starts = [first + number * (1 + width) for number in range(branches + 1)]
+        streams = [list(outputs[start : start + width]) for start in starts]
+        return cls(list(outputs[1:first]), streams, [outputs[start + width] for start in starts[:-1]])
 
 
 class Decode(nn.Module):
