@@ -123,9 +123,10 @@ def main() -> None:
     for row, error in zip(rows, errors, strict=True):
         row["input_error"] = error
         print(json.dumps(row))
-    settings = {"model": "digits", "guidance": base.cfg, "images": len(exact), "seed": SEED, **vars(options)}
+    given = {name: value for name, value in vars(options).items() if name != "out"}
+    settings = {"model": "digits", "guidance": base.cfg, "images": len(exact), "seed": SEED, **given}
     found = {"machine": machine(), **settings, "rows": rows}
-    options.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
