@@ -119,6 +119,9 @@ class OnnxRuntimeBackend:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
+        # as the graph is written: what later steps reuse is added up branch by branch. The default order leaves the
+        # sums to the end, and every branch's output in memory until then
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if segment.name.split(".")[0] == CONDITION:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_cpu_mem_arena = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,20 @@ from ditc.exporter.onnx_files import save_model
 DOUBLE = """
 <ir_version: 10, opset_import: ["" : 20]>
 g (float[batch, 3] x) => (float[batch, 3] y) { y = Add (x, x) }
+"""
+
+
+SUMS = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[batch, 3] x) => (float[batch, 3] out, float[batch, 3] kept) {
+    a = Sin (x)
+    first = Add (x, a)
+    b = Cos (a)
+    second = Add (first, b)
+    c = Sin (b)
+    kept = Add (second, c)
+    out = Cos (c)
+}
 """
 
 
@@ -44,6 +59,15 @@ def test_a_rebound_buffer_of_another_size_is_used(segment: Path) -> None:
             engine.bind("y", y)
             engine.run()
             assert y.sum() == 6 * rows
+
+
+def test_operators_run_in_the_order_of_the_graph_so_that_sums_free_what_they_add(tmp_path: Path) -> None:
+    save_model(ir.from_onnx_text(SUMS), tmp_path / "sums.onnx")
+    session = OnnxRuntimeBackend().session(tmp_path / "sums.onnx", profile_prefix=str(tmp_path / "profile"))
+    session.run(None, {"x": np.ones((2, 3), np.float32)})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")]
+    assert ran == ["Sin", "Add", "Cos", "Add", "Sin", "Add", "Cos"]
 
 
 def test_ports_tell_type_and_open_dimensions(segment: Path) -> None:
