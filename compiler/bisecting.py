@@ -34,6 +34,7 @@ from ditc.engines.scale_table import ScaleTable, step_inputs
 from ditc.errors import BundleError, CheckError, InputError, unknown_name
 from ditc.exporter.onnx_files import data_path, load_model, save_derived
 from ditc.files import digest_of, writing
+from ditc.precision import quantized
 from ditc.program import CONDITION
 from ditc.runtime.executor import Samples
 from ditc.runtime.quality import relative_error
@@ -221,7 +222,7 @@ def bisect_bundle(
 
 def check_can_be_bisected(bundle: Bundle) -> None:
     """Raise InputError unless the bundle is quantized and carries its FP reference."""
-    if bundle.manifest.precision != "w8a8":
+    if not quantized(bundle.manifest.precision):
         raise InputError(
             f"{bundle.path} is {bundle.manifest.precision}, bisect needs w8a8: nothing in it is quantized; "
             "compile it with --precision w8a8"

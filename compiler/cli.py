@@ -134,7 +134,11 @@ COMPILE_OPTIONS = (
         help="What a computing step leaves: a sum for each step that reuses, or every branch's output.",
     ),
     click.option(
-        "--precision", metavar="fp32|fp16|w8a8", default="w8a8", show_default=True, help="Arithmetic of linear layers."
+        "--precision",
+        metavar="fp32|fp16|w8a8|w4a8|w8a6",
+        default="w8a8",
+        show_default=True,
+        help="Arithmetic of linear layers; 4 and 6 bits are simulated in 8.",
     ),
     click.option(
         "--select", metavar="tap|random|uniform-time|kmeans", default="tap", show_default=True, help="Selector."
@@ -153,7 +157,11 @@ COMPILE_OPTIONS = (
         "--pool", "pool_images", type=int, help="Images recorded for the pool; default fills 4 times the points."
     ),
     click.option(
-        "--pool-steps", metavar="computed|all", default="computed", show_default=True, help="Steps that enter the pool."
+        "--pool-steps",
+        metavar="computed|all|uncached",
+        default="computed",
+        show_default=True,
+        help="Steps that enter the pool.",
     ),
     click.option(
         "--ranges",

@@ -148,7 +148,7 @@ def check_pool_suffices(plan: Plan) -> None:
     """Raise InputError where the pool will be smaller than what is to be selected from it, before recording it."""
     recorded, options = len(plan.recorded_steps), plan.options
     found = options.pool_size(recorded) * recorded
-    if options.precision == "w8a8" and found < options.points:
+    if options.bits is not None and found < options.points:
         raise InputError(
             f"the pool will have {found} points, fewer than the {options.points} asked for; "
             "record more images (--pool) or ask for fewer points (--points)"
@@ -196,13 +196,13 @@ class _Compile:
         plan, options = self.plan, self.plan.options
         if options.smooth == "none":
             return segments
-        settings = [options.smooth, options.ranges]
+        settings = [options.smooth, options.ranges, options.bits]
         return self._replaced("smooth", segments, settings, lambda folder: smooth(plan, segments, calib, folder))
 
     def quantize(self, segments: Segments, calib: Path) -> Segments:
         """The INT8 segments; those without a linear layer stay."""
         plan, options = self.plan, self.plan.options
-        settings = [options.ranges, options.scales, options.midpoint]
+        settings = [options.bits, options.ranges, options.scales, options.midpoint]
         made = self._replaced(
             "quantize", segments, settings, lambda folder: stages.quantize(plan, segments, calib, folder)
         )
@@ -224,7 +224,7 @@ class _Compile:
     def fit(self, segments: Segments, compiled: Segments) -> None:
         """The compensation; a program that is the FP program itself has nothing to compensate."""
         plan, options = self.plan, self.plan.options
-        if options.vc == "none" or (options.precision != "w8a8" and not plan.program.slots):
+        if options.vc == "none" or (options.bits is None and not plan.program.slots):
             return
         settings = [self.run_settings, options.vc, options.vc_images]
         folder = self.stage("fit", settings, lambda folder: stages.fit(plan, segments, compiled, self.tables, folder))
@@ -258,7 +258,7 @@ def _decided(plan: Plan, model: Any) -> str:
 def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:
     """Everything after the export."""
     compiled = segments
-    if compile_.plan.options.precision == "w8a8":
+    if compile_.plan.options.bits is not None:
         calib = compile_.select(segments)
         segments = compile_.smooth(segments, calib)
         compiled = compile_.quantize(segments, calib)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ditc.bundle import Bundle
 from ditc.engines.scale_table import SCALES_INPUT, ScaleTable, step_inputs
+from ditc.precision import quantized
 from ditc.program import Program
 
 __all__ = ["bundle_facts", "joined_names", "megabytes", "schedule_map", "step_runs"]
@@ -108,7 +109,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
             for name, found in kernels.items()
             if isinstance(found, dict)
         )
-    if m.precision == "w8a8":
+    if quantized(m.precision):
         facts["activations"] = activation_scales(bundle)
     rules = m.checks.get("tensorrt")
     if isinstance(rules, dict):

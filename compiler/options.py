@@ -12,15 +12,16 @@ from ditc.engines.scale_binding import BINDINGS
 from ditc.engines.targets import TARGETS
 from ditc.engines.transforms import TRANSFORMS
 from ditc.errors import InputError, unknown_name
+from ditc.precision import INT8, PRECISIONS, Bits
 from ditc.runtime.compensation import ESTIMATORS
 from ditc.spec import Record, SamplerSpec
 
-__all__ = ["PRECISIONS", "CompileOptions"]
+__all__ = ["CompileOptions"]
 
-PRECISIONS = ("fp32", "fp16", "w8a8")
 LARGEST_SEED = 1 << 31
 POOL_FACTOR = 4  # the pool holds about this many times the points that are selected from it
 CACHES = ("auto", "sums", "branches")
+POOL_STEPS = ("computed", "all", "uncached")
 SPACINGS = ("linspace", "leading", "trailing")
 VARIANCES = ("learned", "fixed-small", "fixed-large")
 
@@ -31,7 +32,8 @@ class CompileOptions(Record):
     None for a sampler setting means the model's own. `pool_images` of None records about four times the points.
     `caches` is what a computing step leaves for those that reuse: one sum for each of them, or every branch's output;
     "auto" takes sums where the model and the schedule allow it. `pool_steps` is "computed" to calibrate on steps where
-    the network runs (what deployment sees), or "all", the paper's form. `smooth` is "none" or a row of TRANSFORMS.
+    the network runs (what deployment sees), "all", the paper's form, or "uncached", all steps of the FP program that
+    knows no cache, a control. `smooth` is "none" or a row of TRANSFORMS.
     `vc_images` pairs fit the compensation, `verify_images` others check the result.
     """
 
@@ -80,7 +82,7 @@ class CompileOptions(Record):
             ("spacing", self.spacing or "linspace", SPACINGS),
             ("variance", self.variance or "learned", VARIANCES),
             ("kind of caches", self.caches, CACHES),
-            ("pool steps", self.pool_steps, ("computed", "all")),
+            ("pool steps", self.pool_steps, POOL_STEPS),
         ):
             if found not in known:
                 raise unknown_name(kind, found, known)
@@ -96,17 +98,24 @@ class CompileOptions(Record):
             if number < least:
                 raise InputError(f"{name} must be at least {least}, found {number}")
         for name, found, default in (("--scales", self.scales, "static"), ("--midpoint", self.midpoint, "zero")):
-            if self.precision != "w8a8" and found != default:
+            if self.bits is None and found != default:
                 raise InputError(
                     f"{name} {found} is for activations in INT8, and --precision {self.precision} has none; "
                     "leave it out, or compile with --precision w8a8"
                 )
+        if self.bits is not None and self.bits.activations < INT8.activations:
+            for name, found, default in (("--scales", self.scales, "static"), ("--midpoint", self.midpoint, "zero")):
+                if found != default:
+                    raise InputError(
+                        f"--precision {self.precision} is simulated with {name} {default} only, found {found}; "
+                        "leave it out, or compile with --precision w8a8"
+                    )
         if self.scales == "dynamic" and self.midpoint != "zero":
             raise InputError(
                 f"--scales dynamic measures every tensor as it comes, so --midpoint {self.midpoint} has nothing to do; "
                 "leave one of them out"
             )
-        if self.smooth != "none" and self.precision != "w8a8":
+        if self.smooth != "none" and self.bits is None:
             raise InputError(
                 f"--smooth {self.smooth} needs --precision w8a8, found {self.precision}: without INT8 there is nothing "
                 "to make easier"
@@ -116,6 +125,11 @@ class CompileOptions(Record):
         if not 0 <= self.seed < LARGEST_SEED:
             raise InputError(f"--seed must be 0 to {LARGEST_SEED - 1}, found {self.seed}")
         return self
+
+    @property
+    def bits(self) -> Bits | None:
+        """Of what linear layers multiply; None for floating point."""
+        return PRECISIONS[self.precision]
 
     def selection(self) -> SelectionOptions:
         """The selector's share of the settings."""

@@ -21,6 +21,7 @@ from ditc.engines.output_factors import multiply_output
 from ditc.engines.transforms import ChannelStatistics, Choice, choose_factors
 from ditc.errors import CheckError
 from ditc.files import atomic_write
+from ditc.precision import INT8
 from ditc.program import AHEAD, CONDITION
 from ditc.runtime.quality import relative_error
 
@@ -103,12 +104,12 @@ def statistics_of(
 
 def choose(plan: Plan, full: ir.Model, seen: Mapping[Site, ChannelStatistics]) -> dict[Site, Choice]:
     """The factors of every site."""
-    linears = {linear.name: linear for linear in linears_of(full)}
+    linears, options = {linear.name: linear for linear in linears_of(full)}, plan.options
     chosen = {}
     for done, (site, statistics) in enumerate(seen.items()):
         plan.progress("smooth", done, len(seen))
         weight = np.concatenate([linears[layer].weight_array() for layer in site.layers], axis=1)
-        chosen[site] = choose_factors(plan.options.smooth, statistics, weight, plan.options.ranges)
+        chosen[site] = choose_factors(options.smooth, statistics, weight, options.ranges, options.bits or INT8)
     return chosen
 
 

@@ -43,6 +43,7 @@ from ditc.engines.update import UPDATE, UpdateForm
 from ditc.engines.update_graph import update_model
 from ditc.errors import CheckError
 from ditc.files import atomic_write, sha256_of
+from ditc.precision import INT8, levels_of
 from ditc.program import CONDITION, DECODE, Program
 from ditc.runtime.compensation import TableCompensation, fit_closed_loop
 from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
@@ -90,9 +91,14 @@ class Plan:
         return OnnxRuntimeBackend()
 
     @property
+    def recorded_program(self) -> Program:
+        """The program whose points enter the pool: the one that will serve, or the one without a cache."""
+        return self.reference_program if self.options.pool_steps == "uncached" else self.program
+
+    @property
     def recorded_steps(self) -> set[int]:
         """The steps whose points enter the pool."""
-        every = self.options.pool_steps == "all"
+        every = self.options.pool_steps != "computed"
         return {s.index for s in self.program.steps if every or any(self.program.segment(s.segment).compute)}
 
     def scale_groups(self, calib: CalibSet) -> Groups | None:
@@ -186,7 +192,7 @@ def start_requests(plan: Plan, runner: Executor, count: int, purpose: int) -> li
 
 
 def record_pool(plan: Plan, segments: Segments) -> Pool:
-    """The points that the cached FP program visits: what deployment will see, before quantization."""
+    """The points that the FP program visits, cached as deployment will be, unless the options ask for the uncached."""
     wanted = plan.recorded_steps
     count = plan.options.pool_size(len(wanted))
     labels = np.array(plan.labels(count))
@@ -198,7 +204,7 @@ def record_pool(plan: Plan, segments: Segments) -> Pool:
                 if event.index in wanted:
                     yield Visit(event.index, event.t, part.start, labels[part.start : part.stop], event.before)
 
-    with executor(plan, plan.program, segments) as runner:
+    with executor(plan, plan.recorded_program, segments) as runner:
         return pool_from_visits(visits(runner))
 
 
@@ -294,7 +300,8 @@ def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleT
     """Run the FP `full` segment at the calibration points, and turn what its linear layers read into scales."""
     from ditc.exporter.onnx_files import load_model
 
-    origin = Origin(plan.options.ranges, sha256_of(segments["full"]), calib.digest, plan.options.scales)
+    bits = plan.options.bits or INT8
+    origin = Origin(plan.options.ranges, sha256_of(segments["full"]), calib.digest, plan.options.scales, bits)
     groups = plan.scale_groups(calib)
     if groups is None:
         return uncalibrated_table(activation_probe(load_model(segments["full"])), origin)
@@ -304,7 +311,7 @@ def activation_scales(plan: Plan, segments: Segments, calib: CalibSet) -> ScaleT
         part = calib.take(np.flatnonzero(groups[calib.step] == group))
         feeds = calibration_feeds(condition, part, plan.guidance_label, probe.points_at_once)
         histograms = histograms_of(probe.run, watched(plan, feeds, done, len(calib)), probe.bounds)
-        ranges.append(ranges_of(histograms, plan.options.ranges, probe.bounds))
+        ranges.append(ranges_of(histograms, plan.options.ranges, probe.bounds, levels_of(bits.activations)))
         done += len(part)
     return scale_table(ranges, probe.readers, groups, origin)
 

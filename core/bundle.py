@@ -26,6 +26,7 @@ from pydantic import JsonValue, ValidationError
 
 from ditc.errors import BundleError
 from ditc.files import atomic_write, sha256_of
+from ditc.precision import quantized
 from ditc.program import Program
 from ditc.spec import ModelSpec, Record
 
@@ -102,7 +103,7 @@ class Bundle:
     @property
     def has_reference(self) -> bool:
         """Is the FP program here? Where nothing was quantized it is the deployed one's segments."""
-        present = self.manifest.precision != "w8a8" or (self.path / "reference").is_dir()
+        present = not quantized(self.manifest.precision) or (self.path / "reference").is_dir()
         return self.manifest.reference_program is not None and present
 
     def tables(self) -> dict[str, NDArray[Any]]:

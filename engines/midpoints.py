@@ -40,20 +40,20 @@ def lower_bounds(model: ir.Model, midpoint: str) -> dict[str, float]:
     return {name: known[node.op_type] for name, node in makers.items() if node is not None and node.op_type in known}
 
 
-def range_of(histogram: Histogram, method: str, low: float | None) -> Range:
+def range_of(histogram: Histogram, method: str, low: float | None, levels: int = LEVELS) -> Range:
     """The range of an activation. `histogram` is that of |x|, or of x - low where there is a lower bound."""
     if low is None:
-        high = clipping_range(method, histogram)
+        high = clipping_range(method, histogram, levels)
         return Range(-high, high)
-    return Range(low, low + clipping_range(method, histogram, 2 * LEVELS))
+    return Range(low, low + clipping_range(method, histogram, 2 * levels))
 
 
-def centred_scales(low: Array, high: Array) -> tuple[NDArray[np.int64], Array]:
+def centred_scales(low: Array, high: Array, levels: int = LEVELS) -> tuple[NDArray[np.int64], Array]:
     """(midpoint in steps of the scale, scale) of each range from `low` to `high`, all (groups,).
 
-    A symmetric range gives 0 and high / 127.
+    A symmetric range gives 0 and high / levels.
     """
     high = np.maximum(high, -low)  # never more levels below zero than above it
     # down to a whole step, so that nothing is clipped at the low end; up to rounding, which is not a step
-    midpoint = np.floor(LEVELS + low * (2 * LEVELS / (high - low)) + 1e-9).astype(np.int64)
-    return midpoint, high / (LEVELS + midpoint)
+    midpoint = np.floor(levels + low * (2 * levels / (high - low)) + 1e-9).astype(np.int64)
+    return midpoint, high / (levels + midpoint)

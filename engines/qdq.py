@@ -34,6 +34,7 @@ from ditc.engines.scale_binding import BINDINGS
 from ditc.engines.scale_table import ScaleTable
 from ditc.engines.scales import layers_without_scale
 from ditc.errors import DitcError
+from ditc.precision import INT8, levels_of
 
 __all__ = ["QuantizedWeight", "insert_qdq", "quantize_weight"]
 
@@ -53,12 +54,13 @@ class QuantizedWeight:
         return np.asarray(self.values.sum(axis=0, dtype=np.int64).astype(np.float32) * self.scale)
 
 
-def quantize_weight(weight: NDArray[np.float32]) -> QuantizedWeight:
-    """Symmetric per-output-channel INT8 of a weight (in, out); a channel of zeros gets scale 1."""
+def quantize_weight(weight: NDArray[np.float32], bits: int = INT8.weights) -> QuantizedWeight:
+    """Symmetric per-output-channel integers of a weight (in, out); a channel of zeros gets scale 1."""
+    levels = levels_of(bits)
     largest = np.abs(weight).max(axis=0)
-    scale = (largest / np.float32(LEVELS)).astype(np.float32)
+    scale = (largest / np.float32(levels)).astype(np.float32)
     scale[scale == 0] = 1.0  # all zeros, or too small for float32 to divide by
-    values = np.clip(np.round(weight / scale), -LEVELS, LEVELS).astype(np.int8)
+    values = np.clip(np.round(weight / scale), -levels, levels).astype(np.int8)
     return QuantizedWeight(values, scale)
 
 
@@ -81,7 +83,7 @@ def insert_qdq(model: ir.Model, table: ScaleTable, layers: Container[str] | None
             pairs[name] = _activation_pair(model, linear, table)
         pair = pairs[name]
         linear.node.replace_input_with(0, pair.output)
-        weight = quantize_weight(linear.weight_array())
+        weight = quantize_weight(linear.weight_array(), table.bits.weights)
         linear.node.replace_input_with(1, _weight_dequantizer(model, linear, weight))
         if pair.magnitude is not None:
             followed_by(model, linear, "Mul", pair.magnitude, RESTORES)
@@ -120,7 +122,21 @@ def _activation_pair(model: ir.Model, linear: Linear, table: ScaleTable) -> _Pai
     centre = _centre(model, linear, table, scale)
     if centre is not None:
         activation = preceded_by(model, linear, "Sub", activation, centre, CENTRES)
+    if table.bits.activations < INT8.activations:
+        activation = _clipped(model, linear, activation, scale * np.float32(levels_of(table.bits.activations)))
     return _Pair(_qdq(model, linear, activation, scale), magnitude, centre)
+
+
+def _clipped(model: ir.Model, linear: Linear, activation: ir.Value, largest: np.float32) -> ir.Value:
+    """The activation within its range: fewer levels than INT8's own are not kept by Q itself."""
+    low, high = (
+        add_constant(model, f"{linear.name}.input_{end}", value)
+        for end, value in (("low", -largest), ("high", largest))
+    )
+    node = ir.node("Clip", [activation, low, high], name=f"{linear.name}/ClipInput")
+    value = node.outputs[0]
+    value.name, value.dtype, value.shape = f"{linear.activation.name}.clipped", ir.DataType.FLOAT, activation.shape
+    return _placed(model, linear, node)
 
 
 def _centre(model: ir.Model, linear: Linear, table: ScaleTable, scale: np.float32) -> ir.Value | None:

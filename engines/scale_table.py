@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from ditc.engines.ranges import LEVELS
+from ditc.precision import INT8, Bits
 from ditc.spec import Record
 
 __all__ = [
@@ -34,7 +35,8 @@ class ScaleTable(Record):
     `binding` is a row of `scale_binding.BINDINGS`. With "per-step", `steps` has each layer's scale at every step,
     `scales` the largest of them, and `columns` the layer's column of the table that the engines read; layers with one
     input share a column. With "dynamic" there are no scales. `midpoints` are the middles of ranges that do not lie
-    about zero, in steps of the scale: one number, or one for every step. `tensors` names the activation that a layer
+    about zero, in steps of the scale: one number, or one for every step. `bits` are those of weights and activations.
+    `tensors` names the activation that a layer
     reads in the FP segment, so that other calibrators can be compared.
     """
 
@@ -44,6 +46,7 @@ class ScaleTable(Record):
     scales: dict[str, float]
     tensors: dict[str, str] = {}
     binding: str = "static"
+    bits: Bits = INT8
     steps: dict[str, tuple[float, ...]] = {}
     columns: dict[str, int] = {}
     midpoints: dict[str, tuple[int, ...]] = {}

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from ditc.engines.linears import Linear, linears_of
 from ditc.engines.midpoints import Range, centred_scales, range_of
 from ditc.engines.outputs import keep_outputs
-from ditc.engines.ranges import Histogram
+from ditc.engines.ranges import LEVELS, Histogram
 from ditc.engines.scale_binding import BINDINGS, Groups
 from ditc.engines.scale_table import ScaleTable
+from ditc.precision import INT8, Bits, levels_of
 
 __all__ = [
     "Origin",
@@ -64,20 +65,21 @@ def histograms_of(
 
 
 def ranges_of(
-    histograms: Mapping[str, Histogram], method: str, bounds: Mapping[str, float] = NO_BOUNDS
+    histograms: Mapping[str, Histogram], method: str, bounds: Mapping[str, float] = NO_BOUNDS, levels: int = LEVELS
 ) -> dict[str, Range]:
-    """What of each activation is not clipped."""
-    return {name: range_of(histogram, method, bounds.get(name)) for name, histogram in histograms.items()}
+    """What of each activation is not clipped. `levels` is the integer that the largest magnitude will map to."""
+    return {name: range_of(histogram, method, bounds.get(name), levels) for name, histogram in histograms.items()}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What scales are made from and how: the range method, the row of BINDINGS, digests of segment and points."""
+    """What scales are made from and how: the range method, digests of segment and points, the row of BINDINGS, bits."""
 
     method: str
     segment_sha256: str
     calibration_digest: str
     binding: str = "static"
+    bits: Bits = INT8
 
 
 def scale_table(
@@ -93,7 +95,7 @@ def scale_table(
         names = [name for name, paths in readers.items() if columns[paths[0]] == column]
         low = np.array([min(part[name].low for name in names) for part in ranges])
         high = np.array([max(part[name].high for name in names) for part in ranges])
-        centred[column] = centred_scales(low, high)
+        centred[column] = centred_scales(low, high, levels_of(origin.bits.activations))
     scales = {path: centred[column][1] for path, column in columns.items()}
     midpoints = {path: centred[column][0] for path, column in columns.items()}
     by_step = BINDINGS[origin.binding].by_step
@@ -104,6 +106,7 @@ def scale_table(
         scales={path: float(found.max()) for path, found in scales.items()},
         tensors={path: name for name, paths in readers.items() for path in paths},
         binding=origin.binding,
+        bits=origin.bits,
         steps={path: tuple(found[groups].tolist()) for path, found in scales.items()} if by_step else {},
         columns=columns if by_step else {},
         midpoints={
@@ -123,6 +126,7 @@ def uncalibrated_table(readers: Mapping[str, tuple[str, ...]], origin: Origin) -
         scales={},
         tensors={path: name for name, paths in readers.items() for path in paths},
         binding=origin.binding,
+        bits=origin.bits,
     )
 
 

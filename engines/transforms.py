@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.engines.qdq import quantize_weight
-from ditc.engines.ranges import LEVELS, Histogram, clipping_range
+from ditc.engines.ranges import Histogram, clipping_range
 from ditc.errors import DitcError, unknown_name
+from ditc.precision import INT8, Bits, levels_of
 
 __all__ = ["ALPHAS", "TRANSFORMS", "ChannelStatistics", "Choice", "check_transform", "choose_factors"]
 
@@ -70,10 +71,10 @@ class Choice:
     alpha: float | None
 
 
-Method = Callable[[ChannelStatistics, Rows, str], Choice]
+Method = Callable[[ChannelStatistics, Rows, str, Bits], Choice]
 
 
-def smooth(seen: ChannelStatistics, weight: Rows, ranges: str) -> Choice:
+def smooth(seen: ChannelStatistics, weight: Rows, ranges: str, bits: Bits) -> Choice:
     """SmoothQuant (arXiv 2211.10438): s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), alpha by search.
 
     Of ALPHAS and of leaving the layer alone, the one whose quantized product is nearest to the exact one on the kept
@@ -81,16 +82,16 @@ def smooth(seen: ChannelStatistics, weight: Rows, ranges: str) -> Choice:
     """
     x, w = seen.peaks.max(axis=0).astype(np.float64), _weight_peaks(weight)
     best = Choice(np.ones(len(x)), None)
-    least = quantization_error(seen, weight, best.factors, ranges)
+    least = quantization_error(seen, weight, best.factors, ranges, bits)
     for alpha in ALPHAS:
         factors = _balanced(x**alpha, w ** (1 - alpha))
-        error = quantization_error(seen, weight, factors, ranges)
+        error = quantization_error(seen, weight, factors, ranges, bits)
         if error < least:
             best, least = Choice(factors, alpha), error
     return best
 
 
-def balance(seen: ChannelStatistics, weight: Rows, ranges: str) -> Choice:
+def balance(seen: ChannelStatistics, weight: Rows, ranges: str, bits: Bits) -> Choice:
     """PTQ4DiT's channel-wise salience balancing (arXiv 2405.16005): both sides meet at their geometric mean.
 
     s = sqrt(s(X) / s(W)), where s(W) = max|W_j|, and s(X) is the mean of max|X_j^(t)| over the steps t, weighted by the
@@ -112,13 +113,13 @@ def check_transform(name: str) -> None:
         raise unknown_name("smoothing", name, (NONE, *TRANSFORMS))
 
 
-def choose_factors(method: str, seen: ChannelStatistics, weight: Rows, ranges: str) -> Choice:
+def choose_factors(method: str, seen: ChannelStatistics, weight: Rows, ranges: str, bits: Bits = INT8) -> Choice:
     """The factors of one activation in front of a weight (in, out); several layers' weights lie side by side.
 
-    `ranges` is the method that will choose the activation's scale.
+    `ranges` is the method that will choose the activation's scale, `bits` those of both operands.
     """
     check_transform(method)
-    return TRANSFORMS[method](seen, weight, ranges)
+    return TRANSFORMS[method](seen, weight, ranges, bits)
 
 
 def _weight_peaks(weight: Rows) -> Array:
@@ -149,11 +150,12 @@ def _ranks(values: Array) -> Array:
     return np.asarray((np.cumsum(count) - (count + 1) / 2)[place.reshape(-1)])
 
 
-def quantization_error(seen: ChannelStatistics, weight: Rows, factors: Array, ranges: str) -> float:
-    """Squared error of the layer's output on the kept rows, with both operands in INT8 as they will be."""
+def quantization_error(seen: ChannelStatistics, weight: Rows, factors: Array, ranges: str, bits: Bits = INT8) -> float:
+    """Squared error of the layer's output on the kept rows, with both operands quantized as they will be."""
+    levels = levels_of(bits.activations)
     rows = np.float32(seen.rows / factors)
     widest = np.float32(seen.peaks.max(axis=0) / factors)  # the kept rows alone may have missed the largest values
-    scale = clipping_range(ranges, Histogram.empty().add(np.concatenate([rows, widest[None]]))) / LEVELS
-    quantized = np.float32(np.clip(np.round(rows / scale), -LEVELS, LEVELS) * scale)
-    inner = quantize_weight(np.float32(weight * factors[:, None])).dequantized()
+    scale = clipping_range(ranges, Histogram.empty().add(np.concatenate([rows, widest[None]])), levels) / levels
+    quantized = np.float32(np.clip(np.round(rows / scale), -levels, levels) * scale)
+    inner = quantize_weight(np.float32(weight * factors[:, None]), bits.weights).dequantized()
     return float(np.square(quantized @ inner - seen.rows @ weight).sum(dtype=np.float64))

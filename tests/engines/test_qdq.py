@@ -21,6 +21,7 @@ from ditc.engines.scale_table import ScaleTable
 from ditc.engines.scales import Origin, activation_probe, histograms_of, ranges_of, scale_table
 from ditc.errors import CheckError, DitcError
 from ditc.exporter.onnx_files import load_model, save_model
+from ditc.precision import Bits
 from ditc.program import BRANCH_KEY, PATH_KEY
 
 
@@ -95,6 +96,27 @@ def test_the_quantized_layer_computes_the_integer_product(tmp_path: Path) -> Non
         for w in weights.values()
     )
     np.testing.assert_allclose(run(tmp_path / "q.onnx", x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [Bits(weights=4), Bits(activations=6), Bits(3, 5)])
+def test_fewer_bits_take_fewer_values(bits: Bits, tmp_path: Path) -> None:
+    model = two_readers()
+    weights = [quantize_weight(linear.weight_array(), bits.weights) for linear in linears_of(model)]
+    insert_qdq(model, table(**BOTH).model_copy(update={"bits": bits}))
+    save_model(model, tmp_path / "q.onnx")
+    assert max(np.abs(weight.values).max() for weight in weights) == 2 ** (bits.weights - 1) - 1
+    x = np.random.default_rng(1).uniform(-9, 9, (5, 8)).astype(np.float32)
+    most = 2 ** (bits.activations - 1) - 1
+    rounded = np.clip(np.round(x / np.float32(0.05)), -most - (most == 127), most).astype(np.int64)
+    expected = sum((rounded @ weight.values.astype(np.int64)) * (0.05 * weight.scale) for weight in weights)
+    np.testing.assert_allclose(run(tmp_path / "q.onnx", x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_scale_of_fewer_bits_reaches_as_far() -> None:
+    histograms = histograms_of(lambda feeds: {"x": feeds["x"]}, [{"x": np.full((2, 2), 3.1, np.float32)}])
+    ranges, groups = ranges_of(histograms, "max", levels=31), np.zeros(1, np.int64)
+    found = scale_table([ranges], {"x": ("a",)}, groups, Origin("max", "", "", bits=Bits(activations=6)))
+    assert found.scales["a"] == pytest.approx(0.1)
 
 
 def test_a_layer_without_a_scale_is_named() -> None:
