@@ -24,7 +24,8 @@ from ditc.bundle import Bundle, read_tables
 from ditc.compiler.driver import compile_model, make_plan
 from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.stages import Plan, Segments, executor, quantize
+from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.stages import executor, quantize
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.engines.scale_table import ScaleTable

@@ -23,7 +23,8 @@ from pydantic import ValidationError
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.calib_data.calibset import CalibSet
-from ditc.compiler.stages import Progress, calibration_feeds
+from ditc.compiler.calibrating import calibration_feeds
+from ditc.compiler.plan import Progress
 from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.groups import LayerGroup, check_grouping, groups_of
 from ditc.engines.lowering import lower

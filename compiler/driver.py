@@ -18,9 +18,9 @@ from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal
 from ditc.compiler import stages
 from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
+from ditc.compiler.plan import Plan, Progress, Segments
 from ditc.compiler.released import release_weights, return_free_memory
 from ditc.compiler.smoothing import smooth
-from ditc.compiler.stages import Plan, Progress, Segments
 from ditc.compiler.work import WorkFolder, work_folder
 from ditc.engines.backend import lowered_path
 from ditc.engines.lowering import LOWERINGS

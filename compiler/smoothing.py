@@ -12,8 +12,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ditc.calib_data.calibset import CalibSet
+from ditc.compiler.calibrating import calibration_feeds, open_probe
+from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.released import return_free_memory
-from ditc.compiler.stages import Plan, Segments, calibration_feeds, open_probe
 from ditc.engines.folding import Site, common_sites, fold_into_segment, table_factors
 from ditc.engines.linears import linears_of
 from ditc.engines.moves import row_shape

@@ -1,14 +1,16 @@
 """From a histogram of magnitudes to a clipping range: max, percentile, MSE search and KL entropy.
 
-Histograms stream in one pass: when a value exceeds the range, the range doubles and neighbouring bins merge, so memory
-does not grow with the calibration set and no point is run twice. A method is a pure function from a histogram and a
-number of levels to the magnitude that maps to the last level: 127 for symmetric INT8, what TensorRT accepts.
+Histograms stream in one pass: the range is a power of two, and when a value exceeds it, it doubles and neighbouring
+bins merge. So memory does not grow with the calibration set, no point is run twice, and histograms of parts add up to
+that of the whole, in any order. A method is a pure function from a histogram and a number of levels to the magnitude
+that maps to the last level: 127 for symmetric INT8, what TensorRT accepts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import frexp
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +22,16 @@ __all__ = ["BINS", "RANGES", "Histogram", "clipping_range"]
 Array = NDArray[np.float64]
 
 BINS = 4096  # at least half of them below the largest value: 2,048, as TensorRT and ONNX Runtime use, or more
-LEAST_LIMIT = 1e-30  # keeps bins / limit within float32
+LEAST_LIMIT = 2.0**-100  # keeps bins / limit within float32
 LEVELS = 127  # largest magnitude of symmetric INT8
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of |x| in equal bins over [0, limit], and the exact largest magnitude seen, `amax` <= limit."""
+    """Counts of |x| in equal bins over [0, limit], and the exact largest magnitude seen, `amax` <= limit.
+
+    `limit` is the least power of two that will do, or 0 as long as everything was 0, which the first bin counts.
+    """
 
     counts: NDArray[np.int64]
     limit: float
@@ -50,11 +55,17 @@ class Histogram:
         counts = widened.counts + np.bincount(index, minlength=bins)
         return Histogram(counts, widened.limit, max(self.amax, largest))
 
+    def merged(self, other: Histogram) -> Histogram:
+        """The histogram of both sides' values."""
+        amax = max(self.amax, other.amax)
+        both = self._widened(amax).counts + other._widened(amax).counts
+        return Histogram(both, _limit_of(amax), amax)
+
     def _widened(self, largest: float) -> Histogram:
-        counts, limit = self.counts, self.limit
+        counts, limit, wanted = self.counts, self.limit, _limit_of(largest)
         if limit == 0:  # so far nothing but zeros, all in the first bin
-            return Histogram(counts, max(largest, LEAST_LIMIT) if largest > 0 else 0.0, self.amax)
-        while limit < largest:
+            return Histogram(counts, wanted, self.amax)
+        while limit < wanted:
             counts = np.concatenate([counts.reshape(-1, 2).sum(axis=1), np.zeros(len(counts) // 2, np.int64)])
             limit *= 2
         return Histogram(counts, limit, self.amax)
@@ -67,6 +78,14 @@ class Histogram:
     def centers(self) -> Array:
         """Bin centres; the last one that holds anything is cut at `amax`."""
         return np.asarray(np.minimum((np.arange(len(self.counts)) + 0.5) * self.bin_width, self.amax))
+
+
+def _limit_of(largest: float) -> float:
+    """The least power of two that is no smaller; 0 of 0."""
+    if largest <= 0:
+        return 0.0
+    mantissa, exponent = frexp(max(largest, LEAST_LIMIT))
+    return float(2.0 ** (exponent - (mantissa == 0.5)))
 
 
 Method = Callable[[Histogram, int], float]

@@ -21,11 +21,12 @@ import numpy as np
 
 from ditc.calib_data.calibset import CalibSet
 from ditc.compiler import stages
+from ditc.compiler.calibrating import calibration_feeds
 from ditc.compiler.driver import make_plan
 from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
+from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.smoothing import smooth
-from ditc.compiler.stages import Plan, Segments
 from ditc.engines.backend import runnable_path
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits
@@ -56,7 +57,7 @@ def predictions(plan: Plan, segments: Segments, points: CalibSet) -> list[np.nda
     found = []
     for step in np.unique(points.step):
         at_step = points.take(np.flatnonzero(points.step == step))
-        feeds = stages.calibration_feeds(condition, at_step, plan.guidance_label, len(at_step))
+        feeds = calibration_feeds(condition, at_step, plan.guidance_label, len(at_step))
         found += [full.run(["out"], feed)[0][:, : plan.spec.in_channels] for feed in feeds]
     return found
 

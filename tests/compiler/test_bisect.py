@@ -21,9 +21,9 @@ from ditc.compiler.bisecting import (
     chosen_points,
     spread_points,
 )
+from ditc.compiler.calibrating import calibration_feeds
 from ditc.compiler.cli import run
 from ditc.compiler.listing import joined_names
-from ditc.compiler.stages import calibration_feeds
 from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.fake import FakeEngine
 from ditc.engines.onnxrt import OnnxRuntimeBackend

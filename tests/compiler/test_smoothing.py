@@ -18,7 +18,7 @@ from ditc.compiler.driver import compile_model, make_plan
 from ditc.compiler.eager import eager_images
 from ditc.compiler.listing import bundle_facts
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.stages import Plan, Segments
+from ditc.compiler.plan import Plan, Segments
 from ditc.engines.linears import linears_of
 from ditc.engines.transforms import TRANSFORMS
 from ditc.errors import CheckError, InputError

@@ -83,6 +83,19 @@ def test_streamed_counts_equal_one_shot_counts_but_for_values_on_an_edge(seed: i
     assert np.abs(np.cumsum(streamed.counts - at_once.counts)).max() < len(doublings)
 
 
+@LAW
+@given(batches())
+def test_histograms_of_parts_add_up_to_that_of_the_whole_in_any_order(made: list[np.ndarray]) -> None:
+    whole = histogram_of(*made)
+    forth, back = Histogram.empty(), Histogram.empty()
+    for part in made:
+        forth = forth.merged(histogram_of(part))
+        back = histogram_of(part).merged(back)
+    for found in (forth, back):
+        np.testing.assert_array_equal(found.counts, whole.counts)
+        assert (found.limit, found.amax) == (whole.limit, whole.amax)
+
+
 @pytest.mark.parametrize("method", sorted(RANGES))
 def test_zeros_before_or_after_change_nothing_but_the_count_of_zeros(method: str) -> None:
     values, zeros = np.random.default_rng(0).standard_normal(5000), np.zeros(40)

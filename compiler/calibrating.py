@@ -1,0 +1,179 @@
+"""What linear layers read at the calibration points: by running the FP segment at them, or on the way, in the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditc.calib_data.calibset import CalibSet
+from ditc.compiler.plan import Plan, Segments
+from ditc.engines.midpoints import lower_bounds
+from ditc.engines.observing import ObservedPool, Observer, ObservingBackend, histogram_bytes, show_activations
+from ditc.engines.ranges import Histogram
+from ditc.engines.scale_binding import BINDINGS
+from ditc.engines.scale_table import ScaleTable
+from ditc.engines.scales import (
+    Origin,
+    RunProbe,
+    activation_probe,
+    histograms_of,
+    ranges_of,
+    scale_table,
+    uncalibrated_table,
+)
+from ditc.files import sha256_of
+from ditc.precision import INT8, levels_of
+from ditc.program import CONDITION
+
+__all__ = ["OBSERVED", "Probe", "activation_scales", "calibration_feeds", "observation", "open_probe"]
+
+OBSERVED = "observed.npz"  # beside the calibration set
+OBSERVED_BYTES = 1 << 28  # of a pool's histograms
+
+
+def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Observer] | None:
+    """What watches the pool's own runs; None where nothing is calibrated on them, or their histograms would not fit.
+
+    Every recorded step has to run the `full` segment, and smoothing changes what its layers read afterwards.
+    """
+    from ditc.exporter.onnx_files import load_model, save_sharing_data
+
+    options, program = plan.options, plan.recorded_program
+    calibrates = options.bits is not None and BINDINGS[options.scales].groups is not None and options.smooth == "none"
+    if not calibrates or any(program.steps[step].segment != "full" for step in plan.recorded_steps):
+        return None
+    model = load_model(segments["full"])
+    bounds, shown = lower_bounds(model, options.midpoint), show_activations(model)
+    points = options.pool_size(len(plan.recorded_steps)) * len(plan.recorded_steps)
+    if histogram_bytes(points, len(shown)) > OBSERVED_BYTES:
+        return None
+    probe = segments["full"].with_name("full.observed.onnx")  # its weights lie in that folder
+    save_sharing_data(model, probe)
+    observer = Observer(shown, bounds, plan.halves)
+    return ObservingBackend(plan.backend, segments["full"], probe, shown, observer.watch), observer
+
+
+def calibration_feeds(
+    condition: Any, calib: CalibSet, null_label: int | None, points_at_once: int
+) -> Iterator[dict[str, Any]]:
+    """Inputs of the `full` segment at every calibration point, points of one step together, in the order of steps.
+
+    `condition` is the ONNX Runtime session of that segment. With a `null_label` every point has two rows, those of
+    both guidance halves; None is a model that runs without guidance.
+    """
+    names = [port.name for port in condition.get_outputs()]
+    for step in np.unique(calib.step):
+        at_step = np.flatnonzero(calib.step == step)
+        for start in range(0, len(at_step), points_at_once):
+            part = at_step[start : start + points_at_once]
+            halves = [calib.label[part]]
+            if null_label is not None:
+                halves.append(np.full(len(part), null_label))
+            t = np.array([calib.t[part[0]]], np.float32)
+            tables = condition.run(names, {"t": t, "y": np.concatenate(halves).astype(np.int64)})
+            x = np.concatenate([calib.x[part]] * len(halves))
+            yield {"x": x, **{name: table[0] for name, table in zip(names, tables, strict=True)}}
+
+
+def watched(plan: Plan, feeds: Iterable[dict[str, Any]], done: int, points: int) -> Iterator[dict[str, Any]]:
+    """The same feeds, each reported as progress of `quantize`."""
+    for feed in feeds:
+        plan.progress("quantize", done, points)
+        done += len(feed["x"]) // plan.halves
+        yield feed
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The FP `full` segment with what its linear layers read as outputs: `readers` names them, and who reads each.
+
+    `bounds` are what is known of an output without running it; `run` takes feeds of `points_at_once` points at most.
+    """
+
+    readers: Mapping[str, tuple[str, ...]]
+    bounds: Mapping[str, float]
+    run: RunProbe
+    points_at_once: int
+
+
+def open_probe(plan: Plan, segments: Segments) -> Probe:
+    """The probe of a compile, as one session of ONNX Runtime."""
+    from ditc.exporter.onnx_files import load_model
+
+    model = load_model(segments["full"])
+    bounds, readers = lower_bounds(model, plan.options.midpoint), activation_probe(model)
+    return Probe(
+        readers=readers,
+        bounds=bounds,
+        run=probe_runner(plan, segments, model),
+        points_at_once=plan.probed_at_once,
+    )
+
+
+def probe_runner(plan: Plan, segments: Segments, probe: Any) -> RunProbe:
+    """A function that runs the `full` segment cut down to `probe`, an onnx_ir model, on the inputs of a step."""
+    from ditc.exporter.onnx_files import save_sharing_data
+
+    path = segments["full"].with_name("full.probe.onnx")  # its weights lie in that folder
+    save_sharing_data(probe, path)
+    try:
+        session = plan.backend.session(path)
+    finally:
+        path.unlink()
+    names = [port.name for port in session.get_outputs()]
+    taken = {port.name for port in session.get_inputs()}  # tables for the head alone are not among them
+
+    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        own = {name: array for name, array in feeds.items() if name in taken}
+        return dict(zip(names, session.run(names, own), strict=True))
+
+    return run
+
+
+def activation_scales(plan: Plan, segments: Segments, calib_file: Path) -> ScaleTable:
+    """What the linear layers of the FP `full` segment read at the calibration points, turned into scales.
+
+    The segment is run at them, unless the pool was observed while it was recorded.
+    """
+    from ditc.exporter.onnx_files import load_model
+
+    calib, bits = CalibSet.load(calib_file), plan.options.bits or INT8
+    origin = Origin(plan.options.ranges, sha256_of(segments["full"]), calib.digest, plan.options.scales, bits)
+    groups, model = plan.scale_groups(calib), load_model(segments["full"])
+    bounds, readers = lower_bounds(model, plan.options.midpoint), activation_probe(model)
+    if groups is None:
+        return uncalibrated_table(readers, origin)
+    parts = [calib.take(np.flatnonzero(groups[calib.step] == group)) for group in range(groups.max() + 1)]
+    pool = observed_pool(plan, calib_file, bounds)
+    found = run_histograms(plan, segments, parts) if pool is None else observed_histograms(pool, parts)
+    ranges = [ranges_of(part, plan.options.ranges, bounds, levels_of(bits.activations)) for part in found]
+    return scale_table(ranges, readers, groups, origin)
+
+
+def observed_pool(plan: Plan, calib_file: Path, bounds: Mapping[str, float]) -> ObservedPool | None:
+    """What was observed of these segments, counted from these lower bounds; None where that is not there."""
+    path = calib_file.with_name(OBSERVED)
+    if plan.options.smooth != "none" or not path.is_file():
+        return None
+    pool = ObservedPool.load(path)
+    return pool if pool.bounds == bounds else None
+
+
+def observed_histograms(pool: ObservedPool, parts: Sequence[CalibSet]) -> Iterator[dict[str, Histogram]]:
+    """What the layers read at each of some sets of points, from the pool's own runs."""
+    for part in parts:
+        yield pool.histograms(zip(part.sample.tolist(), part.step.tolist(), strict=True))
+
+
+def run_histograms(plan: Plan, segments: Segments, parts: Sequence[CalibSet]) -> Iterator[dict[str, Histogram]]:
+    """The same, by running the segment at them."""
+    probe, condition = open_probe(plan, segments), plan.backend.session(segments[CONDITION])
+    done, points = 0, sum(len(part) for part in parts)
+    for part in parts:
+        feeds = calibration_feeds(condition, part, plan.guidance_label, probe.points_at_once)
+        yield histograms_of(probe.run, watched(plan, feeds, done, points), probe.bounds)
+        done += len(part)

@@ -1,0 +1,86 @@
+"""What is decided before anything of a compile runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.calib_data.calibset import CalibSet
+from ditc.compiler.options import CompileOptions
+from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.engines.scale_binding import BINDINGS, Groups
+from ditc.program import Program
+from ditc.spec import ModelSpec
+
+__all__ = ["LARGEST_BATCH", "Plan", "Progress", "Segments"]
+
+Progress = Callable[[str, int, int], None]  # stage, done, of
+Segments = Mapping[str, Path]
+
+BUFFER_BYTES = 1 << 28  # cache slots, or probed activations, that one batch of compile-time work may take
+LARGEST_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before anything runs."""
+
+    spec: ModelSpec
+    options: CompileOptions
+    program: Program
+    reference_program: Program
+    table: Mapping[str, NDArray[np.float64]]
+    progress: Progress
+
+    @property
+    def halves(self) -> int:
+        return 1 if self.options.cfg == 1 else 2
+
+    @property
+    def guidance_label(self) -> int | None:
+        """The label of the unconditional half; None without guidance."""
+        return self.spec.null_label if self.halves == 2 else None
+
+    @property
+    def backend(self) -> OnnxRuntimeBackend:
+        return OnnxRuntimeBackend()
+
+    @property
+    def recorded_program(self) -> Program:
+        """The program whose points enter the pool: the one that will serve, or the one without a cache."""
+        return self.reference_program if self.options.pool_steps == "uncached" else self.program
+
+    @property
+    def recorded_steps(self) -> set[int]:
+        """The steps whose points enter the pool."""
+        every = self.options.pool_steps != "computed"
+        return {s.index for s in self.program.steps if every or any(self.program.segment(s.segment).compute)}
+
+    def scale_groups(self, calib: CalibSet) -> Groups | None:
+        """Which steps share activation scales, (steps,); None where nothing is calibrated."""
+        groups, steps = BINDINGS[self.options.scales].groups, self.program.steps
+        computes = np.array([any(self.program.segment(step.segment).compute) for step in steps])
+        return None if groups is None else groups(np.bincount(calib.step, minlength=len(steps)), computes)
+
+    def labels(self, count: int) -> list[int]:
+        """`count` classes, every class equally often, in a seeded order."""
+        rng = np.random.default_rng(self.options.seed)
+        rounds = -(-count // self.spec.num_classes)
+        return [int(label) for _ in range(rounds) for label in rng.permutation(self.spec.num_classes)][:count]
+
+    def batches(self, count: int, at_most: int = LARGEST_BATCH) -> list[range]:
+        """Image numbers in batches whose cache slots stay within bounds."""
+        slots = len(self.spec.branches) * int(np.prod(self.spec.branch_shape)) * 4 * self.halves
+        size = int(np.clip(BUFFER_BYTES // slots, 1, at_most))
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+    @property
+    def probed_at_once(self) -> int:
+        """Points whose activations in front of all linear layers stay within bounds, together."""
+        # every block has 3 of them of the model's width and one of the MLP's: 7 widths in a standard block
+        point_bytes = 4 * self.halves * 7 * int(np.prod(self.spec.branch_shape)) * len(self.spec.branches) // 2
+        return int(np.clip(BUFFER_BYTES // point_bytes, 1, LARGEST_BATCH))

@@ -1,0 +1,126 @@
+"""Calibration from the pool's own runs: the same scales as by running the segment at the points again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ditc.compiler import calibrating, stages
+from ditc.compiler.calibrating import OBSERVED, activation_scales
+from ditc.compiler.driver import make_plan
+from ditc.compiler.options import CompileOptions
+from ditc.compiler.plan import Plan, Segments
+from ditc.engines.observing import ObservedPool
+from ditc.engines.scale_table import ScaleTable
+from ditc.errors import BundleError
+
+Selected = Callable[..., tuple[Plan, Segments, Path]]
+
+
+@pytest.fixture
+def selected(tmp_path: Path, make_small_model: Callable[[], object], quick_options: CompileOptions) -> Selected:
+    """A small model's plan, FP segments and folder of the stage `select`, under changed settings."""
+
+    def make(**changes: object) -> tuple[Plan, Segments, Path]:
+        model = make_small_model()
+        plan = make_plan(model, quick_options.model_copy(update={"policy": "fora:2", **changes}))
+        stages.export(plan, model, tmp_path)
+        segments = {call: tmp_path / f"{call}.onnx" for call in plan.program.calls}
+        (tmp_path / "select").mkdir()
+        stages.select(plan, segments, tmp_path / "select")
+        return plan, segments, tmp_path / "select"
+
+    return make
+
+
+def both(plan: Plan, segments: Segments, folder: Path) -> tuple[ScaleTable, ScaleTable]:
+    """Scales from what was observed, and from running the segment."""
+    observed = activation_scales(plan, segments, folder / "calib.npz")
+    (folder / OBSERVED).unlink()
+    return observed, activation_scales(plan, segments, folder / "calib.npz")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scales": "per-step"},
+        {"midpoint": "bounded"},
+        {"ranges": "entropy", "cfg": 1.0},
+        {"pool_steps": "uncached", "policy": "fora:3"},
+        {"caches": "branches", "ranges": "max"},
+    ],
+    ids=str,
+)
+def test_scales_from_the_pool_are_those_of_running_its_points_again(
+    selected: Selected, changes: dict[str, object]
+) -> None:
+    observed, run = both(*selected(**changes))
+    assert observed.scales == pytest.approx(run.scales, rel=2e-3)  # a value may fall over the edge of a bin
+    assert observed.tensors == run.tensors
+    assert observed.midpoints == run.midpoints
+    for path, scales in run.steps.items():
+        assert observed.steps[path] == pytest.approx(scales, rel=2e-3)
+
+
+def test_the_segment_is_not_run_at_points_that_were_observed(
+    selected: Selected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, segments, folder = selected()
+    monkeypatch.setattr(calibrating, "run_histograms", lambda *_: pytest.fail("the segment was run again"))
+    assert activation_scales(plan, segments, folder / "calib.npz").scales
+
+
+def test_a_pool_whose_histograms_do_not_fit_is_not_observed(
+    selected: Selected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrating, "OBSERVED_BYTES", 1)
+    plan, segments, folder = selected()
+    assert not (folder / OBSERVED).exists()
+    assert activation_scales(plan, segments, folder / "calib.npz").scales
+
+
+@pytest.mark.parametrize("changes", [{"smooth": "smooth"}, {"scales": "dynamic"}, {"pool_steps": "all"}], ids=str)
+def test_a_pool_that_could_not_be_used_is_not_observed(selected: Selected, changes: dict[str, object]) -> None:
+    _, _, folder = selected(**changes)
+    assert not (folder / OBSERVED).exists()
+
+
+def test_what_was_counted_from_another_bound_is_not_used(
+    selected: Selected, quick_options: CompileOptions, make_small_model: Callable[[], object]
+) -> None:
+    _, segments, folder = selected()
+    bounded = make_plan(
+        make_small_model(), quick_options.model_copy(update={"policy": "fora:2", "midpoint": "bounded"})
+    )
+    found = activation_scales(bounded, segments, folder / "calib.npz")
+    (folder / OBSERVED).unlink()
+    assert found == activation_scales(bounded, segments, folder / "calib.npz")
+
+
+def test_nothing_is_left_beside_the_exported_segments(selected: Selected) -> None:
+    _, segments, _ = selected()
+    assert not [path for path in segments["full"].parent.iterdir() if "observed" in path.name]
+
+
+def test_a_damaged_or_foreign_file_of_histograms_is_one_clear_line(selected: Selected) -> None:
+    _, _, folder = selected()
+    with pytest.raises(BundleError, match="image 1000 at step 0 was not observed"):
+        ObservedPool.load(folder / OBSERVED).histograms([(1000, 0)])
+    (folder / OBSERVED).write_bytes((folder / OBSERVED).read_bytes()[:100])
+    with pytest.raises(BundleError, match="holds no observed pool"):
+        ObservedPool.load(folder / OBSERVED)
+
+
+def test_what_was_observed_survives_the_disk(selected: Selected) -> None:
+    _, _, folder = selected(midpoint="bounded")
+    pool = ObservedPool.load(folder / OBSERVED)
+    pool.save(folder / "again.npz")
+    again = ObservedPool.load(folder / "again.npz")
+    assert (again.names, again.bounds, list(again.points)) == (pool.names, pool.bounds, list(pool.points))
+    points = list(pool.points)[:3]
+    for name, histogram in pool.histograms(points).items():
+        np.testing.assert_array_equal(again.histograms(points)[name].counts, histogram.counts)
