@@ -23,11 +23,13 @@ from ditc.compiler.printing import (
     print_inspection,
     print_json,
     print_plan,
+    print_trial,
+    print_tuning,
 )
 from ditc.errors import CheckError, DitcError, InputError
 
 if TYPE_CHECKING:
-    from ditc.compiler.stages import Progress
+    from ditc.compiler.plan import Progress
 
 __all__ = ["cli", "main"]
 
@@ -124,7 +126,10 @@ COMPILE_OPTIONS = (
     click.option("--clip", type=float, help="Bound of the predicted clean sample."),
     click.option("--cfg", type=float, default=1.5, show_default=True, help="Guidance weight; 1 is none."),
     click.option(
-        "--policy", default="fora:3", show_default=True, help="Cache policy: none, fora:N, or a schedule FILE.json."
+        "--policy",
+        default="fora:3",
+        show_default=True,
+        help="Cache policy: none, fora:N, window:N:FIRST:LAST, or a schedule FILE.json.",
     ),
     click.option(
         "--caches",
@@ -541,6 +546,63 @@ def demo_command(out: Path, json_: bool, **settings: Any) -> None:
         print_json(found)
         return
     print_demo(found)
+
+
+@cli.command("tune")
+@click.argument("model", required=False)
+@click.option("--random", "random_size", metavar="SIZE", help="A released size with random weights, like dit-xl-2-256.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
+@click.option("--worse-by", type=float, help="Most that the Frechet distance may lie above FP's, interval and all.")
+@click.option("--least-psnr", "least_psnr_db", type=float, help="Least mean PSNR against FP in dB, interval and all.")
+@click.option("--seconds", type=float, help="Most seconds per image on this machine.")
+@click.option("--images", type=int, default=500, show_default=True, help="Images of each seed that judge a candidate.")
+@click.option("--seeds", default="0", show_default=True, help="Seeds of their noise: 0,1,2.")
+@click.option("--intervals", default="2,3,4,5,6,8,10", show_default=True, help="Cache intervals to try.")
+@compile_options
+@as_json
+@click.pass_context
+def tune_command(
+    context: click.Context,
+    /,
+    model: str | None,
+    random_size: str | None,
+    out: Path,
+    force: bool,
+    worse_by: float | None,
+    least_psnr_db: float | None,
+    seconds: float | None,
+    images: int,
+    seeds: str,
+    intervals: str,
+    json_: bool,
+    **settings: Any,
+) -> None:
+    """Search for the fastest bundle of MODEL within a budget of quality, by compiling and measuring candidates."""
+    if (model is None) == (random_size is None):
+        raise InputError("name one model: MODEL, or --random SIZE")
+    from ditc.compiler.options import CompileOptions
+    from ditc.compiler.tuning import SEARCHED, Budget, TuneOptions, tune_model
+
+    for name in SEARCHED:
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise InputError(f"--{name} is what tune searches; leave it out, or use ditc compile")
+    base = CompileOptions(**settings).checked()
+    budget = Budget(worse_by=worse_by, least_psnr_db=least_psnr_db, seconds=seconds)
+    options = TuneOptions(
+        budget=budget, images=images, seeds=seeds_from_text(seeds), intervals=seeds_from_text(intervals)
+    )
+    with progress_on_stderr() as progress:
+        found = tune_model(
+            model or f"random:{random_size}:{base.seed}",
+            out,
+            base,
+            options,
+            progress=progress,
+            on_trial=print_trial,
+            force=force,
+        )
+    print_json(found) if json_ else print_tuning(found)
 
 
 def labels_from_text(text: str) -> list[int]:

@@ -20,6 +20,8 @@ __all__ = [
     "print_inspection",
     "print_json",
     "print_plan",
+    "print_trial",
+    "print_tuning",
 ]
 
 
@@ -211,6 +213,28 @@ def print_estimate(found: dict[str, Any]) -> None:
     click.echo(
         f"memory: {found['memory_bytes'] / 1e6:,.0f} MB at least, {fits} in {rates['memory_bytes'] / 1e9:,.0f} GB"
     )
+
+
+def print_trial(trial: Any) -> None:
+    """A candidate of `ditc tune` as it comes, on stderr."""
+    from ditc.compiler.tuning import described
+
+    click.echo(f"{trial.stage}: {described(trial)}{', within the budget' if trial.within else ''}", err=True)
+
+
+def print_tuning(found: dict[str, Any]) -> None:
+    """The front, fastest first; a star marks what was chosen."""
+    rows = []
+    for trial in found["front"]:
+        mark = " *" if trial["changes"] == found["chosen"]["changes"] else ""
+        worse = "" if trial["worse_by"] is None else f"{trial['worse_by']:+.3f} to {trial['worse_high']:+.3f}"
+        settings = ", ".join(f"{name} {value}" for name, value in trial["changes"].items())
+        kept = "yes" if trial["within"] else "no"
+        rows.append((settings + mark, f"{trial['seconds'] * 1e3:.2f}", f"{trial['psnr_db']:.1f}", worse, kept))
+    print_table(("none is faster and better", "ms per image", "PSNR dB", "worse by, up to", "in budget"), rows)
+    click.echo(f"{len(found['trials'])} candidates, {found['images']:,} images of seeds {found['seeds']} each")
+    for note in found["notes"]:
+        click.echo(note)
 
 
 def print_evaluation(found: dict[str, Any]) -> None:

@@ -73,7 +73,21 @@ def fora(spec: ModelSpec, steps: int, argument: str | None) -> CacheSchedule:
     return CacheSchedule(compute=tuple((step % interval == 0,) * len(spec.branches) for step in range(steps)))
 
 
-POLICIES: dict[str, Policy] = {"none": no_reuse, "fora": fora}
+def window(spec: ModelSpec, steps: int, argument: str | None) -> CacheSchedule:
+    """FORA, but the first and the last steps all compute: `N:FIRST:LAST`."""
+    numbers = (argument or "").split(":")
+    if len(numbers) != 3 or not all(number.isdecimal() for number in numbers) or int(numbers[0]) < 1:
+        raise InputError(
+            f"policy window needs N:FIRST:LAST, found {argument!r}; write for example --policy window:3:4:2 to compute "
+            "the first 4 steps, the last 2, and every third in between"
+        )
+    interval, first, last = map(int, numbers)
+    first = max(first, 1)  # the first step has nothing to reuse
+    rows = (step < first or step >= steps - last or (step - first + 1) % interval == 0 for step in range(steps))
+    return CacheSchedule(compute=tuple((row,) * len(spec.branches) for row in rows))
+
+
+POLICIES: dict[str, Policy] = {"none": no_reuse, "fora": fora, "window": window}
 
 
 def schedule_from_json(path: Path, steps: int) -> CacheSchedule:

@@ -67,13 +67,39 @@ def test_fora_needs_a_whole_interval_of_at_least_one(policy: str) -> None:
         schedule_for(policy, SPEC, 10)
 
 
+def test_a_window_computes_the_first_and_last_steps_and_every_nth_between() -> None:
+    computed = [row == FULL for row in schedule_for("window:3:2:2", SPEC, 12).compute]
+    assert computed == [True, True, False, False, True, False, False, True, False, False, True, True]
+
+
+@LAW
+@given(interval=st.integers(1, 8), first=st.integers(0, 20), last=st.integers(0, 20), steps=st.integers(2, 40))
+def test_a_window_never_waits_longer_than_its_interval(interval: int, first: int, last: int, steps: int) -> None:
+    schedule = schedule_for(f"window:{interval}:{first}:{last}", SPEC, steps)
+    computed = [index for index, row in enumerate(schedule.compute) if row == FULL]
+    assert {*range(min(max(first, 1), steps)), *range(max(0, steps - last), steps)} <= set(computed)
+    assert max((b - a for a, b in zip(computed, [*computed[1:], steps], strict=True)), default=0) <= interval
+
+
+def test_a_window_without_edges_is_fora() -> None:
+    assert schedule_for("window:3:1:0", SPEC, 20) == schedule_for("fora:3", SPEC, 20)
+
+
+@pytest.mark.parametrize(
+    "policy", ["window", "window:3", "window:3:2", "window:0:2:2", "window:3:-1:2", "window:3:a:2"]
+)
+def test_a_window_needs_three_numbers(policy: str) -> None:
+    with pytest.raises(InputError, match=r"policy window needs N:FIRST:LAST"):
+        schedule_for(policy, SPEC, 10)
+
+
 def test_none_refuses_an_argument() -> None:
     with pytest.raises(InputError, match=r"takes no argument, found '3'"):
         schedule_for("none:3", SPEC, 10)
 
 
 def test_an_unknown_policy_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"unknown policy 'forra:3'; choose one of: FILE\.json, fora, none"):
+    with pytest.raises(InputError, match=r"unknown policy 'forra:3'; choose one of: FILE\.json, fora, none, window"):
         schedule_for("forra:3", SPEC, 10)
 
 

@@ -1,0 +1,315 @@
+"""`ditc tune` as a function: the fastest bundle within a budget of quality, by measuring candidates.
+
+The search takes one setting after the other, each at what the ones before it gave, because a full grid would take days
+on a large model:
+
+    quantizer     ranges, scales and smoothing, without a cache: the one with the highest PSNR against FP
+    schedule      FORA with growing N and every correction, until no correction is within the budget twice in a row
+    window        where the shortest interval beyond the budget fails: computing the first and last steps too
+
+Each candidate is a real bundle, compiled, timed and evaluated on this machine. What is measured is kept in the work
+folder as it comes, so an interrupted search goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ditc.bundle import Bundle, open_bundle
+from ditc.compiler.bench_options import BenchOptions
+from ditc.compiler.benching import bench_bundle
+from ditc.compiler.driver import compile_model
+from ditc.compiler.evaluating import EvaluateOptions, evaluate_bundle
+from ditc.compiler.options import CompileOptions
+from ditc.compiler.plan import Progress
+from ditc.compiler.stages import model_digest
+from ditc.errors import CheckError, InputError
+from ditc.files import atomic_write, digest_of
+from ditc.spec import Record
+
+__all__ = ["SEARCHED", "Budget", "Trial", "TuneOptions", "described", "pareto_front", "tune_model"]
+
+SEARCHED = ("policy", "ranges", "scales", "smooth", "vc")
+QUANTIZERS = tuple(
+    {"ranges": ranges, "scales": scales, "smooth": smooth}
+    for smooth, scales, ranges in product(("none", "smooth"), ("static", "per-step"), ("mse", "percentile"))
+)
+CORRECTIONS = ({"vc": "none"}, {"vc": "std"}, {"vc": "lsq"})
+INTERVALS = (2, 3, 4, 5, 6, 8, 10)
+WINDOWS = ((2, 2), (4, 4), (8, 8))  # first and last steps that compute
+PATIENCE = 2  # intervals beyond the budget before longer ones are given up
+WORTH = 1.1  # a cache has to be this much faster than no cache
+
+
+class Budget(Record):
+    """What a bundle must keep to. At least one of the first two is given.
+
+    `worse_by` bounds the upper end of the interval of Frechet distance less FP's; `least_psnr_db` the lower end of the
+    mean PSNR's against FP; `seconds` the time per image on this machine.
+    """
+
+    worse_by: float | None = None
+    least_psnr_db: float | None = None
+    seconds: float | None = None
+
+    def checked(self) -> Budget:
+        """Self, or InputError where there is nothing to keep to."""
+        if self.worse_by is None and self.least_psnr_db is None:
+            raise InputError("a budget of quality is needed; give --worse-by DISTANCE or --least-psnr DB")
+        if self.seconds is not None and not self.seconds > 0:
+            raise InputError(f"--seconds must be above 0, found {self.seconds:g}")
+        return self
+
+
+class TuneOptions(Record):
+    """The settings of `ditc tune`: images and seeds of each evaluation, and the intervals that are tried."""
+
+    budget: Budget
+    images: int = 500
+    seeds: tuple[int, ...] = (0,)
+    intervals: tuple[int, ...] = INTERVALS
+    requests: int = 3
+
+    def checked(self) -> TuneOptions:
+        """Self, or InputError naming the setting that makes no sense."""
+        self.budget.checked()
+        if not self.intervals or min(self.intervals) < 2 or list(self.intervals) != sorted(set(self.intervals)):
+            raise InputError(f"--intervals must be growing numbers from 2 on, found {self.intervals}")
+        if self.requests < 1:
+            raise InputError(f"--requests must be at least 1, found {self.requests}")
+        return self
+
+
+class Trial(Record):
+    """A candidate as measured: what it changes, seconds per image, PSNR and, where there are features, the distance.
+
+    `worse_by` is Frechet distance less FP's. `psnr_low` and `worse_high` are the ends of the intervals that count
+    against it.
+    """
+
+    stage: str
+    changes: dict[str, str]
+    seconds: float
+    psnr_db: float
+    psnr_low: float
+    worse_by: float | None
+    worse_high: float | None
+    size_bytes: int
+    within: bool
+
+    @property
+    def quality(self) -> float:
+        """What the front holds against time; higher is better."""
+        return self.psnr_db if self.worse_by is None else -self.worse_by
+
+
+@dataclass
+class _Search:
+    """One search: `measured` grows, in the order of the trials."""
+
+    base: CompileOptions
+    options: TuneOptions
+    judge: Callable[[str, dict[str, str]], Trial]
+    measured: list[Trial] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def tried(self, stage: str, changes: dict[str, str]) -> Trial:
+        trial = self.judge(stage, changes)
+        self.measured.append(trial)
+        return trial
+
+
+def tune_model(
+    model: Any,
+    out: str | PathLike[str],
+    base: CompileOptions,
+    options: TuneOptions,
+    *,
+    progress: Progress = lambda *_: None,
+    on_trial: Callable[[Trial], None] = lambda _: None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Search, and leave the fastest bundle within the budget at `out`; returns all trials and the front as JSON has it.
+
+    `base` holds what is not searched. Raises CheckError, with what came nearest, where no candidate is within the
+    budget; `out` is then as it was, and what was measured stays in the work folder beside it.
+    """
+    options, target = options.checked(), Path(out).absolute()
+    if target.exists() and not force:
+        raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
+    work = target.with_name(f".{target.name}.tune")
+    work.mkdir(parents=True, exist_ok=True)
+
+    def judge(stage: str, changes: dict[str, str]) -> Trial:
+        trial = _measured(model, base.model_copy(update=changes).checked(), stage, changes, options, work, progress)
+        on_trial(trial)
+        return trial
+
+    search = _Search(base, options, judge)
+    _explore(search)
+    chosen = _chosen(search)
+    compile_model(model, target, base.model_copy(update=chosen.changes), progress=progress, force=force)
+    shutil.rmtree(work)
+    return _report(search, chosen)
+
+
+def _explore(search: _Search) -> None:
+    """All stages, each on what the one before it found best."""
+    precise = [
+        search.tried("quantizer", {"policy": "none", "vc": "none", **changes}) for changes in _quantizers(search)
+    ]
+    best = max(precise, key=lambda trial: trial.psnr_db)
+    kept = {name: value for name, value in best.changes.items() if name not in ("policy", "vc")}
+    beyond = list(_schedules(search, kept))
+    for first, last in WINDOWS if beyond else ():
+        if first + last < search.base.steps // 2:
+            policy = f"window:{beyond[0]}:{first}:{last}"
+            for changes in CORRECTIONS:
+                search.tried("window", {**kept, "policy": policy, **changes})
+
+
+def _quantizers(search: _Search) -> Sequence[dict[str, str]]:
+    return QUANTIZERS if search.base.bits is not None else ({},)
+
+
+def _schedules(search: _Search, kept: dict[str, str]) -> Iterator[int]:
+    """Try growing intervals; yields those beyond the budget."""
+    misses = 0
+    for interval in search.options.intervals:
+        if interval >= search.base.steps:
+            search.notes.append(f"intervals from {interval} on reuse one step for all {search.base.steps}: not tried")
+            return
+        trials = [
+            search.tried("schedule", {**kept, "policy": f"fora:{interval}", **changes}) for changes in CORRECTIONS
+        ]
+        if any(trial.within for trial in trials):
+            misses = 0
+            continue
+        yield interval
+        misses += 1
+        if misses == PATIENCE:
+            search.notes.append(f"no correction is within the budget at two intervals in a row: none beyond {interval}")
+            return
+
+
+def _chosen(search: _Search) -> Trial:
+    """The fastest within the budget. Raises CheckError where there is none."""
+    within, budget = [trial for trial in search.measured if trial.within], search.options.budget
+    if not within:
+        nearest = max(search.measured, key=lambda trial: trial.quality)
+        raise CheckError(f"no candidate is within the budget; the nearest is {described(nearest)}")
+    fastest = min(within, key=lambda trial: trial.seconds)
+    if budget.seconds is not None and fastest.seconds > budget.seconds:
+        raise CheckError(
+            f"no candidate within the budget of quality takes at most {budget.seconds:g} s per image; the fastest is "
+            f"{described(fastest)}"
+        )
+    uncached = [trial for trial in within if trial.changes["policy"] == "none"]
+    if uncached and fastest.changes["policy"] != "none":
+        plain = min(uncached, key=lambda trial: trial.seconds)
+        if plain.seconds < WORTH * fastest.seconds:
+            search.notes.append(
+                f"caching does not pay here: {described(fastest)} is {plain.seconds / fastest.seconds:.2f} times as "
+                f"fast as no cache, less than {WORTH:g}; the bundle has no cache"
+            )
+            return plain
+    return fastest
+
+
+def described(trial: Trial) -> str:
+    """A trial as text."""
+    settings = ", ".join(f"{name} {value}" for name, value in trial.changes.items())
+    worse = (
+        "" if trial.worse_by is None else f", Frechet distance {trial.worse_by:+.3f} (up to {trial.worse_high:+.3f})"
+    )
+    return f"{settings}: {trial.seconds:.4g} s per image, PSNR {trial.psnr_db:.1f} dB{worse}"
+
+
+def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that no other one beats in time and quality both, fastest first."""
+    front: list[Trial] = []
+    for trial in sorted(trials, key=lambda trial: (trial.seconds, -trial.quality)):
+        if not front or trial.quality > front[-1].quality:
+            front.append(trial)
+    return front
+
+
+def _report(search: _Search, chosen: Trial) -> dict[str, Any]:
+    return {
+        "budget": search.options.budget.model_dump(),
+        "images": search.options.images,
+        "seeds": list(search.options.seeds),
+        "chosen": chosen.model_dump(),
+        "front": [trial.model_dump() for trial in pareto_front(search.measured)],
+        "trials": [trial.model_dump() for trial in search.measured],
+        "notes": search.notes,
+    }
+
+
+def _measured(
+    model: Any,
+    candidate: CompileOptions,
+    stage: str,
+    changes: dict[str, str],
+    options: TuneOptions,
+    work: Path,
+    progress: Progress,
+) -> Trial:
+    """Compile, time and evaluate a candidate, unless an earlier search did."""
+    path = work / f"{digest_of([_digest(model), candidate.model_dump(), options.model_dump()])[:16]}.json"
+    if (found := _earlier(path)) is not None:
+        return found
+    bundle = compile_model(model, work / "candidate", candidate, progress=progress, force=True)
+    trial = _judged(bundle, stage, changes, options, work, progress)
+    atomic_write(path, trial.model_dump_json().encode())
+    return trial
+
+
+def _digest(model: Any) -> str:
+    """What names a model among the kept trials: its weights, or its name and when the file was written."""
+    if not isinstance(model, (str, PathLike)):
+        return model_digest(model)
+    path = Path(model)
+    return f"{model} {path.stat().st_mtime_ns}" if path.exists() else str(model)
+
+
+def _earlier(path: Path) -> Trial | None:
+    try:
+        return Trial.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _judged(
+    bundle: Bundle, stage: str, changes: dict[str, str], options: TuneOptions, work: Path, progress: Progress
+) -> Trial:
+    evaluate = EvaluateOptions(images=options.images, seeds=options.seeds, step_images=1, rounds=200)
+    found = evaluate_bundle(bundle.path, evaluate, save=work / "evaluated", progress=progress)
+    timed = bench_bundle(bundle.path, BenchOptions(requests=options.requests, warmup=1), progress=progress)
+    psnr, difference = found["paired"]["psnr_db"], found["distribution"].get("difference")
+    distance = None if difference is None else difference["frechet_distance"]
+    budget = options.budget
+    near = True
+    if budget.worse_by is not None:
+        if distance is None:
+            raise InputError(f"--worse-by needs features: {found['distribution']['skipped']}; give --least-psnr")
+        near = distance["high"] <= budget.worse_by
+    return Trial(
+        stage=stage,
+        changes=changes,
+        seconds=timed["seconds_per_image"],
+        psnr_db=psnr["mean"],
+        psnr_low=psnr["low"],
+        worse_by=None if distance is None else distance["value"],
+        worse_high=None if distance is None else distance["high"],
+        size_bytes=open_bundle(bundle.path).manifest.size_bytes(reference=False),
+        within=near and (budget.least_psnr_db is None or psnr["low"] >= budget.least_psnr_db),
+    )

@@ -1,0 +1,176 @@
+"""Tuning: what is searched in which order, what is chosen, and when it says no."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditc.bundle import open_bundle
+from ditc.compiler import tuning
+from ditc.compiler.cli import run
+from ditc.compiler.options import CompileOptions
+from ditc.compiler.tuning import Budget, Trial, TuneOptions, pareto_front, tune_model
+from ditc.errors import CheckError, InputError
+
+OPTIONS = TuneOptions(budget=Budget(least_psnr_db=30.0), intervals=(2, 3, 4, 5, 6))
+BASE = CompileOptions()
+
+
+def trial(changes: dict[str, str], seconds: float, psnr: float, stage: str = "schedule") -> Trial:
+    return Trial(
+        stage=stage,
+        changes=changes,
+        seconds=seconds,
+        psnr_db=psnr,
+        psnr_low=psnr,
+        worse_by=None,
+        worse_high=None,
+        size_bytes=1,
+        within=psnr >= 30,
+    )
+
+
+def interval_of(changes: dict[str, str]) -> int:
+    return 1 if changes["policy"] == "none" else int(changes["policy"].split(":")[1])
+
+
+def played(psnr_of: Callable[[dict[str, str]], float]) -> Callable[[str, dict[str, str]], Trial]:
+    """A judge whose candidates take 1 / N seconds, and 4 more steps' time in a window."""
+
+    def judge(stage: str, changes: dict[str, str]) -> Trial:
+        seconds = 1 / interval_of(changes) + 0.01 * changes["policy"].count(":")
+        return trial(changes, seconds, psnr_of(changes), stage)
+
+    return judge
+
+
+def searched(psnr_of: Callable[[dict[str, str]], float], base: CompileOptions = BASE) -> Any:
+    search = tuning._Search(base, OPTIONS, played(psnr_of))
+    tuning._explore(search)
+    return search
+
+
+def falling(changes: dict[str, str]) -> float:
+    """Quality falls with the interval, rises with smoothing, with `lsq`, and in a window."""
+    better = (changes.get("smooth") == "smooth") + (changes["vc"] == "lsq") + 2 * changes["policy"].startswith("window")
+    return 34 - 1.5 * interval_of(changes) + better
+
+
+def test_each_stage_starts_from_the_best_of_the_one_before() -> None:
+    search = searched(falling)
+    quantizers = [t for t in search.measured if t.stage == "quantizer"]
+    assert len(quantizers) == 8
+    assert all(t.changes["policy"] == "none" and t.changes["vc"] == "none" for t in quantizers)
+    assert all(t.changes["smooth"] == "smooth" for t in search.measured if t.stage != "quantizer")
+
+
+def test_the_fastest_within_the_budget_is_chosen() -> None:
+    search = searched(falling)
+    chosen = tuning._chosen(search)
+    assert chosen.changes["policy"].startswith("window:5")  # 34 - 7.5 + 4 = 30.5, where fora:5 has 28.5
+    assert chosen.changes["vc"] == "lsq"
+    assert all(t.seconds >= chosen.seconds for t in search.measured if t.within)
+
+
+def test_longer_intervals_are_given_up_after_two_beyond_the_budget() -> None:
+    search = searched(lambda changes: 34 - 2 * interval_of(changes))
+    tried = {interval_of(t.changes) for t in search.measured if t.stage == "schedule"}
+    assert tried == {2, 3, 4}  # 30 is within, 28 and 26 are not
+    assert "none beyond 4" in search.notes[0]
+
+
+def test_windows_are_tried_at_the_shortest_interval_beyond_the_budget_only() -> None:
+    search = searched(lambda changes: 34 - 2 * interval_of(changes))
+    windows = [t.changes["policy"] for t in search.measured if t.stage == "window"]
+    assert set(windows) == {"window:3:2:2", "window:3:4:4", "window:3:8:8"}
+    assert not [t for t in searched(lambda _: 40).measured if t.stage == "window"]
+
+
+def test_a_short_trajectory_gets_no_window_and_no_interval_beyond_it() -> None:
+    search = searched(lambda _: 0, CompileOptions(steps=4))
+    assert {t.changes["policy"] for t in search.measured} == {"none", "fora:2", "fora:3"}
+    assert not [note for note in search.notes if "none beyond" not in note]
+
+
+def test_without_integers_there_is_no_quantizer_to_choose() -> None:
+    search = searched(lambda _: 40, CompileOptions(precision="fp32"))
+    assert len([t for t in search.measured if t.stage == "quantizer"]) == 1
+
+
+def test_a_cache_that_hardly_pays_is_left_out_and_the_reason_given() -> None:
+    search = searched(falling)
+    search.measured = [trial({"policy": "none"}, 1.0, 40), trial({"policy": "fora:2"}, 0.95, 35)]
+    assert tuning._chosen(search).changes == {"policy": "none"}
+    assert "1.05 times as fast as no cache" in search.notes[-1]
+
+
+def test_nothing_within_the_budget_names_the_nearest() -> None:
+    search = searched(lambda changes: 20 + interval_of(changes))
+    with pytest.raises(CheckError, match=r"no candidate is within the budget; the nearest is .*fora:3.*23\.0 dB"):
+        tuning._chosen(search)
+
+
+def test_a_time_that_cannot_be_met_names_the_fastest() -> None:
+    search = searched(falling)
+    search.options = TuneOptions(budget=Budget(least_psnr_db=30.0, seconds=0.01))
+    with pytest.raises(CheckError, match=r"takes at most 0\.01 s per image; the fastest is .*window:5"):
+        tuning._chosen(search)
+
+
+def test_the_front_holds_what_nothing_beats_in_both() -> None:
+    a, b, c, d = (trial({"policy": n}, s, q) for n, s, q in (("a", 1, 30), ("b", 2, 29), ("c", 3, 35), ("d", 1, 20)))
+    assert pareto_front([d, c, b, a]) == [a, c]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": Budget()}, "--worse-by DISTANCE or --least-psnr DB"),
+        ({"budget": Budget(worse_by=0.1, seconds=0.0)}, "--seconds must be above 0"),
+        ({"intervals": (1, 2)}, "growing numbers from 2 on"),
+        ({"intervals": (3, 2)}, "growing numbers from 2 on"),
+        ({"requests": 0}, "--requests must be at least 1"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        OPTIONS.model_copy(update=changes).checked()
+
+
+def test_what_is_searched_can_not_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tune", "digits", "-o", str(tmp_path / "b"), "--least-psnr", "30", "--policy", "fora:3"]) == 2
+    assert "--policy is what tune searches" in capsys.readouterr().err
+
+
+def test_a_search_on_a_real_model_writes_the_bundle_it_chose_and_goes_on_where_it_was(
+    tmp_path: Path, make_small_model: Callable[[], Any], quick_options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = quick_options.model_copy(update={"precision": "fp32", "batch": 1})
+    options = TuneOptions(budget=Budget(least_psnr_db=-100.0), images=8, intervals=(2, 3), requests=1)
+    model, out = make_small_model(), tmp_path / "tuned"
+    seen: list[Trial] = []
+    stopped = tuning.bench_bundle
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return stopped(*arguments, **more)
+
+    monkeypatch.setattr(tuning, "bench_bundle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune_model(model, out, base, options, on_trial=seen.append)
+    assert not out.exists()
+    monkeypatch.setattr(tuning, "bench_bundle", stopped)
+    again: list[Trial] = []
+    found = tune_model(model, out, base, options, on_trial=again.append)
+    assert again[:3] == seen
+    assert [t["changes"]["policy"] for t in found["trials"]] == ["none", *["fora:2"] * 3, *["fora:3"] * 3]
+    manifest = open_bundle(out).manifest
+    assert {name: manifest.settings[name] for name in found["chosen"]["changes"]} == found["chosen"]["changes"]
+    assert json.dumps(found)
+    assert not out.with_name(".tuned.tune").exists()
