@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/xl"))
     parser.add_argument("--size", default="dit-xl-2-256", help="another size, to try the script")
     parser.add_argument("--intervals", type=int, nargs="+", default=list(INTERVALS))
+    parser.add_argument("--also", metavar="NAME=BUNDLE", nargs="*", default=[], help="further bundles to measure")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--against", default=PEERS)
     parser.add_argument("--measure-only", action="store_true", help="take the bundles that are there, keep their cost")
@@ -144,6 +145,7 @@ def main() -> None:
     out = options.out or HERE / ("dit_xl_steps.json" if options.steps_only else "dit_xl.json")
     intervals = options.intervals[:1] if options.steps_only else options.intervals
     bundles = {f"fora:{n}": options.work / f"fora{n}" for n in intervals}
+    bundles |= {name: Path(path) for name, path in (other.split("=", 1) for other in options.also)}
     if options.measure_only or options.steps_only:
         cost = json.loads(out.read_text()).get("compile") if out.exists() else None
     else:

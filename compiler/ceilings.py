@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -20,20 +21,20 @@ from ditc.engines.scale_table import ScaleTable
 from ditc.exporter.onnx_files import save_model
 from ditc.program import BRANCH_KEY, PATH_KEY
 
-__all__ = ["measured_rates"]
+__all__ = ["WIDEST", "measured_rates", "product_seconds"]
 
-ROWS, IN, OUT = 512, 1152, 4608  # the widest layer of DiT-XL/2 at 256 pixels with guidance
+WIDEST = (512, 1152, 4608)  # (rows, in, out) of the widest layer of DiT-XL/2 at 256 pixels with guidance
 CALLS = 12
 STREAM_BYTES = 1 << 27  # far beyond any cache
 
 
 def measured_rates() -> Rates:
     """The rates that matter for a DiT, each the best of several calls; a few seconds."""
-    operations = 2 * ROWS * IN * OUT
+    operations = 2 * prod(WIDEST)
     return Rates(
         name=HERE,
-        int8_operations=operations / _product_seconds(quantized=True),
-        float_operations=operations / _product_seconds(quantized=False),
+        int8_operations=operations / product_seconds(WIDEST, quantized=True),
+        float_operations=operations / product_seconds(WIDEST, quantized=False),
         bandwidth=_bandwidth(),
         memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         source=f"{processor()}, {os.cpu_count()} cores, measured just now",
@@ -41,14 +42,15 @@ def measured_rates() -> Rates:
     )
 
 
-def _product_seconds(*, quantized: bool) -> float:
-    """One linear layer by itself."""
+def product_seconds(shape: tuple[int, int, int], *, quantized: bool) -> float:
+    """One linear layer by itself, (rows, in) @ (in, out): the best of several calls."""
+    rows, inside, outside = shape
     rng = np.random.default_rng(0)
-    model = _linear(rng.standard_normal((IN, OUT), dtype=np.float32))
+    model = _linear(rows, rng.standard_normal((inside, outside), dtype=np.float32))
     if quantized:
         insert_qdq(model, ScaleTable(method="max", segment_sha256="", calibration_digest="", scales={"probe": 0.03}))
         lower(model, "onnxrt")
-    return _best_call(model, {"x": rng.standard_normal((ROWS, IN), dtype=np.float32)})
+    return _best_call(model, {"x": rng.standard_normal((rows, inside), dtype=np.float32)})
 
 
 def _bandwidth() -> float:
@@ -60,8 +62,9 @@ def _bandwidth() -> float:
     return 3 * STREAM_BYTES / _best_call(_model([a, b], [y], [node], []), arrays)
 
 
-def _linear(weight: np.ndarray[Any, Any]) -> ir.Model:
-    x, y = _value("x", (ROWS, IN)), _value("y", (ROWS, OUT))
+def _linear(rows: int, weight: np.ndarray[Any, Any]) -> ir.Model:
+    inside, outside = weight.shape
+    x, y = _value("x", (rows, inside)), _value("y", (rows, outside))
     tensor = ir.tensor(weight, name="weight")
     constant = ir.Value(name="weight", shape=ir.Shape(weight.shape), type=x.type, const_value=tensor)
     node = ir.node("MatMul", [x, constant], name="probe", outputs=[y])
