@@ -1,0 +1,115 @@
+"""The cells of the experiment: which settings are tried on which model, in which groups, how often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+__all__ = ["BASE", "CELLS", "Cell"]
+
+Settings = Mapping[str, Any]
+
+# what a cell doesn't name: calibrated on random points of what deployment sees, nothing compensated
+BASE: Settings = {
+    "steps": 50,
+    "cfg": 1.5,
+    "sampler": "ddim",
+    "policy": "fora:3",
+    "precision": "w8a8",
+    "select": "random",
+    "points": 800,
+    "pool_steps": "computed",
+    "ranges": "mse",
+    "scales": "static",
+    "smooth": "none",
+    "vc": "none",
+    "vc_images": 64,
+}
+MODELS, SAMPLERS = ("plain", "stressed"), ("ddim", "ddpm")
+MAIN_SEEDS, MAIN_IMAGES = 5, 2_000
+OTHER_SEEDS, OTHER_IMAGES = 3, 1_000
+# the paper's control: as many points from each step of a run that knows no cache
+UNCACHED = {"select": "uniform-time", "pool_steps": "uncached"}
+BOTH = {"select": "tap", "vc": "std"}  # the paper's method
+STRATEGIES: Mapping[str, Settings] = {
+    "naive": {},
+    "tap": {"select": "tap"},
+    "vc std": {"vc": "std"},
+    "vc lsq": {"vc": "lsq"},
+    "vc paper": {"vc": "paper"},
+    "tap + vc std": BOTH,
+    "smooth": {"smooth": "smooth"},
+    "smooth + tap + vc std": {"smooth": "smooth", **BOTH},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table: `settings` are what differs from BASE, `seeds` that many trials of `images` each."""
+
+    group: str
+    name: str
+    model: str
+    settings: Settings
+    seeds: int = OTHER_SEEDS
+    images: int = OTHER_IMAGES
+
+    @property
+    def every_setting(self) -> dict[str, Any]:
+        return {**BASE, **self.settings}
+
+
+def main_cells() -> Iterator[Cell]:
+    """Both models and samplers at N = 3 and 5; smoothing is of the stressed and the plain model alike."""
+    for interval, sampler in product((3, 5), SAMPLERS):
+        at = {"sampler": sampler, "policy": f"fora:{interval}"}
+        for vc in ("none", "std"):
+            name = "cache alone" if vc == "none" else "cache + vc std"
+            yield Cell("main", name, "plain", {**at, "precision": "fp32", "vc": vc}, MAIN_SEEDS, MAIN_IMAGES)
+        for model in MODELS:
+            alone = {"sampler": sampler, "policy": "none"}
+            yield Cell("main", "quantization alone", model, alone, MAIN_SEEDS, MAIN_IMAGES)
+            for name, settings in STRATEGIES.items():
+                yield Cell("main", name, model, {**at, **settings}, MAIN_SEEDS, MAIN_IMAGES)
+
+
+def interval_cells() -> Iterator[Cell]:
+    """The intervals between and beyond."""
+    for interval, model in product((2, 8), MODELS):
+        at = {"policy": f"fora:{interval}"}
+        if model == "plain":
+            yield Cell("intervals", "cache alone", model, {**at, "precision": "fp32"})
+        for name in ("naive", "tap + vc std", "smooth + tap + vc std"):
+            yield Cell("intervals", name, model, {**at, **STRATEGIES[name]})
+
+
+def control_cells() -> Iterator[Cell]:
+    """What TAP is held against, with the largest magnitude as range, where the points matter most."""
+    controls: Mapping[str, Settings] = {
+        "tap": {"select": "tap"},
+        "random": {"select": "random"},
+        "uniform in time, uncached": UNCACHED,
+        "kmeans": {"select": "kmeans"},
+        "tap, alpha 0": {"select": "tap", "tap_alpha": 0.0},
+        "tap, alpha 1": {"select": "tap", "tap_alpha": 1.0},
+    }
+    for model, points, (name, settings) in product(MODELS, (64, 800), controls.items()):
+        yield Cell("controls", f"{name}, {points} points", model, {"points": points, "ranges": "max", **settings})
+
+
+def quantizer_cells() -> Iterator[Cell]:
+    """Ranges, scales, smoothing and bits, one at a time."""
+    for model in MODELS:
+        for ranges in ("max", "percentile", "mse", "entropy"):
+            yield Cell("ranges", ranges, model, {"ranges": ranges})
+        for scales in ("static", "per-step", "dynamic"):
+            yield Cell("scales", scales, model, {"scales": scales})
+        for method in ("none", "smooth", "balance"):
+            yield Cell("smoothing", method, model, {"smooth": method})
+        for precision, name in product(("w4a8", "w8a6"), ("naive", "tap + vc std", "smooth + tap + vc std")):
+            yield Cell("bits", f"{precision}, {name}", model, {"precision": precision, **STRATEGIES[name]})
+
+
+CELLS: tuple[Cell, ...] = (*main_cells(), *interval_cells(), *control_cells(), *quantizer_cells())

@@ -1,0 +1,162 @@
+"""One trial of a cell: compile it with a seed, make images of that seed's noise, and hold them against FP's.
+
+The seed decides the pool, the points and the compensation's pairs too, so what differs between trials is all that
+differs between two compiles and their images. Stages, executor and segments are those of `ditc compile`; only the
+sealing into a bundle is left out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from cells import Cell
+
+from ditc.bundle import read_tables
+from ditc.compiler import stages
+from ditc.compiler.driver import make_plan
+from ditc.compiler.features import DIGITS_SHAPE, open_extractor, real_digits
+from ditc.compiler.generating import classes_in_turn
+from ditc.compiler.options import CompileOptions
+from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.smoothing import smooth
+from ditc.exporter.dit import DiT
+from ditc.exporter.models import builtin_digits
+from ditc.exporter.stress import stressed
+from ditc.files import digest_of
+from ditc.program import Program
+from ditc.runtime.distributions import Generated, RealSet, distribution_values
+from ditc.runtime.executor import Samples, seeded_noise
+from ditc.runtime.quality import psnr_db, ssim, step_drift
+
+__all__ = ["MODELS", "compiled_segments", "digest_of_trial", "exported", "trial"]
+
+REVISION = 1  # goes up when something changes what a trial measures, and all of them are run again
+MODELS: dict[str, Callable[[], DiT]] = {"plain": builtin_digits, "stressed": lambda: stressed(builtin_digits())}
+BATCH = 50
+WATCHED = 100  # images whose samples are kept after every step
+
+
+@dataclass(frozen=True)
+class Made:
+    """Finished images, (n, 1, 8, 8), and the first WATCHED of them after every step, (steps, WATCHED, 1, 8, 8)."""
+
+    images: Samples
+    steps: Samples
+
+
+def digest_of_trial(cell: Cell, seed: int) -> str:
+    """What names a trial: everything that decides its result."""
+    return digest_of([REVISION, cell.model, cell.every_setting, cell.images, seed])
+
+
+def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
+    """The measures of one trial and of FP on the same noise."""
+    plan = make_plan(MODELS[cell.model](), CompileOptions(**cell.every_setting, seed=seed).checked())
+    segments = exported(cell.model, plan, work)
+    exact = exact_side(cell, seed, work)
+    with TemporaryDirectory(dir=work) as temporary:
+        compiled, tables = compiled_segments(plan, segments, Path(temporary))
+        found = made(plan, plan.program, compiled, tables, seed, cell.images)
+    drift = step_drift(found.steps, exact.steps)
+    return {
+        "n": cell.images,
+        "found": measures(found.images),
+        "fp": measures(exact.images),
+        "psnr_db": float(psnr_db(found.images, exact.images).mean()),
+        "ssim": float(ssim(found.images, exact.images).mean()),
+        "variance_ratio": float(found.images.var() / exact.images.var()),
+        "steps": {
+            "relative_error": np.round(drift.relative_error, 5).tolist(),
+            "variance_drift": np.round(np.ravel(drift.variance_drift), 5).tolist(),
+        },
+    }
+
+
+def exported(model: str, plan: Plan, work: Path) -> Segments:
+    """The FP segments of a model under a policy, exported once."""
+    folder = work / f"export-{digest_of([REVISION, model, plan.options.policy, plan.options.cfg])}"
+    with locked(folder):
+        if not (folder / "parity.json").is_file():
+            folder.mkdir(exist_ok=True)
+            stages.export(plan, MODELS[model](), folder)
+    return {call: folder / f"{call}.onnx" for call in plan.program.calls}
+
+
+def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Segments, stages.Tables]:
+    """What `ditc compile` makes of the segments, and the tables beside them."""
+    compiled, tables = segments, {}
+    if plan.options.bits is not None:
+        stages.select(plan, segments, folder)
+        calib = folder / "calib.npz"
+        if plan.options.smooth != "none":
+            segments = replaced(segments, folder / "smooth", lambda to: smooth(plan, segments, calib, to))
+        exact = segments
+        compiled = replaced(exact, folder / "quantize", lambda to: stages.quantize(plan, exact, calib, to))
+        tables |= read_tables(folder / "quantize" / "scales.safetensors")
+    if plan.options.vc != "none":
+        stages.fit(plan, segments, compiled, tables, folder)
+        tables |= read_tables(folder / "compensation.safetensors")
+    return compiled, tables
+
+
+def replaced(segments: Segments, folder: Path, make: Callable[[Path], None]) -> Segments:
+    """The segments, with those that a stage made in place of the ones it took."""
+    folder.mkdir()
+    make(folder)
+    return {name: new if (new := folder / path.name).is_file() else path for name, path in segments.items()}
+
+
+def made(plan: Plan, program: Program, segments: Segments, tables: stages.Tables, seed: int, count: int) -> Made:
+    """The images of a seed; the classes take turns."""
+    images: list[Samples] = []
+    watched: list[list[Samples]] = [[] for _ in program.steps]
+    with stages.executor(plan, program, segments, tables) as runner:
+        for first in range(0, count, BATCH):
+            size = min(BATCH, count - first)
+            noise, fresh = seeded_noise(seed, first, size, plan.spec.latent_shape)
+            for event in runner.run(classes_in_turn(plan.spec.num_classes, first, size), noise, fresh):
+                if first < WATCHED:
+                    watched[event.index].append(event.x.copy())
+            images.append(event.x.copy())
+    return Made(np.concatenate(images), np.stack([np.concatenate(parts)[:WATCHED] for parts in watched]))
+
+
+def exact_side(cell: Cell, seed: int, work: Path) -> Made:
+    """FP without a cache, on the plain model: stress changes nothing there. Made once for each sampler and seed."""
+    sampler = cell.every_setting["sampler"]
+    path = work / f"fp-{digest_of([REVISION, sampler, cell.images, seed])}.npz"
+    with locked(path):
+        if not path.is_file():
+            options = CompileOptions(**{**cell.every_setting, "policy": "none", "precision": "fp32", "smooth": "none"})
+            plan = make_plan(MODELS["plain"](), options)
+            found = made(plan, plan.program, exported("plain", plan, work), {}, seed, cell.images)
+            np.savez(path, images=found.images, steps=found.steps)
+    with np.load(path, allow_pickle=False) as arrays:
+        return Made(arrays["images"], arrays["steps"])
+
+
+def measures(images: Samples) -> dict[str, float]:
+    """Against the real digits, over the classifier's features."""
+    extractor = open_extractor("digits", DIGITS_SHAPE)
+    real, _ = real_digits()
+    features = extractor.features(images)
+    assert extractor.classes is not None
+    asked = classes_in_turn(10, 0, len(images))
+    return distribution_values(
+        Generated(features, extractor.classes(features) == np.array(asked)), RealSet(extractor.features(real))
+    )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time makes what lies at `path`."""
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
