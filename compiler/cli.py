@@ -357,6 +357,15 @@ def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None,
 @click.option("--real", metavar="fp|digits|PATH", help="Real images: a folder, an .npz file; default the model's.")
 @click.option("--batch", type=int, help="Images of one request; default is what fits a small buffer.")
 @click.option("--step-images", type=int, default=64, show_default=True, help="Images followed step by step.")
+@click.option(
+    "--veto",
+    "veto_images",
+    metavar="IMAGES",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Images at which quantization noise is held against the change that a reuse exploits; 0 leaves it out.",
+)
 @click.option("--rounds", type=int, default=1000, show_default=True, help="Rounds of the bootstrap.")
 @click.option("--save", type=click.Path(path_type=Path), help="Folder for report, features and FP images.")
 @click.option(

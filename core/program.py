@@ -19,6 +19,7 @@ __all__ = [
     "BRANCH_KEY",
     "CONDITION",
     "DECODE",
+    "FULL",
     "PATH_KEY",
     "Caches",
     "Program",
