@@ -134,6 +134,13 @@ COMPILE_OPTIONS = (
         help="What a computing step leaves: a sum for each step that reuses, or every branch's output.",
     ),
     click.option(
+        "--reuse",
+        metavar="hold|affine|variance|taylor",
+        default="hold",
+        show_default=True,
+        help="What a step that reuses takes: the last outputs, those corrected per channel, or extrapolated.",
+    ),
+    click.option(
         "--precision", metavar="fp32|fp16|w8a8", default="w8a8", show_default=True, help="Arithmetic of linear layers."
     ),
     click.option(
@@ -184,7 +191,9 @@ COMPILE_OPTIONS = (
         help="Factors per channel folded in front of linear layers, against outliers.",
     ),
     click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
-    click.option("--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit the compensation."),
+    click.option(
+        "--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit compensation and reuse."
+    ),
     click.option("--verify-images", type=int, default=16, show_default=True, help="Images that check the result."),
     click.option(
         "--target", metavar=TARGETS, default="cpu", show_default=True, help="Where the bundle runs by default."

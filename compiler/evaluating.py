@@ -245,7 +245,7 @@ def _real(fp: ImageSource, work: _Work, judges: _Judges) -> RealFeatures | None:
 
 def _report(pairs: _Pairs, work: _Work) -> dict[str, Any]:
     options, manifest = work.options, pairs.bundle.manifest
-    settings = {name: manifest.settings.get(name) for name in ("policy", "select", "ranges", "vc", "seed")}
+    settings = {name: manifest.settings.get(name) for name in ("policy", "reuse", "select", "ranges", "vc", "seed")}
     return {
         "machine": machine(),
         "bundle": {

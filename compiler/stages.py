@@ -43,7 +43,8 @@ from ditc.engines.update import UPDATE, UpdateForm
 from ditc.engines.update_graph import update_model
 from ditc.errors import CheckError
 from ditc.files import atomic_write, sha256_of
-from ditc.program import CONDITION, DECODE, Program
+from ditc.program import CONDITION, DECODE, REUSE_ROWS, Program
+from ditc.runtime.approximation import first_rows
 from ditc.runtime.compensation import TableCompensation, fit_closed_loop
 from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
 from ditc.runtime.pipeline import open_engines
@@ -88,6 +89,12 @@ class Plan:
     @property
     def backend(self) -> OnnxRuntimeBackend:
         return OnnxRuntimeBackend()
+
+    @property
+    def reuse_tables(self) -> dict[str, NDArray[np.float32]]:
+        """The numbers with which steps combine what they reuse, as far as they are known before anything runs."""
+        rows = first_rows(self.program, self.spec.branch_shape[-1])
+        return {} if rows is None else {REUSE_ROWS: rows}
 
     @property
     def recorded_steps(self) -> set[int]:
@@ -198,7 +205,7 @@ def record_pool(plan: Plan, segments: Segments) -> Pool:
                 if event.index in wanted:
                     yield Visit(event.index, event.t, part.start, labels[part.start : part.stop], event.before)
 
-    with executor(plan, plan.program, segments) as runner:
+    with executor(plan, plan.program, segments, plan.reuse_tables) as runner:
         return pool_from_visits(visits(runner))
 
 
