@@ -139,6 +139,13 @@ COMPILE_OPTIONS = (
         help="What a computing step leaves: a sum for each step that reuses, or every branch's output.",
     ),
     click.option(
+        "--reuse",
+        metavar="hold|affine|variance|taylor",
+        default="hold",
+        show_default=True,
+        help="What a step that reuses takes: the last outputs, those corrected per channel, or extrapolated.",
+    ),
+    click.option(
         "--precision",
         metavar="fp32|fp16|w8a8|w4a8|w8a6",
         default="w8a8",
@@ -197,7 +204,9 @@ COMPILE_OPTIONS = (
         help="Factors per channel folded in front of linear layers, against outliers.",
     ),
     click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
-    click.option("--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit the compensation."),
+    click.option(
+        "--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit compensation and reuse."
+    ),
     click.option("--verify-images", type=int, default=16, show_default=True, help="Images that check the result."),
     click.option(
         "--target", metavar=TARGETS, default="cpu", show_default=True, help="Where the bundle runs by default."
@@ -370,6 +379,15 @@ def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None,
 @click.option("--real", metavar="fp|digits|PATH", help="Real images: a folder, an .npz file; default the model's.")
 @click.option("--batch", type=int, help="Images of one request; default is what fits a small buffer.")
 @click.option("--step-images", type=int, default=64, show_default=True, help="Images followed step by step.")
+@click.option(
+    "--veto",
+    "veto_images",
+    metavar="IMAGES",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Images at which quantization noise is held against the change that a reuse exploits; 0 leaves it out.",
+)
 @click.option("--rounds", type=int, default=1000, show_default=True, help="Rounds of the bootstrap.")
 @click.option("--save", type=click.Path(path_type=Path), help="Folder for report, features and FP images.")
 @click.option(

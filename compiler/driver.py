@@ -16,6 +16,7 @@ import ditc
 from ditc import calib_data, compiler, engines, exporter, runtime
 from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.compiler import stages
+from ditc.compiler.approximating import approximate
 from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Progress, Segments
@@ -28,9 +29,11 @@ from ditc.errors import InputError
 from ditc.exporter.onnx_files import data_path
 from ditc.files import atomic_folder, digest_of, sha256_of
 from ditc.program import AHEAD, Caches, Program, program_from_schedule
+from ditc.runtime.approximation import FITS
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.samplers import sampler_table
-from ditc.schedule import schedule_for
+from ditc.schedule import CacheSchedule, schedule_for
+from ditc.spec import ModelSpec
 
 __all__ = ["compile_model", "make_plan"]
 
@@ -46,6 +49,7 @@ CHECK_FILES = (
     ("smooth", "smooth"),
     ("quantize", "kernels"),
     ("quantize", "storage"),
+    ("approximate", "approximation"),
     ("lower", "tensorrt"),
     ("lower", "footprints"),
     ("verify", "verify"),
@@ -83,7 +87,7 @@ def compile_model(
     opened = _opened(model, num_heads, vae)
     plan = make_plan(opened, options, progress)
     with work_folder(target) as work:
-        compile_ = _Compile(plan, work, _decided(plan, opened))
+        compile_ = _Compile(plan, work, _decided(plan, opened), tables={**plan.reuse_tables})
         segments = compile_.export(opened)
         if opened is not model:
             release_weights(opened)  # ours, and nothing after the export needs it
@@ -113,19 +117,30 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     t = [float(value) for value in table["t"]]
     decode = model.decoder is not None
 
-    def program(policy: str, caches: Caches) -> Program:
-        schedule = schedule_for(policy, spec, options.steps)
+    def program(schedule: CacheSchedule, caches: Caches) -> Program:
         return program_from_schedule(schedule, t, spec.branches, decode=decode, caches=caches)
 
-    deployed = program(options.policy, caches_for(model, options))
+    deployed = program(schedule_of(spec, options), caches_for(model, options))
     if options.caches == "sums" and any(plan.reads and plan.reads != (AHEAD,) for plan in deployed.segments):
         raise InputError(
             f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
             f"--policy {options.policy} has others: leave --caches out"
         )
-    plan = Plan(spec, options, deployed, program("none", "branches"), table, progress)
+    uncached = schedule_for("none", spec, options.steps)
+    plan = Plan(spec, options, deployed, program(uncached, "branches"), table, progress)
     check_pool_suffices(plan)
     return plan
+
+
+def schedule_of(spec: ModelSpec, options: CompileOptions) -> CacheSchedule:
+    """What the policy decides, with what a reuse returns. Raises InputError where a file says something else of it."""
+    schedule = schedule_for(options.policy, spec, options.steps)
+    if schedule.reuse not in ("hold", options.reuse):
+        raise InputError(
+            f"{options.policy} was made for --reuse {schedule.reuse}, found {options.reuse}; give --reuse "
+            f"{schedule.reuse}, or take its reuse out"
+        )
+    return CacheSchedule.model_validate(schedule.model_dump() | {"reuse": options.reuse})
 
 
 def caches_for(model: Any, options: CompileOptions) -> Caches:
@@ -221,6 +236,17 @@ class _Compile:
         settings = [self.run_settings, plan.options.precision, plan.options.batch]
         self.stage("lower", settings, lambda folder: stages.lower_for_devices(plan, compiled, folder))
 
+    def approximate(self, segments: Segments, compiled: Segments) -> None:
+        """The numbers with which steps combine what they reuse, where those are fitted."""
+        plan, options = self.plan, self.plan.options
+        if options.reuse not in FITS:
+            return
+        settings = [self.run_settings, options.vc_images]
+        folder = self.stage(
+            "approximate", settings, lambda folder: approximate(plan, segments, compiled, self.tables, folder)
+        )
+        self.tables |= read_tables(folder / "approximate.safetensors")
+
     def fit(self, segments: Segments, compiled: Segments) -> None:
         """The compensation; a program that is the FP program itself has nothing to compensate."""
         plan, options = self.plan, self.plan.options
@@ -263,7 +289,8 @@ def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:
         segments = compile_.smooth(segments, calib)
         compiled = compile_.quantize(segments, calib)
     compile_.lower(compiled)
-    compile_.fit(segments, compiled)
+    compile_.approximate(segments, compiled)
+    compile_.fit(segments, compiled)  # after it: compensation is of what is left
     compile_.verify(segments, compiled)
     compile_.seal(segments, compiled, target)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.bundle import Bundle
+from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.features import (
     Extractor,
     RealFeatures,
@@ -58,8 +58,8 @@ class EvaluateOptions(Record):
 
     `images` are made for each of `seeds`. `features` and `real` of None are the model's own (`compiler/features.py`);
     "fp" as `real` is FP images of other noise. `batch` of None is as many as fit a small buffer, on a GPU the bundle's.
-    `step_images` are walked step by step; `rounds` is of the bootstrap. `fail_if_worse` is the bound of
-    `check_not_worse`, and asks for distribution measures.
+    `step_images` are walked step by step; at `veto_images` of them the branches are looked at (`compiler/veto.py`).
+    `rounds` is of the bootstrap. `fail_if_worse` is the bound of `check_not_worse`, and asks for distribution measures.
     """
 
     images: int = 1000
@@ -68,6 +68,7 @@ class EvaluateOptions(Record):
     real: str | None = None
     batch: int | None = None
     step_images: int = 64
+    veto_images: int = 0
     rounds: int = 1000
     fail_if_worse: float | None = None
 
@@ -77,6 +78,7 @@ class EvaluateOptions(Record):
             ("--images", self.images, LEAST_IMAGES),
             ("--batch", 1 if self.batch is None else self.batch, 1),
             ("--step-images", self.step_images, 1),
+            ("--veto", self.veto_images, 0),
             ("--rounds", self.rounds, 2),
         ):
             if number < least:
@@ -104,12 +106,22 @@ def evaluate_bundle(
     """Paired measures, drifts per step, and distribution measures with intervals, as JSON has them.
 
     `save` is a folder for the report, the features, and FP's images; those that lie there already are taken again.
-    Raises BundleError for a bundle without its FP reference, CheckError where images are NaN.
+    Raises BundleError for a bundle without its FP reference, CheckError where images are NaN, and InputError where the
+    veto is asked of a bundle that is not quantized.
     """
+    if options.checked().veto_images:
+        from ditc.compiler.veto import check_has_noise
+
+        check_has_noise(open_bundle(bundle))  # before anything takes its time
     with TemporaryDirectory(prefix="ditc-evaluate-") if save is None else nullcontext(save) as folder:
         work = _Work(options.checked(), place, Path(folder), progress)
         pairs = _pairs(bundle, work)
         found = _report(pairs, work)
+    if options.veto_images:
+        from ditc.compiler.veto import VetoOptions, veto_of
+
+        settings = VetoOptions(images=options.veto_images, seed=options.seeds[0])
+        found["veto"] = veto_of(bundle, settings, progress=progress).model_dump(mode="json")
     if save is not None:
         _save(found, pairs, save)
     return found
@@ -233,7 +245,7 @@ def _real(fp: ImageSource, work: _Work, judges: _Judges) -> RealFeatures | None:
 
 def _report(pairs: _Pairs, work: _Work) -> dict[str, Any]:
     options, manifest = work.options, pairs.bundle.manifest
-    settings = {name: manifest.settings.get(name) for name in ("policy", "select", "ranges", "vc", "seed")}
+    settings = {name: manifest.settings.get(name) for name in ("policy", "reuse", "select", "ranges", "vc", "seed")}
     return {
         "machine": machine(),
         "bundle": {

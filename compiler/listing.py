@@ -95,7 +95,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
         "latent": " x ".join(str(size) for size in m.model.latent_shape),
         "precision": m.precision,
         "trajectory": f"{len(m.program.steps)} steps, {computed} computed, guidance {m.guidance:g}",
-        "cache": f"{m.program.slots} slots for {len(m.program.branches)} branches",
+        "cache": f"{m.program.slots} slots for {len(m.program.branches)} branches, reuse {m.program.reuse}",
         "size": f"{megabytes(m.size_bytes(reference=False))} deployed, "
         f"{megabytes(m.size_bytes(reference=True))} FP reference",
     }

@@ -14,6 +14,7 @@ from ditc.engines.transforms import TRANSFORMS
 from ditc.errors import InputError, unknown_name
 from ditc.precision import INT8, PRECISIONS, Bits
 from ditc.runtime.compensation import ESTIMATORS
+from ditc.schedule import APPROXIMATORS
 from ditc.spec import Record, SamplerSpec
 
 __all__ = ["CompileOptions"]
@@ -33,8 +34,9 @@ class CompileOptions(Record):
     `caches` is what a computing step leaves for those that reuse: one sum for each of them, or every branch's output;
     "auto" takes sums where the model and the schedule allow it. `pool_steps` is "computed" to calibrate on steps where
     the network runs (what deployment sees), "all", the paper's form, or "uncached", all steps of the FP program that
-    knows no cache, a control. `smooth` is "none" or a row of TRANSFORMS.
-    `vc_images` pairs fit the compensation, `verify_images` others check the result.
+    knows no cache, a control. `smooth` is "none" or a row of TRANSFORMS. `reuse` is what a step that reuses takes for
+    the branches' outputs, a row of APPROXIMATORS. `vc_images` pairs fit the compensation, and as many others the
+    numbers of `reuse` where it has any to fit; `verify_images` others check the result.
     """
 
     steps: int = 50
@@ -46,6 +48,7 @@ class CompileOptions(Record):
     cfg: float = 1.5
     policy: str = "fora:3"
     caches: str = "auto"
+    reuse: str = "hold"
     precision: str = "w8a8"
     select: str = "tap"
     points: int = 800
@@ -82,6 +85,7 @@ class CompileOptions(Record):
             ("spacing", self.spacing or "linspace", SPACINGS),
             ("variance", self.variance or "learned", VARIANCES),
             ("kind of caches", self.caches, CACHES),
+            ("approximator", self.reuse, APPROXIMATORS),
             ("pool steps", self.pool_steps, POOL_STEPS),
         ):
             if found not in known:

@@ -13,7 +13,8 @@ from ditc.calib_data.calibset import CalibSet
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.scale_binding import BINDINGS, Groups
-from ditc.program import Program
+from ditc.program import REUSE_ROWS, Program
+from ditc.runtime.approximation import first_rows
 from ditc.spec import ModelSpec
 
 __all__ = ["LARGEST_BATCH", "Plan", "Progress", "Segments"]
@@ -48,6 +49,12 @@ class Plan:
     @property
     def backend(self) -> OnnxRuntimeBackend:
         return OnnxRuntimeBackend()
+
+    @property
+    def reuse_tables(self) -> dict[str, NDArray[np.float32]]:
+        """The numbers with which steps combine what they reuse, as far as they are known before anything runs."""
+        rows = first_rows(self.program, self.spec.branch_shape[-1])
+        return {} if rows is None else {REUSE_ROWS: rows}
 
     @property
     def recorded_program(self) -> Program:

@@ -22,7 +22,7 @@ from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.engines.scale_table import step_inputs
 from ditc.errors import InputError
 from ditc.files import atomic_folder
-from ditc.program import CONDITION, Program
+from ditc.program import CONDITION, REUSE_ROWS, Program
 from ditc.runtime.pipeline import Pipeline
 
 __all__ = ["export_polygraphy", "recorded_calls", "recorded_runs"]
@@ -117,7 +117,7 @@ def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> Seg
         shapes={key: value.shape for key, value in runs[0].inputs.items()},
         rms={key: max(_rms(run.outputs[key]) for run in runs) for key in runs[0].outputs},
         cut=str(list(graph)[len(graph) // 2].outputs[0].name),
-        quantized_inputs=step_inputs(bundle.tables()).keys() & runs[0].inputs.keys(),
+        quantized_inputs=(step_inputs(bundle.tables()).keys() - {REUSE_ROWS}) & runs[0].inputs.keys(),
         typed_only=[] if typed is None else tensors_with(bundle.path / typed, OVER_MAGNITUDE),
     )
 

@@ -252,6 +252,8 @@ def print_evaluation(found: dict[str, Any]) -> None:
         click.echo(f"{label:<26}{row['mean']:>10.4f}{span:>22}{row['worst']:>11.4f}")
     print_distribution(found["distribution"])
     print_drift(found["steps"])
+    if "veto" in found:
+        print_veto(found["veto"])
 
 
 def print_distribution(found: dict[str, Any]) -> None:
@@ -285,6 +287,28 @@ def print_drift(steps: dict[str, Any]) -> None:
             mean, variance = (max(drift[name][step], key=abs) for name in ("mean_drift", "variance_drift"))
             cells += f"{drift['relative_error'][step]:<10.5f}{mean:<+12.5f}{variance:<+12.5f}"
         click.echo(f"{step:4d}  {cells.rstrip()}")
+
+
+def print_veto(found: dict[str, Any]) -> None:
+    """Of every branch the ratio of quantization noise to the change that a reuse exploits; every step in JSON only."""
+    from statistics import median
+
+    width = max(map(len, ["branch", *found["branches"]]))
+    click.echo(
+        f"\nquantization noise over the change that a reuse exploits, {found['images']} images; above 1 is vetoed"
+    )
+    click.echo(f"{'branch':<{width}}  {'noise':>9}{'change':>9}{'ratio':>9}{'largest':>9}{'at step':>9}{'vetoed':>9}")
+    for place, branch in enumerate(found["branches"]):
+        noise, change, ratio = ([row[place] for row in found[name]] for name in ("noise", "change", "ratio"))
+        steps = [step for step, value in enumerate(ratio) if value is not None]
+        if not steps:
+            continue
+        worst = max(steps, key=ratio.__getitem__)
+        middle = (f"{median(column[step] for step in steps):>9.4f}" for column in (noise, change))
+        cells = f"{median(ratio[step] for step in steps):>9.2f}{ratio[worst]:>9.2f}{worst:>9}"
+        share = sum(ratio[step] > 1 for step in steps) / len(steps)
+        click.echo(f"{branch:<{width}}  {''.join(middle)}{cells}{share:>9.0%}")
+    click.echo(f"medians over the steps that reuse; of all reuses {found['vetoed']:.1%} are vetoed")
 
 
 def print_bisection(found: Any, top: int) -> None:

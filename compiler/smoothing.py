@@ -23,7 +23,7 @@ from ditc.engines.transforms import ChannelStatistics, Choice, choose_factors
 from ditc.errors import CheckError
 from ditc.files import atomic_write
 from ditc.precision import INT8
-from ditc.program import AHEAD, CONDITION
+from ditc.program import AHEAD, CONDITION, REUSE_ROWS
 from ditc.runtime.quality import relative_error
 
 __all__ = ["smooth"]
@@ -137,6 +137,8 @@ def _change(after: NDArray[np.float32], before: NDArray[np.float32]) -> float:
 
 def _taken(port: Any, feed: Mapping[str, NDArray[Any]], cached: NDArray[np.float32]) -> NDArray[Any]:
     """What a segment's input gets: its own feed, for the next steps' tables those of this step, else what is cached."""
+    if port.name == REUSE_ROWS:
+        return np.ones(port.shape, np.float32)
     if port.name.startswith(f"{AHEAD}."):
         return np.stack([feed[port.name.removeprefix(f"{AHEAD}.")]] * port.shape[0])
     return feed.get(port.name, cached)

@@ -145,7 +145,7 @@ def record_pool(
                         observer.keep(event.index, part.start)
                     yield Visit(event.index, event.t, part.start, labels[part.start : part.stop], event.before)
 
-    with executor(plan, plan.recorded_program, segments, backend=backend) as runner:
+    with executor(plan, plan.recorded_program, segments, plan.reuse_tables, backend) as runner:
         return pool_from_visits(visits(runner))
 
 

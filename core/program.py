@@ -6,32 +6,42 @@ pure function from a program to an equal or better one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 from ditc.errors import InputError
 from ditc.files import digest_of
-from ditc.schedule import CacheSchedule
+from ditc.schedule import APPROXIMATORS, CacheSchedule, Reuse
 from ditc.spec import Record
 
 __all__ = [
     "AHEAD",
+    "BEFORE",
     "BRANCH_KEY",
     "CONDITION",
     "DECODE",
+    "EXTRAPOLATE",
+    "FULL",
     "PATH_KEY",
+    "REUSE",
+    "REUSE_ROWS",
     "Caches",
     "Program",
     "SegmentPlan",
     "Step",
+    "distance_of",
     "program_from_schedule",
 ]
 
 CONDITION, DECODE = "condition", "decode"
-FULL, REUSE = "full", "reuse"
+FULL, REUSE, EXTRAPOLATE = "full", "reuse", "extrapolate"
 
 # a segment with `ahead` takes the tables of the next steps as inputs AHEAD.NAME, and returns their sums as AHEAD.1, ...
 AHEAD = "ahead"
+# the port of a second sum, which the step that computed before the last one has made
+BEFORE = "before"
+# table of a bundle and input of a segment with `rows`: (rows, channels) of each step
+REUSE_ROWS = "reuse.rows"
 
 # what a step that computes leaves for the steps that don't: the output of each branch, or one sum for each such step
 Caches = Literal["branches", "sums"]
@@ -44,6 +54,7 @@ class SegmentPlan(Record):
     """One pass through the network: which branches compute, and which cached outputs it takes and returns.
 
     With `ahead` it also adds up all branches with the gates of that many next steps, for those that compute nothing.
+    With `rows` it takes so many numbers per channel: the weights of the sums that it reads, and perhaps a shift.
     """
 
     name: str
@@ -51,6 +62,7 @@ class SegmentPlan(Record):
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     ahead: int = 0
+    rows: int = 0
 
 
 class Step(Record):
@@ -68,9 +80,14 @@ class Step(Record):
 
     @property
     def cache_ports(self) -> Iterator[tuple[str, int]]:
-        """(port of the segment, slot) of every cache that the step binds. A sum is read as AHEAD, whichever it is."""
+        """(port of the segment, slot) of every cache that the step binds.
+
+        A sum is read as AHEAD, whichever it is, and one that was made earlier beside it as BEFORE.
+        """
+        sums = sorted(filter(is_sum, self.reads), key=distance_of)
+        ports = dict(zip(sums, (AHEAD, BEFORE), strict=False))
         for value, slot in self.reads.items():
-            yield f"cache.{AHEAD if value.startswith(f'{AHEAD}.') else value}", slot
+            yield f"cache.{ports.get(value, value)}", slot
         for value, slot in self.writes.items():
             yield f"cache.{value}", slot
 
@@ -84,6 +101,7 @@ class Program(Record):
     epilogue: tuple[str, ...] = ()
     segments: tuple[SegmentPlan, ...]
     slots: int = 0
+    reuse: Reuse = "hold"
 
     @property
     def calls(self) -> list[str]:
@@ -96,14 +114,27 @@ class Program(Record):
     def check(self) -> None:
         """Raise InputError unless every slot is written before it is read: caches live and die with a request."""
         holds: dict[int, str] = {}
+        writer: dict[int, int] = {}
         for step in self.steps:
-            for branch, slot in step.reads.items():
-                if holds.get(slot) != branch:
+            for value, slot in step.reads.items():
+                stale = is_sum(value) and writer.get(slot) != step.index - distance_of(value)
+                if holds.get(slot) != value or stale:
+                    made = f" of step {writer[slot]}" if holds.get(slot) == value else ""
                     raise InputError(
-                        f"step {step.index} reads {branch} from slot {slot}, which holds {holds.get(slot)}"
+                        f"step {step.index} reads {value} from slot {slot}, which holds {holds.get(slot)}{made}"
                     )
-            for branch, slot in step.writes.items():
-                holds[slot] = branch
+            for value, slot in step.writes.items():
+                holds[slot], writer[slot] = value, step.index
+
+
+def is_sum(value: str) -> bool:
+    """Is a cached value a sum made ahead, and not a branch's output?"""
+    return value.startswith(f"{AHEAD}.")
+
+
+def distance_of(value: str) -> int:
+    """How many steps behind its writer a sum is read."""
+    return int(value.removeprefix(f"{AHEAD}."))
 
 
 Pass = Callable[[Program], Program]
@@ -119,7 +150,13 @@ def naive_program(schedule: CacheSchedule, timesteps: Sequence[float], branches:
         name = f"step{index}"
         segments.append(SegmentPlan(name=name, compute=row, reads=tuple(reads), writes=tuple(writes)))
         steps.append(Step(index=index, t=t, segment=name, before=(CONDITION,), reads=reads, writes=writes))
-    return Program(branches=tuple(branches), steps=tuple(steps), segments=tuple(segments), slots=len(branches))
+    return Program(
+        branches=tuple(branches),
+        steps=tuple(steps),
+        segments=tuple(segments),
+        slots=len(branches),
+        reuse=schedule.reuse,
+    )
 
 
 def hoist_condition(program: Program) -> Program:
@@ -165,30 +202,44 @@ def fold_reuse(program: Program) -> Program:
     """Let the step that computes add up what each next step will reuse, gates and all: one sum per step is kept.
 
     The gates of later steps are known before the loop, and a residual stream that nothing else writes to is a sum. A
-    program with other segments, or with more sums than branches, keeps the outputs of the branches.
+    step that extrapolates reads a second one, made by the step that computed before the last. A program with other
+    segments, or with more skips in a row than branches, keeps the outputs of the branches.
     """
     if [plan.name for plan in program.segments] != [FULL, REUSE]:
         return program
-    steps, ahead, distance = [], 0, 0
+    looks_back = APPROXIMATORS[program.reuse].looks_back
+    steps: list[Step] = []
+    computed: list[int] = []
     for step in program.steps:
-        distance = 0 if step.segment == FULL else distance + 1
-        ahead = max(ahead, distance)
-        steps.append(step.model_copy(update={"reads": {f"{AHEAD}.{distance}": 0} if distance else {}}))
-    if ahead > len(program.branches):
+        computed += [step.index] if step.segment == FULL else []
+        made_by = [] if step.segment == FULL else computed[: -1 - looks_back : -1]  # the last one first
+        name = EXTRAPOLATE if len(made_by) > 1 else step.segment
+        reads = {f"{AHEAD}.{step.index - maker}": 0 for maker in made_by}
+        steps.append(step.model_copy(update={"segment": name, "reads": reads}))
+    if max(min(map(distance_of, step.reads), default=0) for step in steps) > len(program.branches):
         return program
-    sums = tuple(f"{AHEAD}.{number}" for number in range(1, ahead + 1))
-    full, reuse = program.segments
+    distances = sorted({distance_of(value) for step in steps for value in step.reads})
+    sums = tuple(f"{AHEAD}.{distance}" for distance in distances)
     return program.model_copy(
         update={
             "steps": tuple(
                 step if step.reads else step.model_copy(update={"writes": dict.fromkeys(sums, 0)}) for step in steps
             ),
             "segments": (
-                full.model_copy(update={"writes": sums, "ahead": ahead}),
-                reuse.model_copy(update={"reads": (AHEAD,)}),
+                program.segment(FULL).model_copy(update={"writes": sums, "ahead": distances[-1]}),
+                *_reusing_segments(program, {step.segment for step in steps}),
             ),
         }
     )
+
+
+def _reusing_segments(program: Program, called: Collection[str]) -> Iterator[SegmentPlan]:
+    """The segments of steps that read sums, with the rows that the program's approximator takes."""
+    approximator, plan = APPROXIMATORS[program.reuse], program.segment(REUSE)
+    for name, reads in ((REUSE, (AHEAD,)), (EXTRAPOLATE, (AHEAD, BEFORE))):
+        if name in called:
+            rows = approximator.rows if len(reads) == approximator.looks_back else 0
+            yield plan.model_copy(update={"name": name, "reads": reads, "rows": rows})
 
 
 def assign_slots(program: Program) -> Program:
@@ -196,25 +247,30 @@ def assign_slots(program: Program) -> Program:
 
     A slot that a step reads is not free for that step's writes: an engine's outputs never alias its inputs.
     """
-    last_read: dict[tuple[int, str], int] = {}
+    last_read: dict[tuple[str, int], int] = {}  # of a value, by the step that made it
     made: dict[str, int] = {}
     for step in program.steps:
-        for branch in step.reads:
-            last_read[made[branch], branch] = step.index
-        for branch in step.writes:
-            made[branch] = step.index
+        for value in step.reads:
+            last_read[value, _maker(value, step.index, made)] = step.index
+        made |= dict.fromkeys(step.writes, step.index)
     busy_until: list[int] = []
-    slot_of: dict[str, int] = {}
-    steps = []
+    slot_of: dict[tuple[str, int], int] = {}
+    made, steps = {}, []
     for step in program.steps:
-        reads = {branch: slot_of[branch] for branch in step.reads}
+        reads = {value: slot_of[value, _maker(value, step.index, made)] for value in step.reads}
         writes = {}
-        for branch in step.writes:
-            slot = _free_slot(busy_until, step.index, slot_of.get(branch))
-            busy_until[slot] = last_read.get((step.index, branch), step.index)
-            writes[branch] = slot_of[branch] = slot
+        for value in step.writes:
+            slot = _free_slot(busy_until, step.index, slot_of.get((value, made.get(value, -1))))
+            busy_until[slot] = last_read.get((value, step.index), step.index)
+            writes[value] = slot_of[value, step.index] = slot
+        made |= dict.fromkeys(step.writes, step.index)
         steps.append(step.model_copy(update={"reads": reads, "writes": writes}))
     return program.model_copy(update={"steps": tuple(steps), "slots": len(busy_until)})
+
+
+def _maker(value: str, reader: int, made: Mapping[str, int]) -> int:
+    """The step that made what `reader` reads: a sum tells how far back, a branch's output is the last one."""
+    return reader - distance_of(value) if is_sum(value) else made[value]
 
 
 PASSES: tuple[Pass, ...] = (
@@ -236,10 +292,19 @@ def program_from_schedule(
     decode: bool = False,
     caches: Caches = "branches",
 ) -> Program:
-    """The compiled program of a schedule. With "sums" every branch of the model has to add to the residual stream."""
+    """The compiled program of a schedule. With "sums" every branch of the model has to add to the residual stream.
+
+    Raises InputError where a schedule asks for more than to hold what is reused, and can't have sums.
+    """
     program = naive_program(schedule, timesteps, branches)
     for transform in (*PASSES, *FOLDING[caches]):
         program = transform(program)
+    if schedule.reuse != "hold" and not any(AHEAD in plan.reads for plan in program.segments):
+        raise InputError(
+            f"--reuse {schedule.reuse} works on sums made ahead: it needs a policy that reuses, under which steps "
+            "compute everything or nothing, with no more skips in a row than branches, branches that add, and no "
+            "--caches branches; choose another --policy, or --reuse hold"
+        )
     program = program.model_copy(update={"epilogue": (DECODE,) if decode else ()})
     program.check()
     return program

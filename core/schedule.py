@@ -6,6 +6,7 @@ A policy is a pure function of (model, steps, its own argument); it decides and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +15,39 @@ from pydantic import Field, StrictBool, ValidationError
 from ditc.errors import InputError, unknown_name
 from ditc.spec import ModelSpec, Record
 
-__all__ = ["POLICIES", "CacheSchedule", "schedule_for"]
+__all__ = ["APPROXIMATORS", "POLICIES", "Approximator", "CacheSchedule", "Reuse", "schedule_for"]
+
+Reuse = Literal["hold", "affine", "variance", "taylor"]
+
+
+@dataclass(frozen=True)
+class Approximator:
+    """What a reuse returns: the output of the last step that computed, or a combination of the last `looks_back` ones.
+
+    `rows` is how many numbers per channel a step takes for that: a weight for each of them, and perhaps a shift.
+    """
+
+    looks_back: int = 1
+    rows: int = 0
+
+
+APPROXIMATORS: dict[Reuse, Approximator] = {
+    "hold": Approximator(),
+    "affine": Approximator(rows=2),
+    "variance": Approximator(rows=2),
+    "taylor": Approximator(looks_back=2, rows=2),
+}
 
 
 class CacheSchedule(Record):
     """A boolean matrix [steps][branches], True where the branch computes, False where its cached output is reused.
 
-    `reuse` says what a reuse returns: "hold" is the branch output (before the gate) of the last step that computed.
+    `reuse` says what a reuse returns, a row of APPROXIMATORS: "hold" is the branch output (before the gate) of the
+    last step that computed; docs/approximators.md has the others.
     """
 
     compute: tuple[tuple[StrictBool, ...], ...]
-    reuse: Literal["hold"] = Field(default="hold")
+    reuse: Reuse = Field(default="hold")
 
     @property
     def steps(self) -> int:

@@ -1,7 +1,7 @@
 """The strongly typed form for TensorRT: FP16 compute, INT8 linear layers behind FP16 scales, normalization in FP32.
 
 Since TensorRT 11 a network's precision is what its ONNX says, and 10 accepts the same, so one typed graph serves both.
-Sample and prediction stay FP32 for the sampler, and so do per-step scales; tables and cached outputs are FP16 at the
+Sample and prediction stay FP32 for the sampler, and so do per-step numbers; tables and cached outputs are FP16 at the
 border. Normalization and its parts run in FP32 islands between casts, because FP16 overflows there (TensorRT #2564,
 #2781, #3692, #4493).
 """
@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ditc.engines.scale_table import MIDPOINTS_INPUT, SCALES_INPUT
+from ditc.program import REUSE_ROWS
 
 __all__ = ["FP32_OPERATORS", "FULL_PRECISION_PORTS", "half_precision"]
 
@@ -23,7 +24,7 @@ FP32_OPERATORS = frozenset(
     }
 )
 CONDITION_INPUTS = frozenset({"t", "y"})
-FULL_PRECISION_PORTS = frozenset({"x", "out", "latent", "image", SCALES_INPUT, MIDPOINTS_INPUT})
+FULL_PRECISION_PORTS = frozenset({"x", "out", "latent", "image", SCALES_INPUT, MIDPOINTS_INPUT, REUSE_ROWS})
 LEAST_SCALE = 2.0**-14  # the smallest FP16 number with full precision
 
 

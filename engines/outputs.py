@@ -7,7 +7,24 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-__all__ = ["keep_outputs"]
+from ditc.program import BRANCH_KEY
+
+__all__ = ["branch_outputs", "keep_outputs"]
+
+
+def branch_outputs(model: ir.Model) -> dict[str, ir.Value]:
+    """The output before the gate of every branch that a segment computes, FP or quantized.
+
+    It is the last value that nodes of the branch make and others read.
+    """
+    made = {}
+    for node in model.graph:
+        branch = node.metadata_props.get(BRANCH_KEY)
+        for value in node.outputs:
+            readers = {use.node.metadata_props.get(BRANCH_KEY) for use in value.uses()}
+            if branch is not None and (value.is_graph_output() or readers - {branch}):
+                made[branch] = value
+    return made
 
 
 def keep_outputs(model: ir.Model, values: Sequence[ir.Value]) -> None:

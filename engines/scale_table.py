@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from ditc.engines.ranges import LEVELS
 from ditc.precision import INT8, Bits
+from ditc.program import REUSE_ROWS
 from ditc.spec import Record
 
 __all__ = [
@@ -82,5 +83,5 @@ class ScaleTable(Record):
 
 def step_inputs(tables: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """What of a bundle's tables the segments take as an input, one row a step: name of the input -> (steps, ...)."""
-    names = {SCALES_INPUT: SCALES_TABLE, MIDPOINTS_INPUT: MIDPOINTS_TABLE}
+    names = {SCALES_INPUT: SCALES_TABLE, MIDPOINTS_INPUT: MIDPOINTS_TABLE, REUSE_ROWS: REUSE_ROWS}
     return {name: tables[table].astype(np.float32) for name, table in names.items() if table in tables}

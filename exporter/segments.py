@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ditc.exporter.protocol import Branch, TrajectoryModel, example_inputs
-from ditc.program import AHEAD, CONDITION, DECODE, Program, SegmentPlan
+from ditc.program import AHEAD, CONDITION, DECODE, REUSE_ROWS, Program, SegmentPlan
 
 __all__ = ["Excerpt", "Passing", "Segment", "Trunk", "segments_of"]
 
@@ -77,7 +77,8 @@ class Condition(nn.Module):
 class Trunk(nn.Module):
     """One pass through the network with some branches computed and the others taken from a cache.
 
-    Inputs after x: the step's tables; with `plan.ahead` those of the next steps, each (ahead, ...); the caches.
+    Inputs after x: the step's tables; with `plan.ahead` those of the next steps, each (ahead, ...); with `plan.rows`
+    the step's weights; the caches.
     """
 
     def __init__(self, model: TrajectoryModel, plan: SegmentPlan, tables: tuple[str, ...]) -> None:
@@ -85,6 +86,7 @@ class Trunk(nn.Module):
         self.model = model
         self.plan = plan
         self.tables = tables
+        self.taken = (*((REUSE_ROWS,) if plan.rows else ()), *plan.reads)
         self.residual = nn.ModuleList(Residual(branch) for branch in model.branches)
 
     def begin(self, x: Tensor, rest: tuple[Tensor, ...], reads: Sequence[str]) -> tuple[Stream, Parts, Cached]:
@@ -97,14 +99,22 @@ class Trunk(nn.Module):
         return stream, (parts, *later), dict(zip(reads, rest, strict=True))
 
     def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        stream, parts, cached = self.begin(x, rest, self.plan.reads)
+        stream, parts, cached = self.begin(x, rest, self.taken)
         if AHEAD in cached:
-            return (self.model.head(stream[0] + cached[AHEAD], parts[0]),)
+            return (self.model.head(stream[0] + self._reused(cached), parts[0]),)
         made = {}
         for name, residual in zip(self.model.spec.branches, self.residual, strict=True):
             made[name], stream = residual(stream, cached.get(name), parts)
         made |= {f"{AHEAD}.{k}": total for k, total in enumerate(stream) if k}
         return self.model.head(stream[0], parts[0]), *(made[name] for name in self.plan.writes)
+
+    def _reused(self, cached: Cached) -> Tensor:
+        """What all branches together are taken to add: the sum that was made, or sums by their weights and a shift."""
+        if not self.plan.rows:
+            return cached[AHEAD]
+        weights = cached[REUSE_ROWS].unbind()
+        terms = [weight * cached[name] for weight, name in zip(weights, self.plan.reads, strict=False)]
+        return sum([*terms[1:], *weights[len(terms) :]], start=terms[0])
 
     def _tables(self, rest: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """The tables by name, and the inputs after them."""
@@ -184,13 +194,15 @@ def segments_of(model: TrajectoryModel, program: Program) -> Iterator[Segment]:
             f"cache.{name}": torch.randn(len(x), *model.spec.branch_shape, generator=generator) for name in plan.reads
         }
         later = {f"{AHEAD}.{name}": _later_rows(table, plan.ahead) for name, table in conditioned.items() if plan.ahead}
-        inputs = {"x": x, **step, **later, **cached}
+        row = torch.randn(plan.rows, model.spec.branch_shape[-1], generator=generator)
+        rows = {REUSE_ROWS: row} if plan.rows else {}
+        inputs = {"x": x, **step, **later, **rows, **cached}
         yield Segment(
             name=plan.name,
             module=Trunk(model, plan, tuple(step)),
             inputs=inputs,
             outputs=("out", *(f"cache.{name}" for name in plan.writes)),
-            open_dims={name: {1 if name in later else 0: "batch"} for name in inputs},
+            open_dims={name: {1 if name in later else 0: "batch"} for name in inputs} | {name: {} for name in rows},
         )
     if DECODE in program.epilogue and model.decoder is not None:
         yield Segment(DECODE, Decode(model.decoder), {"latent": x[:2]}, ("image",), {"latent": {0: "batch"}})

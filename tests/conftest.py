@@ -49,6 +49,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
         "per-step": made("per-step", policy="fora:2", scales="per-step", midpoint="bounded", vc="none"),
         "fp32-cached": made("fp32-cached", policy="fora:2", precision="fp32", vc="none"),
         "fp32-branches": made("fp32-branches", policy="fora:2", precision="fp32", vc="none", caches="branches"),
+        "fp32-taylor": made("fp32-taylor", policy="fora:2", precision="fp32", vc="none", reuse="taylor"),
+        "fp32-affine": made("fp32-affine", policy="fora:2", precision="fp32", vc="none", reuse="affine"),
         "fp32-none": made("fp32-none", policy="none", precision="fp32", vc="none"),
         "fp32-fora1": made("fp32-fora1", policy="fora:1", precision="fp32", vc="none"),
     }

@@ -56,6 +56,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("fp32", SMALL, {"precision": "fp32"}),
         ("odd-addresses", NARROW, {"batch": 1}),  # a step's row of the table is no multiple of 256 bytes
         ("partial-rows", SMALL, {"policy": str(schedule)}),
+        ("affine", SMALL, {"reuse": "affine"}),
+        ("taylor", SMALL, {"reuse": "taylor", "policy": "fora:2"}),
         ("per-step", SMALL, {"policy": str(schedule), "scales": "per-step", "midpoint": "bounded"}),
     ):
         compile_model(small_model(config), folder / name, QUICK.model_copy(update=changes))

@@ -227,6 +227,53 @@ def test_a_schedule_that_gains_nothing_from_sums_keeps_the_branches(schedule: Ca
     assert compiled(schedule, caches="sums") == compiled(schedule)
 
 
+def extrapolating(schedule: CacheSchedule) -> CacheSchedule:
+    return schedule.model_copy(update={"reuse": "taylor"})
+
+
+@LAW
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 4))
+def test_an_extrapolating_step_reads_its_sums_of_the_last_two_steps_that_computed(skips: list[int], last: int) -> None:
+    """Intervals of any length: the sum each of them made for just this step, from a slot that still holds it."""
+    marks = [mark for count in [*skips, last + 1] for mark in ("xxxxx", *["....."] * count)]
+    program = compiled(extrapolating(rows(*marks)), caches="sums")
+    slots: dict[int, tuple[str, int]] = {}
+    computed: list[int] = []
+    for step, row in zip(program.steps, marks, strict=True):
+        made_by = [] if row[0] == "x" else computed[-2:][::-1]
+        read = dict(step.cache_ports)
+        for maker, port in zip(made_by, ("cache.ahead", "cache.before"), strict=False):
+            assert slots[read[port]] == (f"ahead.{step.index - maker}", maker)
+        assert step.segment == ("full", "reuse", "extrapolate")[len(made_by)]
+        assert len(step.reads) == len(made_by)
+        computed += [step.index] if row[0] == "x" else []
+        slots |= {slot: (value, step.index) for value, slot in step.writes.items()}
+
+
+def test_only_sums_that_some_step_reads_are_made() -> None:
+    program = compiled(extrapolating(fora(3, 9)), caches="sums")
+    full, reuse, extrapolate = program.segments
+    assert (full.writes, full.ahead) == (("ahead.1", "ahead.2", "ahead.4", "ahead.5"), 5)
+    assert (reuse.reads, reuse.rows) == (("ahead",), 0)
+    assert (extrapolate.reads, extrapolate.rows) == (("ahead", "before"), 2)
+
+
+def test_a_correction_takes_its_numbers_at_every_step_that_reuses() -> None:
+    program = compiled(fora(3, 9).model_copy(update={"reuse": "affine"}), caches="sums")
+    plain = compiled(fora(3, 9), caches="sums")
+    assert [(plan.name, plan.rows) for plan in program.segments] == [("full", 0), ("reuse", 2)]
+    assert program.steps == plain.steps
+
+
+@pytest.mark.parametrize(
+    "schedule", [rows("xxx", "x..", "...", "xxx"), rows("xxx", "xxx"), rows("xx", "..", "..", "..")]
+)
+@pytest.mark.parametrize("caches", ["sums", "branches"])
+def test_what_has_no_sums_is_only_held(schedule: CacheSchedule, caches: Caches) -> None:
+    with pytest.raises(InputError, match="--reuse taylor works on sums made ahead: it needs a policy that reuses"):
+        compiled(extrapolating(schedule), caches=caches)
+
+
 def hand_made(*steps: Step) -> Program:
     return Program(branches=("b0", "b1"), steps=steps, segments=(), slots=2)
 
@@ -244,6 +291,16 @@ def test_check_refuses_a_slot_that_another_branch_has_taken() -> None:
         Step(index=2, t=0, segment="reuse", reads={"b0": 0}),
     )
     with pytest.raises(InputError, match=r"step 2 reads b0 from slot 0, which holds b1"):
+        program.check()
+
+
+def test_check_refuses_a_sum_that_was_made_for_another_step() -> None:
+    program = hand_made(
+        Step(index=0, t=2, segment="full", writes={"ahead.2": 0}),
+        Step(index=1, t=1, segment="full", writes={"ahead.2": 0}),
+        Step(index=2, t=0, segment="reuse", reads={"ahead.2": 0}),
+    )
+    with pytest.raises(InputError, match=r"step 2 reads ahead\.2 from slot 0, which holds ahead\.2 of step 1"):
         program.check()
 
 

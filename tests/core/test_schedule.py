@@ -150,7 +150,7 @@ def test_a_missing_schedule_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_reuse_that_nothing_implements_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "taylor.json"
-    path.write_text(json.dumps({"compute": [[True] * 4] * 2, "reuse": "taylor"}))
-    with pytest.raises(InputError, match=r"taylor\.json is not a schedule"):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps({"compute": [[True] * 4] * 2, "reuse": "spline"}))
+    with pytest.raises(InputError, match=r"odd\.json is not a schedule"):
         schedule_for(str(path), SPEC, 2)

@@ -1,0 +1,109 @@
+"""The stage that fits what a reuse returns: numbers per step and channel, in a closed loop against the FP program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.bundle import write_tables
+from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.stages import Tables, exact_trajectory, start_requests
+from ditc.engines.recording import RecordedRun, RecordingBackend
+from ditc.engines.scale_table import step_inputs
+from ditc.files import atomic_write
+from ditc.program import AHEAD, CONDITION, DECODE, FULL, REUSE_ROWS
+from ditc.runtime.approximation import Moments, Rows, fitted_rows
+from ditc.runtime.executor import Executor, Samples
+from ditc.runtime.pipeline import open_engines
+
+__all__ = ["approximate"]
+
+# images of their own: what fits the compensation afterwards has not been fitted already
+REUSE_NOISE = 4_000_003
+
+
+def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
+    """approximate.safetensors with the rows of every step, and approximation.json with their range.
+
+    The compiled requests are walked in lockstep. In front of a step that reuses, its numbers are fitted over all of
+    them: from the sum that it will add to the one that FP adds at that step of its own, uncached trajectory.
+    """
+    count, steps = plan.options.vc_images, plan.program.steps
+    exact = exact_trajectory(plan, segments, count, REUSE_NOISE, "approximate")
+    rows = plan.reuse_tables[REUSE_ROWS]
+    target = _Target.of(plan, segments)
+    with _recorded(plan, compiled, tables, rows) as (runner, runs):
+        requests = start_requests(plan, runner, count, REUSE_NOISE)
+        made: list[RecordedRun] = []
+        for step in steps:
+            moments = Moments.empty(rows.shape[-1])
+            for value in step.reads:  # one sum, or none
+                for (part, _), run in zip(requests, made, strict=True):
+                    x = exact[step.index - 1][part.start : part.stop]
+                    moments = moments.add(run.outputs[f"cache.{value}"], target.sums(step.index, x, part))
+                rows[step.index] = fitted_rows(plan.options.reuse, moments, count)
+            for _, request in requests:
+                next(request)
+            if runs:
+                made = [*runs]
+                runs.clear()
+    write_tables(folder / "approximate.safetensors", {REUSE_ROWS: rows})
+    atomic_write(folder / "approximation.json", json.dumps(_summary(plan, rows), indent=1).encode() + b"\n")
+
+
+@contextmanager
+def _recorded(
+    plan: Plan, compiled: Segments, tables: Tables, rows: Rows
+) -> Iterator[tuple[Executor, list[RecordedRun]]]:
+    """The compiled program, reading `rows` as they are when a step begins, and the runs of `full` as they come."""
+    recorder = RecordingBackend(plan.backend, {FULL: range(plan.options.vc_images * len(plan.program.steps))})
+    names = [name for name in plan.program.calls if name != DECODE]
+    with ExitStack() as stack:
+        engines = open_engines(stack, recorder, {name: compiled[name] for name in names})
+        inputs = {**step_inputs(tables), REUSE_ROWS: rows}
+        executor = Executor(plan.spec, plan.program, plan.table, engines, plan.options.cfg, step_inputs=inputs)
+        yield executor, recorder.runs[FULL]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The FP network: what all its branches together add at a step, with that step's own gates."""
+
+    plan: Plan
+    condition: Any
+    full: Any
+
+    @staticmethod
+    def of(plan: Plan, segments: Segments) -> _Target:
+        return _Target(plan, *(plan.backend.session(segments[name]) for name in (CONDITION, FULL)))
+
+    def sums(self, step: int, x: Samples, part: range) -> NDArray[np.float32]:
+        """(rows, *branch_shape) for samples (images, ...) that are images `part` of the plan's."""
+        labels = self.plan.labels(part.stop)[part.start :]
+        every = [*labels, *[self.plan.guidance_label] * len(labels)] if self.plan.halves == 2 else labels
+        names = [port.name for port in self.condition.get_outputs()]
+        t = self.plan.table["t"][step : step + 1].astype(np.float32)
+        found = self.condition.run(names, {"t": t, "y": np.array(every, np.int64)})
+        tables = dict(zip(names, found, strict=True))
+        feeds = {"x": np.concatenate([x] * self.plan.halves), **{name: table[0] for name, table in tables.items()}}
+        for name, table in tables.items():  # the next step's gates are this step's
+            feeds[f"{AHEAD}.{name}"] = np.repeat(table, self.plan.program.segment(FULL).ahead, axis=0)
+        taken = {port.name: feeds[port.name] for port in self.full.get_inputs()}
+        return np.asarray(self.full.run([f"cache.{AHEAD}.1"], taken)[0])
+
+
+def _summary(plan: Plan, rows: Rows) -> dict[str, Any]:
+    """What the manifest keeps: over the steps that reuse, the range and the mean of each number."""
+    used = rows[[step.index for step in plan.program.steps if step.reads]]
+    numbers = {
+        name: {"least": float(part.min()), "mean": float(part.mean()), "largest": float(part.max())}
+        for name, part in zip(("scale", "shift"), np.moveaxis(used, 1, 0), strict=True)
+    }
+    return {"method": plan.options.reuse, "images": plan.options.vc_images, **numbers}
