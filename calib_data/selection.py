@@ -18,7 +18,7 @@ from ditc.calib_data.pool import Pool
 from ditc.calib_data.tap import TapSettings, tap_embedding
 from ditc.errors import InputError, unknown_name
 
-__all__ = ["SELECTORS", "SelectionOptions", "check_selector", "cluster_quotas", "select_points"]
+__all__ = ["SELECTORS", "SelectionOptions", "check_selector", "cluster_quotas", "select_points", "tap_clusters"]
 
 Indices = NDArray[np.int64]
 
@@ -71,8 +71,13 @@ def kmeans_points(pool: Pool, options: SelectionOptions) -> Indices:
 
 def tap_points(pool: Pool, options: SelectionOptions) -> Indices:
     """Temporal-aware parallel clustering (see `tap`); points from every cluster."""
+    return _from_clusters(tap_clusters(pool, options), options)
+
+
+def tap_clusters(pool: Pool, options: SelectionOptions) -> NDArray[np.int64]:
+    """The cluster that TAP puts each point in, (n,)."""
     embedding = tap_embedding(pool.flat, pool.step, options.cluster_count, options.tap, _rng(options))
-    return _from_clusters(_kmeans(embedding, options), options)
+    return _kmeans(embedding, options)
 
 
 SELECTORS: dict[str, Callable[[Pool, SelectionOptions], Indices]] = {

@@ -10,6 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from ditc.compiler.bench_options import BenchOptions
 from ditc.compiler.machine import machine
 from ditc.compiler.match import bench_labels
@@ -79,9 +81,11 @@ def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> dict[str, A
     """Observed requests: every call by itself, and the share of them that is not inside an engine.
 
     The conditioning is what comes before the first step, decoding what comes after the last, NumPy around them and all.
+    `steps` has the median of each step.
     """
     engine: dict[str, list[float]] = defaultdict(list)
     outside: list[float] = []
+    steps: dict[tuple[int, float, str], list[tuple[float, float]]] = defaultdict(list)
     for number in range(requests):
         asked = perf_counter()
         for event in pipe.generate(labels, seed=number):
@@ -92,6 +96,7 @@ def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> dict[str, A
                 engine[DECODE].append(around)
             engine[event.segment].append(event.engine_seconds)
             outside.append(event.seconds - event.engine_seconds)
+            steps[event.index, event.t, event.segment].append((event.seconds, event.engine_seconds))
             asked = perf_counter()
     total = sum(sum(times) for times in engine.values()) + sum(outside)
     return {
@@ -99,6 +104,11 @@ def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> dict[str, A
         "outside_engines": _spread(
             latency_of(outside), share=sum(outside) / total, seconds_per_step=sum(outside) / len(outside)
         ),
+        "steps": [
+            {"index": index, "t": t, "segment": segment, "seconds": whole, "engine_seconds": inside}
+            for (index, t, segment), times in steps.items()
+            for whole, inside in [np.median(times, axis=0).tolist()]
+        ],
     }
 
 

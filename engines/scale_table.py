@@ -61,6 +61,12 @@ class ScaleTable(Record):
                 raise ValueError(f"scale of {name} is {wrong[0]}, expected a positive number")
         return self
 
+    def reach(self, path: str, step: int) -> float:
+        """The largest magnitude that INT8 stands for at a layer and a step; what is beyond it clips."""
+        scale = self.steps[path][step] if self.steps else self.scales[path]
+        middles = self.midpoints.get(path, (0,))
+        return scale * (LEVELS + abs(middles[step] if self.steps and path in self.midpoints else middles[0]))
+
     @property
     def midpoint_columns(self) -> list[int]:
         """The columns of layers that have a midpoint, in order."""

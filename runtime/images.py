@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from ditc.files import writing
 
-__all__ = ["grid", "save_png", "to_bytes"]
+__all__ = ["grid", "png_bytes", "save_png", "to_bytes"]
 
 
 def to_bytes(images: NDArray[Any]) -> NDArray[np.uint8]:
@@ -33,12 +34,17 @@ def grid(rows: Sequence[NDArray[Any]], *, scale: int = 1, gap: int = 2) -> NDArr
     return picture
 
 
-def save_png(image: NDArray[Any], path: Path) -> None:
+def png_bytes(image: NDArray[Any]) -> bytes:
     """One image (channels, height, width) in [-1, 1]; 1 channel is grey, 3 are RGB, of any other count the first 3."""
     from PIL import Image
 
-    pixels = to_bytes(image)
-    picture = Image.fromarray(pixels[0] if len(pixels) in (1, 2) else np.moveaxis(pixels[:3], 0, -1))
+    pixels, data = to_bytes(image), BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) in (1, 2) else np.moveaxis(pixels[:3], 0, -1)).save(data, "png")
+    return data.getvalue()
+
+
+def save_png(image: NDArray[Any], path: Path) -> None:
+    """One image as `png_bytes` makes it, as a file."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        path.write_bytes(png_bytes(image))

@@ -27,7 +27,7 @@ def test_generating_from_a_bundle_loads_no_torch(cached_bundle_path: Path) -> No
     assert loaded.isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("command", ["run", "verify", "evaluate", "inspect", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["run", "verify", "evaluate", "inspect", "bench", "report", "doctor"])
 def test_a_deployment_runs_every_command_but_those_that_make_graphs_without_the_compiler(
     command: str, cached_bundle_path: Path, tmp_path: Path
 ) -> None:
@@ -38,6 +38,7 @@ def test_a_deployment_runs_every_command_but_those_that_make_graphs_without_the_
         "evaluate": ["evaluate", str(cached_bundle_path), *"--images 8 --seeds 0 --rounds 5 --step-images 2".split()],
         "inspect": ["inspect", str(cached_bundle_path)],
         "bench": ["bench", str(cached_bundle_path), "--requests", "1"],
+        "report": ["report", str(cached_bundle_path), *f"--images 1 --requests 1 -o {tmp_path / 'r.html'}".split()],
         "doctor": ["doctor"],
     }[command]
     code = f"import sys\nfor name in {COMPILE_ONLY!r}: sys.modules[name] = None\n"
