@@ -124,7 +124,7 @@ def _probe(
 
     The FP segment is cut down to what linear layers read, in a folder of its own.
     """
-    from ditc.compiler.stages import calibration_feeds
+    from ditc.compiler.calibrating import calibration_feeds
     from ditc.engines.backend import runnable_path
     from ditc.engines.onnxrt import OnnxRuntimeBackend
     from ditc.engines.scales import activation_probe
