@@ -67,6 +67,14 @@ def onnxruntime_cpu() -> Finding:
     return Finding("target cpu", bool(kernel), f"{found}; INT8 linear layer runs as {kernel}; {features}")
 
 
+def openvino_cpu() -> Finding:
+    """What is left to ONNX Runtime is the target cpu's matter."""
+    found = installed("openvino")
+    if found is None:
+        return Finding("target openvino", False, "not installed; install with: pip install 'ditc[openvino]'")
+    return Finding("target openvino", True, found)
+
+
 def integer_kernel() -> str:
     """The kernel that ONNX Runtime picks for one quantized linear layer."""
     import numpy as np
@@ -187,6 +195,7 @@ CHECKS: tuple[Callable[[], Finding | None], ...] = (
     jetpack,
     compile_stages,
     onnxruntime_cpu,
+    openvino_cpu,
     gpu,
     tensorrt,
     onnxruntime_cuda,

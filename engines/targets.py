@@ -27,6 +27,13 @@ def _cpu(store: Path | None) -> Backend:
     return OnnxRuntimeBackend()
 
 
+def _openvino(store: Path | None) -> Backend:
+    _refuse_store("openvino", store)
+    from ditc.engines.openvino_host import OpenVinoBackend
+
+    return OpenVinoBackend()
+
+
 def _tensorrt(store: Path | None) -> DeviceBackend:
     from ditc.engines.trt_runtime import TensorRTBackend
 
@@ -48,6 +55,7 @@ def _ort_tensorrt(store: Path | None) -> DeviceBackend:
 
 TARGETS: dict[str, Opener] = {
     "cpu": _cpu,
+    "openvino": _openvino,
     "cuda": _cuda,
     "tensorrt": _tensorrt,
     "ort-tensorrt": _ort_tensorrt,
