@@ -416,7 +416,7 @@ def evaluate_command(bundle: Path, seeds: str, save: Path | None, json_: bool, *
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The page; default BUNDLE-report.html.")
 @click.option("--images", type=int, default=16, show_default=True, help="Images to hold against FP, step by step.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the noise.")
-@click.option("--requests", type=int, default=5, show_default=True, help="Full batches to time.")
+@click.option("--requests", type=int, default=10, show_default=True, help="Full batches to time.")
 @click.option(
     "--against",
     metavar="PEER,...|all|none",

@@ -31,11 +31,11 @@ BUNDLE_KEYS: Keys = (("bundle", "bundle"),)
 BOTH_KEYS: Keys = (("bundle", "bundle"), ("bare", "without compensation (K = 1)"))
 
 
-def figure(title: str, unit: str, keys: Keys, chart: Markup) -> Markup:
-    """A chart under its title, with what its colours stand for."""
+def figure(title: str, unit: str, keys: Keys, *charts: Markup) -> Markup:
+    """Charts under one title, with what their colours stand for."""
     legend = [element("span", element("i", class_=kind), text, class_="key") for kind, text in keys]
     caption = element("figcaption", element("b", title), element("span", unit, class_="unit"), *legend)
-    return element("figure", caption, chart)
+    return element("figure", caption, *charts)
 
 
 def program_figure(program: Program) -> Markup:
@@ -95,24 +95,25 @@ def drift_figures(drift: Drift) -> list[Markup]:
     """The error of the samples after each step, and the drift of each channel's variance."""
     sides = [(drift.bundle, "bundle"), *([(drift.uncompensated, "bare")] if drift.uncompensated else [])]
     keys = BOTH_KEYS if drift.uncompensated else BUNDLE_KEYS
-    errors = [(side.relative_error, kind) for side, kind in sides]
-    first = _curves("Error of the samples", "norm of the difference over norm of FP's", keys, errors, signed=False)
+    unit = "norm of the difference over norm of FP's"
+    errors = _curves("Error of the samples", unit, [(side.relative_error, kind) for side, kind in sides], signed=False)
+    return [figure("Error of the samples", unit, keys, errors), _variance_figure(sides, keys)]
+
+
+def _variance_figure(sides: Sequence[tuple[StepDrift, str]], keys: Keys) -> Markup:
+    """A chart for each channel, all on one axis."""
+    title, unit = "Drift of the variance", "variance over FP's, less 1"
     channels = _widest_channels([side for side, _ in sides])
-    count = len(drift.bundle.variance_drift[0])
-    values = [[[row[channel] for row in side.variance_drift] for side, _ in sides] for channel in channels]
-    axis = axis_for(list(chain.from_iterable(chain.from_iterable(values))), unit="%", signed=True, scale=PERCENT)
-    rest = [
-        _curves(
-            "Drift of the variance" + (f", channel {channel}" if count > 1 else ""),
-            "variance over FP's, less 1",
-            keys if number == 0 else (),
-            [(curve, kind) for curve, (_, kind) in zip(curves, sides, strict=True)],
-            signed=True,
-            axis=axis,
-        )
-        for number, (channel, curves) in enumerate(zip(channels, values, strict=True))
+    curves = {n: [([row[n] for row in side.variance_drift], kind) for side, kind in sides] for n in channels}
+    every = [value for pair in curves.values() for curve, _ in pair for value in curve]
+    axis = axis_for(every, unit="%", signed=True, scale=PERCENT)
+    if len(sides[0][0].variance_drift[0]) == 1:
+        return figure(title, unit, keys, _curves(title, unit, curves[0], signed=True, axis=axis))
+    charts = [
+        figure(f"channel {n}", "", (), _curves(f"{title}, channel {n}", unit, pair, signed=True, axis=axis))
+        for n, pair in curves.items()
     ]
-    return [first, *([element("div", *rest, class_="small")] if count > 1 else rest)]
+    return figure(title, unit, keys, element("div", *charts, class_="small"))
 
 
 def _widest_channels(sides: Sequence[StepDrift]) -> list[int]:
@@ -125,29 +126,25 @@ def _widest_channels(sides: Sequence[StepDrift]) -> list[int]:
 def compensation_figure(k: Sequence[Sequence[float]]) -> Markup:
     """K of every step, a line for each channel."""
     curves = [([row[channel] - 1 for row in k], "bundle" if len(k[0]) == 1 else "thin") for channel in range(len(k[0]))]
-    return _curves("Compensation", "K of each step, less 1", (), curves, signed=True)
+    unit = "K of each step, less 1"
+    return figure("Compensation", unit, (), _curves("Compensation", unit, curves, signed=True))
 
 
 def _curves(
-    title: str,
-    unit: str,
-    keys: Keys,
-    curves: Sequence[tuple[Sequence[float], str]],
-    *,
-    signed: bool,
-    axis: Axis | None = None,
+    title: str, unit: str, curves: Sequence[tuple[Sequence[float], str]], *, signed: bool, axis: Axis | None = None
 ) -> Markup:
     """Shares over the steps, in percent."""
     sign = "+" if signed else ""
     found = axis or axis_for(list(chain.from_iterable(c for c, _ in curves)), unit="%", signed=signed, scale=PERCENT)
     named = {"bundle": "bundle", "bare": "without compensation", "thin": "a channel"}
-    last = ", ".join(f"{named[kind]} {curve[-1]:{sign}.2%}" for curve, kind in curves)
-    hints = tuple(
-        f"step {step}: " + ", ".join(f"{named[kind]} {curve[step]:{sign}.3%}" for curve, kind in curves)
-        for step in range(len(curves[0][0]))
-    )
-    chart = Chart(title, f"{unit}, over {len(hints)} steps; after the last one: {last}", PLOT, len(hints), hints)
-    return figure(title, unit, keys, lines(chart, found, [Line(curve, kind) for curve, kind in curves]))
+
+    def at(step: int, decimals: int) -> str:
+        return ", ".join(f"{named[kind]} {curve[step]:{sign}.{decimals}%}" for curve, kind in curves)
+
+    steps = len(curves[0][0])
+    description = f"{unit}, over {steps} steps; after the last one: {at(-1, 2)}"
+    chart = Chart(title, description, PLOT, steps, tuple(f"step {step}: {at(step, 3)}" for step in range(steps)))
+    return lines(chart, found, [Line(curve, kind) for curve, kind in curves])
 
 
 def activation_figures(found: Activations, steps: int) -> Markup:

@@ -60,20 +60,25 @@ def pairs_table(caption: str, values: Mapping[str, str]) -> Markup:
 
 
 def segment_table(manifest: Manifest, speed: Speed | None) -> Markup:
-    """Calls, times and bytes of every segment. Other forms share the weights of the portable one."""
+    """Calls, bytes and, where they are known, times of every segment. Other forms share the portable one's weights."""
     rows = []
     for name in manifest.program.calls:
         portable, forms = segment_bytes(manifest, name)
         calls = sum(step.segment == name for step in manifest.program.steps) or 1
-        times = ("", "", "")
-        if speed is not None and (found := speed.segments.get(name)) is not None:
-            latency = found.latency
-            times = f"{latency.median * 1e3:,.3f}", f"{latency.p90 * 1e3:,.3f}", f"{found.share:.1%}"
+        times = _times(name, speed) if speed is not None else ()
         rows.append((name, str(calls), *times, megabytes(portable), megabytes(forms) if forms else ""))
+    timed: tuple[str, ...] = ()
     if speed is not None:
+        timed = ("median ms", "p90 ms", "share")
         rows.append(("around the engines", "", "", "", f"{speed.outside_share:.1%}", "", ""))
-    columns = ("segment", "calls", "median ms", "p90 ms", "share", "size", "forms of backends")
-    return table("Segments of one request", columns, rows)
+    return table("Segments of one request", ("segment", "calls", *timed, "size", "forms of backends"), rows)
+
+
+def _times(name: str, speed: Speed) -> tuple[str, ...]:
+    found = speed.segments.get(name)
+    if found is None:
+        return "", "", ""
+    return f"{found.latency.median * 1e3:,.3f}", f"{found.latency.p90 * 1e3:,.3f}", f"{found.share:.1%}"
 
 
 def segment_bytes(manifest: Manifest, name: str) -> tuple[int, int]:

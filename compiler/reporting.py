@@ -44,7 +44,7 @@ class ReportOptions:
 
     images: int = 16
     seed: int = 1
-    requests: int = 5
+    requests: int = 10
     against: tuple[str, ...] | None = None
     evaluate_images: int | None = None
     evaluate_seeds: tuple[int, ...] = (0, 1, 2)
@@ -105,7 +105,7 @@ def report_bundle(
         ditc_version=ditc.__version__,
         machine=machine(),
         settings={"images": options.images, "seed": options.seed, "requests": options.requests},
-        place=_place_text(bundle, place, elsewhere),
+        place=_place_text(bundle, place),
         manifest=bundle.manifest,
         pictures=samples.pictures,
         fidelity=samples.fidelity,
@@ -161,9 +161,11 @@ def _runnable_place(bundle: Bundle, place: Place) -> tuple[Place, str]:
         return replace(place, target=DEFAULT_TARGET, engines=None), reason
 
 
-def _place_text(bundle: Bundle, place: Place, elsewhere: str) -> str:
-    target = place.target or str(bundle.manifest.settings.get("target", DEFAULT_TARGET))
-    return f"{target}: {elsewhere}" if elsewhere else target
+def _place_text(bundle: Bundle, place: Place) -> str:
+    """The target that ran, beside the bundle's own where that is another one."""
+    own = str(bundle.manifest.settings.get("target", DEFAULT_TARGET))
+    ran = place.target or own
+    return ran if ran == own else f"{ran}, compiled for {own}"
 
 
 def _speed(bundle: Bundle, options: ReportOptions, place: Place, progress: Progress) -> Speed:

@@ -24,6 +24,10 @@ FLAGS = (
 ON_ITS_DESCRIPTORS = 'exec "$@" 3<&{commands} 4>&{answers}'
 
 
+class BrowserGoneError(Exception):
+    """The browser has ended, or never began."""
+
+
 @dataclass
 class Tab:
     """One page. `problems` are its console errors, exceptions and whatever it tried to load."""
@@ -41,8 +45,11 @@ class Tab:
         message = {"id": self.sent, "method": method, "params": params}
         if self.session:
             message["sessionId"] = self.session
-        self.commands.write(json.dumps(message).encode() + b"\0")
-        self.commands.flush()
+        try:
+            self.commands.write(json.dumps(message).encode() + b"\0")
+            self.commands.flush()
+        except BrokenPipeError as e:
+            raise BrowserGoneError from e
         while (answer := self._next()).get("id") != self.sent:
             self._note(answer)
         assert "error" not in answer, answer
@@ -82,7 +89,8 @@ class Tab:
         message = bytearray()
         while (byte := self.answers.read(1)) not in (b"\0", b""):
             message += byte
-        assert message, "the browser has gone"
+        if not message:
+            raise BrowserGoneError
         found: dict[str, Any] = json.loads(message)
         return found
 
@@ -100,8 +108,8 @@ class Tab:
 
 
 @contextmanager
-def opened_tab(browser: str, profile: Path) -> Iterator[Tab]:
-    """A page of a browser that lives as long as the block."""
+def opened_tab(browser: str, profile: Path) -> Iterator[Tab | None]:
+    """A page of a browser that lives as long as the block; None where it does not start."""
     (their_end, commands), (answers, their_answers) = os.pipe(), os.pipe()
     script = ON_ITS_DESCRIPTORS.format(commands=their_end, answers=their_answers)
     process = subprocess.Popen(
@@ -115,7 +123,11 @@ def opened_tab(browser: str, profile: Path) -> Iterator[Tab]:
     try:
         with os.fdopen(commands, "wb") as to_it, os.fdopen(answers, "rb") as from_it:
             tab = Tab(to_it, from_it)
-            target = tab.call("Target.createTarget", url="about:blank")["targetId"]
+            try:
+                target = tab.call("Target.createTarget", url="about:blank")["targetId"]
+            except BrowserGoneError:
+                yield None
+                return
             tab.session = tab.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
             for domain in ("Page", "Runtime", "Log", "Network"):
                 tab.call(f"{domain}.enable")
@@ -137,4 +149,6 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     if browser is None:
         pytest.skip(f"no browser here: none of {', '.join(NAMES)} is installed")
     with opened_tab(browser, tmp_path_factory.mktemp("browser")) as found:
+        if found is None:
+            pytest.skip(f"{browser} does not start here")
         yield found

@@ -47,6 +47,8 @@ def test_bench_counts_every_call_and_traces_the_layers(
     }
     shares = sum(times["share"] for times in printed["segments"].values()) + printed["outside_engines"]["share"]
     assert shares == pytest.approx(1)
+    assert [(s["index"], s["segment"]) for s in printed["steps"]] == list(enumerate(["full", "reuse"] * 3))
+    assert all(0 < step["engine_seconds"] < step["seconds"] for step in printed["steps"])
     outside, medians = printed["outside_engines"], {name: s["median"] for name, s in printed["segments"].items()}
     assert outside["n"] == 18
     assert outside["least"] <= outside["seconds_per_step"] <= outside["most"]

@@ -23,7 +23,7 @@ from ditc.compiler.cli import run
 from ditc.compiler.report import Activations, Calibration, Drift, Fidelity, Pictures, Report, Skipped, Speed
 from ditc.compiler.report_page import page_from_report
 from ditc.compiler.report_samples import gain_for
-from ditc.compiler.reporting import ReportOptions, default_page, report_bundle
+from ditc.compiler.reporting import ReportOptions, check_report, default_page, report_bundle
 from ditc.engines.scale_table import ScaleTable
 from ditc.errors import CheckError, InputError
 
@@ -213,11 +213,12 @@ def test_a_bundle_for_another_target_says_what_could_not_be_measured(
     found = report_bundle(path, QUICK)
     assert isinstance(found.speed, Skipped)
     assert "the bundle is for cuda, which does not run here (" in found.speed.skipped
-    assert found.place.startswith("cpu: the bundle is for cuda")
+    assert found.place == "cpu, compiled for cuda"
     assert isinstance(found.drift, Drift)  # its portable segments run here
     text = page_from_report(found, "x.json")
     assert "Not timed: the bundle is for cuda" in text
     assert "Latency of each step" not in text
+    assert "median ms" not in text
     with pytest.raises(InputError, match="--fail-if-slower needs latencies, and the bundle is for cuda"):
         report_bundle(path, replace(QUICK, against=("torch-f32",), fail_if_slower=1.0))
 
@@ -272,20 +273,33 @@ def test_the_command_writes_a_page_and_its_numbers_beside_the_bundle(
     assert default_page(Path()) == tmp_path / "mine-report.html"
 
 
-def test_the_gates_are_those_of_evaluate_and_bench(
+def test_a_page_is_written_before_a_gate_shuts(
     bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "r.html"
-    line = f"report {bundles['cached'].path} -o {page} {QUICK_LINE.replace('none', 'onnxruntime-f32')}"
-    few = "--evaluate-images 8 --evaluate-seeds 0"
-    assert run(f"{line} {few} --fail-if-worse=-1000 --fail-if-slower 0.000001".split()) == 1
+    line = f"report {bundles['cached'].path} -o {page} {QUICK_LINE} --evaluate-images 8 --evaluate-seeds 0"
+    assert run(f"{line} --fail-if-worse=-1000".split()) == 1
     assert "the Frechet distance is worse than FP's by" in capsys.readouterr().err
     assert "Against real images: features pixels" in page.read_text()
-    page.unlink()
-    assert run(f"{line} --fail-if-slower 1000000".split()) == 1
-    assert "expected at least 1e+06x (--fail-if-slower)" in capsys.readouterr().err
-    assert page.exists()  # a page is written before the gate shuts
-    assert run(f"{line} {few} --fail-if-worse 1000 --fail-if-slower 0.000001".split()) == 0
+
+
+def test_the_gates_are_those_of_evaluate_and_bench(cached: Report) -> None:
+    gated = ReportOptions(against=("onnxruntime-f32",), fail_if_slower=1e6)
+    with pytest.raises(CheckError, match=r"of onnxruntime-f32 takes .* expected at least 1e\+06x"):
+        check_report(cached, gated)
+    check_report(cached, replace(gated, fail_if_slower=1e-6))
+    difference = {"frechet_distance": {"value": 0.5, "low": 0.1, "high": 0.9}}
+    evaluated = cached.model_copy(update={"evaluation": {"distribution": {"difference": difference}}})
+    with pytest.raises(CheckError, match=r"interval 0\.1 to 0\.9, all above 0\.05"):
+        check_report(evaluated, ReportOptions(fail_if_worse=0.05))
+    check_report(evaluated, ReportOptions(fail_if_worse=0.2))
+
+
+def test_a_gate_asks_for_what_it_needs() -> None:
+    assert ReportOptions().evaluation is None
+    gated = ReportOptions(fail_if_worse=0.1).evaluation
+    assert gated is not None
+    assert (gated.images, gated.seeds) == (1000, (0, 1, 2))
 
 
 @pytest.mark.parametrize(

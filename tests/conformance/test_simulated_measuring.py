@@ -1,4 +1,4 @@
-"""`ditc bench --trace` and `ditc bisect` on the simulated TensorRT."""
+"""`ditc bench --trace`, `bisect`, `evaluate` and `report` on the simulated TensorRT."""
 
 from __future__ import annotations
 
@@ -73,3 +73,23 @@ def test_evaluate_measures_whole_requests_on_the_device_with_and_without_compens
     assert found["tensorrt"]["steps"]["bundle"] != found["tensorrt"]["steps"]["uncompensated"]
     assert run(f"evaluate {bundle} --target tensorrt --images 10 --batch 5".split()) == 2
     assert "these engines run 4 images at a time, found --batch 5; leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.any_version
+def test_a_report_times_and_shows_what_the_device_does(
+    built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, found = built["small"], {}
+    for target in ("cpu", "tensorrt"):
+        capsys.readouterr()
+        command = f"report {bundle} --target {target} --images 5 --requests 1 -o {tmp_path / 'r.html'} --json"
+        assert run(command.split()) == 0
+        found[target] = json.loads(capsys.readouterr().out)
+    device = found["tensorrt"]
+    assert device["place"] == "tensorrt, compiled for cpu"
+    assert [step["segment"] for step in device["speed"]["steps"]] == ["full", "reuse"] * 3
+    assert device["speed"]["against"] == {}  # the usual peer runs on the processor
+    assert len(device["pictures"]["pictures"]) == 5
+    errors = [found[target]["drift"]["bundle"]["relative_error"][-1] for target in ("cpu", "tensorrt")]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+    assert device["drift"]["bundle"] != device["drift"]["uncompensated"]
