@@ -73,9 +73,15 @@ def serving_cost(bundle: Path) -> dict[str, float]:
 
 
 def in_turn(bundles: dict[str, Path], peers: dict[str, ReadyPeer], match: Match, rounds: int) -> dict[str, Any]:
-    """Latencies of every bundle and peer: a step that computes, one that reuses, a whole run."""
+    """Latencies of every bundle and peer: a step that computes, one that reuses, a whole run.
+
+    A bundle's name ends in @TARGET where that is not the one it was compiled for.
+    """
     with ExitStack() as stack:
-        pipes = {name: stack.enter_context(ditc.load(path)) for name, path in bundles.items()}
+        pipes = {
+            name: stack.enter_context(ditc.load(path, target=name.partition("@")[2] or None))
+            for name, path in bundles.items()
+        }
         turns = {name: bundle_turn(pipe) for name, pipe in pipes.items()}
         turns |= {name: peer_turn(found.peer, match) for name, found in peers.items()}
         times = take_turns(list(turns.values()), rounds, 1, lambda *_: None)
@@ -135,6 +141,9 @@ def main() -> None:
     parser.add_argument("--size", default="dit-xl-2-256", help="another size, to try the script")
     parser.add_argument("--intervals", type=int, nargs="+", default=list(INTERVALS))
     parser.add_argument("--also", metavar="NAME=BUNDLE", nargs="*", default=[], help="further bundles to measure")
+    parser.add_argument(
+        "--targets", nargs="*", default=["openvino", "openvino-bf16"], help="where to run every bundle besides the cpu"
+    )
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--against", default=PEERS)
     parser.add_argument("--measure-only", action="store_true", help="take the bundles that are there, keep their cost")
@@ -145,6 +154,7 @@ def main() -> None:
     out = options.out or HERE / ("dit_xl_steps.json" if options.steps_only else "dit_xl.json")
     intervals = options.intervals[:1] if options.steps_only else options.intervals
     bundles = {f"fora:{n}": options.work / f"fora{n}" for n in intervals}
+    bundles |= {f"{name}@{target}": path for target in options.targets for name, path in list(bundles.items())}
     bundles |= {name: Path(path) for name, path in (other.split("=", 1) for other in options.also)}
     if options.measure_only or options.steps_only:
         cost = json.loads(out.read_text()).get("compile") if out.exists() else None

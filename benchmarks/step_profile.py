@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.compiler.ceilings import product_seconds
+from ditc.compiler.ceilings import WIDEST, product_seconds
 from ditc.compiler.machine import machine
 from ditc.compiler.printing import print_table
+from ditc.compiler.roofline import footprints_here
 from ditc.compiler.running import HERE as THIS_MACHINE
 from ditc.compiler.tracing import trace_bundle
 from ditc.engines.linears import linears_of
@@ -60,11 +62,20 @@ def profiled(path: Path) -> dict[str, Any]:
     operations = sum(count * 2 * rows * inside * outside for (rows, inside, outside), count in shapes.items())
     products = sum(kinds.get(kind, 0.0) for kind in INTEGER_KERNELS) / 1e3
     fastest = sum(count * alone[shape] for shape, count in shapes.items())
+    floats = footprints_here(bundle)["full"].float_operations
+    float_rate = 2 * prod(WIDEST) / product_seconds(WIDEST, quantized=False)
+    step = sum(kinds.values()) / 1e3
     return {
         "machine": machine(),
         "model": bundle.manifest.model.name,
         "milliseconds": kinds,
-        "step_milliseconds": sum(kinds.values()),
+        "step_milliseconds": step * 1e3,
+        "float_products": {  # those of attention, of the patches and of the head, at the rate of a large one by itself
+            "operations": floats,
+            "alone_operations_per_second": float_rate,
+            "alone_seconds": floats / float_rate,
+        },
+        "share_without_products": 1 - (products + floats / float_rate) / step,
         "int8_products": {
             "operations": operations,
             "seconds": products,
@@ -72,7 +83,7 @@ def profiled(path: Path) -> dict[str, Any]:
             "alone_seconds": fastest,
             "alone_operations_per_second": operations / fastest,
             "share_of_alone": fastest / products,
-            "share_of_step": products * 1e3 / sum(kinds.values()),
+            "share_of_step": products / step,
             "shapes": [{"shape": shape, "layers": n, "alone_seconds": alone[shape]} for shape, n in shapes.items()],
         },
     }

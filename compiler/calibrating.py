@@ -49,7 +49,7 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     model = load_model(segments["full"])
     bounds, shown = lower_bounds(model, options.midpoint), show_activations(model)
     points = options.pool_size(len(plan.recorded_steps)) * len(plan.recorded_steps)
-    if histogram_bytes(points, len(shown)) > OBSERVED_BYTES:
+    if not shown or histogram_bytes(points, len(shown)) > OBSERVED_BYTES:
         return None
     probe = segments["full"].with_name("full.observed.onnx")  # its weights lie in that folder
     save_sharing_data(model, probe)

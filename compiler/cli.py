@@ -89,7 +89,7 @@ def compile_options(command: Command) -> Command:
     return command
 
 
-TARGETS = "cpu|openvino|cuda|tensorrt|ort-tensorrt"
+TARGETS = "cpu|openvino|openvino-bf16|cuda|tensorrt|ort-tensorrt"
 
 
 def place_options(command: Command) -> Command:

@@ -28,7 +28,7 @@ LARGEST_BATCH = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided before anything runs."""
+    """What is decided before anything runs. `threads` are those of what runs on the way; 0 lets ONNX Runtime choose."""
 
     spec: ModelSpec
     options: CompileOptions
@@ -36,6 +36,7 @@ class Plan:
     reference_program: Program
     table: Mapping[str, NDArray[np.float64]]
     progress: Progress
+    threads: int = 0
 
     @property
     def halves(self) -> int:
@@ -48,7 +49,7 @@ class Plan:
 
     @property
     def backend(self) -> OnnxRuntimeBackend:
-        return OnnxRuntimeBackend()
+        return OnnxRuntimeBackend(threads=self.threads)
 
     @property
     def reuse_tables(self) -> dict[str, NDArray[np.float32]]:

@@ -31,21 +31,29 @@ from ditc.compiler.evaluating import EvaluateOptions, evaluate_bundle
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Progress
 from ditc.compiler.stages import model_digest
+from ditc.compiler.veto import VetoOptions, veto_of
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, digest_of
 from ditc.spec import Record
 
 __all__ = ["SEARCHED", "Budget", "Trial", "TuneOptions", "described", "pareto_front", "tune_model"]
 
-SEARCHED = ("policy", "ranges", "scales", "smooth", "vc")
+SEARCHED = ("policy", "ranges", "scales", "smooth", "reuse", "vc")
 QUANTIZERS = tuple(
     {"ranges": ranges, "scales": scales, "smooth": smooth}
     for smooth, scales, ranges in product(("none", "smooth"), ("static", "per-step"), ("mse", "percentile"))
 )
-CORRECTIONS = ({"vc": "none"}, {"vc": "std"}, {"vc": "lsq"})
+CORRECTIONS = (
+    {"reuse": "hold", "vc": "none"},
+    {"reuse": "hold", "vc": "std"},
+    {"reuse": "hold", "vc": "lsq"},
+    {"reuse": "taylor", "vc": "none"},  # with it compensation has nothing left to do (docs/approximators.md)
+)
 INTERVALS = (2, 3, 4, 5, 6, 8, 10)
 WINDOWS = ((2, 2), (4, 4), (8, 8))  # first and last steps that compute
 PATIENCE = 2  # intervals beyond the budget before longer ones are given up
+VETO_IMAGES = 2
+MOST_VETOED = 0.5  # of branches and steps whose change from step to step is less than quantization noise
 WORTH = 1.1  # a cache has to be this much faster than no cache
 
 
@@ -118,7 +126,9 @@ class _Search:
     base: CompileOptions
     options: TuneOptions
     judge: Callable[[str, dict[str, str]], Trial]
+    veto: Callable[[Trial], float]
     measured: list[Trial] = field(default_factory=list)
+    vetoed: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def tried(self, stage: str, changes: dict[str, str]) -> Trial:
@@ -153,7 +163,12 @@ def tune_model(
         on_trial(trial)
         return trial
 
-    search = _Search(base, options, judge)
+    def veto(trial: Trial) -> float:
+        compiled = base.model_copy(update=trial.changes)
+        bundle = compile_model(model, work / "candidate", compiled, progress=progress, force=True)
+        return veto_of(bundle.path, VetoOptions(images=VETO_IMAGES, lag=1), progress=progress).vetoed
+
+    search = _Search(base, options, judge, veto)
     _explore(search)
     chosen = _chosen(search)
     compile_model(model, target, base.model_copy(update=chosen.changes), progress=progress, force=force)
@@ -167,6 +182,14 @@ def _explore(search: _Search) -> None:
         search.tried("quantizer", {"policy": "none", "vc": "none", **changes}) for changes in _quantizers(search)
     ]
     best = max(precise, key=lambda trial: trial.psnr_db)
+    if search.base.bits is not None:
+        search.vetoed = search.veto(best)
+        if search.vetoed > MOST_VETOED:
+            search.notes.append(
+                f"quantization noise exceeds the change from step to step in {search.vetoed:.0%} of branches and "
+                f"steps, more than {MOST_VETOED:.0%}: a cache would reuse noise, none is tried (docs/evaluating.md)"
+            )
+            return
     kept = {name: value for name, value in best.changes.items() if name not in ("policy", "vc")}
     beyond = list(_schedules(search, kept))
     for first, last in WINDOWS if beyond else ():
@@ -250,6 +273,7 @@ def _report(search: _Search, chosen: Trial) -> dict[str, Any]:
         "chosen": chosen.model_dump(),
         "front": [trial.model_dump() for trial in pareto_front(search.measured)],
         "trials": [trial.model_dump() for trial in search.measured],
+        "vetoed": search.vetoed,
         "notes": search.notes,
     }
 

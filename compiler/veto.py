@@ -28,6 +28,7 @@ from ditc.bundle import Bundle
 from ditc.compiler.branch_probe import BranchProbe, condition_tables, open_branch_probe
 from ditc.compiler.guided import GuidedRun
 from ditc.errors import InputError
+from ditc.precision import quantized
 from ditc.program import CONDITION, FULL, Program
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline, load
@@ -109,7 +110,7 @@ def veto_of(
 
 def check_has_noise(bundle: Bundle) -> None:
     """Raise InputError unless the bundle is quantized."""
-    if bundle.manifest.precision != "w8a8":
+    if not quantized(bundle.manifest.precision):
         raise InputError(
             f"{bundle.path} is {bundle.manifest.precision}, the veto needs w8a8: nothing in it is quantized, so there "
             "is no noise; compile it with --precision w8a8"

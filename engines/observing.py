@@ -30,11 +30,27 @@ Numbers = NDArray[np.float64]
 
 
 def show_activations(model: ir.Model) -> tuple[str, ...]:
-    """Make what linear layers read further outputs of a segment, in place; returns their names."""
+    """Make what linear layers read further outputs of a segment, in place; returns their names.
+
+    None of them, and no names, where one is not (batch, ...) with everything but the batch known: its rows can't be
+    told apart before it is run.
+    """
+    batch = _batch_of(model)
     found = dict.fromkeys(linear.activation for linear in linears_of(model))
     shown = [value for value in found if not value.is_graph_output()]
+    if not all(value.shape is not None and _is_by_row(value.shape, batch) for value in shown):
+        return ()
     model.graph.outputs.extend(shown)
     return tuple(str(value.name) for value in shown)
+
+
+def _batch_of(model: ir.Model) -> object:
+    shape = next(value.shape for value in model.graph.inputs if value.name == "x")
+    return None if shape is None else shape[0]
+
+
+def _is_by_row(shape: ir.Shape, batch: object) -> bool:
+    return len(shape) > 0 and shape[0] == batch and all(isinstance(size, int) for size in shape[1:])
 
 
 def histogram_bytes(points: int, tensors: int) -> int:

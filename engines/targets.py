@@ -34,6 +34,13 @@ def _openvino(store: Path | None) -> Backend:
     return OpenVinoBackend()
 
 
+def _openvino_bf16(store: Path | None) -> Backend:
+    _refuse_store("openvino-bf16", store)
+    from ditc.engines.openvino_host import OpenVinoBackend
+
+    return OpenVinoBackend(rest="bf16")
+
+
 def _tensorrt(store: Path | None) -> DeviceBackend:
     from ditc.engines.trt_runtime import TensorRTBackend
 
@@ -56,6 +63,7 @@ def _ort_tensorrt(store: Path | None) -> DeviceBackend:
 TARGETS: dict[str, Opener] = {
     "cpu": _cpu,
     "openvino": _openvino,
+    "openvino-bf16": _openvino_bf16,
     "cuda": _cuda,
     "tensorrt": _tensorrt,
     "ort-tensorrt": _ort_tensorrt,

@@ -24,6 +24,7 @@ BASE: Settings = {
     "ranges": "mse",
     "scales": "static",
     "smooth": "none",
+    "reuse": "hold",
     "vc": "none",
     "vc_images": 64,
 }
@@ -40,7 +41,9 @@ STRATEGIES: Mapping[str, Settings] = {
     "vc lsq": {"vc": "lsq"},
     "vc paper": {"vc": "paper"},
     "tap + vc std": BOTH,
+    "taylor": {"reuse": "taylor"},
     "smooth": {"smooth": "smooth"},
+    "smooth + tap + taylor": {"smooth": "smooth", "select": "tap", "reuse": "taylor"},
     "smooth + tap + vc std": {"smooth": "smooth", **BOTH},
 }
 
@@ -81,7 +84,7 @@ def interval_cells() -> Iterator[Cell]:
         at = {"policy": f"fora:{interval}"}
         if model == "plain":
             yield Cell("intervals", "cache alone", model, {**at, "precision": "fp32"})
-        for name in ("naive", "tap + vc std", "smooth + tap + vc std"):
+        for name in ("naive", "tap + vc std", "smooth + tap + vc std", "smooth + tap + taylor"):
             yield Cell("intervals", name, model, {**at, **STRATEGIES[name]})
 
 

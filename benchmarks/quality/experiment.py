@@ -30,7 +30,7 @@ GROUPS = tuple(dict.fromkeys(cell.group for cell in CELLS))
 
 
 def pinned(cores: Any) -> None:
-    """A worker has a core of its own: small products gain nothing from more."""
+    """A worker has a core of its own."""
     os.sched_setaffinity(0, {cores.get()})
     import torch
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +40,7 @@ __all__ = ["MODELS", "compiled_segments", "digest_of_trial", "exported", "trial"
 REVISION = 1  # goes up when something changes what a trial measures, and all of them are run again
 MODELS: dict[str, Callable[[], DiT]] = {"plain": builtin_digits, "stressed": lambda: stressed(builtin_digits())}
 BATCH = 50
+THREADS = 1  # a worker for each core: small products gain nothing from more
 WATCHED = 100  # images whose samples are kept after every step
 
 
@@ -58,7 +59,8 @@ def digest_of_trial(cell: Cell, seed: int) -> str:
 
 def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     """The measures of one trial and of FP on the same noise."""
-    plan = make_plan(MODELS[cell.model](), CompileOptions(**cell.every_setting, seed=seed).checked())
+    options = CompileOptions(**cell.every_setting, seed=seed).checked()
+    plan = replace(make_plan(MODELS[cell.model](), options), threads=THREADS)
     segments = exported(cell.model, plan, work)
     exact = exact_side(cell, seed, work)
     with TemporaryDirectory(dir=work) as temporary:
@@ -81,7 +83,7 @@ def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
 
 def exported(model: str, plan: Plan, work: Path) -> Segments:
     """The FP segments of a model under a policy, exported once."""
-    folder = work / f"export-{digest_of([REVISION, model, plan.options.policy, plan.options.cfg])}"
+    folder = work / f"export-{digest_of([REVISION, model, plan.options.policy, plan.options.reuse, plan.options.cfg])}"
     with locked(folder):
         if not (folder / "parity.json").is_file():
             folder.mkdir(exist_ok=True)
@@ -91,7 +93,7 @@ def exported(model: str, plan: Plan, work: Path) -> Segments:
 
 def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Segments, stages.Tables]:
     """What `ditc compile` makes of the segments, and the tables beside them."""
-    compiled, tables = segments, {}
+    compiled, tables = segments, dict(plan.reuse_tables)
     if plan.options.bits is not None:
         stages.select(plan, segments, folder)
         calib = folder / "calib.npz"
@@ -134,8 +136,10 @@ def exact_side(cell: Cell, seed: int, work: Path) -> Made:
     path = work / f"fp-{digest_of([REVISION, sampler, cell.images, seed])}.npz"
     with locked(path):
         if not path.is_file():
-            options = CompileOptions(**{**cell.every_setting, "policy": "none", "precision": "fp32", "smooth": "none"})
-            plan = make_plan(MODELS["plain"](), options)
+            options = CompileOptions(
+                **{**cell.every_setting, "policy": "none", "precision": "fp32", "smooth": "none", "reuse": "hold"}
+            )
+            plan = replace(make_plan(MODELS["plain"](), options), threads=THREADS)
             found = made(plan, plan.program, exported("plain", plan, work), {}, seed, cell.images)
             np.savez(path, images=found.images, steps=found.steps)
     with np.load(path, allow_pickle=False) as arrays:

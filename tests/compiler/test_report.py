@@ -23,6 +23,7 @@ from ditc.compiler.cli import run
 from ditc.compiler.report import Activations, Calibration, Drift, Fidelity, Pictures, Report, Skipped, Speed
 from ditc.compiler.report_page import page_from_report
 from ditc.compiler.report_samples import gain_for
+from ditc.compiler.report_tables import segment_bytes
 from ditc.compiler.reporting import ReportOptions, check_report, default_page, report_bundle
 from ditc.engines.scale_table import ScaleTable
 from ditc.errors import CheckError, InputError
@@ -182,6 +183,15 @@ def test_the_page_shows_every_part(page: str, cached: Report) -> None:
     for entry in cached.manifest.files.values():
         assert entry.sha256 in page
     assert "6 DDIM steps with guidance 1.5, of which 3 compute all 4 branches and 3 reuse what those left" in page
+
+
+def test_sizes_of_segments_are_those_of_their_files(bundles: dict[str, Bundle], cached: Report) -> None:
+    folder = bundles["cached"].path / "segments"
+    every = {name: segment_bytes(cached.manifest, name) for name in ("condition", "full", "reuse")}
+    for name, (portable, forms) in every.items():
+        sizes = {path.name: path.stat().st_size for path in folder.glob(f"{name}.*")}
+        assert portable == sizes[f"{name}.onnx"] + sizes.get(f"{name}.onnx.data", 0) > 0
+        assert portable + forms == sum(sizes.values())
 
 
 def test_a_name_with_markup_in_it_stays_a_name(cached: Report) -> None:

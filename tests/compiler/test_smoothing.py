@@ -14,6 +14,7 @@ import ditc
 from ditc.bundle import Bundle
 from ditc.calib_data.calibset import CalibSet
 from ditc.compiler import smoothing, stages
+from ditc.compiler.calibrating import calibration_feeds
 from ditc.compiler.driver import compile_model, make_plan
 from ditc.compiler.eager import eager_images
 from ditc.compiler.listing import bundle_facts
@@ -58,7 +59,7 @@ class Exported:
     def outputs(self, segments: Segments, name: str = "full") -> np.ndarray:
         """The prediction at every calibration point, with the tables of the segments' own `condition`."""
         sessions = [self.plan.backend.session(segments[each]) for each in (CONDITION, name)]
-        feeds = stages.calibration_feeds(sessions[0], CalibSet.load(self.calib), self.plan.spec.null_label, 8)
+        feeds = calibration_feeds(sessions[0], CalibSet.load(self.calib), self.plan.spec.null_label, 8)
         return np.concatenate([sessions[1].run(["out"], feed)[0] for feed in feeds])
 
 

@@ -48,8 +48,8 @@ def played(psnr_of: Callable[[dict[str, str]], float]) -> Callable[[str, dict[st
     return judge
 
 
-def searched(psnr_of: Callable[[dict[str, str]], float], base: CompileOptions = BASE) -> Any:
-    search = tuning._Search(base, OPTIONS, played(psnr_of))
+def searched(psnr_of: Callable[[dict[str, str]], float], base: CompileOptions = BASE, vetoed: float = 0.2) -> Any:
+    search = tuning._Search(base, OPTIONS, played(psnr_of), lambda _: vetoed)
     tuning._explore(search)
     return search
 
@@ -101,6 +101,17 @@ def test_without_integers_there_is_no_quantizer_to_choose() -> None:
     assert len([t for t in search.measured if t.stage == "quantizer"]) == 1
 
 
+def test_where_noise_exceeds_what_changes_no_cache_is_tried_and_the_reason_given() -> None:
+    search = searched(falling, vetoed=0.6)
+    assert {t.changes["policy"] for t in search.measured} == {"none"}
+    assert "in 60% of branches and steps" in search.notes[0]
+    assert tuning._chosen(search).changes["policy"] == "none"
+
+
+def test_without_integers_there_is_no_noise_to_look_at() -> None:
+    assert searched(falling, CompileOptions(precision="fp32"), vetoed=1.0).vetoed is None
+
+
 def test_a_cache_that_hardly_pays_is_left_out_and_the_reason_given() -> None:
     search = searched(falling)
     search.measured = [trial({"policy": "none"}, 1.0, 40), trial({"policy": "fora:2"}, 0.95, 35)]
@@ -150,8 +161,10 @@ def test_what_is_searched_can_not_be_set(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_search_on_a_real_model_writes_the_bundle_it_chose_and_goes_on_where_it_was(
     tmp_path: Path, make_small_model: Callable[[], Any], quick_options: CompileOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = quick_options.model_copy(update={"precision": "fp32", "batch": 1})
-    options = TuneOptions(budget=Budget(least_psnr_db=-100.0), images=8, intervals=(2, 3), requests=1)
+    base = quick_options.model_copy(
+        update={"precision": "fp32", "batch": 1, "steps": 4, "vc_images": 2, "verify_images": 1}
+    )
+    options = TuneOptions(budget=Budget(least_psnr_db=-100.0), images=4, intervals=(2,), requests=1)
     model, out = make_small_model(), tmp_path / "tuned"
     seen: list[Trial] = []
     stopped = tuning.bench_bundle
@@ -169,7 +182,7 @@ def test_a_search_on_a_real_model_writes_the_bundle_it_chose_and_goes_on_where_i
     again: list[Trial] = []
     found = tune_model(model, out, base, options, on_trial=again.append)
     assert again[:3] == seen
-    assert [t["changes"]["policy"] for t in found["trials"]] == ["none", *["fora:2"] * 3, *["fora:3"] * 3]
+    assert [t["changes"]["policy"] for t in found["trials"]] == ["none", *["fora:2"] * 4]
     manifest = open_bundle(out).manifest
     assert {name: manifest.settings[name] for name in found["chosen"]["changes"]} == found["chosen"]["changes"]
     assert json.dumps(found)

@@ -116,7 +116,7 @@ def test_nothing_is_calibrated_for_dynamic_scales(
     settings = quick_options.model_copy(update={"policy": "fora:2", "scales": "dynamic"})
     plan = make_plan(make_small_model(), settings)  # type: ignore[operator]
     exact = {name: bundle.reference_path(name) for name in plan.program.calls}
-    monkeypatch.setattr("ditc.compiler.stages.histograms_of", None)
+    monkeypatch.setattr("ditc.compiler.calibrating.histograms_of", None)
     quantize(plan, exact, bundle.path / "calib" / "calib.npz", tmp_path)
     assert read_tables(tmp_path / "scales.safetensors") == {}
     assert ScaleTable.model_validate_json((tmp_path / "scales.json").read_bytes()).scales == {}
