@@ -6,13 +6,21 @@ Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
+from ditc.compiler.command_options import (
+    as_json,
+    chosen_model,
+    compile_options,
+    model_options,
+    place_options,
+    whole_numbers,
+)
+from ditc.compiler.live_progress import progress_on_stderr, steps_on_stderr
 from ditc.compiler.printing import (
     print_bench,
     print_bisection,
@@ -28,12 +36,7 @@ from ditc.compiler.printing import (
 )
 from ditc.errors import CheckError, DitcError, InputError
 
-if TYPE_CHECKING:
-    from ditc.compiler.plan import Progress
-
 __all__ = ["cli", "main"]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -75,153 +78,8 @@ def cli() -> None:
     """Compile the whole denoising trajectory of a diffusion transformer: INT8, feature cache, variance compensation."""
 
 
-def as_json(command: Command) -> Command:
-    """The --json option every command has."""
-    return click.option(
-        "--json", "json_", is_flag=True, help="Print one JSON document on stdout, and nothing else there."
-    )(command)
-
-
-def compile_options(command: Command) -> Command:
-    """The settings of a compile, shared by `compile` and `demo`."""
-    for option in reversed(COMPILE_OPTIONS):
-        command = option(command)
-    return command
-
-
-TARGETS = "cpu|openvino|openvino-bf16|cuda|tensorrt|ort-tensorrt"
-
-
-def place_options(command: Command) -> Command:
-    """Where a bundle runs: shared by every command that runs one."""
-    for option in reversed(
-        (
-            click.option("--target", metavar=TARGETS, help="Where to run; default is the one it was compiled for."),
-            click.option(
-                "--engines",
-                type=click.Path(path_type=Path),
-                help="Folder of built engines; default is the bundle's own.",
-            ),
-            click.option(
-                "--graphs",
-                metavar="trajectory|step|none",
-                default="trajectory",
-                show_default=True,
-                help="How much one CUDA graph holds.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-COMPILE_OPTIONS = (
-    click.option("--steps", type=int, default=50, show_default=True, help="Denoising steps."),
-    click.option("--sampler", metavar="ddim|ddpm", help="Sampler; default is the model's own."),
-    click.option(
-        "--spacing", metavar="linspace|leading|trailing", help="How timesteps are picked; default the model's."
-    ),
-    click.option("--variance", metavar="learned|fixed-small|fixed-large", help="DDPM's variance; default the model's."),
-    click.option("--eta", type=float, help="Noise of DDIM, 0 to 1."),
-    click.option("--clip", type=float, help="Bound of the predicted clean sample."),
-    click.option("--cfg", type=float, default=1.5, show_default=True, help="Guidance weight; 1 is none."),
-    click.option(
-        "--policy",
-        default="fora:3",
-        show_default=True,
-        help="Cache policy: none, fora:N, window:N:FIRST:LAST, or a schedule FILE.json.",
-    ),
-    click.option(
-        "--caches",
-        metavar="auto|sums|branches",
-        default="auto",
-        show_default=True,
-        help="What a computing step leaves: a sum for each step that reuses, or every branch's output.",
-    ),
-    click.option(
-        "--reuse",
-        metavar="hold|affine|variance|taylor",
-        default="hold",
-        show_default=True,
-        help="What a step that reuses takes: the last outputs, those corrected per channel, or extrapolated.",
-    ),
-    click.option(
-        "--precision",
-        metavar="fp32|fp16|w8a8|w4a8|w8a6",
-        default="w8a8",
-        show_default=True,
-        help="Arithmetic of linear layers; 4 and 6 bits are simulated in 8.",
-    ),
-    click.option(
-        "--select", metavar="tap|random|uniform-time|kmeans", default="tap", show_default=True, help="Selector."
-    ),
-    click.option("--points", type=int, default=800, show_default=True, help="Calibration points."),
-    click.option("--clusters", type=int, help="Clusters of tap and kmeans; default one for 8 points."),
-    click.option("--tap-alpha", type=float, default=0.5, show_default=True, help="TAP: weight of looks against time."),
-    click.option(
-        "--tap-tau", type=float, default=1.0, show_default=True, help="TAP: reach of the time kernel, in steps."
-    ),
-    click.option("--tap-subsamples", type=int, default=3, show_default=True, help="TAP: random sub-samples."),
-    click.option(
-        "--tap-share", type=float, default=0.05, show_default=True, help="TAP: size of one, as a share of the pool."
-    ),
-    click.option(
-        "--pool", "pool_images", type=int, help="Images recorded for the pool; default fills 4 times the points."
-    ),
-    click.option(
-        "--pool-steps",
-        metavar="computed|all|uncached",
-        default="computed",
-        show_default=True,
-        help="Steps that enter the pool.",
-    ),
-    click.option(
-        "--ranges",
-        metavar="max|percentile|mse|entropy",
-        default="mse",
-        show_default=True,
-        help="How ranges are chosen.",
-    ),
-    click.option(
-        "--scales",
-        metavar="static|per-step|dynamic",
-        default="static",
-        show_default=True,
-        help="Activation scales: one for all steps, one for each, or of the tensor as it comes.",
-    ),
-    click.option(
-        "--midpoint",
-        metavar="zero|bounded",
-        default="zero",
-        show_default=True,
-        help="Middle of the ranges; bounded: those after GELU begin at its least value.",
-    ),
-    click.option(
-        "--smooth",
-        metavar="none|smooth|balance",
-        default="none",
-        show_default=True,
-        help="Factors per channel folded in front of linear layers, against outliers.",
-    ),
-    click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
-    click.option(
-        "--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit compensation and reuse."
-    ),
-    click.option("--verify-images", type=int, default=16, show_default=True, help="Images that check the result."),
-    click.option(
-        "--target", metavar=TARGETS, default="cpu", show_default=True, help="Where the bundle runs by default."
-    ),
-    click.option("--batch", type=int, default=1, show_default=True, help="Images of one request at run time."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
-    click.option(
-        "--reference/--no-reference", default=True, show_default=True, help="Keep the FP segments for `verify`."
-    ),
-)
-
-
 @cli.command("compile")
-@click.argument("model", required=False)
-@click.option("--random", "random_size", metavar="SIZE", help="A released size with random weights, like dit-xl-2-256.")
+@model_options
 @click.option("--vae", type=click.Path(path_type=Path), help="AutoencoderKL folder whose decoder makes the images.")
 @click.option("--heads", type=int, help="Attention heads, where the checkpoint's width does not tell.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
@@ -243,13 +101,11 @@ def compile_command(
     MODEL is "digits" (built in), a .pt or .safetensors file with the keys of the original DiT release, a diffusers
     folder, or MODULE:FUNCTION that returns a model of your own.
     """
-    if (model is None) == (random_size is None):
-        raise InputError("name one model: MODEL, or --random SIZE")
     from ditc.compiler.driver import compile_model
     from ditc.compiler.options import CompileOptions
 
     options = CompileOptions(**settings).checked()
-    chosen = model or f"random:{random_size}:{options.seed}"
+    chosen = chosen_model(model, random_size, options.seed)
     with progress_on_stderr() as progress:
         bundle = compile_model(chosen, out, options, progress=progress, force=force, num_heads=heads, vae=vae)
     if json_:
@@ -270,7 +126,9 @@ def run_command(bundle: Path, labels: str, out: Path, seed: int, json_: bool, **
     from ditc.compiler.running import Place, run_bundle
 
     with steps_on_stderr("run") as watch:
-        found = run_bundle(bundle, labels_from_text(labels), out, seed=seed, watch=watch, place=Place(**place))
+        found = run_bundle(
+            bundle, whole_numbers(labels, "--labels", "207,360"), out, seed=seed, watch=watch, place=Place(**place)
+        )
     if json_:
         print_json(found)
         return
@@ -403,7 +261,7 @@ def evaluate_command(bundle: Path, seeds: str, save: Path | None, json_: bool, *
     from ditc.compiler.running import Place
 
     place = Place(**{name: settings.pop(name) for name in ("target", "engines", "graphs")})
-    options = EvaluateOptions(seeds=seeds_from_text(seeds), **settings).checked()
+    options = EvaluateOptions(seeds=whole_numbers(seeds, "--seeds"), **settings).checked()
     with progress_on_stderr() as progress:
         found = evaluate_bundle(bundle, options, place=place, save=save, progress=progress)
     print_json(found) if json_ else print_evaluation(found)
@@ -455,7 +313,7 @@ def report_command(
 
     place = Place(**{name: settings.pop(name) for name in ("target", "engines", "graphs")})
     peers = () if against == ("none",) else peer_names(against) if against else None
-    seeds = seeds_from_text(evaluate_seeds, "--evaluate-seeds")
+    seeds = whole_numbers(evaluate_seeds, "--evaluate-seeds")
     options = ReportOptions(against=peers, evaluate_seeds=seeds, **settings)
     page = out or default_page(bundle)
     check_page_path(page, bundle)
@@ -622,8 +480,7 @@ def demo_command(out: Path, json_: bool, **settings: Any) -> None:
 
 
 @cli.command("tune")
-@click.argument("model", required=False)
-@click.option("--random", "random_size", metavar="SIZE", help="A released size with random weights, like dit-xl-2-256.")
+@model_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @click.option("--worse-by", type=float, help="Most that the Frechet distance may lie above FP's, interval and all.")
@@ -652,8 +509,6 @@ def tune_command(
     **settings: Any,
 ) -> None:
     """Search for the fastest bundle of MODEL within a budget of quality, by compiling and measuring candidates."""
-    if (model is None) == (random_size is None):
-        raise InputError("name one model: MODEL, or --random SIZE")
     from ditc.compiler.options import CompileOptions
     from ditc.compiler.tuning import SEARCHED, Budget, TuneOptions, tune_model
 
@@ -661,13 +516,17 @@ def tune_command(
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise InputError(f"--{name} is what tune searches; leave it out, or use ditc compile")
     base = CompileOptions(**settings).checked()
+    chosen = chosen_model(model, random_size, base.seed)
     budget = Budget(worse_by=worse_by, least_psnr_db=least_psnr_db, seconds=seconds)
     options = TuneOptions(
-        budget=budget, images=images, seeds=seeds_from_text(seeds), intervals=seeds_from_text(intervals)
+        budget=budget,
+        images=images,
+        seeds=whole_numbers(seeds, "--seeds"),
+        intervals=whole_numbers(intervals, "--intervals", "2,3,4"),
     )
     with progress_on_stderr() as progress:
         found = tune_model(
-            model or f"random:{random_size}:{base.seed}",
+            chosen,
             out,
             base,
             options,
@@ -676,52 +535,3 @@ def tune_command(
             force=force,
         )
     print_json(found) if json_ else print_tuning(found)
-
-
-def labels_from_text(text: str) -> list[int]:
-    """ "207,360" to [207, 360]."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as e:
-        raise InputError(f"labels must be whole numbers with commas between, like 207,360; found {text!r}") from e
-
-
-def seeds_from_text(text: str, option: str = "--seeds") -> tuple[int, ...]:
-    """ "0,1,2" to (0, 1, 2)."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as e:
-        raise InputError(f"{option} must be whole numbers with commas between, like 0,1,2; found {text!r}") from e
-
-
-@contextmanager
-def progress_on_stderr() -> Iterator[Progress]:
-    """A progress callback: a live bar per stage on a terminal, a line per finished stage elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda stage, done, total: click.echo(f"{stage}: done", err=True) if done == total else None
-        return
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, console=console) as bars:
-
-        def report(stage: str, done: int, total: int) -> None:
-            name = stage.split(" ", maxsplit=1)[0]
-            if name not in tasks:
-                tasks[name] = bars.add_task(stage, total=total)
-            bars.update(tasks[name], description=stage, completed=done, total=total)
-
-        yield report
-
-
-@contextmanager
-def steps_on_stderr(name: str) -> Iterator[Callable[[Any], None]]:
-    """A callback for step events: a live bar on a terminal, silence elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    with progress_on_stderr() as progress:
-        yield lambda event: progress(name, event.index + 1, event.steps)

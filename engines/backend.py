@@ -36,6 +36,13 @@ class Port:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def check_buffer(self, segment: str, buffer: Buffer) -> None:
+        """Raise ValueError unless an array can be bound here without a copy; its shape may be any."""
+        if not buffer.flags.c_contiguous:
+            raise ValueError(f"{segment}: the buffer for {self.name!r} must be C-contiguous")
+        if str(buffer.dtype) != self.dtype:
+            raise ValueError(f"{segment}: {self.name!r} takes {self.dtype}, found {buffer.dtype}")
+
     def check_takes(self, segment: str, tensor: DeviceTensor) -> None:
         """Raise ValueError unless a tensor has this port's type and shape."""
         if (tensor.dtype, tensor.shape) != (self.dtype, self.shape):

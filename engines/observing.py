@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from ditc.engines.backend import Backend, Buffer, Engine, Port
 from ditc.engines.linears import linears_of
 from ditc.engines.ranges import BINS, Histogram
+from ditc.engines.wrapping import WrappingEngine
 from ditc.errors import BundleError
 
 __all__ = ["ObservedPool", "Observer", "ObservingBackend", "histogram_bytes", "show_activations"]
@@ -59,18 +59,12 @@ def histogram_bytes(points: int, tensors: int) -> int:
 
 
 @dataclass
-class ObservingEngine:
-    """An engine that runs as the one inside it, and hands `watch` the outputs named `shown` after every run."""
+class ObservingEngine(WrappingEngine):
+    """An engine that hands `watch` the outputs named `shown` after every run."""
 
-    inside: Engine
     shown: tuple[str, ...]
     watch: Watch
-    buffers: dict[str, Buffer] = field(default_factory=dict)
     rows: int = 0
-
-    @property
-    def inputs(self) -> Mapping[str, Port]:
-        return self.inside.inputs
 
     @property
     def outputs(self) -> Mapping[str, Port]:
@@ -93,16 +87,6 @@ class ObservingEngine:
     def run(self) -> None:
         self.inside.run()
         self.watch(self.buffers)
-
-    def __enter__(self) -> ObservingEngine:
-        self.inside.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.inside.__exit__(kind, error, trace)
-        self.buffers.clear()
 
 
 @dataclass(frozen=True)

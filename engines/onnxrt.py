@@ -76,14 +76,11 @@ class OnnxRuntimeEngine:
         self.outputs: Mapping[str, Port] = {port.name: port_of(port) for port in session.get_outputs()}
 
     def bind(self, name: str, buffer: Buffer) -> None:
-        if not buffer.flags.c_contiguous:
-            raise ValueError(f"buffer for {name!r} must be C-contiguous")
         if self._alive.get(name) is buffer:
             return
         place = self._binding.bind_input if name in self.inputs else self._binding.bind_output
         port = self.inputs.get(name) or self.outputs[name]
-        if str(buffer.dtype) != port.dtype:
-            raise ValueError(f"{self._name}: {name!r} takes {port.dtype}, found {buffer.dtype}")
+        port.check_buffer(self._name, buffer)
         place(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
         self._alive[name] = buffer
 

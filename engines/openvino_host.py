@@ -47,13 +47,10 @@ class OpenVinoEngine:
         self.compiled: Any = None
 
     def bind(self, name: str, buffer: Buffer) -> None:
-        if not buffer.flags.c_contiguous:
-            raise ValueError(f"buffer for {name!r} must be C-contiguous")
         if self._bound.get(name) is buffer:
             return
         port = self.inputs.get(name) or self.outputs[name]
-        if str(buffer.dtype) != port.dtype:
-            raise ValueError(f"{self._name}: {name!r} takes {port.dtype}, found {buffer.dtype}")
+        port.check_buffer(self._name, buffer)
         self._bound[name] = buffer
         self._stale.add(name)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from ditc.engines.backend import Backend, Buffer, Engine, Port
+from ditc.engines.wrapping import WrappingEngine
 
 __all__ = ["RecordedRun", "RecordingBackend", "RecordingEngine"]
 
@@ -24,26 +24,16 @@ class RecordedRun:
 
 
 @dataclass
-class RecordingEngine:
-    """An engine that runs as the one inside it, and hands `keep` a copy of each run whose number is in `calls`."""
+class RecordingEngine(WrappingEngine):
+    """An engine that hands `keep` a copy of each run whose number is in `calls`."""
 
-    inside: Engine
     calls: Collection[int]
     keep: Callable[[RecordedRun], None]
     runs: int = 0
-    bound: dict[str, Buffer] = field(default_factory=dict)
-
-    @property
-    def inputs(self) -> Mapping[str, Port]:
-        return self.inside.inputs
-
-    @property
-    def outputs(self) -> Mapping[str, Port]:
-        return self.inside.outputs
 
     def bind(self, name: str, buffer: Buffer) -> None:
         self.inside.bind(name, buffer)
-        self.bound[name] = buffer
+        self.buffers[name] = buffer
 
     def run(self) -> None:
         call, self.runs = self.runs, self.runs + 1
@@ -55,17 +45,7 @@ class RecordingEngine:
         self.keep(RecordedRun(call, inputs, self._copies(self.outputs)))
 
     def _copies(self, ports: Mapping[str, Port]) -> dict[str, Buffer]:
-        return {name: np.array(self.bound[name]) for name in ports}
-
-    def __enter__(self) -> RecordingEngine:
-        self.inside.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.inside.__exit__(kind, error, trace)
-        self.bound.clear()
+        return {name: np.array(self.buffers[name]) for name in ports}
 
 
 @dataclass

@@ -147,7 +147,7 @@ def bad_files(tmp_path: Path) -> Path:
         ("compile digits -o {bad}/b --batch 0", "--batch must be at least 1"),
         ("run {bad}/empty --labels 1 -o {bad}/i", "is not a bundle"),
         ("run {bundle} --labels 9 -o {bad}/i", "label 9 is not a class"),
-        ("run {bundle} --labels a,b -o {bad}/i", "labels must be whole numbers"),
+        ("run {bundle} --labels a,b -o {bad}/i", "--labels must be whole numbers"),
         ("verify {bundle} --images 0", "--images must be at least 1"),
         ("inspect {bad}/nowhere", "is not a bundle"),
     ],

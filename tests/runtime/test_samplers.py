@@ -48,7 +48,7 @@ def exactly(scheduler: Any) -> Any:
     return scheduler
 
 
-def walk_ddim(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> None:
+def assert_walks_like_ddim(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> None:
     """Both sides take each step from the same sample with the same model output and the same noise."""
     theirs = exactly(
         DDIMScheduler(
@@ -83,18 +83,18 @@ def test_ddim_is_diffusers_step_by_step(
     prediction: Any, spacing: Any, offset: int, final_alpha_one: bool, clip: float | None
 ) -> None:
     sampler = SamplerSpec(spacing=spacing, offset=offset, final_alpha_one=final_alpha_one, clip=clip)
-    walk_ddim(DiffusionSpec(prediction=prediction), sampler, 20)
+    assert_walks_like_ddim(DiffusionSpec(prediction=prediction), sampler, 20)
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 @pytest.mark.parametrize("schedule", BETAS)
 def test_noisy_ddim_is_diffusers_on_every_beta_schedule(schedule: Any, eta: float) -> None:
-    walk_ddim(DiffusionSpec(beta_schedule=schedule), SamplerSpec(spacing="leading", offset=1, eta=eta), 25)
+    assert_walks_like_ddim(DiffusionSpec(beta_schedule=schedule), SamplerSpec(spacing="leading", offset=1, eta=eta), 25)
 
 
 @pytest.mark.parametrize("steps", [2, 50, 200, 250])
 def test_ddim_is_diffusers_at_any_number_of_steps(steps: int) -> None:
-    walk_ddim(DiffusionSpec(), SamplerSpec(spacing="leading"), steps)
+    assert_walks_like_ddim(DiffusionSpec(), SamplerSpec(spacing="leading"), steps)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
@@ -109,7 +109,7 @@ def test_the_timesteps_are_those_of_diffusers_at_every_number_of_steps(spacing: 
     assert not differing
 
 
-def walk_ddpm(
+def assert_walks_like_ddpm(
     diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int, monkeypatch: pytest.MonkeyPatch, last: int
 ) -> None:
     """As for DDIM; `last` steps at the end are left out where diffusers adds noise to the finished sample."""
@@ -145,13 +145,13 @@ def test_ddpm_is_diffusers_step_by_step(
     prediction: Any, variance: Any, clip: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = SamplerSpec(name="ddpm", spacing="leading", variance=variance, clip=clip)
-    walk_ddpm(DiffusionSpec(prediction=prediction), sampler, 20, monkeypatch, last=0)
+    assert_walks_like_ddpm(DiffusionSpec(prediction=prediction), sampler, 20, monkeypatch, last=0)
 
 
 @pytest.mark.parametrize(("spacing", "offset"), [("leading", 1), ("trailing", 0)])
 def test_ddpm_is_diffusers_on_other_spacings(spacing: Any, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = SamplerSpec(name="ddpm", spacing=spacing, offset=offset)
-    walk_ddpm(DiffusionSpec(), sampler, 20, monkeypatch, last=1)
+    assert_walks_like_ddpm(DiffusionSpec(), sampler, 20, monkeypatch, last=1)
 
 
 @pytest.mark.parametrize("schedule", BETAS)

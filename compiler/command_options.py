@@ -1,0 +1,175 @@
+"""Options that commands share, and the texts that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ditc.errors import InputError
+
+__all__ = ["as_json", "chosen_model", "compile_options", "model_options", "place_options", "whole_numbers"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+TARGETS = "cpu|openvino|openvino-bf16|cuda|tensorrt|ort-tensorrt"
+
+COMPILE_OPTIONS = (
+    click.option("--steps", type=int, default=50, show_default=True, help="Denoising steps."),
+    click.option("--sampler", metavar="ddim|ddpm", help="Sampler; default is the model's own."),
+    click.option(
+        "--spacing", metavar="linspace|leading|trailing", help="How timesteps are picked; default the model's."
+    ),
+    click.option("--variance", metavar="learned|fixed-small|fixed-large", help="DDPM's variance; default the model's."),
+    click.option("--eta", type=float, help="Noise of DDIM, 0 to 1."),
+    click.option("--clip", type=float, help="Bound of the predicted clean sample."),
+    click.option("--cfg", type=float, default=1.5, show_default=True, help="Guidance weight; 1 is none."),
+    click.option(
+        "--policy",
+        default="fora:3",
+        show_default=True,
+        help="Cache policy: none, fora:N, window:N:FIRST:LAST, or a schedule FILE.json.",
+    ),
+    click.option(
+        "--caches",
+        metavar="auto|sums|branches",
+        default="auto",
+        show_default=True,
+        help="What a computing step leaves: a sum for each step that reuses, or every branch's output.",
+    ),
+    click.option(
+        "--reuse",
+        metavar="hold|affine|variance|taylor",
+        default="hold",
+        show_default=True,
+        help="What a step that reuses takes: the last outputs, those corrected per channel, or extrapolated.",
+    ),
+    click.option(
+        "--precision",
+        metavar="fp32|fp16|w8a8|w4a8|w8a6",
+        default="w8a8",
+        show_default=True,
+        help="Arithmetic of linear layers; 4 and 6 bits are simulated in 8.",
+    ),
+    click.option(
+        "--select", metavar="tap|random|uniform-time|kmeans", default="tap", show_default=True, help="Selector."
+    ),
+    click.option("--points", type=int, default=800, show_default=True, help="Calibration points."),
+    click.option("--clusters", type=int, help="Clusters of tap and kmeans; default one for 8 points."),
+    click.option("--tap-alpha", type=float, default=0.5, show_default=True, help="TAP: weight of looks against time."),
+    click.option(
+        "--tap-tau", type=float, default=1.0, show_default=True, help="TAP: reach of the time kernel, in steps."
+    ),
+    click.option("--tap-subsamples", type=int, default=3, show_default=True, help="TAP: random sub-samples."),
+    click.option(
+        "--tap-share", type=float, default=0.05, show_default=True, help="TAP: size of one, as a share of the pool."
+    ),
+    click.option(
+        "--pool", "pool_images", type=int, help="Images recorded for the pool; default fills 4 times the points."
+    ),
+    click.option(
+        "--pool-steps",
+        metavar="computed|all|uncached",
+        default="computed",
+        show_default=True,
+        help="Steps that enter the pool.",
+    ),
+    click.option(
+        "--ranges",
+        metavar="max|percentile|mse|entropy",
+        default="mse",
+        show_default=True,
+        help="How ranges are chosen.",
+    ),
+    click.option(
+        "--scales",
+        metavar="static|per-step|dynamic",
+        default="static",
+        show_default=True,
+        help="Activation scales: one for all steps, one for each, or of the tensor as it comes.",
+    ),
+    click.option(
+        "--midpoint",
+        metavar="zero|bounded",
+        default="zero",
+        show_default=True,
+        help="Middle of the ranges; bounded: those after GELU begin at its least value.",
+    ),
+    click.option(
+        "--smooth",
+        metavar="none|smooth|balance",
+        default="none",
+        show_default=True,
+        help="Factors per channel folded in front of linear layers, against outliers.",
+    ),
+    click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
+    click.option(
+        "--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit compensation and reuse."
+    ),
+    click.option("--verify-images", type=int, default=16, show_default=True, help="Images that check the result."),
+    click.option(
+        "--target", metavar=TARGETS, default="cpu", show_default=True, help="Where the bundle runs by default."
+    ),
+    click.option("--batch", type=int, default=1, show_default=True, help="Images of one request at run time."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
+    click.option(
+        "--reference/--no-reference", default=True, show_default=True, help="Keep the FP segments for `verify`."
+    ),
+)
+
+PLACE_OPTIONS = (
+    click.option("--target", metavar=TARGETS, help="Where to run; default is the one it was compiled for."),
+    click.option(
+        "--engines", type=click.Path(path_type=Path), help="Folder of built engines; default is the bundle's own."
+    ),
+    click.option(
+        "--graphs",
+        metavar="trajectory|step|none",
+        default="trajectory",
+        show_default=True,
+        help="How much one CUDA graph holds.",
+    ),
+)
+
+MODEL_OPTIONS = (
+    click.argument("model", required=False),
+    click.option(
+        "--random", "random_size", metavar="SIZE", help="A released size with random weights, like dit-xl-2-256."
+    ),
+)
+
+
+def with_all(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Command]:
+    """A decorator that gives a command these options, in their order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+compile_options = with_all(COMPILE_OPTIONS)  # the settings of a compile
+place_options = with_all(PLACE_OPTIONS)  # where a bundle runs
+model_options = with_all(MODEL_OPTIONS)  # what is compiled; `chosen_model` reads them
+as_json = click.option(
+    "--json", "json_", is_flag=True, help="Print one JSON document on stdout, and nothing else there."
+)
+
+
+def chosen_model(model: str | None, random_size: str | None, seed: int) -> str:
+    """The one model that a command line names. Raises InputError for none or two."""
+    if (model is None) == (random_size is None):
+        raise InputError("name one model: MODEL, or --random SIZE")
+    return model or f"random:{random_size}:{seed}"
+
+
+def whole_numbers(text: str, option: str, example: str = "0,1,2") -> tuple[int, ...]:
+    """ "0,1,2" to (0, 1, 2). Raises InputError that names the `option`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as e:
+        raise InputError(f"{option} must be whole numbers with commas between, like {example}; found {text!r}") from e
