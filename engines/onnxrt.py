@@ -29,6 +29,9 @@ __all__ = [
 # the INT8 graph of a DiT-XL/2 block runs at float speed, without it several times faster.
 DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
 
+# of a session: its threads sleep between runs
+SPINNING_STOPS = "session.force_spinning_stop"
+
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm")
 
 NUMPY_TYPES = {
@@ -119,6 +122,9 @@ class OnnxRuntimeBackend:
         # as the graph is written: what later steps reuse is added up branch by branch. The default order leaves the
         # sums to the end, and every branch's output in memory until then
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        # every session has threads of its own, and waits for its next run in a busy loop: those of `full` would take
+        # the cores from `reuse`, and the other way round (docs/speed.md)
+        options.add_session_config_entry(SPINNING_STOPS, "1")
         if segment.name.split(".")[0] == CONDITION:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_cpu_mem_arena = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,18 @@ def test_operators_run_in_the_order_of_the_graph_so_that_sums_free_what_they_add
     events = json.loads(Path(session.end_profiling()).read_text())
     ran = [event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")]
     assert ran == ["Sin", "Add", "Cos", "Add", "Sin", "Add", "Cos"]
+
+
+def test_threads_of_a_session_sleep_between_its_runs(segment: Path) -> None:
+    """By default they wait in a busy loop for some 40 ms, and hold a core that the next segment needs."""
+    x, y = np.ones((1 << 18, 3), np.float32), np.empty((1 << 18, 3), np.float32)
+    with OnnxRuntimeBackend(threads=2).open(segment) as engine:
+        engine.bind("x", x)
+        engine.bind("y", y)
+        engine.run()
+        start = time.process_time()
+        time.sleep(0.03)
+        assert time.process_time() - start < 0.01
 
 
 def test_ports_tell_type_and_open_dimensions(segment: Path) -> None:
