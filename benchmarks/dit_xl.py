@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -32,7 +33,8 @@ from ditc.runtime.executor import seeded_noise
 from ditc.runtime.latency import latency_of
 
 HERE = Path(__file__).parent
-SETTINGS = "--points 64 --pool 5 --vc none --verify-images 1".split()
+STEPS, POINTS = 50, 64
+SETTINGS = f"--steps {STEPS} --points {POINTS} --vc none --verify-images 1".split()
 INTERVALS = (3, 4, 5)
 PEERS = "torch-f32,torch-bf16,openvino-int8"
 SERVE = """
@@ -61,7 +63,8 @@ def compile_cost(size: str, interval: int, out: Path) -> dict[str, float]:
     """Wall seconds of the compile, and the peak resident bytes of this and earlier ones."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "ditc.compiler", "compile", "--random", size, "--policy", f"fora:{interval}"]
-    subprocess.run([*command, "-o", str(out), "--force", *SETTINGS], check=True)
+    images = math.ceil(POINTS / len(range(0, STEPS, interval)))  # whose computing steps hold that many points
+    subprocess.run([*command, "-o", str(out), "--force", "--pool", str(images), *SETTINGS], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return {"seconds": time.perf_counter() - start, "peak_resident_bytes": peak}
 
