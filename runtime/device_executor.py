@@ -22,7 +22,8 @@ from ditc.engines.update import COLUMNS, UPDATE
 from ditc.errors import CheckError, DitcError, InputError
 from ditc.program import AHEAD, CONDITION, DECODE, Step
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.executor import NoiseSource, Samples, StepEvent, check_request, steps_ahead
+from ditc.runtime.conditioning import steps_ahead
+from ditc.runtime.executor import NoiseSource, Samples, StepEvent, check_request
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
 

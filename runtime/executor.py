@@ -15,9 +15,10 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.engines.backend import Buffer, Engine, Port
+from ditc.engines.backend import Buffer, Engine
 from ditc.errors import InputError
 from ditc.program import AHEAD, CONDITION, Program, Step
+from ditc.runtime.conditioning import Conditioning, steps_ahead
 from ditc.runtime.samplers import Row, needs_noise, update
 from ditc.spec import ModelSpec
 
@@ -29,7 +30,6 @@ __all__ = [
     "StepEvent",
     "check_request",
     "seeded_noise",
-    "steps_ahead",
 ]
 
 Samples = NDArray[np.float32]
@@ -66,7 +66,7 @@ class _Buffers:
     x: Samples
     labels: NDArray[np.int64]
     out: Samples
-    condition: dict[str, Buffer]  # name -> (steps, rows, ...), and rows of zeros for steps past the last
+    conditioning: Conditioning
     slots: tuple[Buffer, ...]  # each (rows, *branch_shape)
 
 
@@ -131,17 +131,12 @@ class Executor:
         return event.x
 
     def _run_condition(self, labels: Sequence[int], buffers: _Buffers) -> None:
-        """All steps and both guidance halves in one call."""
+        """All steps and both guidance halves in one call, each label once."""
         count = len(labels)
         buffers.labels[:count] = labels
         if self.halves == 2:
             buffers.labels[count:] = cast(int, self.spec.null_label)  # the constructor refused guidance without one
-        engine = self._engines[CONDITION]
-        engine.bind("t", np.array([row["t"] for row in self._rows], dtype=np.float32))
-        engine.bind("y", buffers.labels)
-        for name, table in buffers.condition.items():
-            engine.bind(name, table[: len(self._rows)])
-        engine.run()
+        buffers.conditioning.compute(buffers.labels)
 
     def _run_step(self, step: Step, x: Samples, buffers: _Buffers, fresh_noise: NoiseSource) -> StepEvent:
         start = perf_counter()
@@ -172,11 +167,8 @@ class Executor:
         engine = self._engines[step.segment]
         engine.bind("x", buffers.x)
         engine.bind("out", buffers.out)
-        for name, table in buffers.condition.items():
-            if name in engine.inputs:
-                engine.bind(name, table[step.index])
-            if (later := engine.inputs.get(f"{AHEAD}.{name}")) is not None:
-                engine.bind(later.name, table[step.index + 1 : step.index + 1 + steps_ahead(later)])
+        for name, rows in buffers.conditioning.inputs(step.index, engine.inputs).items():
+            engine.bind(name, rows)
         for name in self._step_inputs.keys() & engine.inputs.keys():
             engine.bind(name, self._step_inputs[name][step.index])
         for port, slot in step.cache_ports:
@@ -195,14 +187,13 @@ class Executor:
 
     def _allocate(self, count: int) -> _Buffers:
         rows = count * self.halves
-        sizes = {"batch": rows, "steps": len(self.program.steps) + self._most_ahead()}
-        outputs = self._engines[CONDITION].outputs.values()
+        t = np.array([row["t"] for row in self._rows], dtype=np.float32)
         slot_shape, slot_type = (rows, *self.spec.branch_shape), self._slot_type()
         return _Buffers(
             x=np.empty((rows, *self.spec.latent_shape), np.float32),
             labels=np.empty(rows, np.int64),
             out=np.empty((rows, self.spec.out_channels, self.spec.height, self.spec.width), np.float32),
-            condition={port.name: np.zeros(_shape(port, sizes), port.dtype) for port in outputs},
+            conditioning=Conditioning(self._engines[CONDITION], t, rows, self._most_ahead()),
             slots=tuple(np.empty(slot_shape, slot_type) for _ in range(self.program.slots)),
         )
 
@@ -219,23 +210,12 @@ class Executor:
         return "float32"
 
 
-def steps_ahead(port: Port) -> int:
-    """How many later steps' rows an input AHEAD.TABLE takes."""
-    count = port.shape[0]
-    assert isinstance(count, int)  # the export fixes it
-    return count
-
-
 def check_request(spec: ModelSpec, labels: Sequence[int], noise: Samples) -> None:
     """Raise InputError unless every label is a class and `noise` has one sample per label."""
     spec.check_labels(tuple(labels))
     expected = (len(labels), *spec.latent_shape)
     if noise.shape != expected:
         raise InputError(f"noise must have shape {expected} for {len(labels)} labels, found {noise.shape}")
-
-
-def _shape(port: Port, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[size] if isinstance(size, str) else size for size in port.shape)
 
 
 def seeded_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> tuple[Samples, NoiseSource]:

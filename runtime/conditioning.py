@@ -1,0 +1,91 @@
+"""What a request is conditioned on: computed once for all steps, for each label once, handed to a step row by row.
+
+With guidance the unconditional half is one label, and a batch may ask for a class several times. So the tables hold a
+row for each distinct label, and a step's rows are taken from them when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.engines.backend import Buffer, Engine, Port
+from ditc.program import AHEAD
+
+__all__ = ["Conditioning", "steps_ahead"]
+
+Labels = NDArray[np.int64]
+
+
+class Conditioning:
+    """Tables of one request of up to `rows` network rows; `most_ahead` is how far past its own row a step may look.
+
+    Memory is taken once. A table is (steps + most_ahead, distinct labels, ...), with zeros for steps past the last.
+    """
+
+    def __init__(self, engine: Engine, t: NDArray[np.float32], rows: int, most_ahead: int) -> None:
+        self._engine, self._t, self._most_ahead = engine, t, most_ahead
+        self._memory = {
+            port.name: np.zeros(prod(self._shape(port, rows)), port.dtype) for port in engine.outputs.values()
+        }
+        self._tables: dict[str, Buffer] = {}
+        self._index: Labels | None = None
+        self._taken: dict[str, Buffer] = {}
+
+    def compute(self, labels: Labels) -> None:
+        """Run the conditioning for the labels of all rows, (rows,)."""
+        distinct, index = _distinct(labels)
+        self._index = None if len(distinct) == len(labels) else index
+        self._engine.bind("t", self._t)
+        self._engine.bind("y", distinct)
+        for port in self._engine.outputs.values():
+            shape = self._shape(port, len(distinct))
+            table = self._tables[port.name] = self._memory[port.name][: prod(shape)].reshape(shape)
+            table[len(self._t) :] = 0
+            self._engine.bind(port.name, table[: len(self._t)])
+        self._engine.run()
+
+    def inputs(self, step: int, taking: Mapping[str, Port]) -> dict[str, Buffer]:
+        """What a segment with the ports `taking` takes of the tables at a step: its own rows, and those of later steps.
+
+        (rows, ...) each, or (n, rows, ...) for the rows of n later steps. Valid until the next call.
+        """
+        found = {}
+        for name, table in self._tables.items():
+            if name in taking:
+                found[name] = self._rows(name, table[step], 0)
+            if (later := taking.get(f"{AHEAD}.{name}")) is not None:
+                found[later.name] = self._rows(later.name, table[step + 1 : step + 1 + steps_ahead(later)], 1)
+        return found
+
+    def _rows(self, name: str, part: Buffer, axis: int) -> Buffer:
+        """The rows of a part that has one for each distinct label."""
+        if self._index is None:
+            return part
+        shape = (*part.shape[:axis], len(self._index), *part.shape[axis + 1 :])
+        if name not in self._taken or self._taken[name].shape != shape:
+            self._taken[name] = np.empty(shape, part.dtype)
+        return np.take(part, self._index, axis=axis, out=self._taken[name], mode="clip")  # unchecked: it is in range
+
+    def _shape(self, port: Port, rows: int) -> tuple[int, ...]:
+        sizes = {"batch": rows, "steps": len(self._t) + self._most_ahead}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in port.shape)
+
+
+def _distinct(labels: Labels) -> tuple[Labels, Labels]:
+    """The labels without repetition, in the order of their first row, and the place of each row's label among them."""
+    distinct, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return np.ascontiguousarray(distinct[order]), place[inverse]
+
+
+def steps_ahead(port: Port) -> int:
+    """How many later steps' rows an input AHEAD.TABLE takes."""
+    count = port.shape[0]
+    assert isinstance(count, int)  # the export fixes it
+    return count
