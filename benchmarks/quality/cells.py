@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-__all__ = ["BASE", "CELLS", "Cell"]
+__all__ = ["BASE", "CELLS", "MODELS", "POINTS", "SELECTORS", "STRATEGIES", "Cell"]
 
 Settings = Mapping[str, Any]
 
@@ -33,6 +33,12 @@ MAIN_SEEDS, MAIN_IMAGES = 5, 2_000
 OTHER_SEEDS, OTHER_IMAGES = 3, 1_000
 # the paper's control: as many points from each step of a run that knows no cache
 UNCACHED = {"select": "uniform-time", "pool_steps": "uncached"}
+SELECTORS: Mapping[str, Settings] = {
+    "tap": {"select": "tap"},
+    "random": {"select": "random"},
+    "uniform in time, uncached": UNCACHED,
+}
+POINTS = (16, 64, 256, 800, 3_200)
 BOTH = {"select": "tap", "vc": "std"}  # the paper's method
 STRATEGIES: Mapping[str, Settings] = {
     "naive": {},
@@ -91,15 +97,19 @@ def interval_cells() -> Iterator[Cell]:
 def control_cells() -> Iterator[Cell]:
     """What TAP is held against, with the largest magnitude as range, where the points matter most."""
     controls: Mapping[str, Settings] = {
-        "tap": {"select": "tap"},
-        "random": {"select": "random"},
-        "uniform in time, uncached": UNCACHED,
+        **SELECTORS,
         "kmeans": {"select": "kmeans"},
         "tap, alpha 0": {"select": "tap", "tap_alpha": 0.0},
         "tap, alpha 1": {"select": "tap", "tap_alpha": 1.0},
     }
     for model, points, (name, settings) in product(MODELS, (64, 800), controls.items()):
         yield Cell("controls", f"{name}, {points} points", model, {"points": points, "ranges": "max", **settings})
+
+
+def points_cells() -> Iterator[Cell]:
+    """How many points it takes; those of 64 and 800 are trials of the controls too."""
+    for model, (name, settings), points in product(MODELS, SELECTORS.items(), POINTS):
+        yield Cell("points", f"{name}, {points} points", model, {"points": points, "ranges": "max", **settings})
 
 
 def quantizer_cells() -> Iterator[Cell]:
@@ -115,4 +125,4 @@ def quantizer_cells() -> Iterator[Cell]:
             yield Cell("bits", f"{precision}, {name}", model, {"precision": precision, **STRATEGIES[name]})
 
 
-CELLS: tuple[Cell, ...] = (*main_cells(), *interval_cells(), *control_cells(), *quantizer_cells())
+CELLS: tuple[Cell, ...] = (*main_cells(), *interval_cells(), *control_cells(), *points_cells(), *quantizer_cells())

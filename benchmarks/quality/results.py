@@ -1,17 +1,21 @@
-"""Tables of the experiment: every cell's Frechet distance less FP's on the same noise, with intervals over the trials.
+"""Tables and plots of the experiment: what each cell costs against FP, with intervals over its trials.
 
-    python benchmarks/quality/results.py [--groups main ...]
+    python benchmarks/quality/results.py [--groups main ...] [--write]
 
 A trial is a compile and its images, all from one seed, so an interval over trials covers the choice of calibration
 points and the noise of the images at once. Intervals are Student's t at 95 %, the differences are paired by seed. A
-star marks a difference that stays significant at 5 % after Holm's correction for all differences of its group.
+star marks a difference that stays significant at 5 % after Holm's correction for all of its kind in the group.
+
+With --write the tables go into docs/results.md, each between its two marks, and the plots beside it; they need
+matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,15 @@ from scipy import stats
 from trial import digest_of_trial
 
 HERE = Path(__file__).parent
+DOCS = HERE.parent.parent / "docs"
 LEVEL = 0.95
-Trials = Mapping[str, Mapping[str, Any]]
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Trials = Mapping[str, Row]
+Measure = Callable[[Row], float]
+HEADER = (
+    "| model | sampler | policy | | trials x images | Frechet distance less FP's | less naive's | PSNR | variance |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,39 @@ class Effect:
     high: float
     p: float
     n: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cell with the trials of it that have been run, by seed, and those of the naive combination beside it."""
+
+    cell: Cell
+    rows: Mapping[int, Row]
+    naive: Mapping[int, Row]
+
+    def effect(self, measure: Measure) -> Effect:
+        """Of a measure, over all trials."""
+        return effect_of([measure(row) for row in self.rows.values()])
+
+    @property
+    def change(self) -> Effect | None:
+        """Of the Frechet distance, against the naive combination of the same seeds; None where it is that itself."""
+        shared = [seed for seed in self.rows if seed in self.naive]
+        changes = [distance(self.rows[seed]) - distance(self.naive[seed]) for seed in shared]
+        return effect_of(changes) if len(changes) > 1 and any(changes) else None
+
+
+def distance(row: Row) -> float:
+    """How much farther from the real digits than FP's images of the same noise."""
+    return float(row["found"]["frechet_distance"] - row["fp"]["frechet_distance"])
+
+
+def psnr(row: Row) -> float:
+    return float(row["psnr_db"])
+
+
+def variance(row: Row) -> float:
+    return float(row["variance_ratio"])
 
 
 def effect_of(values: Sequence[float]) -> Effect:
@@ -59,59 +102,64 @@ def significant(effects: Sequence[Effect]) -> list[bool]:
     return found
 
 
-def rows_of(cell: Cell, trials: Trials) -> dict[int, Mapping[str, Any]]:
+def rows_of(cell: Cell, trials: Trials) -> dict[int, Row]:
     """The trials of a cell that have been run, by seed."""
     digests = {seed: digest_of_trial(cell, seed) for seed in range(cell.seeds)}
     return {seed: trials[digest] for seed, digest in digests.items() if digest in trials}
 
 
-def distance(row: Mapping[str, Any]) -> float:
-    """How much farther from the real digits than FP's images of the same noise."""
-    return float(row["found"]["frechet_distance"] - row["fp"]["frechet_distance"])
+def naive_of(cell: Cell) -> Cell:
+    """The naive combination at a cell's sampler, schedule and precision."""
+    kept = {name: value for name, value in cell.every_setting.items() if name in ("sampler", "policy", "precision")}
+    return Cell(cell.group, "naive", cell.model, {**BASE, **kept}, cell.seeds, cell.images)
 
 
-def naive_of(cell: Cell) -> dict[str, Any]:
-    """The settings of the naive combination at a cell's sampler, schedule and precision."""
-    kept = ("sampler", "policy", "precision")
-    return {**BASE, **{name: value for name, value in cell.every_setting.items() if name in kept}}
+def found_in(group: str, trials: Trials) -> list[Found]:
+    """The cells of a group with at least two trials, each once."""
+    found = {}
+    for cell in CELLS:
+        rows = rows_of(cell, trials)
+        if cell.group == group and len(rows) > 1:
+            name = (cell.model, cell.name, *(cell.every_setting[key] for key in ("sampler", "policy")))
+            found[name] = Found(cell, rows, rows_of(naive_of(cell), trials))
+    return list(found.values())
 
 
-def table(group: str, trials: Trials) -> list[str]:
+def table(cells: Sequence[Found]) -> list[str]:
     """Markdown lines of a group."""
-    cells = [(cell, rows) for cell in CELLS if cell.group == group and len(rows := rows_of(cell, trials)) > 1]
-    by_settings = {(cell.model, str(sorted(cell.every_setting.items()))): rows for cell, rows in cells}
-    against_fp = [effect_of([distance(row) for row in rows.values()]) for _, rows in cells]
-    starred = significant(against_fp)
-    lines = [
-        "| model | sampler | policy | | trials x images | Frechet distance less FP's | less naive | PSNR | variance |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (cell, rows), found, star in zip(cells, against_fp, starred, strict=True):
-        naive = by_settings.get((cell.model, str(sorted(naive_of(cell).items()))), {})
-        shared = [seed for seed in rows if seed in naive]
-        change = [distance(rows[seed]) - distance(naive[seed]) for seed in shared]
-        settings = cell.every_setting
+    against_fp = [found.effect(distance) for found in cells]
+    changes = [found.change for found in cells]
+    known = [change for change in changes if change is not None]
+    stars = dict(zip(map(id, [*against_fp, *known]), [*significant(against_fp), *significant(known)], strict=True))
+    lines = list(HEADER)
+    for found, own, change in zip(cells, against_fp, changes, strict=True):
+        settings = found.cell.every_setting
         columns = (
-            cell.model,
+            found.cell.model,
             settings["sampler"],
             settings["policy"],
-            cell.name,
-            f"{len(rows)} x {cell.images:,}",
-            shown(found) + (" *" if star else ""),
-            shown(effect_of(change)) if len(change) > 1 and any(change) else "",
-            f"{mean_of(rows.values(), lambda row: row['psnr_db']):.1f} dB",
-            f"{mean_of(rows.values(), lambda row: row['variance_ratio']):.3f}",
+            found.cell.name,
+            f"{len(found.rows)} x {found.cell.images:,}",
+            shown(own) + (" *" if stars[id(own)] else ""),
+            "" if change is None else shown(change) + (" *" if stars[id(change)] else ""),
+            shown(found.effect(psnr), "{:.1f}"),
+            f"{found.effect(variance).mean:.3f}",
         )
         lines.append(f"| {' | '.join(columns)} |")
     return lines
 
 
-def shown(effect: Effect) -> str:
-    return f"{effect.mean:+.3f} ({effect.low:+.3f} to {effect.high:+.3f})"
+def shown(effect: Effect, form: str = "{:+.3f}") -> str:
+    mean, low, high = (form.format(value) for value in (effect.mean, effect.low, effect.high))
+    return f"{mean} ({low} to {high})"
 
 
-def mean_of(rows: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> float:
-    return float(np.mean([value(row) for row in rows]))
+def written(text: str, group: str, lines: Sequence[str]) -> str:
+    """A document with a group's table between its marks."""
+    mark, end = f"<!-- {group} -->", f"<!-- end of {group} -->"
+    if text.count(mark) != 1 or text.count(end) != 1:
+        raise SystemExit(f"docs/results.md has no place for the table of {group}: {mark} ... {end}")
+    return re.sub(f"{mark}.*?{end}", lambda _: "\n".join((mark, *lines, end)), text, flags=re.DOTALL)
 
 
 def main() -> None:
@@ -119,11 +167,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--groups", nargs="+", choices=groups, default=list(groups))
     parser.add_argument("--results", type=Path, default=HERE / "experiment.json")
+    parser.add_argument("--write", action="store_true", help="renew docs/results.md and its plots")
     options = parser.parse_args()
     trials = json.loads(options.results.read_text())["trials"]
-    for group in options.groups:
+    tables = {group: cells for group in options.groups if (cells := found_in(group, trials))}
+    for group, cells in tables.items():
         print(f"\n### {group}\n")
-        print("\n".join(table(group, trials)))
+        print("\n".join(table(cells)))
+    if options.write:
+        from plots import draw
+
+        text = (DOCS / "results.md").read_text()
+        for group, cells in tables.items():
+            text = written(text, group, table(cells))
+        (DOCS / "results.md").write_text(text)
+        draw(tables, DOCS)
 
 
 if __name__ == "__main__":

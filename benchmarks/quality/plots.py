@@ -1,0 +1,102 @@
+"""Plots of the experiment, as SVG beside docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from cells import MODELS, POINTS, SELECTORS
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from results import Effect, Found
+
+__all__ = ["draw"]
+
+COLOURS = {"ddim": "#2458a6", "ddpm": "#c4572b"}
+SELECTOR_COLOURS = dict(zip(SELECTORS, ("#2458a6", "#777777", "#c4572b"), strict=True))
+mpl.rcParams.update(
+    {
+        "svg.hashsalt": "ditc",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def draw(tables: Mapping[str, Sequence[Found]], folder: Path) -> None:
+    """One file for each group that has a plot."""
+    for group, plot in (("main", strategies), ("points", by_points)):
+        if group in tables:
+            plot(tables[group]).savefig(folder / f"results-{group}.svg", metadata={"Date": None})
+
+
+def strategies(cells: Sequence[Found]) -> Figure:
+    """Every strategy's Frechet distance less FP's with its interval: a panel for each model and policy."""
+    from results import distance
+
+    panels = list(dict.fromkeys((f.cell.model, f.cell.every_setting["policy"]) for f in cells))
+    panels = [panel for panel in panels if panel[1] != "none"]
+    names = list(dict.fromkeys(f.cell.name for f in cells if f.cell.every_setting["policy"] != "none"))
+    policies, models = (list(dict.fromkeys(part)) for part in (sorted(p for _, p in panels), MODELS))
+    figure = Figure(figsize=(4.2 * len(policies), 0.6 + 2 * 0.26 * len(names)))
+    axes: Any = figure.subplots(len(models), len(policies), squeeze=False, sharey=True, sharex="col")
+    for row, model in enumerate(models):
+        for column, policy in enumerate(policies):
+            axis = axes[row][column]
+            axis.set_title(f"{model}, {policy}")
+            axis.axvline(0, color="#999999", linewidth=0.8)
+            for found in cells:
+                settings = found.cell.every_setting
+                if (found.cell.model, settings["policy"]) == (model, policy):
+                    shift = 0.17 if settings["sampler"] == "ddpm" else -0.17
+                    place = names.index(found.cell.name) + shift
+                    _interval(axis, found.effect(distance), place, COLOURS[settings["sampler"]])
+            axis.set_yticks(range(len(names)), names)
+            axis.tick_params(axis="y", length=0)
+            if row == len(models) - 1:
+                axis.set_xlabel("Frechet distance less FP's")
+    axes[0][0].invert_yaxis()
+    figure.legend(
+        handles=[mpl.lines.Line2D([], [], color=c, marker="o", markersize=4, label=s) for s, c in COLOURS.items()],
+        loc="outside upper right",
+        ncols=2,
+        frameon=False,
+    )
+    return figure
+
+
+def _interval(axis: Any, effect: Effect, place: float, colour: str) -> None:
+    axis.plot([effect.low, effect.high], [place, place], color=colour, linewidth=1.4, solid_capstyle="butt")
+    axis.plot([effect.mean], [place], color=colour, marker="o", markersize=4)
+
+
+def by_points(cells: Sequence[Found]) -> Figure:
+    """PSNR against the number of calibration points, a line for each selector with its intervals."""
+    from results import psnr
+
+    figure = Figure(figsize=(8.4, 3.2))
+    axes: Any = figure.subplots(1, len(MODELS), squeeze=False)
+    for axis, model in zip(axes[0], MODELS, strict=True):
+        axis.set_title(model)
+        for name, colour in SELECTOR_COLOURS.items():
+            own = [f for f in cells if f.cell.model == model and f.cell.name.startswith(f"{name}, ")]
+            effects = {f.cell.every_setting["points"]: f.effect(psnr) for f in own}
+            at = [points for points in POINTS if points in effects]
+            middle = [effects[points].mean for points in at]
+            axis.plot(at, middle, color=colour, marker="o", markersize=4, label=name)
+            axis.fill_between(
+                at, [effects[p].low for p in at], [effects[p].high for p in at], color=colour, alpha=0.12, linewidth=0
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(POINTS, [f"{points:,}" for points in POINTS])
+        axis.set_xlabel("calibration points")
+    axes[0][0].set_ylabel("PSNR against FP, dB")
+    axes[0][0].legend(frameon=False)
+    return figure

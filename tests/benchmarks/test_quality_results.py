@@ -1,0 +1,88 @@
+"""The statistics and tables of the quality experiment."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(QUALITY))
+    import results as module
+
+    yield module
+    sys.path.remove(str(QUALITY))
+    for name in ("results", "cells", "trial"):
+        del sys.modules[name]
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say(results: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    effects = [results.effect_of(rng.normal(3, 2, 5)) for _ in range(2000)]
+    covered = np.mean([effect.low <= 3 <= effect.high for effect in effects])
+    assert covered == pytest.approx(0.95, abs=0.015)
+
+
+def test_without_an_effect_p_is_below_5_percent_once_in_20(results: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    p = [results.effect_of(rng.normal(0, 2, 5)).p for _ in range(2000)]
+    assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.015)
+
+
+def test_holm_stops_at_the_first_that_fails(results: ModuleType) -> None:
+    """Levels are 0.05 / 4, / 3, / 2, / 1 in the order of p: 0.03 fails against 0.025, and 0.04 with it."""
+    effects = [results.Effect(0, 0, 0, p, 5) for p in (0.04, 0.001, 0.03, 0.012)]
+    assert results.significant(effects) == [False, True, False, True]
+
+
+def trial(distance: float) -> dict[str, Any]:
+    return {
+        "found": {"frechet_distance": 5 + distance},
+        "fp": {"frechet_distance": 5.0},
+        "psnr_db": 40.0,
+        "variance_ratio": 0.99,
+    }
+
+
+def test_a_table_holds_every_cell_to_fp_and_to_the_naive_one_of_its_seeds(results: ModuleType) -> None:
+    cells = {
+        cell.name: cell
+        for cell in results.CELLS
+        if (cell.group, cell.model) == ("main", "stressed")
+        and cell.name in ("naive", "vc std", "tap")
+        and (cell.every_setting["sampler"], cell.every_setting["policy"]) == ("ddim", "fora:3")
+    }
+    distances = {"naive": (2.0, 4.0, 3.0), "vc std": (1.9, 4.0, 3.2), "tap": (9.0,)}  # one of tap: no interval yet
+    trials = {
+        results.digest_of_trial(cells[name], seed): trial(value)
+        for name, values in distances.items()
+        for seed, value in enumerate(values)
+    }
+    lines = results.table(results.found_in("main", trials))
+    rows = [line.split(" | ") for line in lines[2:]]
+    assert [row[3] for row in rows] == ["naive", "vc std"]
+    assert rows[0][4:7] == ["3 x 2,000", "+3.000 (+0.516 to +5.484)", ""]
+    assert rows[1][5:7] == ["+3.033 (+0.400 to +5.666)", "+0.033 (-0.346 to +0.413)"]
+
+
+def test_a_table_goes_between_its_marks_and_nowhere_else(results: ModuleType) -> None:
+    text = "a\n<!-- main -->\nold\n<!-- end of main -->\nb"
+    assert results.written(text, "main", ["1", "2"]) == "a\n<!-- main -->\n1\n2\n<!-- end of main -->\nb"
+    with pytest.raises(SystemExit, match="no place for the table of bits"):
+        results.written(text, "bits", [])
+
+
+def test_every_cell_has_a_digest_of_its_own_in_its_group(results: ModuleType) -> None:
+    """But quantization alone, which knows no interval."""
+    for group in {cell.group for cell in results.CELLS}:
+        named = {cell.name: results.digest_of_trial(cell, 0) for cell in results.CELLS if cell.group == group}
+        assert len(set(named.values())) == len(named)
