@@ -28,6 +28,7 @@ from trial import digest_of_trial
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 LEVEL = 0.95
+GROUPS = tuple(dict.fromkeys(cell.group for cell in CELLS))
 Row = Mapping[str, Any]
 Trials = Mapping[str, Row]
 Measure = Callable[[Row], float]
@@ -149,6 +150,18 @@ def table(cells: Sequence[Found]) -> list[str]:
     return lines
 
 
+def state(trials: Trials, processor: str) -> list[str]:
+    """How much of the experiment has been run, by group, and how long that took."""
+    wanted = {
+        group: {digest_of_trial(c, seed) for c in CELLS if c.group == group for seed in range(c.seeds)}
+        for group in GROUPS
+    }
+    done = ", ".join(f"{group} {len(each & trials.keys())} of {len(each)}" for group, each in wanted.items())
+    every = set().union(*wanted.values()) & trials.keys()
+    hours = sum(trials[digest]["seconds"] for digest in every) / 3600
+    return [f"Trials that have been run: {done}. They took {hours:.1f} hours of one core of an {processor}."]
+
+
 def shown(effect: Effect, form: str = "{:+.3f}") -> str:
     mean, low, high = (form.format(value) for value in (effect.mean, effect.low, effect.high))
     return f"{mean} ({low} to {high})"
@@ -163,13 +176,13 @@ def written(text: str, group: str, lines: Sequence[str]) -> str:
 
 
 def main() -> None:
-    groups = tuple(dict.fromkeys(cell.group for cell in CELLS))
     parser = argparse.ArgumentParser()
-    parser.add_argument("--groups", nargs="+", choices=groups, default=list(groups))
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--results", type=Path, default=HERE / "experiment.json")
     parser.add_argument("--write", action="store_true", help="renew docs/results.md and its plots")
     options = parser.parse_args()
-    trials = json.loads(options.results.read_text())["trials"]
+    found = json.loads(options.results.read_text())
+    trials = found["trials"]
     tables = {group: cells for group in options.groups if (cells := found_in(group, trials))}
     for group, cells in tables.items():
         print(f"\n### {group}\n")
@@ -177,7 +190,7 @@ def main() -> None:
     if options.write:
         from plots import draw
 
-        text = (DOCS / "results.md").read_text()
+        text = written((DOCS / "results.md").read_text(), "state", state(trials, found["machine"]["processor"]))
         for group, cells in tables.items():
             text = written(text, group, table(cells))
         (DOCS / "results.md").write_text(text)
