@@ -70,18 +70,18 @@ class Cell:
         return {**BASE, **self.settings}
 
 
-def main_cells() -> Iterator[Cell]:
-    """Both models and samplers at N = 3 and 5; smoothing is of the stressed and the plain model alike."""
-    for interval, sampler in product((3, 5), SAMPLERS):
+def main_cells(sampler: str) -> Iterator[Cell]:
+    """Both models at N = 3 and 5; smoothing is of the stressed and the plain model alike."""
+    for model in MODELS:
+        alone = {"sampler": sampler, "policy": "none"}
+        yield Cell(sampler, "quantization alone", model, alone, MAIN_SEEDS, MAIN_IMAGES)
+    for interval in (3, 5):
         at = {"sampler": sampler, "policy": f"fora:{interval}"}
         for vc in ("none", "std"):
             name = "cache alone" if vc == "none" else "cache + vc std"
-            yield Cell("main", name, "plain", {**at, "precision": "fp32", "vc": vc}, MAIN_SEEDS, MAIN_IMAGES)
-        for model in MODELS:
-            alone = {"sampler": sampler, "policy": "none"}
-            yield Cell("main", "quantization alone", model, alone, MAIN_SEEDS, MAIN_IMAGES)
-            for name, settings in STRATEGIES.items():
-                yield Cell("main", name, model, {**at, **settings}, MAIN_SEEDS, MAIN_IMAGES)
+            yield Cell(sampler, name, "plain", {**at, "precision": "fp32", "vc": vc}, MAIN_SEEDS, MAIN_IMAGES)
+        for model, (name, settings) in product(MODELS, STRATEGIES.items()):
+            yield Cell(sampler, name, model, {**at, **settings}, MAIN_SEEDS, MAIN_IMAGES)
 
 
 def interval_cells() -> Iterator[Cell]:
@@ -125,4 +125,10 @@ def quantizer_cells() -> Iterator[Cell]:
             yield Cell("bits", f"{precision}, {name}", model, {"precision": precision, **STRATEGIES[name]})
 
 
-CELLS: tuple[Cell, ...] = (*main_cells(), *interval_cells(), *control_cells(), *points_cells(), *quantizer_cells())
+CELLS: tuple[Cell, ...] = (
+    *(cell for sampler in SAMPLERS for cell in main_cells(sampler)),
+    *interval_cells(),
+    *control_cells(),
+    *points_cells(),
+    *quantizer_cells(),
+)

@@ -1,6 +1,6 @@
 """What quantization, cache, TAP and VC are worth, alone and together, on the reference model, plain and under stress.
 
-    python benchmarks/quality/experiment.py [--groups main ...] [--hours 2]
+    python benchmarks/quality/experiment.py [--groups ddim ...] [--hours 2]
 
 Runs every trial of every cell that the results don't hold yet, a process for each core, and writes the results after
 each; stopped and started again, it goes on. The tables and plots of docs/results.md come from `results.py`.

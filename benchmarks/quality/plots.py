@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-COLOURS = {"ddim": "#2458a6", "ddpm": "#c4572b"}
+COLOUR = "#2458a6"
+FAR_OUT = 20  # times the median of its panel: written at the edge, so that the others can be told apart
+EDGE = ("axes fraction", "data")
 SELECTOR_COLOURS = dict(zip(SELECTORS, ("#2458a6", "#777777", "#c4572b"), strict=True))
 mpl.rcParams.update(
     {
@@ -32,7 +35,7 @@ mpl.rcParams.update(
 
 def draw(tables: Mapping[str, Sequence[Found]], folder: Path) -> None:
     """One file for each group that has a plot."""
-    for group, plot in (("main", strategies), ("points", by_points)):
+    for group, plot in (("ddim", strategies), ("ddpm", strategies), ("points", by_points)):
         if group in tables:
             plot(tables[group]).savefig(folder / f"results-{group}.svg", metadata={"Date": None})
 
@@ -52,29 +55,28 @@ def strategies(cells: Sequence[Found]) -> Figure:
             axis = axes[row][column]
             axis.set_title(f"{model}, {policy}")
             axis.axvline(0, color="#999999", linewidth=0.8)
-            for found in cells:
-                settings = found.cell.every_setting
-                if (found.cell.model, settings["policy"]) == (model, policy):
-                    shift = 0.17 if settings["sampler"] == "ddpm" else -0.17
-                    place = names.index(found.cell.name) + shift
-                    _interval(axis, found.effect(distance), place, COLOURS[settings["sampler"]])
+            effects = {
+                names.index(found.cell.name): found.effect(distance)
+                for found in cells
+                if (found.cell.model, found.cell.every_setting["policy"]) == (model, policy)
+            }
+            usual = median([abs(effect.mean) for effect in effects.values()])
+            for place, effect in effects.items():
+                if effect.mean > FAR_OUT * usual:
+                    axis.annotate(f"{effect.mean:+.1f} →", (1, place), xycoords=EDGE, ha="right", va="center")
+                else:
+                    _interval(axis, effect, place)
             axis.set_yticks(range(len(names)), names)
             axis.tick_params(axis="y", length=0)
             if row == len(models) - 1:
                 axis.set_xlabel("Frechet distance less FP's")
     axes[0][0].invert_yaxis()
-    figure.legend(
-        handles=[mpl.lines.Line2D([], [], color=c, marker="o", markersize=4, label=s) for s, c in COLOURS.items()],
-        loc="outside upper right",
-        ncols=2,
-        frameon=False,
-    )
     return figure
 
 
-def _interval(axis: Any, effect: Effect, place: float, colour: str) -> None:
-    axis.plot([effect.low, effect.high], [place, place], color=colour, linewidth=1.4, solid_capstyle="butt")
-    axis.plot([effect.mean], [place], color=colour, marker="o", markersize=4)
+def _interval(axis: Any, effect: Effect, place: float) -> None:
+    axis.plot([effect.low, effect.high], [place, place], color=COLOUR, linewidth=1.4, solid_capstyle="butt")
+    axis.plot([effect.mean], [place], color=COLOUR, marker="o", markersize=4)
 
 
 def by_points(cells: Sequence[Found]) -> Figure:

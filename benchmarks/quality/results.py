@@ -1,6 +1,6 @@
 """Tables and plots of the experiment: what each cell costs against FP, with intervals over its trials.
 
-    python benchmarks/quality/results.py [--groups main ...] [--write]
+    python benchmarks/quality/results.py [--groups ddim ...] [--write]
 
 A trial is a compile and its images, all from one seed, so an interval over trials covers the choice of calibration
 points and the noise of the images at once. Intervals are Student's t at 95 %, the differences are paired by seed. A
