@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ditc.bundle import Bundle, open_bundle
+from ditc.compiler.guided import GuidedRun
 from ditc.compiler.polygraphy_commands import SCRIPTS, SegmentFacts, loader_name, script_text
 from ditc.engines.backend import lowered_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
@@ -91,7 +92,19 @@ def recorded_runs(bundle: Bundle, points: int) -> dict[str, list[RecordedRun]]:
     with Pipeline(bundle, backend=backend) as pipe:
         for _ in pipe.generate(labels):
             pass
-    return backend.runs
+    return backend.runs | {CONDITION: [with_every_row(bundle, labels, run) for run in backend.runs[CONDITION]]}
+
+
+def with_every_row(bundle: Bundle, labels: list[int], run: RecordedRun) -> RecordedRun:
+    """A run of `condition` with a label for each network row, as an engine of fixed shapes takes it.
+
+    On the CPU it was given each label once.
+    """
+    from ditc.compiler.branch_probe import condition_tables
+
+    rows = GuidedRun.of(bundle).labels(labels)
+    tables = condition_tables(bundle.segment_path(CONDITION), run.inputs["t"], rows)
+    return RecordedRun(run.call, {**run.inputs, "y": rows}, tables)
 
 
 def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> SegmentFacts:
