@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ class Pool:
     """N points of trajectories: `x` (N, channels, height, width); the other fields are (N,).
 
     `sample` and `step` are a point's origin; points are ordered by (sample, step), whatever order they came in.
+    `peaks` (N, tensors) are the largest magnitudes that linear layers read at a point, where they were looked at.
     """
 
     x: NDArray[np.float32]
@@ -36,6 +37,7 @@ class Pool:
     step: NDArray[np.int64]
     t: NDArray[np.float64]
     label: NDArray[np.int64]
+    peaks: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if len(self.x) == 0:
@@ -57,7 +59,13 @@ class Pool:
         return self if np.array_equal(order, np.arange(len(self))) else self.take(order)
 
     def take(self, index: NDArray[Any]) -> Pool:
-        return Pool(self.x[index], self.sample[index], self.step[index], self.t[index], self.label[index])
+        peaks = None if self.peaks is None else self.peaks[index]
+        return Pool(self.x[index], self.sample[index], self.step[index], self.t[index], self.label[index], peaks)
+
+    def with_peaks(self, seen: Mapping[tuple[int, int], NDArray[Any]]) -> Pool:
+        """The same points with what was seen of each, (sample, step) -> (tensors,)."""
+        origins = zip(self.sample.tolist(), self.step.tolist(), strict=True)
+        return replace(self, peaks=np.stack([seen[origin] for origin in origins]).astype(np.float32))
 
 
 def pool_from_visits(visits: Iterable[Visit]) -> Pool:

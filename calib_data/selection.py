@@ -18,7 +18,15 @@ from ditc.calib_data.pool import Pool
 from ditc.calib_data.tap import TapSettings, tap_embedding
 from ditc.errors import InputError, unknown_name
 
-__all__ = ["SELECTORS", "SelectionOptions", "check_selector", "cluster_quotas", "select_points", "tap_clusters"]
+__all__ = [
+    "NEEDING_PEAKS",
+    "SELECTORS",
+    "SelectionOptions",
+    "check_selector",
+    "cluster_quotas",
+    "select_points",
+    "tap_clusters",
+]
 
 Indices = NDArray[np.int64]
 
@@ -74,9 +82,25 @@ def tap_points(pool: Pool, options: SelectionOptions) -> Indices:
     return _from_clusters(tap_clusters(pool, options), options)
 
 
+def tap_activation_points(pool: Pool, options: SelectionOptions) -> Indices:
+    """TAP, but points are alike when linear layers read alike magnitudes at them, whatever they look like."""
+    if pool.peaks is None:
+        raise InputError(
+            "nothing was recorded of what linear layers read at the pool's points; choose another selector"
+        )
+    sizes = np.log2(np.maximum(pool.peaks, np.finfo(np.float32).tiny))
+    spread = sizes.std(axis=0)
+    centred = (sizes - sizes.mean(axis=0)) / np.where(spread > 0, spread, 1)  # or every cosine would be near 1
+    return _from_clusters(_tap(centred, pool.step, options), options)
+
+
 def tap_clusters(pool: Pool, options: SelectionOptions) -> NDArray[np.int64]:
     """The cluster that TAP puts each point in, (n,)."""
-    embedding = tap_embedding(pool.flat, pool.step, options.cluster_count, options.tap, _rng(options))
+    return _tap(pool.flat, pool.step, options)
+
+
+def _tap(vectors: NDArray[np.float32], steps: NDArray[np.int64], options: SelectionOptions) -> NDArray[np.int64]:
+    embedding = tap_embedding(vectors, steps, options.cluster_count, options.tap, _rng(options))
     return _kmeans(embedding, options)
 
 
@@ -85,7 +109,9 @@ SELECTORS: dict[str, Callable[[Pool, SelectionOptions], Indices]] = {
     "random": random_points,
     "uniform-time": uniform_time_points,
     "kmeans": kmeans_points,
+    "tap-activations": tap_activation_points,
 }
+NEEDING_PEAKS = ("tap-activations",)
 
 
 def check_selector(name: str) -> None:

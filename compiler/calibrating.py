@@ -10,9 +10,17 @@ from typing import Any
 import numpy as np
 
 from ditc.calib_data.calibset import CalibSet
+from ditc.calib_data.selection import NEEDING_PEAKS
 from ditc.compiler.plan import Plan, Segments
 from ditc.engines.midpoints import lower_bounds
-from ditc.engines.observing import ObservedPool, Observer, ObservingBackend, histogram_bytes, show_activations
+from ditc.engines.observing import (
+    ObservedPool,
+    Observer,
+    ObservingBackend,
+    PeakObserver,
+    histogram_bytes,
+    show_activations,
+)
 from ditc.engines.ranges import Histogram
 from ditc.engines.scale_binding import BINDINGS
 from ditc.engines.scale_table import ScaleTable
@@ -25,6 +33,7 @@ from ditc.engines.scales import (
     scale_table,
     uncalibrated_table,
 )
+from ditc.errors import InputError
 from ditc.files import sha256_of
 from ditc.precision import INT8, levels_of
 from ditc.program import CONDITION
@@ -35,25 +44,40 @@ OBSERVED = "observed.npz"  # beside the calibration set
 OBSERVED_BYTES = 1 << 28  # of a pool's histograms
 
 
-def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Observer] | None:
-    """What watches the pool's own runs; None where nothing is calibrated on them, or their histograms would not fit.
+def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Observer | PeakObserver] | None:
+    """What watches the pool's own runs: for histograms to calibrate on, or for the selector.
 
-    Every recorded step has to run the `full` segment, and smoothing changes what its layers read afterwards.
+    None where nothing is calibrated on them, or their histograms would not fit. Every recorded step has to run the
+    `full` segment, and smoothing changes what its layers read afterwards. Raises InputError where the selector has to
+    see what can't be shown.
     """
     from ditc.exporter.onnx_files import load_model, save_sharing_data
 
     options, program = plan.options, plan.recorded_program
+    needed = options.select in NEEDING_PEAKS
     calibrates = options.bits is not None and BINDINGS[options.scales].groups is not None and options.smooth == "none"
-    if not calibrates or any(program.steps[step].segment != "full" for step in plan.recorded_steps):
+    computed = all(program.steps[step].segment == "full" for step in plan.recorded_steps)
+    if not computed and needed:
+        raise InputError(
+            f"--select {options.select} looks at what linear layers read, so every point has to be of a step that "
+            "computes everything: leave --pool-steps out, choose another --policy, or another --select"
+        )
+    if not computed or not (calibrates or needed):
         return None
     model = load_model(segments["full"])
     bounds, shown = lower_bounds(model, options.midpoint), show_activations(model)
+    if not shown and needed:
+        raise InputError(
+            f"--select {options.select} can't tell apart what the images of a batch give linear layers in "
+            f"{plan.spec.name}; choose another --select"
+        )
     points = options.pool_size(len(plan.recorded_steps)) * len(plan.recorded_steps)
-    if not shown or histogram_bytes(points, len(shown)) > OBSERVED_BYTES:
+    fits = calibrates and histogram_bytes(points, len(shown)) <= OBSERVED_BYTES
+    if not shown or not (fits or needed):
         return None
     probe = segments["full"].with_name("full.observed.onnx")  # its weights lie in that folder
     save_sharing_data(model, probe)
-    observer = Observer(shown, bounds, plan.halves)
+    observer = Observer(shown, bounds, plan.halves) if fits else PeakObserver(shown, plan.halves)
     return ObservingBackend(plan.backend, segments["full"], probe, shown, observer.watch), observer
 
 

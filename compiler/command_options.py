@@ -54,7 +54,11 @@ COMPILE_OPTIONS = (
         help="Arithmetic of linear layers; 4 and 6 bits are simulated in 8.",
     ),
     click.option(
-        "--select", metavar="tap|random|uniform-time|kmeans", default="tap", show_default=True, help="Selector."
+        "--select",
+        metavar="tap|random|uniform-time|kmeans|tap-activations",
+        default="tap",
+        show_default=True,
+        help="Selector.",
     ),
     click.option("--points", type=int, default=800, show_default=True, help="Calibration points."),
     click.option("--clusters", type=int, help="Clusters of tap and kmeans; default one for 8 points."),

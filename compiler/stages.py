@@ -22,7 +22,7 @@ from ditc.engines.backend import Backend, lowered_path, runnable_path
 from ditc.engines.linears import linear_count
 from ditc.engines.liveness import footprint_of
 from ditc.engines.lowering import lower
-from ditc.engines.observing import ObservedPool, Observer
+from ditc.engines.observing import ObservedPool, Observer, PeakObserver
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq
 from ditc.engines.scale_table import step_inputs
@@ -125,7 +125,7 @@ def start_requests(
 
 
 def record_pool(
-    plan: Plan, segments: Segments, backend: Backend | None = None, observer: Observer | None = None
+    plan: Plan, segments: Segments, backend: Backend | None = None, observer: Observer | PeakObserver | None = None
 ) -> Pool:
     """The points that the FP program visits, cached as deployment will be, unless the options ask for the uncached.
 
@@ -152,7 +152,8 @@ def record_pool(
 def select(plan: Plan, segments: Segments, folder: Path) -> None:
     """Record the pool and pick the calibration set from it: calib.npz, and pool.json with its size.
 
-    Where the histograms of all its points fit, they are taken on the way: observed.npz.
+    Where the histograms of all its points fit, they are taken on the way: observed.npz. A selector that needs it is
+    told what linear layers read at each point.
     """
     watched = observation(plan, segments)
     if watched is None:
@@ -163,7 +164,9 @@ def select(plan: Plan, segments: Segments, folder: Path) -> None:
             pool = record_pool(plan, segments, backend, observer)
         finally:
             backend.probe.unlink()
-        ObservedPool.of(observer).save(folder / OBSERVED)
+        pool = pool.with_peaks(observer.peaks)
+        if isinstance(observer, Observer):
+            ObservedPool.of(observer).save(folder / OBSERVED)
     plan.progress("select", 0, 1)
     chosen = select_points(plan.options.select, pool, plan.options.selection())
     chosen.save(folder / "calib.npz")

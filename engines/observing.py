@@ -1,4 +1,4 @@
-"""Histograms taken while the pool is recorded: what linear layers read, point by point, until points are picked.
+"""What linear layers read, looked at while the pool is recorded: histograms of every point, or its largest magnitudes.
 
 A large model spends as long on a calibration point as on recording it. Where the pool's histograms fit, its own runs
 are looked at, and the points that the selector picks need no run of their own.
@@ -22,7 +22,7 @@ from ditc.engines.ranges import BINS, Histogram
 from ditc.engines.wrapping import WrappingEngine
 from ditc.errors import BundleError
 
-__all__ = ["ObservedPool", "Observer", "ObservingBackend", "histogram_bytes", "show_activations"]
+__all__ = ["ObservedPool", "Observer", "ObservingBackend", "PeakObserver", "histogram_bytes", "show_activations"]
 
 Watch = Callable[[Mapping[str, Buffer]], None]
 Counts = NDArray[np.uint32]
@@ -156,6 +156,30 @@ class Observer:
     def keep(self, step: int, first: int) -> None:
         """The run that was counted last was `step` of images `first` and on."""
         self.points += [Seen.of(first + image, step, found) for image, found in enumerate(self._last)]
+
+    @property
+    def peaks(self) -> dict[tuple[int, int], Numbers]:
+        """The largest of each tensor at each point, (sample, step) -> (tensors,)."""
+        return {(seen.sample, seen.step): seen.largest for seen in self.points}
+
+
+@dataclass
+class PeakObserver:
+    """Keeps the largest magnitudes of what is shown to it, and no more; otherwise as Observer."""
+
+    names: tuple[str, ...]
+    halves: int
+    peaks: dict[tuple[int, int], Numbers] = field(default_factory=dict)
+    _last: Numbers = field(default_factory=lambda: np.empty((0, 0)))
+
+    def watch(self, tensors: Mapping[str, Buffer]) -> None:
+        """Look at one run: rows (images x halves, ...), all images of a half together."""
+        by_row = np.stack([np.abs(tensors[name]).reshape(len(tensors[name]), -1).max(axis=1) for name in self.names])
+        self._last = by_row.reshape(len(self.names), self.halves, -1).max(axis=1).T  # (images, tensors)
+
+    def keep(self, step: int, first: int) -> None:
+        """The run that was looked at last was `step` of images `first` and on."""
+        self.peaks |= {(first + image, step): found for image, found in enumerate(self._last)}
 
 
 @dataclass(frozen=True)

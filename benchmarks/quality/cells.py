@@ -37,6 +37,7 @@ SELECTORS: Mapping[str, Settings] = {
     "tap": {"select": "tap"},
     "random": {"select": "random"},
     "uniform in time, uncached": UNCACHED,
+    "tap of activations": {"select": "tap-activations"},
 }
 POINTS = (16, 64, 256, 800, 3_200)
 BOTH = {"select": "tap", "vc": "std"}  # the paper's method

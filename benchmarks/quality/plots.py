@@ -19,7 +19,7 @@ __all__ = ["draw"]
 COLOUR = "#2458a6"
 FAR_OUT = 20  # times the median of its panel: written at the edge, so that the others can be told apart
 EDGE = ("axes fraction", "data")
-SELECTOR_COLOURS = dict(zip(SELECTORS, ("#2458a6", "#777777", "#c4572b"), strict=True))
+SELECTOR_COLOURS = dict(zip(SELECTORS, ("#2458a6", "#777777", "#c4572b", "#3f8f5b"), strict=True))
 mpl.rcParams.update(
     {
         "svg.hashsalt": "ditc",

@@ -33,7 +33,8 @@ def pool_of(images: int = IMAGES, steps: int = STEPS, seed: int = 0) -> Pool:
     sample, step = np.divmod(np.arange(images * steps), steps)
     label = sample % 5
     x = rng.standard_normal((images * steps, 2, 3, 3)).astype(np.float32) + label[:, None, None, None]
-    return Pool(x, sample, step, 999.0 - 10 * step, label)
+    peaks = rng.lognormal(size=(images * steps, 6)).astype(np.float32)
+    return Pool(x, sample, step, 999.0 - 10 * step, label, peaks)
 
 
 def shuffled(pool: Pool, seed: int) -> Pool:
@@ -87,10 +88,11 @@ def test_the_smallest_pools_are_selected_whole(name: str, size: int) -> None:
     assert chosen.step.tolist() == list(range(size))
 
 
-@pytest.mark.parametrize("name", ["kmeans", "tap"])
+@pytest.mark.parametrize("name", ["kmeans", "tap", "tap-activations"])
 def test_a_pool_of_equal_points_is_no_problem(name: str) -> None:
     pool = pool_of()
-    equal = Pool(np.ones_like(pool.x), pool.sample, pool.step, pool.t, pool.label)
+    peaks = np.zeros((len(pool), 6), np.float32)
+    equal = Pool(np.ones_like(pool.x), pool.sample, pool.step, pool.t, pool.label, peaks)
     assert len(select_points(name, equal, SelectionOptions(points=80))) == 80
 
 
@@ -136,8 +138,40 @@ def test_kmeans_draws_from_every_group_of_looks() -> None:
     assert np.bincount(chosen.label)[1:].tolist() == [3, 3, 3]
 
 
+def test_what_layers_read_decides_where_looks_say_nothing() -> None:
+    """Four groups of points that look alike, in one of which a layer reads magnitudes of its own."""
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(4), [200, 10, 10, 10])
+    x = rng.standard_normal((230, 4, 1, 1)).astype(np.float32)
+    peaks = (8.0 ** np.eye(4)[group] * rng.lognormal(sigma=0.02, size=(230, 4))).astype(np.float32)
+    step = np.zeros(230, np.int64)
+    pool = Pool(x, np.arange(230), step, step.astype(np.float64), group, peaks)
+    options = SelectionOptions(points=16, clusters=4, tap=TapSettings(alpha=1, share=0.5))
+    by_peaks, by_looks = (
+        np.bincount(select_points(name, pool, options).label, minlength=4)[1:] for name in ("tap-activations", "tap")
+    )
+    assert by_peaks.tolist() == [3, 3, 3]
+    assert by_looks.sum() < 6
+
+
+def test_without_what_layers_read_the_selector_says_so() -> None:
+    pool = pool_of()
+    blind = Pool(pool.x, pool.sample, pool.step, pool.t, pool.label)
+    with pytest.raises(InputError, match="nothing was recorded of what linear layers read"):
+        select_points("tap-activations", blind, SelectionOptions(points=40))
+
+
+def test_peaks_stay_with_their_points() -> None:
+    pool = pool_of()
+    seen = {(int(s), int(i)): np.array([100 * s + i]) for s, i in zip(pool.sample, pool.step, strict=True)}
+    found = shuffled(pool.with_peaks(seen), 1).ordered()
+    assert found.peaks is not None
+    assert found.peaks[:, 0].tolist() == (100 * pool.sample + pool.step).tolist()
+
+
 def test_an_unknown_selector_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"unknown selector 'tapp'; choose one of: kmeans, random, tap, uniform-time"):
+    known = "kmeans, random, tap, tap-activations, uniform-time"
+    with pytest.raises(InputError, match=f"unknown selector 'tapp'; choose one of: {known}"):
         select_points("tapp", pool_of(), SelectionOptions(points=4))
     with pytest.raises(InputError, match=r"unknown selector 'tapp'"):
         check_selector("tapp")

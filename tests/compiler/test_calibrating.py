@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ditc.calib_data.calibset import CalibSet
+from ditc.calib_data.pool import Pool
 from ditc.compiler import calibrating, stages
 from ditc.compiler.calibrating import OBSERVED, activation_scales
 from ditc.compiler.driver import make_plan
@@ -15,7 +17,7 @@ from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.engines.observing import ObservedPool
 from ditc.engines.scale_table import ScaleTable
-from ditc.errors import BundleError
+from ditc.errors import BundleError, InputError
 
 Selected = Callable[..., tuple[Plan, Segments, Path]]
 
@@ -124,3 +126,32 @@ def test_what_was_observed_survives_the_disk(selected: Selected) -> None:
     points = list(pool.points)[:3]
     for name, histogram in pool.histograms(points).items():
         np.testing.assert_array_equal(again.histograms(points)[name].counts, histogram.counts)
+
+
+@pytest.mark.parametrize("smooth", ["none", "smooth"])
+def test_the_selector_sees_the_largest_magnitude_of_every_layer_at_every_point(
+    selected: Selected, smooth: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With histograms taken on the way, and without; held to running the segment at some points again."""
+    pools: list[Pool] = []
+    choose = stages.select_points
+    monkeypatch.setattr(stages, "select_points", lambda *given: choose(*(pools.append(given[1]), given)[1]))
+    plan, segments, folder = selected(select="tap-activations", smooth=smooth)
+    assert (folder / OBSERVED).is_file() == (smooth == "none")
+    (pool,) = pools
+    assert pool.peaks is not None
+    probe, condition = calibrating.open_probe(plan, segments), plan.backend.session(segments["condition"])
+    assert pool.peaks.shape == (len(pool), len(probe.readers))
+    calib = CalibSet.from_pool(pool.take(np.array([0, 5, len(pool) - 1])))
+    for feeds, expected in zip(
+        calibrating.calibration_feeds(condition, calib, plan.guidance_label, 1),
+        pool.peaks[[0, 5, len(pool) - 1]][np.argsort(calib.step, kind="stable")],
+        strict=True,
+    ):
+        found = probe.run(feeds)
+        np.testing.assert_allclose([np.abs(found[name]).max() for name in probe.readers], expected, rtol=1e-4)
+
+
+def test_a_selector_that_has_to_see_all_refuses_points_that_compute_in_part(selected: Selected) -> None:
+    with pytest.raises(InputError, match=r"--select tap-activations looks at .* leave --pool-steps out"):
+        selected(select="tap-activations", pool_steps="all")
