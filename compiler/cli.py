@@ -84,6 +84,9 @@ def cli() -> None:
 @click.option("--heads", type=int, help="Attention heads, where the checkpoint's width does not tell.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
+@click.option(
+    "--exports", type=click.Path(path_type=Path), help="Folder that keeps FP segments for compiles with other settings."
+)
 @compile_options
 @as_json
 def compile_command(
@@ -93,6 +96,7 @@ def compile_command(
     heads: int | None,
     out: Path,
     force: bool,
+    exports: Path | None,
     json_: bool,
     **settings: Any,
 ) -> None:
@@ -107,7 +111,9 @@ def compile_command(
     options = CompileOptions(**settings).checked()
     chosen = chosen_model(model, random_size, options.seed)
     with progress_on_stderr() as progress:
-        bundle = compile_model(chosen, out, options, progress=progress, force=force, num_heads=heads, vae=vae)
+        bundle = compile_model(
+            chosen, out, options, progress=progress, force=force, num_heads=heads, vae=vae, exports=exports
+        )
     if json_:
         print_json({"bundle": str(out), "manifest": bundle.manifest.model_dump(mode="json")})
     else:

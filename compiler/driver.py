@@ -22,7 +22,7 @@ from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Progress, Segments
 from ditc.compiler.released import release_weights, return_free_memory
 from ditc.compiler.smoothing import smooth
-from ditc.compiler.work import WorkFolder, work_folder
+from ditc.compiler.work import WorkFolder, shared, work_folder
 from ditc.engines.backend import lowered_path
 from ditc.engines.lowering import LOWERINGS
 from ditc.errors import InputError
@@ -69,14 +69,17 @@ def compile_model(
     force: bool = False,
     num_heads: int | None = None,
     vae: str | PathLike[str] | None = None,
+    exports: str | PathLike[str] | None = None,
 ) -> Bundle:
     """Compile a model into the bundle `out`, and return it opened.
 
     `model` is a name as the command line takes it ("digits", a checkpoint, a diffusers folder, "random:SIZE",
     "module:function"), or an object that fits `ditc.exporter.protocol.TrajectoryModel`. A model loaded from a name is
     released after the export. An interrupted compile resumes after its last whole stage. `vae` is a local
-    `AutoencoderKL` folder for a checkpoint that comes without one. Raises InputError for settings or a model that make
-    no sense, and CheckError where a result fails its check; `out` is then as it was.
+    `AutoencoderKL` folder for a checkpoint that comes without one. `exports` is a folder in which the exported FP
+    segments stay for later compiles of the same model with other settings; of a small model they take most of the time.
+    Raises InputError for settings or a model that make no sense, and CheckError where a result fails its check; `out`
+    is then as it was.
     """
     options = (options or CompileOptions()).checked()
     target = Path(out).absolute()
@@ -88,7 +91,7 @@ def compile_model(
     plan = make_plan(opened, options, progress)
     with work_folder(target) as work:
         compile_ = _Compile(plan, work, _decided(plan, opened), tables={**plan.reuse_tables})
-        segments = compile_.export(opened)
+        segments = compile_.export(opened, None if exports is None else Path(exports).absolute())
         if opened is not model:
             release_weights(opened)  # ours, and nothing after the export needs it
         _run_stages(compile_, segments, target)
@@ -195,9 +198,13 @@ class _Compile:
         columns = {name: column.tolist() for name, column in self.plan.table.items()}
         return [digest_of(columns), self.plan.program.model_dump(), self.plan.options.cfg, self.plan.options.seed]
 
-    def export(self, model: Any) -> Segments:
+    def export(self, model: Any, exports: Path | None) -> Segments:
         plan = self.plan
-        folder = self.stage("export", [], lambda folder: stages.export(plan, model, folder))
+
+        def make(folder: Path) -> None:
+            stages.export(plan, model, folder)
+
+        folder = self.stage("export", [], make if exports is None else shared(exports / f"export-{self.key}", make))
         return {name: folder / f"{name}.onnx" for name in plan.program.calls}
 
     def select(self, segments: Segments) -> Path:

@@ -54,6 +54,7 @@ WINDOWS = ((2, 2), (4, 4), (8, 8))  # first and last steps that compute
 PATIENCE = 2  # intervals beyond the budget before longer ones are given up
 VETO_IMAGES = 2
 MOST_VETOED = 0.5  # of branches and steps whose change from step to step is less than quantization noise
+EXPORTS = "exports"  # folder of what candidates have in common
 WORTH = 1.1  # a cache has to be this much faster than no cache
 
 
@@ -165,13 +166,14 @@ def tune_model(
 
     def veto(trial: Trial) -> float:
         compiled = base.model_copy(update=trial.changes)
-        bundle = compile_model(model, work / "candidate", compiled, progress=progress, force=True)
+        bundle = _candidate(model, compiled, work, progress)
         return veto_of(bundle.path, VetoOptions(images=VETO_IMAGES, lag=1), progress=progress).vetoed
 
     search = _Search(base, options, judge, veto)
     _explore(search)
     chosen = _chosen(search)
-    compile_model(model, target, base.model_copy(update=chosen.changes), progress=progress, force=force)
+    best = base.model_copy(update=chosen.changes)
+    compile_model(model, target, best, progress=progress, force=force, exports=work / EXPORTS)
     shutil.rmtree(work)
     return _report(search, chosen)
 
@@ -291,10 +293,15 @@ def _measured(
     path = work / f"{digest_of([_digest(model), candidate.model_dump(), options.model_dump()])[:16]}.json"
     if (found := _earlier(path)) is not None:
         return found
-    bundle = compile_model(model, work / "candidate", candidate, progress=progress, force=True)
+    bundle = _candidate(model, candidate, work, progress)
     trial = _judged(bundle, stage, changes, options, work, progress)
     atomic_write(path, trial.model_dump_json().encode())
     return trial
+
+
+def _candidate(model: Any, options: CompileOptions, work: Path, progress: Progress) -> Bundle:
+    """The bundle of a candidate, in the place of the one before it; what it exports is there for the next ones."""
+    return compile_model(model, work / "candidate", options, progress=progress, force=True, exports=work / EXPORTS)
 
 
 def _digest(model: Any) -> str:

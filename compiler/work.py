@@ -1,4 +1,7 @@
-"""The work folder of a compile: finished stages by key, so that an interrupted compile resumes after the last one."""
+"""The work folder of a compile: finished stages by key, so that an interrupted compile resumes after the last one.
+
+Beside it, what several compiles have in common may be kept in a folder of the user's.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditc.files import atomic_folder, locked, writing
+from ditc.files import atomic_folder, in_turn, locked, writing
 
-__all__ = ["WorkFolder", "work_folder"]
+__all__ = ["WorkFolder", "shared", "work_folder"]
+
+Make = Callable[[Path], None]  # fills a fresh folder
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class WorkFolder:
 
     path: Path
 
-    def stage(self, name: str, key: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
+    def stage(self, name: str, key: str, make: Make) -> tuple[Path, bool]:
         """(folder of the stage, whether it was there already). `make` fills a fresh folder."""
         folder = self.path / f"{name}-{key}"
         if folder.is_dir():
@@ -42,3 +47,22 @@ def work_folder(out: Path) -> Iterator[WorkFolder]:
         path.mkdir(parents=True, exist_ok=True)
     with locked(path / "lock", f"another compile is writing {out}; wait for it, or choose another output folder"):
         yield WorkFolder(path)
+
+
+def shared(folder: Path, make: Make) -> Make:
+    """`make`, but what it made the first time stands at `folder`, and others are given that.
+
+    One compile makes it, and those that want the same just now wait. They get copies: onnx_ir takes no weights from a
+    file with several names.
+    """
+
+    def give(fresh: Path) -> None:
+        with in_turn(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                with atomic_folder(folder) as kept:
+                    make(kept)
+        with writing(fresh):
+            for file in folder.iterdir():
+                shutil.copyfile(file, fresh / file.name)
+
+    return give

@@ -14,7 +14,7 @@ from typing import Any
 
 from ditc.errors import InputError
 
-__all__ = ["atomic_folder", "atomic_write", "digest_of", "locked", "sha256_of", "writing"]
+__all__ = ["atomic_folder", "atomic_write", "digest_of", "in_turn", "locked", "sha256_of", "writing"]
 
 CHUNK_BYTES = 1 << 22
 
@@ -58,6 +58,17 @@ def locked(path: Path, busy: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise InputError(busy) from e
+        yield
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold a lock file as `locked` does, after whoever holds it."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

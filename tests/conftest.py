@@ -42,7 +42,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     folder = tmp_path_factory.mktemp("bundles")
 
     def made(name: str, **changes: object) -> Bundle:
-        return compile_model(small_model(), folder / name, QUICK.model_copy(update=changes))
+        return compile_model(small_model(), folder / name, QUICK.model_copy(update=changes), exports=folder / "exports")
 
     return {
         "cached": made("cached", policy="fora:2"),

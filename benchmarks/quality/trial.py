@@ -7,9 +7,7 @@ sealing into a bundle is left out.
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +27,7 @@ from ditc.compiler.smoothing import smooth
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.stress import stressed
-from ditc.files import digest_of
+from ditc.files import digest_of, in_turn
 from ditc.program import Program
 from ditc.runtime.distributions import Generated, RealSet, distribution_values
 from ditc.runtime.executor import Samples, seeded_noise
@@ -84,7 +82,7 @@ def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
 def exported(model: str, plan: Plan, work: Path) -> Segments:
     """The FP segments of a model under a policy, exported once."""
     folder = work / f"export-{digest_of([REVISION, model, plan.options.policy, plan.options.reuse, plan.options.cfg])}"
-    with locked(folder):
+    with in_turn(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "parity.json").is_file():
             folder.mkdir(exist_ok=True)
             stages.export(plan, MODELS[model](), folder)
@@ -134,7 +132,7 @@ def exact_side(cell: Cell, seed: int, work: Path) -> Made:
     """FP without a cache, on the plain model: stress changes nothing there. Made once for each sampler and seed."""
     sampler = cell.every_setting["sampler"]
     path = work / f"fp-{digest_of([REVISION, sampler, cell.images, seed])}.npz"
-    with locked(path):
+    with in_turn(path.with_name(f".{path.name}.lock")):
         if not path.is_file():
             options = CompileOptions(
                 **{**cell.every_setting, "policy": "none", "precision": "fp32", "smooth": "none", "reuse": "hold"}
@@ -156,11 +154,3 @@ def measures(images: Samples) -> dict[str, float]:
     return distribution_values(
         Generated(features, extractor.classes(features) == np.array(asked)), RealSet(extractor.features(real))
     )
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time makes what lies at `path`."""
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -124,6 +124,43 @@ def test_a_killed_compile_leaves_no_bundle_and_the_next_one_resumes(
         assert pipe.images([0, 1]).shape == (2, 3, 8, 8)
 
 
+def test_compiles_of_one_model_share_what_they_export(
+    tmp_path: Path,
+    make_small_model: Callable[[], DiT],
+    quick_options: CompileOptions,
+    bundles: dict[str, Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exports, exported = tmp_path / "exports", []
+    export = stages.export
+    monkeypatch.setattr(stages, "export", lambda *given: (exported.append(given), export(*given)))
+    for name, changes in (
+        ("first", {"policy": "fora:2", "precision": "fp32", "vc": "none"}),
+        ("second", {"policy": "fora:2"}),
+        ("other", {"policy": "fora:3"}),
+    ):
+        compile_model(make_small_model(), tmp_path / name, quick_options.model_copy(update=changes), exports=exports)
+        shutil.rmtree(tmp_path / "first", ignore_errors=True)  # what is shared belongs to no bundle
+    assert len(exported) == 2
+    assert len(list(exports.glob("export-*"))) == 2
+    assert file_hashes(open_bundle(tmp_path / "second")) == file_hashes(bundles["cached"])
+
+
+def test_an_export_that_fails_is_not_kept(
+    tmp_path: Path, make_small_model: Callable[[], DiT], quick_options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(plan: object, model: object, folder: Path) -> None:
+        (folder / "condition.onnx").write_bytes(b"half")
+        raise CheckError("played")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(stages, "export", fail)
+        with pytest.raises(CheckError, match="played"):
+            compile_model(make_small_model(), tmp_path / "b", quick_options, exports=tmp_path / "exports")
+    assert not list((tmp_path / "exports").glob("[!.]*"))
+    assert not (tmp_path / "b").exists()
+
+
 def test_two_compiles_of_one_bundle_do_not_mix(tmp_path: Path, make_small_model: Callable[[], DiT]) -> None:
     from ditc.compiler.work import work_folder
 

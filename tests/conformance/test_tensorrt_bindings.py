@@ -43,7 +43,7 @@ def small_model(config: DiTConfig) -> DiT:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of bundles: the reference model, and small ones that differ in what a device has to do."""
-    folder = tmp_path_factory.mktemp("compiled")
+    folder, exports = tmp_path_factory.mktemp("compiled"), tmp_path_factory.mktemp("exports")
     schedule = partial_schedule(tmp_path_factory.mktemp("schedule") / "schedule.json")
     digits = QUICK.model_copy(update={"steps": 50, "points": 64, "pool_images": 8, "policy": "fora:3", "batch": 3})
     compile_model("digits", folder / "digits", digits)
@@ -60,7 +60,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("taylor", SMALL, {"reuse": "taylor", "policy": "fora:2"}),
         ("per-step", SMALL, {"policy": str(schedule), "scales": "per-step", "midpoint": "bounded"}),
     ):
-        compile_model(small_model(config), folder / name, QUICK.model_copy(update=changes))
+        compile_model(small_model(config), folder / name, QUICK.model_copy(update=changes), exports=exports)
     latent = with_vae(small_model(replace(SMALL, in_channels=4)), tiny_vae(tmp_path_factory.mktemp("vae")))
     compile_model(latent, folder / "decoded", QUICK)
     return folder
