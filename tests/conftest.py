@@ -37,12 +37,18 @@ def quick_options() -> CompileOptions:
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of exported segments, for tests that compile a model others compile too."""
+    return tmp_path_factory.mktemp("exports")
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> dict[str, Bundle]:
     """The small model compiled under several policies and precisions, by name."""
     folder = tmp_path_factory.mktemp("bundles")
 
     def made(name: str, **changes: object) -> Bundle:
-        return compile_model(small_model(), folder / name, QUICK.model_copy(update=changes), exports=folder / "exports")
+        return compile_model(small_model(), folder / name, QUICK.model_copy(update=changes), exports=exports)
 
     return {
         "cached": made("cached", policy="fora:2"),

@@ -15,21 +15,26 @@ from ditc.compiler.calibrating import OBSERVED, activation_scales
 from ditc.compiler.driver import make_plan
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.work import shared
 from ditc.engines.observing import ObservedPool
 from ditc.engines.scale_table import ScaleTable
 from ditc.errors import BundleError, InputError
+from ditc.files import digest_of
 
 Selected = Callable[..., tuple[Plan, Segments, Path]]
 
 
 @pytest.fixture
-def selected(tmp_path: Path, make_small_model: Callable[[], object], quick_options: CompileOptions) -> Selected:
+def selected(
+    tmp_path: Path, make_small_model: Callable[[], object], quick_options: CompileOptions, exports: Path
+) -> Selected:
     """A small model's plan, FP segments and folder of the stage `select`, under changed settings."""
 
     def make(**changes: object) -> tuple[Plan, Segments, Path]:
         model = make_small_model()
         plan = make_plan(model, quick_options.model_copy(update={"policy": "fora:2", **changes}))
-        stages.export(plan, model, tmp_path)
+        kept = exports / f"calibrating-{digest_of([part.model_dump() for part in plan.program.segments])}"
+        shared(kept, lambda folder: stages.export(plan, model, folder))(tmp_path)
         segments = {call: tmp_path / f"{call}.onnx" for call in plan.program.calls}
         (tmp_path / "select").mkdir()
         stages.select(plan, segments, tmp_path / "select")

@@ -56,10 +56,14 @@ def test_the_same_inputs_and_seed_give_the_same_bytes(
 
 
 def test_another_seed_gives_another_calibration_set(
-    tmp_path: Path, make_small_model: Callable[[], DiT], quick_options: CompileOptions, bundles: dict[str, Bundle]
+    tmp_path: Path,
+    make_small_model: Callable[[], DiT],
+    quick_options: CompileOptions,
+    bundles: dict[str, Bundle],
+    exports: Path,
 ) -> None:
     options = quick_options.model_copy(update={"policy": "fora:2", "seed": 1})
-    other = compile_model(make_small_model(), tmp_path / "other", options)
+    other = compile_model(make_small_model(), tmp_path / "other", options, exports=exports)
     assert file_hashes(other)["calib/calib.npz"] != file_hashes(bundles["cached"])["calib/calib.npz"]
 
 
@@ -84,12 +88,16 @@ def test_an_interrupted_compile_resumes_after_its_last_whole_stage(
 
 
 def test_changed_settings_do_not_resume_stale_stages(
-    tmp_path: Path, make_small_model: Callable[[], DiT], quick_options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    make_small_model: Callable[[], DiT],
+    quick_options: CompileOptions,
+    exports: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = quick_options.model_copy(update={"policy": "fora:2"})
     monkeypatch.setattr(stages, "verify", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        compile_model(make_small_model(), tmp_path / "b", options)
+        compile_model(make_small_model(), tmp_path / "b", options, exports=exports)
     ran = []
     quantize = stages.quantize
     monkeypatch.setattr(stages, "quantize", lambda *a: (ran.append("quantize"), quantize(*a)))
@@ -169,7 +177,11 @@ def test_two_compiles_of_one_bundle_do_not_mix(tmp_path: Path, make_small_model:
 
 
 def test_an_existing_folder_is_kept_unless_forced(
-    tmp_path: Path, make_small_model: Callable[[], DiT], bundles: dict[str, Bundle], quick_options: CompileOptions
+    tmp_path: Path,
+    make_small_model: Callable[[], DiT],
+    bundles: dict[str, Bundle],
+    quick_options: CompileOptions,
+    exports: Path,
 ) -> None:
     target = tmp_path / "b"
     shutil.copytree(bundles["fp32-none"].path, target)
@@ -181,16 +193,20 @@ def test_an_existing_folder_is_kept_unless_forced(
         compile_model(make_small_model(), tmp_path / "mine", quick_options, force=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
     options = quick_options.model_copy(update={"policy": "none", "precision": "fp32", "vc": "none", "seed": 4})
-    replaced = compile_model(make_small_model(), target, options, force=True)
+    replaced = compile_model(make_small_model(), target, options, force=True, exports=exports)
     assert replaced.manifest.settings["seed"] == 4
 
 
 def test_a_failed_check_leaves_no_bundle(
-    tmp_path: Path, make_small_model: Callable[[], DiT], quick_options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    make_small_model: Callable[[], DiT],
+    quick_options: CompileOptions,
+    exports: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stages, "insert_qdq", lambda model, table: False)
     with pytest.raises(CheckError, match="0 of 8 linear layers"):
-        compile_model(make_small_model(), tmp_path / "b", quick_options)
+        compile_model(make_small_model(), tmp_path / "b", quick_options, exports=exports)
     assert not (tmp_path / "b").exists()
 
 
@@ -226,9 +242,10 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, checkpoint: Path) -> Non
 
 
 def test_the_reference_can_be_left_out(
-    tmp_path: Path, make_small_model: Callable[[], DiT], quick_options: CompileOptions
+    tmp_path: Path, make_small_model: Callable[[], DiT], quick_options: CompileOptions, exports: Path
 ) -> None:
-    bundle = compile_model(make_small_model(), tmp_path / "b", quick_options.model_copy(update={"reference": False}))
+    options = quick_options.model_copy(update={"reference": False})
+    bundle = compile_model(make_small_model(), tmp_path / "b", options, exports=exports)
     assert not (bundle.path / "reference").exists()
     with pytest.raises(InputError, match="without its FP reference"):
         ditc.load(bundle.path, reference=True)

@@ -27,10 +27,10 @@ QUICK_OPTIONS = EvaluateOptions(images=20, seeds=(0, 1), rounds=50, step_images=
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exact(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> Path:
     """The reference model uncached in FP32: its own reference."""
     options = CompileOptions(policy="none", precision="fp32", vc="none", steps=STEPS, verify_images=1)
-    return compile_model("digits", tmp_path_factory.mktemp("evaluate") / "exact", options).path
+    return compile_model("digits", tmp_path_factory.mktemp("evaluate") / "exact", options, exports=exports).path
 
 
 @pytest.fixture(scope="module")

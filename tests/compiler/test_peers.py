@@ -44,12 +44,12 @@ def other(): return build(1)
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def digits(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> Bundle:
     """The built-in model over 4 steps, 2 of them computed."""
     options = CompileOptions(
         steps=4, policy="fora:2", points=16, pool_images=8, vc="none", verify_images=1, batch=2, ranges="max"
     )
-    return compile_model("digits", tmp_path_factory.mktemp("digits") / "bundle", options)
+    return compile_model("digits", tmp_path_factory.mktemp("digits") / "bundle", options, exports=exports)
 
 
 @pytest.fixture(scope="module")

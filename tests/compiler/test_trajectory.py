@@ -76,10 +76,10 @@ def theirs(folder: Path, noise: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_the_bundle_equals_plain_torch_on_the_same_noise(tmp_path: Path, sampler: str) -> None:
+def test_the_bundle_equals_plain_torch_on_the_same_noise(tmp_path: Path, sampler: str, exports: Path) -> None:
     model = builtin_digits()
     options = CompileOptions(policy="none", precision="fp32", vc="none", sampler=sampler, batch=4, verify_images=1)
-    bundle = compile_model("digits", tmp_path / "b", options)
+    bundle = compile_model("digits", tmp_path / "b", options, exports=exports)
     table = sampler_table(model.diffusion, options.sampler_spec(model.sampler), options.steps)
     noise, fresh = seeded_noise(5, 0, 4, (1, 8, 8))
     expected = eager_images(model, table, [0, 1, 2, 3], noise, fresh, options.cfg)
@@ -87,9 +87,9 @@ def test_the_bundle_equals_plain_torch_on_the_same_noise(tmp_path: Path, sampler
         assert relative_error(pipe.latents([0, 1, 2, 3], seed=5), expected) < 1e-3
 
 
-def test_int8_without_cache_stays_above_30_db(tmp_path: Path) -> None:
+def test_int8_without_cache_stays_above_30_db(tmp_path: Path, exports: Path) -> None:
     options = CompileOptions(policy="none", precision="w8a8", vc="none", batch=64, points=400, verify_images=1)
-    bundle = compile_model("digits", tmp_path / "b", options)
+    bundle = compile_model("digits", tmp_path / "b", options, exports=exports)
     labels = [number % 10 for number in range(64)]
     with ditc.load(bundle.path) as pipe, ditc.load(bundle.path, reference=True) as exact:
         psnr = psnr_db(pipe.images(labels, seed=11), exact.images(labels, seed=11))
