@@ -75,7 +75,8 @@ def strategies(cells: Sequence[Found]) -> Figure:
 
 
 def _interval(axis: Any, effect: Effect, place: float) -> None:
-    axis.plot([effect.low, effect.high], [place, place], color=COLOUR, linewidth=1.4, solid_capstyle="butt")
+    if effect.n > 1:
+        axis.plot([effect.low, effect.high], [place, place], color=COLOUR, linewidth=1.4, solid_capstyle="butt")
     axis.plot([effect.mean], [place], color=COLOUR, marker="o", markersize=4)
 
 

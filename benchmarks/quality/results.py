@@ -66,7 +66,7 @@ class Found:
         """Of the Frechet distance, against the naive combination of the same seeds; None where it is that itself."""
         shared = [seed for seed in self.rows if seed in self.naive]
         changes = [distance(self.rows[seed]) - distance(self.naive[seed]) for seed in shared]
-        return effect_of(changes) if len(changes) > 1 and any(changes) else None
+        return effect_of(changes) if any(changes) else None
 
 
 def distance(row: Row) -> float:
@@ -83,9 +83,11 @@ def variance(row: Row) -> float:
 
 
 def effect_of(values: Sequence[float]) -> Effect:
-    """Student's t over at least two trials."""
+    """Student's t; one trial alone has no interval, and shows nothing."""
     numbers = np.asarray(values, np.float64)
     n, mean = len(numbers), float(numbers.mean())
+    if n == 1:
+        return Effect(mean, -np.inf, np.inf, 1.0, n)
     error = float(numbers.std(ddof=1) / np.sqrt(n))
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
@@ -116,11 +118,11 @@ def naive_of(cell: Cell) -> Cell:
 
 
 def found_in(group: str, trials: Trials) -> list[Found]:
-    """The cells of a group with at least two trials, each once."""
+    """The cells of a group that have been tried."""
     found = {}
     for cell in CELLS:
         rows = rows_of(cell, trials)
-        if cell.group == group and len(rows) > 1:
+        if cell.group == group and rows:
             name = (cell.model, cell.name, *(cell.every_setting[key] for key in ("sampler", "policy")))
             found[name] = Found(cell, rows, rows_of(naive_of(cell), trials))
     return list(found.values())
@@ -164,7 +166,7 @@ def state(trials: Trials, processor: str) -> list[str]:
 
 def shown(effect: Effect, form: str = "{:+.3f}") -> str:
     mean, low, high = (form.format(value) for value in (effect.mean, effect.low, effect.high))
-    return f"{mean} ({low} to {high})"
+    return f"{mean} ({low} to {high})" if effect.n > 1 else mean
 
 
 def written(text: str, group: str, lines: Sequence[str]) -> str:

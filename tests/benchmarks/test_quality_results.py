@@ -61,7 +61,7 @@ def test_a_table_holds_every_cell_to_fp_and_to_the_naive_one_of_its_seeds(result
         and cell.name in ("naive", "vc std", "tap")
         and cell.every_setting["policy"] == "fora:3"
     }
-    distances = {"naive": (2.0, 4.0, 3.0), "vc std": (1.9, 4.0, 3.2), "tap": (9.0,)}  # one of tap: no interval yet
+    distances = {"naive": (2.0, 4.0, 3.0), "vc std": (1.9, 4.0, 3.2), "tap": (9.0,)}  # one of tap: no interval
     trials = {
         results.digest_of_trial(cells[name], seed): trial(value)
         for name, values in distances.items()
@@ -69,9 +69,10 @@ def test_a_table_holds_every_cell_to_fp_and_to_the_naive_one_of_its_seeds(result
     }
     lines = results.table(results.found_in("ddim", trials))
     rows = [line.split(" | ") for line in lines[2:]]
-    assert [row[3] for row in rows] == ["naive", "vc std"]
+    assert [row[3] for row in rows] == ["naive", "tap", "vc std"]
     assert rows[0][4:7] == ["3 x 2,000", "+3.000 (+0.516 to +5.484)", ""]
-    assert rows[1][5:7] == ["+3.033 (+0.400 to +5.666)", "+0.033 (-0.346 to +0.413)"]
+    assert rows[1][4:7] == ["1 x 2,000", "+9.000", "+7.000"]
+    assert rows[2][5:7] == ["+3.033 (+0.400 to +5.666)", "+0.033 (-0.346 to +0.413)"]
 
 
 def test_a_table_goes_between_its_marks_and_nowhere_else(results: ModuleType) -> None:
