@@ -15,8 +15,9 @@ from typing import Any
 
 from ditc.bundle import Bundle
 from ditc.compiler.estimating import MEASURED, Rates, segment_seconds
+from ditc.compiler.match import bench_labels
 from ditc.engines.footprint import Footprint
-from ditc.program import DECODE
+from ditc.program import CONDITION, DECODE
 
 __all__ = ["footprints_here", "limit_of", "roofline"]
 
@@ -63,6 +64,10 @@ def footprints_here(bundle: Bundle) -> dict[str, Footprint]:
 
 
 def _sizes(bundle: Bundle, name: str) -> dict[str, int]:
+    """Rows that a segment is given here: an image each, two with guidance; of the conditioning each label once."""
     manifest = bundle.manifest
-    rows = manifest.batch * (1 if name == DECODE else manifest.halves)
+    rows = {
+        CONDITION: len(set(bench_labels(manifest))) + manifest.halves - 1,
+        DECODE: manifest.batch,
+    }.get(name, manifest.batch * manifest.halves)
     return {"batch": rows, "steps": len(manifest.program.steps)}

@@ -63,3 +63,9 @@ def test_work_is_counted_in_the_types_that_a_cpu_computes_in(bundles: dict[str, 
     assert here["full"].int8_operations == typed["full"].int8_operations > 0
     assert here["reuse"].weight_bytes > 1.5 * typed["reuse"].weight_bytes  # float32 against FP16
     assert here["full"].moved_bytes > 1.5 * typed["full"].moved_bytes
+
+
+def test_conditioning_is_counted_once_for_each_label_as_it_runs(bundles: dict[str, Bundle]) -> None:
+    """Four images of four classes with guidance: five labels, where an engine of fixed shapes takes eight rows."""
+    here, typed = footprints_here(bundles["cached"]), footprints(bundles["cached"])
+    assert here["condition"].float_operations / typed["condition"].float_operations == pytest.approx(5 / 8, rel=0.05)
