@@ -32,6 +32,11 @@ GROUPS = tuple(dict.fromkeys(cell.group for cell in CELLS))
 Row = Mapping[str, Any]
 Trials = Mapping[str, Row]
 Measure = Callable[[Row], float]
+PLOTS = {
+    "ddim": "Frechet distance less FP's of every strategy, DDIM",
+    "ddpm": "Frechet distance less FP's of every strategy, DDPM",
+    "points": "PSNR against the number of calibration points, a line for each selector",
+}
 HEADER = (
     "| model | sampler | policy | | trials x images | Frechet distance less FP's | less naive's | PSNR | variance |",
     "|---|---|---|---|---|---|---|---|---|",
@@ -164,6 +169,14 @@ def state(trials: Trials, processor: str) -> list[str]:
     return [f"Trials that have been run: {done}. They took {hours:.1f} hours of one core of an {processor}."]
 
 
+def section(group: str, cells: Sequence[Found]) -> list[str]:
+    """What the page has of a group: its plot and its table."""
+    if not cells:
+        return ["Not run yet."]
+    plot = [f"![{PLOTS[group]}](results-{group}.svg)", ""] if group in PLOTS else []
+    return [*plot, *table(cells)]
+
+
 def shown(effect: Effect, form: str = "{:+.3f}") -> str:
     mean, low, high = (form.format(value) for value in (effect.mean, effect.low, effect.high))
     return f"{mean} ({low} to {high})" if effect.n > 1 else mean
@@ -174,7 +187,7 @@ def written(text: str, group: str, lines: Sequence[str]) -> str:
     mark, end = f"<!-- {group} -->", f"<!-- end of {group} -->"
     if text.count(mark) != 1 or text.count(end) != 1:
         raise SystemExit(f"docs/results.md has no place for the table of {group}: {mark} ... {end}")
-    return re.sub(f"{mark}.*?{end}", lambda _: "\n".join((mark, *lines, end)), text, flags=re.DOTALL)
+    return re.sub(f"{mark}.*?{end}", lambda _: "\n".join((mark, "", *lines, "", end)), text, flags=re.DOTALL)
 
 
 def main() -> None:
@@ -193,8 +206,8 @@ def main() -> None:
         from plots import draw
 
         text = written((DOCS / "results.md").read_text(), "state", state(trials, found["machine"]["processor"]))
-        for group, cells in tables.items():
-            text = written(text, group, table(cells))
+        for group in options.groups:
+            text = written(text, group, section(group, tables.get(group, ())))
         (DOCS / "results.md").write_text(text)
         draw(tables, DOCS)
 

@@ -77,7 +77,7 @@ def test_a_table_holds_every_cell_to_fp_and_to_the_naive_one_of_its_seeds(result
 
 def test_a_table_goes_between_its_marks_and_nowhere_else(results: ModuleType) -> None:
     text = "a\n<!-- main -->\nold\n<!-- end of main -->\nb"
-    assert results.written(text, "main", ["1", "2"]) == "a\n<!-- main -->\n1\n2\n<!-- end of main -->\nb"
+    assert results.written(text, "main", ["1", "2"]) == "a\n<!-- main -->\n\n1\n2\n\n<!-- end of main -->\nb"
     with pytest.raises(SystemExit, match="no place for the table of bits"):
         results.written(text, "bits", [])
 
