@@ -36,9 +36,17 @@ from ditc.engines.scales import (
 from ditc.errors import InputError
 from ditc.files import sha256_of
 from ditc.precision import INT8, levels_of
-from ditc.program import CONDITION
+from ditc.program import CONDITION, FULL
 
-__all__ = ["OBSERVED", "Probe", "activation_scales", "calibration_feeds", "observation", "open_probe"]
+__all__ = [
+    "OBSERVED",
+    "Probe",
+    "activation_scales",
+    "calibration_feeds",
+    "check_selector_sees",
+    "observation",
+    "open_probe",
+]
 
 OBSERVED = "observed.npz"  # beside the calibration set
 OBSERVED_BYTES = 1 << 28  # of a pool's histograms
@@ -53,16 +61,10 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     """
     from ditc.exporter.onnx_files import load_model, save_sharing_data
 
-    options, program = plan.options, plan.recorded_program
+    options = plan.options
     needed = options.select in NEEDING_PEAKS
     calibrates = options.bits is not None and BINDINGS[options.scales].groups is not None and options.smooth == "none"
-    computed = all(program.steps[step].segment == "full" for step in plan.recorded_steps)
-    if not computed and needed:
-        raise InputError(
-            f"--select {options.select} looks at what linear layers read, so every point has to be of a step that "
-            "computes everything: leave --pool-steps out, choose another --policy, or another --select"
-        )
-    if not computed or not (calibrates or needed):
+    if not computes_all(plan) or not (calibrates or needed):
         return None
     model = load_model(segments["full"])
     bounds, shown = lower_bounds(model, options.midpoint), show_activations(model)
@@ -79,6 +81,21 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     save_sharing_data(model, probe)
     observer = Observer(shown, bounds, plan.halves) if fits else PeakObserver(shown, plan.halves)
     return ObservingBackend(plan.backend, segments["full"], probe, shown, observer.watch), observer
+
+
+def computes_all(plan: Plan) -> bool:
+    """Does every step whose points enter the pool run the segment that computes everything?"""
+    return all(plan.recorded_program.steps[step].segment == FULL for step in plan.recorded_steps)
+
+
+def check_selector_sees(plan: Plan) -> None:
+    """Raise InputError where the selector looks at what linear layers read, and some points have nothing to show."""
+    options = plan.options
+    if options.bits is not None and options.select in NEEDING_PEAKS and not computes_all(plan):
+        raise InputError(
+            f"--select {options.select} looks at what linear layers read, so every point has to be of a step that "
+            "computes everything: leave --pool-steps out, choose another --policy, or another --select"
+        )
 
 
 def calibration_feeds(

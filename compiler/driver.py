@@ -17,6 +17,7 @@ from ditc import calib_data, compiler, engines, exporter, runtime
 from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.compiler import stages
 from ditc.compiler.approximating import approximate
+from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Progress, Segments
@@ -132,6 +133,7 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     uncached = schedule_for("none", spec, options.steps)
     plan = Plan(spec, options, deployed, program(uncached, "branches"), table, progress)
     check_pool_suffices(plan)
+    check_selector_sees(plan)
     return plan
 
 
