@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,14 +140,11 @@ def test_kmeans_draws_from_every_group_of_looks() -> None:
 
 
 def test_what_layers_read_decides_where_looks_say_nothing() -> None:
-    """Four groups of points that look alike, in one of which a layer reads magnitudes of its own.
-
-    All magnitudes are large, and a layer's own scale says nothing: taken as they are, all points would be alike.
-    """
+    """Four groups of points that look alike; at those of three, one layer each reads larger magnitudes."""
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(4), [200, 10, 10, 10])
     x = rng.standard_normal((230, 4, 1, 1)).astype(np.float32)
-    peaks = (2.0**90 * 1.2 ** np.eye(4)[group] * rng.lognormal(sigma=0.01, size=(230, 4))).astype(np.float32)
+    peaks = (8.0 ** np.eye(4)[group] * rng.lognormal(sigma=0.02, size=(230, 4))).astype(np.float32)
     step = np.zeros(230, np.int64)
     pool = Pool(x, np.arange(230), step, step.astype(np.float64), group, peaks)
     options = SelectionOptions(points=16, clusters=4, tap=TapSettings(alpha=1, share=0.5))
@@ -155,6 +153,14 @@ def test_what_layers_read_decides_where_looks_say_nothing() -> None:
     )
     assert by_peaks.tolist() == [3, 3, 3]
     assert by_looks.sum() < 6
+
+
+def test_the_scale_of_a_layer_says_nothing() -> None:
+    pool, options = pool_of(), SelectionOptions(points=40)
+    assert pool.peaks is not None
+    scaled = replace(pool, peaks=pool.peaks * np.float32([1, 2, 1 / 64, 1024, 8, 1 / 4]))
+    expected = select_points("tap-activations", pool, options)
+    assert select_points("tap-activations", scaled, options).digest == expected.digest
 
 
 def test_without_what_layers_read_the_selector_says_so() -> None:
