@@ -19,9 +19,9 @@ from ditc.calib_data.tap import TapSettings, tap_embedding
 from ditc.errors import InputError, unknown_name
 
 __all__ = [
-    "NEEDING_PEAKS",
     "SELECTORS",
     "SelectionOptions",
+    "Selector",
     "check_selector",
     "cluster_quotas",
     "select_points",
@@ -104,14 +104,21 @@ def _tap(vectors: NDArray[np.float32], steps: NDArray[np.int64], options: Select
     return _kmeans(embedding, options)
 
 
-SELECTORS: dict[str, Callable[[Pool, SelectionOptions], Indices]] = {
-    "tap": tap_points,
-    "random": random_points,
-    "uniform-time": uniform_time_points,
-    "kmeans": kmeans_points,
-    "tap-activations": tap_activation_points,
+@dataclass(frozen=True)
+class Selector:
+    """How points are picked, and whether that takes what linear layers read at them (`Pool.peaks`)."""
+
+    pick: Callable[[Pool, SelectionOptions], Indices]
+    needs_peaks: bool = False
+
+
+SELECTORS: dict[str, Selector] = {
+    "tap": Selector(tap_points),
+    "random": Selector(random_points),
+    "uniform-time": Selector(uniform_time_points),
+    "kmeans": Selector(kmeans_points),
+    "tap-activations": Selector(tap_activation_points, needs_peaks=True),
 }
-NEEDING_PEAKS = ("tap-activations",)
 
 
 def check_selector(name: str) -> None:
@@ -129,7 +136,7 @@ def select_points(name: str, pool: Pool, options: SelectionOptions) -> CalibSet:
             "asked for; record more images (--pool) or ask for fewer points (--points)"
         )
     canonical = pool.ordered()
-    picked = np.sort(SELECTORS[name](canonical, options))
+    picked = np.sort(SELECTORS[name].pick(canonical, options))
     return CalibSet.from_pool(canonical.take(picked))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ditc.calib_data.calibset import CalibSet
-from ditc.calib_data.selection import NEEDING_PEAKS
+from ditc.calib_data.selection import SELECTORS
 from ditc.compiler.plan import Plan, Segments
 from ditc.engines.midpoints import lower_bounds
 from ditc.engines.observing import (
@@ -62,7 +62,7 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     from ditc.exporter.onnx_files import load_model, save_sharing_data
 
     options = plan.options
-    needed = options.select in NEEDING_PEAKS
+    needed = SELECTORS[options.select].needs_peaks
     calibrates = options.bits is not None and BINDINGS[options.scales].groups is not None and options.smooth == "none"
     if not computes_all(plan) or not (calibrates or needed):
         return None
@@ -91,7 +91,7 @@ def computes_all(plan: Plan) -> bool:
 def check_selector_sees(plan: Plan) -> None:
     """Raise InputError where the selector looks at what linear layers read, and some points have nothing to show."""
     options = plan.options
-    if options.bits is not None and options.select in NEEDING_PEAKS and not computes_all(plan):
+    if options.bits is not None and SELECTORS[options.select].needs_peaks and not computes_all(plan):
         raise InputError(
             f"--select {options.select} looks at what linear layers read, so every point has to be of a step that "
             "computes everything: leave --pool-steps out, choose another --policy, or another --select"

@@ -159,7 +159,7 @@ class Observer:
 
     @property
     def peaks(self) -> dict[tuple[int, int], Numbers]:
-        """The largest of each tensor at each point, (sample, step) -> (tensors,)."""
+        """The largest of each tensor at each point, as it was counted, (sample, step) -> (tensors,)."""
         return {(seen.sample, seen.step): seen.largest for seen in self.points}
 
 
