@@ -88,11 +88,16 @@ def compile_model(
         raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
     if target.exists() and not (target / "manifest.json").is_file():
         raise InputError(f"{target} exists and is not a bundle, so --force does not replace it; choose another folder")
+    kept = None if exports is None else Path(exports).absolute()
+    if kept is not None and kept.resolve().is_relative_to(target.resolve()):
+        raise InputError(
+            f"--exports {kept} lies in the bundle {target}, which is written whole; choose a folder beside it"
+        )
     opened = _opened(model, num_heads, vae)
     plan = make_plan(opened, options, progress)
     with work_folder(target) as work:
         compile_ = _Compile(plan, work, _decided(plan, opened), tables={**plan.reuse_tables})
-        segments = compile_.export(opened, None if exports is None else Path(exports).absolute())
+        segments = compile_.export(opened, kept)
         if opened is not model:
             release_weights(opened)  # ours, and nothing after the export needs it
         _run_stages(compile_, segments, target)

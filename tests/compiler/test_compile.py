@@ -154,6 +154,15 @@ def test_compiles_of_one_model_share_what_they_export(
     assert file_hashes(open_bundle(tmp_path / "second")) == file_hashes(bundles["cached"])
 
 
+@pytest.mark.parametrize("place", ["b", "b/exports"])
+def test_exports_inside_the_bundle_are_refused(
+    place: str, tmp_path: Path, make_small_model: Callable[[], DiT], quick_options: CompileOptions
+) -> None:
+    with pytest.raises(InputError, match=r"lies in the bundle .* choose a folder beside it"):
+        compile_model(make_small_model(), tmp_path / "b", quick_options, exports=tmp_path / place)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_that_fails_is_not_kept(
     tmp_path: Path, make_small_model: Callable[[], DiT], quick_options: CompileOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
