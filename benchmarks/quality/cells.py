@@ -51,6 +51,7 @@ STRATEGIES: Mapping[str, Settings] = {
     "taylor": {"reuse": "taylor"},
     "smooth": {"smooth": "smooth"},
     "smooth + tap + taylor": {"smooth": "smooth", "select": "tap", "reuse": "taylor"},
+    "smooth + tap + taylor + vc std": {"smooth": "smooth", **BOTH, "reuse": "taylor"},
     "smooth + tap + vc std": {"smooth": "smooth", **BOTH},
 }
 
@@ -95,6 +96,16 @@ def interval_cells() -> Iterator[Cell]:
             yield Cell("intervals", name, model, {**at, **STRATEGIES[name]})
 
 
+def reuse_cells() -> Iterator[Cell]:
+    """What a step that reuses takes, where it is fitted; the others are among the strategies."""
+    for interval, model in product((3, 5), MODELS):
+        at = {"policy": f"fora:{interval}"}
+        yield Cell("reuse", "naive", model, at)
+        for reuse, vc in product(("affine", "variance"), ("none", "std")):
+            name = f"smooth + tap + {reuse}" + ("" if vc == "none" else f" + vc {vc}")
+            yield Cell("reuse", name, model, {**at, "smooth": "smooth", "select": "tap", "reuse": reuse, "vc": vc})
+
+
 def control_cells() -> Iterator[Cell]:
     """What TAP is held against, with the largest magnitude as range, where the points matter most."""
     controls: Mapping[str, Settings] = {
@@ -129,6 +140,7 @@ def quantizer_cells() -> Iterator[Cell]:
 CELLS: tuple[Cell, ...] = (
     *(cell for sampler in SAMPLERS for cell in main_cells(sampler)),
     *interval_cells(),
+    *reuse_cells(),
     *control_cells(),
     *points_cells(),
     *quantizer_cells(),

@@ -18,6 +18,7 @@ from cells import Cell
 
 from ditc.bundle import read_tables
 from ditc.compiler import stages
+from ditc.compiler.approximating import approximate
 from ditc.compiler.driver import make_plan
 from ditc.compiler.features import DIGITS_SHAPE, open_extractor, real_digits
 from ditc.compiler.generating import classes_in_turn
@@ -29,6 +30,7 @@ from ditc.exporter.models import builtin_digits
 from ditc.exporter.stress import stressed
 from ditc.files import digest_of, in_turn
 from ditc.program import Program
+from ditc.runtime.approximation import FITS
 from ditc.runtime.distributions import Generated, RealSet, distribution_values
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.quality import psnr_db, ssim, step_drift
@@ -100,6 +102,9 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Seg
         exact = segments
         compiled = replaced(exact, folder / "quantize", lambda to: stages.quantize(plan, exact, calib, to))
         tables |= read_tables(folder / "quantize" / "scales.safetensors")
+    if plan.options.reuse in FITS:
+        approximate(plan, segments, compiled, tables, folder)
+        tables |= read_tables(folder / "approximate.safetensors")
     if plan.options.vc != "none":
         stages.fit(plan, segments, compiled, tables, folder)
         tables |= read_tables(folder / "compensation.safetensors")
