@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from ditc.bundle import Bundle, read_tables
-from ditc.compiler.driver import compile_model, make_plan
+from ditc.compiler.driver import compile_model
 from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.planning import make_plan
 from ditc.compiler.stages import executor, quantize
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--ranges", default="mse")
     parser.add_argument("--out", type=Path, default=HERE / "activation_scales.json")
     options = parser.parse_args()
-    base = CompileOptions(policy="none", vc="none", verify_images=1, batch=10, steps=options.steps)
+    base = CompileOptions(policy="none", smooth="none", vc="none", verify_images=1, batch=10, steps=options.steps)
     base = base.model_copy(update={"points": options.points, "ranges": options.ranges})
     with TemporaryDirectory() as folder:
         bundle = compile_model("digits", Path(folder) / "b", base)

@@ -34,7 +34,7 @@ from ditc.runtime.latency import latency_of
 
 HERE = Path(__file__).parent
 STEPS, POINTS = 50, 64
-SETTINGS = f"--steps {STEPS} --points {POINTS} --vc none --verify-images 1".split()
+SETTINGS = f"--steps {STEPS} --points {POINTS} --reuse hold --smooth none --vc none --verify-images 1".split()
 INTERVALS = (3, 4, 5)
 PEERS = "torch-f32,torch-bf16,openvino-int8"
 SERVE = """

@@ -41,7 +41,7 @@ from ditc.runtime.latency import latency_of
 
 HERE = Path(__file__).parent
 WIDTH, HEADS, PATCH = 192, 3, 2  # heads of 64, as in the released sizes but the largest
-OPTIONS = CompileOptions(steps=20, points=8, pool_images=4, vc="none", verify_images=1)
+OPTIONS = CompileOptions(steps=20, points=8, pool_images=4, reuse="hold", smooth="none", vc="none", verify_images=1)
 
 
 @dataclass(frozen=True)

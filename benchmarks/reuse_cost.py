@@ -25,7 +25,7 @@ from ditc.exporter.models import builtin_digits, random_model
 from ditc.runtime.latency import latency_of
 
 HERE = Path(__file__).parent
-OPTIONS = CompileOptions(points=8, pool_images=4, vc="none", verify_images=1, reference=False)
+OPTIONS = CompileOptions(points=8, pool_images=4, smooth="none", vc="none", verify_images=1, reference=False)
 WAYS = ("hold", "taylor")
 
 

@@ -30,7 +30,7 @@ from ditc.exporter.models import builtin_digits, random_dit
 from ditc.runtime.latency import latency_of
 
 HERE = Path(__file__).parent
-OPTIONS = CompileOptions(points=8, pool_images=4, vc="none", verify_images=1)
+OPTIONS = CompileOptions(points=8, pool_images=4, reuse="hold", smooth="none", vc="none", verify_images=1)
 WIDER = DiTConfig(input_size=32, patch_size=2, hidden_size=192, depth=5, num_heads=3, num_classes=10)
 
 

@@ -24,7 +24,6 @@ from pydantic import ValidationError
 from ditc.bundle import Bundle, open_bundle
 from ditc.calib_data.calibset import CalibSet
 from ditc.compiler.calibrating import calibration_feeds
-from ditc.compiler.plan import Progress
 from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.groups import LayerGroup, check_grouping, groups_of
 from ditc.engines.lowering import lower
@@ -37,6 +36,7 @@ from ditc.exporter.onnx_files import data_path, load_model, save_derived
 from ditc.files import digest_of, writing
 from ditc.precision import quantized
 from ditc.program import CONDITION
+from ditc.progress import Progress, silent
 from ditc.runtime.executor import Samples
 from ditc.runtime.quality import relative_error
 from ditc.spec import Record
@@ -184,10 +184,6 @@ class _Bench:
     feeds: Sequence[dict[str, NDArray[Any]]]
     calib: CalibSet
     channels: int
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def bisect_bundle(

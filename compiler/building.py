@@ -9,12 +9,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.engines.building import BuildPlan, Progress, build_engines, plan_build
+from ditc.engines.building import BuildPlan, build_engines, plan_build
 from ditc.engines.calibrator import CALIBRATORS
 from ditc.engines.store import EXPLICIT, BuildSettings
 from ditc.engines.targets import TARGETS
 from ditc.errors import InputError, unknown_name
 from ditc.files import digest_of
+from ditc.progress import Progress
 
 __all__ = ["build_bundle", "planned_build"]
 

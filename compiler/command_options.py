@@ -41,10 +41,10 @@ COMPILE_OPTIONS = (
     ),
     click.option(
         "--reuse",
-        metavar="hold|affine|variance|taylor",
-        default="hold",
+        metavar="auto|hold|affine|variance|taylor",
+        default="auto",
         show_default=True,
-        help="What a step that reuses takes: the last outputs, those corrected per channel, or extrapolated.",
+        help="What a reuse takes: the last outputs, corrected per channel, or extrapolated; auto: if it can.",
     ),
     click.option(
         "--precision",
@@ -103,10 +103,10 @@ COMPILE_OPTIONS = (
     ),
     click.option(
         "--smooth",
-        metavar="none|smooth|balance",
-        default="none",
+        metavar="auto|none|smooth|balance",
+        default="auto",
         show_default=True,
-        help="Factors per channel folded in front of linear layers, against outliers.",
+        help="Factors per channel folded in front of linear layers, against outliers; auto: smooth for INT8.",
     ),
     click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
     click.option(

@@ -13,7 +13,7 @@ from ditc.compiler.driver import compile_model
 from ditc.compiler.eager import eager_images
 from ditc.compiler.features import digit_quality
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.plan import Progress
+from ditc.progress import Progress
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.images import grid, save_png
 from ditc.runtime.pipeline import Pipeline, load

@@ -17,10 +17,10 @@ from ditc import calib_data, compiler, engines, exporter, runtime
 from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.compiler import stages
 from ditc.compiler.approximating import approximate
-from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.plan import Plan, Progress, Segments
+from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.planning import make_plan
 from ditc.compiler.released import release_weights, return_free_memory
 from ditc.compiler.smoothing import smooth
 from ditc.compiler.work import WorkFolder, shared, work_folder
@@ -29,14 +29,12 @@ from ditc.engines.lowering import LOWERINGS
 from ditc.errors import InputError
 from ditc.exporter.onnx_files import data_path
 from ditc.files import atomic_folder, digest_of, sha256_of
-from ditc.program import AHEAD, Caches, Program, program_from_schedule
+from ditc.program import Program
+from ditc.progress import Progress, silent
 from ditc.runtime.approximation import FITS
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.samplers import sampler_table
-from ditc.schedule import CacheSchedule, schedule_for
-from ditc.spec import ModelSpec
 
-__all__ = ["compile_model", "make_plan"]
+__all__ = ["compile_model"]
 
 # settings that decide which points calibrate
 SELECT_SETTINGS = {
@@ -55,10 +53,6 @@ CHECK_FILES = (
     ("lower", "footprints"),
     ("verify", "verify"),
 )
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def compile_model(
@@ -115,69 +109,6 @@ def _opened(model: Any, num_heads: int | None, vae: str | PathLike[str] | None) 
 
     check_decomposition(model)
     return model.eval()
-
-
-def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
-    """Sampler and cache policy to programs: everything that is decided before anything runs."""
-    spec = model.spec
-    if options.cfg != 1 and spec.null_label is None:
-        raise InputError(f"{spec.name} has no unconditional class for guidance; set --cfg 1")
-    table = sampler_table(spec.diffusion, options.sampler_spec(spec.sampler), options.steps)
-    t = [float(value) for value in table["t"]]
-    decode = model.decoder is not None
-
-    def program(schedule: CacheSchedule, caches: Caches) -> Program:
-        return program_from_schedule(schedule, t, spec.branches, decode=decode, caches=caches)
-
-    deployed = program(schedule_of(spec, options), caches_for(model, options))
-    if options.caches == "sums" and any(plan.reads and plan.reads != (AHEAD,) for plan in deployed.segments):
-        raise InputError(
-            f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
-            f"--policy {options.policy} has others: leave --caches out"
-        )
-    uncached = schedule_for("none", spec, options.steps)
-    plan = Plan(spec, options, deployed, program(uncached, "branches"), table, progress)
-    check_pool_suffices(plan)
-    check_selector_sees(plan)
-    return plan
-
-
-def schedule_of(spec: ModelSpec, options: CompileOptions) -> CacheSchedule:
-    """What the policy decides, with what a reuse returns. Raises InputError where a file says something else of it."""
-    schedule = schedule_for(options.policy, spec, options.steps)
-    if schedule.reuse not in ("hold", options.reuse):
-        raise InputError(
-            f"{options.policy} was made for --reuse {schedule.reuse}, found {options.reuse}; give --reuse "
-            f"{schedule.reuse}, or take its reuse out"
-        )
-    return CacheSchedule.model_validate(schedule.model_dump() | {"reuse": options.reuse})
-
-
-def caches_for(model: Any, options: CompileOptions) -> Caches:
-    """What a step leaves for later ones: sums where the model allows it, unless the options say otherwise."""
-    from ditc.exporter.protocol import branches_add
-
-    if options.caches == "branches":
-        return "branches"
-    if branches_add(model):
-        return "sums"
-    if options.caches == "sums":
-        raise InputError(
-            f"--caches sums needs branches that add to the residual stream; {model.spec.name} has one whose merge() "
-            "does more than that: leave --caches out"
-        )
-    return "branches"
-
-
-def check_pool_suffices(plan: Plan) -> None:
-    """Raise InputError where the pool will be smaller than what is to be selected from it, before recording it."""
-    recorded, options = len(plan.recorded_steps), plan.options
-    found = options.pool_size(recorded) * recorded
-    if options.bits is not None and found < options.points:
-        raise InputError(
-            f"the pool will have {found} points, fewer than the {options.points} asked for; "
-            "record more images (--pool) or ask for fewer points (--points)"
-        )
 
 
 @dataclass

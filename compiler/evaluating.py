@@ -24,12 +24,13 @@ from ditc.compiler.features import (
     open_extractor,
     real_features,
 )
-from ditc.compiler.generating import MOST_AT_ONCE, ImageSource, Progress, classes_in_turn, stored_images
+from ditc.compiler.generating import MOST_AT_ONCE, ImageSource, classes_in_turn, stored_images
 from ditc.compiler.machine import machine
 from ditc.compiler.pretrained import lpips_distance
 from ditc.compiler.running import HERE, Place
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write
+from ditc.progress import Progress, silent
 from ditc.runtime.bootstrap import LEVEL, bootstrapped, estimates
 from ditc.runtime.distributions import (
     Generated,
@@ -101,7 +102,7 @@ def evaluate_bundle(
     *,
     place: Place = HERE,
     save: Path | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Paired measures, drifts per step, and distribution measures with intervals, as JSON has them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,12 +13,11 @@ import numpy as np
 from ditc.bundle import Bundle, Manifest
 from ditc.errors import CheckError, InputError
 from ditc.files import digest_of, writing
+from ditc.progress import Progress
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline
 
 __all__ = ["MOST_AT_ONCE", "ImageSource", "classes_in_turn", "stored_images"]
-
-Progress = Callable[[str, int, int], None]
 
 REQUEST_BYTES = 256 << 20  # about what the buffers of one request may take
 MOST_AT_ONCE = 64

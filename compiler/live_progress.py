@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ditc.compiler.plan import Progress
+    from ditc.progress import Progress
 
 __all__ = ["progress_on_stderr", "steps_on_stderr"]
 

@@ -17,11 +17,13 @@ from ditc.runtime.compensation import ESTIMATORS
 from ditc.schedule import APPROXIMATORS
 from ditc.spec import Record, SamplerSpec
 
-__all__ = ["CompileOptions"]
+__all__ = ["AUTO", "CompileOptions"]
+
+AUTO = "auto"  # for a setting that is decided when the model and the schedule are known
 
 LARGEST_SEED = 1 << 31
 POOL_FACTOR = 4  # the pool holds about this many times the points that are selected from it
-CACHES = ("auto", "sums", "branches")
+CACHES = (AUTO, "sums", "branches")
 POOL_STEPS = ("computed", "all", "uncached")
 SPACINGS = ("linspace", "leading", "trailing")
 VARIANCES = ("learned", "fixed-small", "fixed-large")
@@ -34,9 +36,10 @@ class CompileOptions(Record):
     `caches` is what a computing step leaves for those that reuse: one sum for each of them, or every branch's output;
     "auto" takes sums where the model and the schedule allow it. `pool_steps` is "computed" to calibrate on steps where
     the network runs (what deployment sees), "all", the paper's form, or "uncached", all steps of the FP program that
-    knows no cache, a control. `smooth` is "none" or a row of TRANSFORMS. `reuse` is what a step that reuses takes for
-    the branches' outputs, a row of APPROXIMATORS. `vc_images` pairs fit the compensation, and as many others the
-    numbers of `reuse` where it has any to fit; `verify_images` others check the result.
+    knows no cache, a control. `smooth` is "none" or a row of TRANSFORMS; "auto" smooths INT8. `reuse` is what a step
+    that reuses takes for the branches' outputs, a row of APPROXIMATORS; "auto" extrapolates where sums are made, else
+    holds. `vc_images` pairs fit the compensation, and as many others the numbers of `reuse` where it has any to fit;
+    `verify_images` others check the result.
     """
 
     steps: int = 50
@@ -47,8 +50,8 @@ class CompileOptions(Record):
     clip: float | None = None
     cfg: float = 1.5
     policy: str = "fora:3"
-    caches: str = "auto"
-    reuse: str = "hold"
+    caches: str = AUTO
+    reuse: str = AUTO
     precision: str = "w8a8"
     select: str = "tap"
     points: int = 800
@@ -62,7 +65,7 @@ class CompileOptions(Record):
     ranges: str = "mse"
     scales: str = "static"
     midpoint: str = "zero"
-    smooth: str = "none"
+    smooth: str = AUTO
     vc: str = "std"
     vc_images: int = 64
     verify_images: int = 16
@@ -78,14 +81,14 @@ class CompileOptions(Record):
             ("range method", self.ranges, RANGES),
             ("scale binding", self.scales, BINDINGS),
             ("midpoint", self.midpoint, MIDPOINTS),
-            ("smoothing", self.smooth, ("none", *TRANSFORMS)),
+            ("smoothing", self.smooth, (AUTO, "none", *TRANSFORMS)),
             ("compensation", self.vc, ("none", *ESTIMATORS)),
             ("target", self.target, TARGETS),
             ("sampler", self.sampler or "ddim", ("ddim", "ddpm")),
             ("spacing", self.spacing or "linspace", SPACINGS),
             ("variance", self.variance or "learned", VARIANCES),
             ("kind of caches", self.caches, CACHES),
-            ("approximator", self.reuse, APPROXIMATORS),
+            ("approximator", self.reuse, (AUTO, *APPROXIMATORS)),
             ("pool steps", self.pool_steps, POOL_STEPS),
         ):
             if found not in known:
@@ -119,7 +122,7 @@ class CompileOptions(Record):
                 f"--scales dynamic measures every tensor as it comes, so --midpoint {self.midpoint} has nothing to do; "
                 "leave one of them out"
             )
-        if self.smooth != "none" and self.bits is None:
+        if self.smooth not in (AUTO, "none") and self.bits is None:
             raise InputError(
                 f"--smooth {self.smooth} needs --precision w8a8, found {self.precision}: without INT8 there is nothing "
                 "to make easier"

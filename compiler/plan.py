@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.scale_binding import BINDINGS, Groups
 from ditc.program import REUSE_ROWS, Program
+from ditc.progress import Progress
 from ditc.runtime.approximation import first_rows
 from ditc.spec import ModelSpec
 
-__all__ = ["LARGEST_BATCH", "Plan", "Progress", "Segments"]
+__all__ = ["LARGEST_BATCH", "Plan", "Segments"]
 
-Progress = Callable[[str, int, int], None]  # stage, done, of
 Segments = Mapping[str, Path]
 
 BUFFER_BYTES = 1 << 28  # cache slots, or probed activations, that one batch of compile-time work may take

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from ditc.bundle import Bundle
 from ditc.calib_data.calibset import CalibSet
 from ditc.calib_data.pool import Pool
-from ditc.compiler.generating import Progress
 from ditc.compiler.report import Activation, Activations, Calibration, Cluster, Skipped
 from ditc.errors import DitcError
+from ditc.progress import Progress
 
 __all__ = ["activations_of", "calibration_of"]
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.compiler.generating import ImageSource, Progress, classes_in_turn
+from ditc.compiler.generating import ImageSource, classes_in_turn
 from ditc.compiler.report import Drift, Fidelity, Measure, Picture, Pictures, Skipped
 from ditc.compiler.running import Place
 from ditc.errors import CheckError
+from ditc.progress import Progress
 from ditc.runtime.executor import Samples
 from ditc.runtime.images import png_bytes
 from ditc.runtime.pipeline import Pipeline

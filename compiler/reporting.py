@@ -14,7 +14,6 @@ from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.bench_options import BenchOptions
 from ditc.compiler.benching import bench_bundle
 from ditc.compiler.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle
-from ditc.compiler.generating import Progress
 from ditc.compiler.machine import machine
 from ditc.compiler.report import Report, SegmentTime, Skipped, Speed
 from ditc.compiler.report_calibration import activations_of, calibration_of
@@ -24,6 +23,7 @@ from ditc.compiler.running import HERE, Place
 from ditc.compiler.side_by_side import check_not_slower
 from ditc.errors import DitcError, InputError
 from ditc.files import atomic_write
+from ditc.progress import Progress, silent
 from ditc.runtime.latency import Latency
 
 __all__ = ["ReportOptions", "check_page_path", "check_report", "default_page", "report_bundle", "write_report"]
@@ -81,9 +81,7 @@ class ReportOptions:
             raise InputError(named) from e
 
 
-def report_bundle(
-    path: Path, options: ReportOptions, *, place: Place = HERE, progress: Progress = lambda *_: None
-) -> Report:
+def report_bundle(path: Path, options: ReportOptions, *, place: Place = HERE, progress: Progress = silent) -> Report:
     """Everything about a bundle. A part that can't be had here says why; the bundle stays as it is.
 
     Where its own target can't run on this machine, and no other was asked for, samples come from the CPU and nothing

@@ -28,12 +28,12 @@ from ditc.compiler.bench_options import BenchOptions
 from ditc.compiler.benching import bench_bundle
 from ditc.compiler.driver import compile_model
 from ditc.compiler.evaluating import EvaluateOptions, evaluate_bundle
-from ditc.compiler.options import CompileOptions
-from ditc.compiler.plan import Progress
+from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.stages import model_digest
 from ditc.compiler.veto import VetoOptions, veto_of
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, digest_of
+from ditc.progress import Progress, silent
 from ditc.spec import Record
 
 __all__ = ["SEARCHED", "Budget", "Trial", "TuneOptions", "described", "pareto_front", "tune_model"]
@@ -44,10 +44,10 @@ QUANTIZERS = tuple(
     for smooth, scales, ranges in product(("none", "smooth"), ("static", "per-step"), ("mse", "percentile"))
 )
 CORRECTIONS = (
+    {"reuse": AUTO, "vc": "none"},  # where that is taylor, compensation has nothing left to do (docs/results.md)
     {"reuse": "hold", "vc": "none"},
     {"reuse": "hold", "vc": "std"},
     {"reuse": "hold", "vc": "lsq"},
-    {"reuse": "taylor", "vc": "none"},  # with it compensation has nothing left to do (docs/approximators.md)
 )
 INTERVALS = (2, 3, 4, 5, 6, 8, 10)
 WINDOWS = ((2, 2), (4, 4), (8, 8))  # first and last steps that compute
@@ -133,9 +133,11 @@ class _Search:
     notes: list[str] = field(default_factory=list)
 
     def tried(self, stage: str, changes: dict[str, str]) -> Trial:
-        trial = self.judge(stage, changes)
-        self.measured.append(trial)
-        return trial
+        """The candidate as measured; one that AUTO has led to already is not measured again."""
+        if (same := next((trial for trial in self.measured if trial.changes == changes), None)) is not None:
+            return same
+        self.measured.append(self.judge(stage, changes))
+        return self.measured[-1]
 
 
 def tune_model(
@@ -144,7 +146,7 @@ def tune_model(
     base: CompileOptions,
     options: TuneOptions,
     *,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     on_trial: Callable[[Trial], None] = lambda _: None,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -333,9 +335,10 @@ def _judged(
         if distance is None:
             raise InputError(f"--worse-by needs features: {found['distribution']['skipped']}; give --least-psnr")
         near = distance["high"] <= budget.worse_by
+    settings = bundle.manifest.settings
     return Trial(
         stage=stage,
-        changes=changes,
+        changes={name: str(settings[name]) for name in changes},  # AUTO as it was decided
         seconds=timed["seconds_per_image"],
         psnr_db=psnr["mean"],
         psnr_low=psnr["low"],

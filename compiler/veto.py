@@ -14,7 +14,6 @@ chosen by looking at it rest on noise, an extrapolation amplifies noise, and com
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -30,6 +29,7 @@ from ditc.compiler.guided import GuidedRun
 from ditc.errors import InputError
 from ditc.precision import quantized
 from ditc.program import CONDITION, FULL, Program
+from ditc.progress import Progress, silent
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline, load
 from ditc.spec import Record
@@ -81,15 +81,11 @@ class Veto(Record):
     vetoed: float = Field(description="the share of the ratios that are above 1")
 
 
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
-
-
 def veto_of(
     path: str | PathLike[str],
     options: VetoOptions | None = None,
     *,
-    progress: Callable[[str, int, int], None] = silent,
+    progress: Progress = silent,
 ) -> Veto:
     """Walk the FP trajectory of a w8a8 bundle and run both forms of its network at every step, on the CPU.
 

@@ -40,11 +40,11 @@ from ditc.engines.update import UPDATE
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, locked, writing
 from ditc.program import CONDITION
+from ditc.progress import Progress
 
 __all__ = [
     "BuildPlan",
     "BuiltSegment",
-    "Progress",
     "build_engines",
     "build_file",
     "describe_machine",
@@ -52,7 +52,6 @@ __all__ = [
     "plan_build",
 ]
 
-Progress = Callable[[str, int, int], None]
 # not `-m`: that would put the current folder first on the path, and run a tensorrt.py that lies there
 START = "import sys; sys.path[:] = filter(None, sys.path); from ditc.engines.trt_worker import main; "
 WORKER = (sys.executable, "-c", START + "sys.exit(main(sys.argv[1:]))")

@@ -40,7 +40,7 @@ from ditc.runtime.quality import psnr_db, relative_error
 from ditc.schedule import APPROXIMATORS
 
 HERE = Path(__file__).parent
-OPTIONS = CompileOptions(points=200, vc="std", vc_images=64, verify_images=1, batch=64)
+OPTIONS = CompileOptions(points=200, smooth="none", vc="std", vc_images=64, verify_images=1, batch=64)
 NOISE_SEED = 77
 EPS_IMAGES = 32
 ROUNDS = 1000

@@ -22,10 +22,10 @@ import numpy as np
 from ditc.calib_data.calibset import CalibSet
 from ditc.compiler import stages
 from ditc.compiler.calibrating import calibration_feeds
-from ditc.compiler.driver import make_plan
 from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.planning import make_plan
 from ditc.compiler.smoothing import smooth
 from ditc.engines.backend import runnable_path
 from ditc.exporter.dit import DiT
@@ -37,7 +37,7 @@ from ditc.runtime.quality import relative_error
 HERE = Path(__file__).parent
 MODELS: dict[str, Callable[[], DiT]] = {"plain": builtin_digits, "stressed": lambda: stressed(builtin_digits())}
 SMOOTHINGS, RANGES = ("none", "smooth", "balance"), ("max", "mse", "percentile")
-OPTIONS = CompileOptions(policy="none", points=256, pool_images=16)
+OPTIONS = CompileOptions(policy="none", smooth="none", points=256, pool_images=16)
 EVALUATION_SEED = 1_000  # its noise is no calibration's
 EVALUATION_POINTS = 200
 

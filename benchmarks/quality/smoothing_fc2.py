@@ -19,9 +19,9 @@ from smoothing import OPTIONS, compiled, errors, evaluation_points, predictions
 
 from ditc.calib_data.calibset import CalibSet
 from ditc.compiler import stages
-from ditc.compiler.driver import make_plan
 from ditc.compiler.machine import machine
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.planning import make_plan
 from ditc.compiler.smoothing import choose, smooth, statistics_of
 from ditc.engines.folding import Site, WeightFold
 from ditc.engines.linears import linears_of

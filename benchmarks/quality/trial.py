@@ -19,11 +19,11 @@ from cells import Cell
 from ditc.bundle import read_tables
 from ditc.compiler import stages
 from ditc.compiler.approximating import approximate
-from ditc.compiler.driver import make_plan
 from ditc.compiler.features import DIGITS_SHAPE, open_extractor, real_digits
 from ditc.compiler.generating import classes_in_turn
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.planning import make_plan
 from ditc.compiler.smoothing import smooth
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits

@@ -12,9 +12,9 @@ from ditc.calib_data.calibset import CalibSet
 from ditc.calib_data.pool import Pool
 from ditc.compiler import calibrating, stages
 from ditc.compiler.calibrating import OBSERVED, activation_scales
-from ditc.compiler.driver import make_plan
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.planning import make_plan
 from ditc.compiler.work import shared
 from ditc.engines.observing import ObservedPool
 from ditc.engines.scale_table import ScaleTable

@@ -17,7 +17,7 @@ import torch
 
 import ditc
 from ditc.bundle import Bundle, open_bundle
-from ditc.compiler import driver, stages
+from ditc.compiler import planning, stages
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.errors import CheckError, InputError
@@ -292,7 +292,7 @@ def test_guidance_needs_an_unconditional_class(
         spec = make_small_model().spec.model_copy(update={"null_label": None})
 
     with pytest.raises(InputError, match="set --cfg 1"):
-        driver.make_plan(Unguided(), quick_options)
+        planning.make_plan(Unguided(), quick_options)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from ditc.bundle import Bundle
 from ditc.calib_data.calibset import CalibSet
 from ditc.compiler import smoothing, stages
 from ditc.compiler.calibrating import calibration_feeds
-from ditc.compiler.driver import compile_model, make_plan
+from ditc.compiler.driver import compile_model
 from ditc.compiler.eager import eager_images
 from ditc.compiler.listing import bundle_facts
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.planning import make_plan
 from ditc.engines.linears import linears_of
 from ditc.engines.transforms import TRANSFORMS
 from ditc.errors import CheckError, InputError
@@ -163,7 +164,7 @@ def test_a_bundle_says_what_was_smoothed(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"smooth": "awq"}, "unknown smoothing 'awq'; choose one of: balance, none, smooth"),
+        ({"smooth": "awq"}, "unknown smoothing 'awq'; choose one of: auto, balance, none, smooth"),
         ({"smooth": "smooth", "precision": "fp32"}, "--smooth smooth needs --precision w8a8, found fp32"),
     ],
 )

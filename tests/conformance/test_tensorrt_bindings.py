@@ -28,7 +28,17 @@ HERE = Path(__file__).parent
 STORE = Path(sys.prefix) / "tensorrt-bindings"
 VERSIONS = ("10.3.0", "10.16.1.11", "11.4.0.106")
 Started = tuple["subprocess.Popen[bytes]", Path]
-QUICK = CompileOptions(steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4, policy="fora:2")
+QUICK = CompileOptions(
+    steps=6,
+    points=24,
+    pool_images=24,
+    vc_images=8,
+    verify_images=4,
+    batch=4,
+    policy="fora:2",
+    reuse="hold",
+    smooth="none",
+)
 SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
 NARROW = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=72, depth=2, num_heads=4, num_classes=5)
 

@@ -10,8 +10,8 @@ import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ditc.bundle import Bundle, read_tables
-from ditc.compiler.driver import make_plan
 from ditc.compiler.options import CompileOptions
+from ditc.compiler.planning import make_plan
 from ditc.compiler.stages import executor, quantize
 from ditc.engines.lowering import lower
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census

@@ -1,0 +1,101 @@
+"""The stage that plans: sampler and cache policy to programs, and every setting that was left to ditc decided.
+
+Nothing has run by then, so a setting that makes no sense for a model is refused before anything is lost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ditc.compiler.calibrating import check_selector_sees
+from ditc.compiler.options import AUTO, CompileOptions
+from ditc.compiler.plan import Plan
+from ditc.errors import InputError
+from ditc.program import AHEAD, Caches, Program, program_from_schedule
+from ditc.progress import Progress, silent
+from ditc.runtime.samplers import sampler_table
+from ditc.schedule import CacheSchedule, Reuse, schedule_for
+
+__all__ = ["make_plan"]
+
+
+def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
+    """Sampler and cache policy to programs: everything that is decided before anything runs.
+
+    The plan's options hold no AUTO for `reuse` and `smooth`: docs/results.md has the evidence for what is taken.
+    Raises InputError where settings make no sense for the model.
+    """
+    spec = model.spec
+    if options.cfg != 1 and spec.null_label is None:
+        raise InputError(f"{spec.name} has no unconditional class for guidance; set --cfg 1")
+    table = sampler_table(spec.diffusion, options.sampler_spec(spec.sampler), options.steps)
+    t = [float(value) for value in table["t"]]
+    decode = model.decoder is not None
+
+    def program(schedule: CacheSchedule, caches: Caches) -> Program:
+        return program_from_schedule(schedule, t, spec.branches, decode=decode, caches=caches)
+
+    schedule, caches = schedule_for(options.policy, spec, options.steps), caches_for(model, options)
+    holding = program(_with_reuse(schedule, "hold"), caches)
+    sums = any(AHEAD in part.reads for part in holding.segments)
+    if options.caches == "sums" and holding.slots and not sums:
+        raise InputError(
+            f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
+            f"--policy {options.policy} has others: leave --caches out"
+        )
+    options = decided(options, schedule, sums)
+    deployed = program(_with_reuse(schedule, options.reuse), caches)
+    uncached = program(schedule_for("none", spec, options.steps), "branches")
+    plan = Plan(spec, options, deployed, uncached, table, progress)
+    check_pool_suffices(plan)
+    check_selector_sees(plan)
+    return plan
+
+
+def decided(options: CompileOptions, schedule: CacheSchedule, sums: bool) -> CompileOptions:
+    """The settings with AUTO replaced: extrapolate where sums are made ahead, and smooth what becomes INT8.
+
+    Raises InputError where a schedule's file names another `reuse` than the settings do.
+    """
+    reuse, named = options.reuse, schedule.reuse if "reuse" in schedule.model_fields_set else None
+    if reuse == AUTO:
+        reuse = named or ("taylor" if sums else "hold")
+    elif named not in (None, "hold", reuse):
+        raise InputError(
+            f"{options.policy} was made for --reuse {named}, found {reuse}; give --reuse {named}, or take its reuse out"
+        )
+    smooth = options.smooth
+    if smooth == AUTO:
+        smooth = "none" if options.bits is None else "smooth"
+    return options.model_copy(update={"reuse": reuse, "smooth": smooth})
+
+
+def _with_reuse(schedule: CacheSchedule, reuse: Reuse | str) -> CacheSchedule:
+    return CacheSchedule.model_validate(schedule.model_dump() | {"reuse": reuse})
+
+
+def caches_for(model: Any, options: CompileOptions) -> Caches:
+    """What a step leaves for later ones: sums where the model allows it, unless the options say otherwise."""
+    from ditc.exporter.protocol import branches_add
+
+    if options.caches == "branches":
+        return "branches"
+    if branches_add(model):
+        return "sums"
+    if options.caches == "sums":
+        raise InputError(
+            f"--caches sums needs branches that add to the residual stream; {model.spec.name} has one whose merge() "
+            "does more than that: leave --caches out"
+        )
+    return "branches"
+
+
+def check_pool_suffices(plan: Plan) -> None:
+    """Raise InputError where the pool will be smaller than what is to be selected from it, before recording it."""
+    recorded, options = len(plan.recorded_steps), plan.options
+    found = options.pool_size(recorded) * recorded
+    if options.bits is not None and found < options.points:
+        raise InputError(
+            f"the pool will have {found} points, fewer than the {options.points} asked for; "
+            "record more images (--pool) or ask for fewer points (--points)"
+        )

@@ -1,0 +1,74 @@
+"""Planning: what is taken for the settings that are left to ditc, and what it depends on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ditc.compiler.options import CompileOptions
+from ditc.compiler.planning import make_plan
+from ditc.exporter.dit import DiT
+
+DEFAULTS = CompileOptions(steps=12)
+BRANCHES = 4  # of the small model
+
+
+@pytest.mark.parametrize(
+    ("changes", "reuse"),
+    [
+        ({}, "taylor"),
+        ({"policy": "fora:5"}, "taylor"),  # 4 skips in a row, one sum for each
+        ({"policy": "fora:6"}, "hold"),  # 5: more than branches, so their outputs are kept
+        ({"policy": "window:2:3:3"}, "taylor"),
+        ({"caches": "sums"}, "taylor"),
+        ({"caches": "branches"}, "hold"),
+        ({"policy": "none"}, "hold"),
+        ({"reuse": "affine"}, "affine"),
+    ],
+)
+def test_a_reuse_is_extrapolated_where_sums_are_made(
+    make_small_model: Callable[[], DiT], changes: dict[str, str], reuse: str
+) -> None:
+    plan = make_plan(make_small_model(), DEFAULTS.model_copy(update=changes))
+    assert (plan.options.reuse, plan.program.reuse) == (reuse, reuse)
+
+
+@pytest.mark.parametrize(
+    ("rows", "named", "reuse"),
+    [
+        ([[True] * BRANCHES, [False] * BRANCHES] * 6, None, "taylor"),
+        ([[True] * BRANCHES, [False] * BRANCHES] * 6, "hold", "hold"),
+        ([[True] * BRANCHES, [False] * BRANCHES] * 6, "variance", "variance"),
+        ([[True] * BRANCHES, [False, True] * (BRANCHES // 2)] * 6, None, "hold"),
+    ],
+)
+def test_a_schedules_file_has_its_say(
+    tmp_path: Path, make_small_model: Callable[[], DiT], rows: list[list[bool]], named: str | None, reuse: str
+) -> None:
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps({"compute": rows} | ({} if named is None else {"reuse": named})))
+    plan = make_plan(make_small_model(), DEFAULTS.model_copy(update={"policy": str(path)}))
+    assert plan.options.reuse == reuse
+
+
+def test_branches_that_do_more_than_add_are_held(
+    make_small_model: Callable[[], DiT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_small_model()
+    branch = type(model.branches[0])
+    monkeypatch.setattr(branch, "merge", lambda self, h, out, parts: 0.5 * h + out)
+    assert make_plan(model, DEFAULTS).options.reuse == "hold"
+
+
+@pytest.mark.parametrize(("precision", "smooth"), [("w8a8", "smooth"), ("w4a8", "smooth"), ("fp32", "none")])
+def test_what_becomes_int8_is_smoothed(make_small_model: Callable[[], DiT], precision: str, smooth: str) -> None:
+    plan = make_plan(make_small_model(), DEFAULTS.model_copy(update={"precision": precision}))
+    assert plan.options.smooth == smooth
+
+
+def test_what_was_asked_for_is_not_decided_again(make_small_model: Callable[[], DiT]) -> None:
+    plan = make_plan(make_small_model(), DEFAULTS.model_copy(update={"reuse": "hold", "smooth": "balance"}))
+    assert (plan.options.reuse, plan.options.smooth) == ("hold", "balance")
