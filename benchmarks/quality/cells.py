@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
-__all__ = ["BASE", "CELLS", "MODELS", "POINTS", "SELECTORS", "STRATEGIES", "Cell"]
+__all__ = ["BASE", "CELLS", "MODELS", "POINTS", "SAMPLERS", "SELECTORS", "STRATEGIES", "TUNED", "Cell"]
 
 Settings = Mapping[str, Any]
+TUNED = Path(__file__).with_name("tuned.json")  # what `tuned.py` found
 
 # what a cell doesn't name: calibrated on random points of what deployment sees, nothing compensated
 BASE: Settings = {
@@ -137,8 +140,16 @@ def quantizer_cells() -> Iterator[Cell]:
             yield Cell("bits", f"{precision}, {name}", model, {"precision": precision, **STRATEGIES[name]})
 
 
+def tuned_cells() -> Iterator[Cell]:
+    """What `ditc tune` chose, where it has been run."""
+    for search in json.loads(TUNED.read_text())["searches"].values() if TUNED.exists() else ():
+        settings = {"sampler": search["sampler"], "select": "tap", **search["chosen"]["changes"]}
+        yield Cell("tuned", "tuned", search["model"], settings, MAIN_SEEDS, MAIN_IMAGES)
+
+
 CELLS: tuple[Cell, ...] = (
     *(cell for sampler in SAMPLERS for cell in main_cells(sampler)),
+    *tuned_cells(),
     *interval_cells(),
     *reuse_cells(),
     *control_cells(),

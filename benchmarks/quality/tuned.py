@@ -1,0 +1,62 @@
+"""What `ditc tune` finds for the models and samplers of the experiment, between the intervals of its main cells.
+
+    python benchmarks/quality/tuned.py
+    python benchmarks/quality/experiment.py --groups tuned
+
+A search judges on images of a seed that no trial has; the trials then hold what it found against FP and against the
+naive combination. Searches go on where they were stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from cells import BASE, SAMPLERS, TUNED
+from trial import MODELS
+
+from ditc.compiler.machine import machine
+from ditc.compiler.options import CompileOptions
+from ditc.compiler.tuning import Budget, Trial, TuneOptions, described, tune_model
+from ditc.files import atomic_write
+
+SEED = 100  # no trial has it
+BUDGET = Budget(worse_by=0.05)
+SEARCH = TuneOptions(budget=BUDGET, images=1_000, seeds=(SEED,), intervals=(3, 5))
+
+
+def searched(model: str, base: CompileOptions, out: Path) -> dict[str, Any]:
+    """The report of one search."""
+
+    def tell(trial: Trial) -> None:
+        print(f"{model}, {base.sampler}: {described(trial)}", flush=True)
+
+    return tune_model(MODELS[model](), out, base, SEARCH, on_trial=tell)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, default=Path("out/tuned"))
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    base = CompileOptions(steps=BASE["steps"], cfg=BASE["cfg"], vc_images=BASE["vc_images"], seed=SEED)
+    found = json.loads(TUNED.read_text())["searches"] if TUNED.exists() else {}
+    for model, sampler in product(MODELS, SAMPLERS):
+        name = f"{model}, {sampler}"
+        if name not in found:
+            report = searched(model, base.model_copy(update={"sampler": sampler}), options.work / f"{model}-{sampler}")
+            found[name] = {"model": model, "sampler": sampler, **report}
+            document = {
+                "machine": machine(),
+                "search": SEARCH.model_dump(),
+                "base": base.model_dump(),
+                "searches": found,
+            }
+            atomic_write(TUNED, json.dumps(document, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
