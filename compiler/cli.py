@@ -530,7 +530,7 @@ def tune_command(
         seeds=whole_numbers(seeds, "--seeds"),
         intervals=whole_numbers(intervals, "--intervals", "2,3,4"),
     )
-    with progress_on_stderr() as progress:
+    with progress_on_stderr(lines=False) as progress:  # a line for each candidate says more
         found = tune_model(
             chosen,
             out,

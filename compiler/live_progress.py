@@ -16,14 +16,14 @@ __all__ = ["progress_on_stderr", "steps_on_stderr"]
 
 
 @contextmanager
-def progress_on_stderr() -> Iterator[Progress]:
-    """A progress callback: a live bar per stage on a terminal, a line per finished stage elsewhere."""
+def progress_on_stderr(*, lines: bool = True) -> Iterator[Progress]:
+    """A progress callback: a live bar per stage on a terminal, elsewhere `lines` for finished stages, or silence."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda stage, done, total: click.echo(f"{stage}: done", err=True) if done == total else None
+        yield lambda stage, done, total: click.echo(f"{stage}: done", err=True) if lines and done == total else None
         return
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}

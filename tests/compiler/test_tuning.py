@@ -12,6 +12,7 @@ import pytest
 from ditc.bundle import open_bundle
 from ditc.compiler import tuning
 from ditc.compiler.cli import run
+from ditc.compiler.live_progress import progress_on_stderr
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.tuning import Budget, Trial, TuneOptions, pareto_front, tune_model
 from ditc.errors import CheckError, InputError
@@ -90,6 +91,19 @@ def test_windows_are_tried_at_the_shortest_interval_beyond_the_budget_only() -> 
     assert not [t for t in searched(lambda _: 40).measured if t.stage == "window"]
 
 
+def test_where_nothing_can_be_extrapolated_holding_is_measured_once() -> None:
+    def judge(stage: str, changes: dict[str, str]) -> Trial:
+        judged.append(changes)
+        held = {name: "hold" if value == "auto" else value for name, value in changes.items()}
+        return trial(held, 1 / interval_of(changes), 40, stage)
+
+    judged: list[dict[str, str]] = []
+    search = tuning._Search(CompileOptions(precision="fp32"), OPTIONS, judge, lambda _: 0)
+    tuning._explore(search)
+    at_two = [changes for changes in judged if changes["policy"] == "fora:2"]
+    assert [changes["vc"] for changes in at_two] == ["none", "std", "lsq"]
+
+
 def test_a_short_trajectory_gets_no_window_and_no_interval_beyond_it() -> None:
     search = searched(lambda _: 0, CompileOptions(steps=4))
     assert {t.changes["policy"] for t in search.measured} == {"none", "fora:2", "fora:3"}
@@ -158,6 +172,13 @@ def test_what_is_searched_can_not_be_set(tmp_path: Path, capsys: pytest.CaptureF
     assert "--policy is what tune searches" in capsys.readouterr().err
 
 
+def test_away_from_a_terminal_stages_of_candidates_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for lines, said in ((False, ""), (True, "export: done\n")):
+        with progress_on_stderr(lines=lines) as progress:
+            progress("export", 1, 1)
+        assert capsys.readouterr().err == said
+
+
 def test_a_search_on_a_real_model_writes_the_bundle_it_chose_and_goes_on_where_it_was(
     tmp_path: Path, make_small_model: Callable[[], Any], quick_options: CompileOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +204,7 @@ def test_a_search_on_a_real_model_writes_the_bundle_it_chose_and_goes_on_where_i
     found = tune_model(model, out, base, options, on_trial=again.append)
     assert again[:3] == seen
     assert [t["changes"]["policy"] for t in found["trials"]] == ["none", *["fora:2"] * 4]
+    assert found["trials"][1]["changes"]["reuse"] == "taylor"  # as it was decided, not "auto"
     manifest = open_bundle(out).manifest
     assert {name: manifest.settings[name] for name in found["chosen"]["changes"]} == found["chosen"]["changes"]
     assert json.dumps(found)
