@@ -13,7 +13,7 @@ from ditc.compiler.plan import Plan
 from ditc.errors import InputError
 from ditc.program import AHEAD, Caches, Program, program_from_schedule
 from ditc.progress import Progress, silent
-from ditc.runtime.samplers import sampler_table
+from ditc.runtime.samplers import adds_noise, sampler_table
 from ditc.schedule import CacheSchedule, Reuse, schedule_for
 
 __all__ = ["make_plan"]
@@ -43,7 +43,8 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
             f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
             f"--policy {options.policy} has others: leave --caches out"
         )
-    options = decided(options, schedule, sums)
+    # fresh noise is most of what two steps differ by then, and says nothing of the next one
+    options = decided(options, schedule, extrapolates=sums and not adds_noise(table))
     deployed = program(_with_reuse(schedule, options.reuse), caches)
     uncached = program(schedule_for("none", spec, options.steps), "branches")
     plan = Plan(spec, options, deployed, uncached, table, progress)
@@ -52,14 +53,14 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     return plan
 
 
-def decided(options: CompileOptions, schedule: CacheSchedule, sums: bool) -> CompileOptions:
-    """The settings with AUTO replaced: extrapolate where sums are made ahead, and smooth what becomes INT8.
+def decided(options: CompileOptions, schedule: CacheSchedule, *, extrapolates: bool) -> CompileOptions:
+    """The settings with AUTO replaced: extrapolate where that `extrapolates`, else hold; smooth what becomes INT8.
 
     Raises InputError where a schedule's file names another `reuse` than the settings do.
     """
     reuse, named = options.reuse, schedule.reuse if "reuse" in schedule.model_fields_set else None
     if reuse == AUTO:
-        reuse = named or ("taylor" if sums else "hold")
+        reuse = named or ("taylor" if extrapolates else "hold")
     elif named not in (None, "hold", reuse):
         raise InputError(
             f"{options.policy} was made for --reuse {named}, found {reuse}; give --reuse {named}, or take its reuse out"

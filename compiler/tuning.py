@@ -28,11 +28,12 @@ from ditc.compiler.bench_options import BenchOptions
 from ditc.compiler.benching import bench_bundle
 from ditc.compiler.driver import compile_model
 from ditc.compiler.evaluating import EvaluateOptions, evaluate_bundle
-from ditc.compiler.options import AUTO, CompileOptions
+from ditc.compiler.options import CompileOptions
 from ditc.compiler.stages import model_digest
 from ditc.compiler.veto import VetoOptions, veto_of
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, digest_of
+from ditc.program import NoSumsError
 from ditc.progress import Progress, silent
 from ditc.spec import Record
 
@@ -44,10 +45,10 @@ QUANTIZERS = tuple(
     for smooth, scales, ranges in product(("none", "smooth"), ("static", "per-step"), ("mse", "percentile"))
 )
 CORRECTIONS = (
-    {"reuse": AUTO, "vc": "none"},  # where that is taylor, compensation has nothing left to do (docs/results.md)
     {"reuse": "hold", "vc": "none"},
     {"reuse": "hold", "vc": "std"},
     {"reuse": "hold", "vc": "lsq"},
+    {"reuse": "taylor", "vc": "none"},  # with it compensation has nothing left to do (docs/results.md)
 )
 INTERVALS = (2, 3, 4, 5, 6, 8, 10)
 WINDOWS = ((2, 2), (4, 4), (8, 8))  # first and last steps that compute
@@ -133,11 +134,19 @@ class _Search:
     notes: list[str] = field(default_factory=list)
 
     def tried(self, stage: str, changes: dict[str, str]) -> Trial:
-        """The candidate as measured; one that AUTO has led to already is not measured again."""
-        if (same := next((trial for trial in self.measured if trial.changes == changes), None)) is not None:
-            return same
-        self.measured.append(self.judge(stage, changes))
-        return self.measured[-1]
+        trial = self.judge(stage, changes)
+        self.measured.append(trial)
+        return trial
+
+    def corrected(self, stage: str, kept: dict[str, str], policy: str) -> list[Trial]:
+        """A schedule with every correction that it allows."""
+        trials = []
+        for changes in CORRECTIONS:
+            try:
+                trials.append(self.tried(stage, {**kept, "policy": policy, **changes}))
+            except NoSumsError:
+                self.notes.append(f"{policy} makes no sums ahead: --reuse {changes['reuse']} not tried")
+        return trials
 
 
 def tune_model(
@@ -198,9 +207,7 @@ def _explore(search: _Search) -> None:
     beyond = list(_schedules(search, kept))
     for first, last in WINDOWS if beyond else ():
         if first + last < search.base.steps // 2:
-            policy = f"window:{beyond[0]}:{first}:{last}"
-            for changes in CORRECTIONS:
-                search.tried("window", {**kept, "policy": policy, **changes})
+            search.corrected("window", kept, f"window:{beyond[0]}:{first}:{last}")
 
 
 def _quantizers(search: _Search) -> Sequence[dict[str, str]]:
@@ -214,10 +221,7 @@ def _schedules(search: _Search, kept: dict[str, str]) -> Iterator[int]:
         if interval >= search.base.steps:
             search.notes.append(f"intervals from {interval} on reuse one step for all {search.base.steps}: not tried")
             return
-        trials = [
-            search.tried("schedule", {**kept, "policy": f"fora:{interval}", **changes}) for changes in CORRECTIONS
-        ]
-        if any(trial.within for trial in trials):
+        if any(trial.within for trial in search.corrected("schedule", kept, f"fora:{interval}")):
             misses = 0
             continue
         yield interval
@@ -335,10 +339,9 @@ def _judged(
         if distance is None:
             raise InputError(f"--worse-by needs features: {found['distribution']['skipped']}; give --least-psnr")
         near = distance["high"] <= budget.worse_by
-    settings = bundle.manifest.settings
     return Trial(
         stage=stage,
-        changes={name: str(settings[name]) for name in changes},  # AUTO as it was decided
+        changes=changes,
         seconds=timed["seconds_per_image"],
         psnr_db=psnr["mean"],
         psnr_low=psnr["low"],

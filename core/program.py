@@ -26,6 +26,7 @@ __all__ = [
     "REUSE",
     "REUSE_ROWS",
     "Caches",
+    "NoSumsError",
     "Program",
     "SegmentPlan",
     "Step",
@@ -48,6 +49,10 @@ Caches = Literal["branches", "sums"]
 
 # metadata of every ONNX node of a segment: the branch it belongs to, and the torch module path it came from
 BRANCH_KEY, PATH_KEY = "ditc.branch", "ditc.path"
+
+
+class NoSumsError(InputError):
+    """A reuse that works on sums made ahead, under a schedule or of a model that allows none."""
 
 
 class SegmentPlan(Record):
@@ -294,13 +299,13 @@ def program_from_schedule(
 ) -> Program:
     """The compiled program of a schedule. With "sums" every branch of the model has to add to the residual stream.
 
-    Raises InputError where a schedule asks for more than to hold what is reused, and can't have sums.
+    Raises NoSumsError where a schedule asks for more than to hold what is reused, and can't have sums.
     """
     program = naive_program(schedule, timesteps, branches)
     for transform in (*PASSES, *FOLDING[caches]):
         program = transform(program)
     if schedule.reuse != "hold" and not any(AHEAD in plan.reads for plan in program.segments):
-        raise InputError(
+        raise NoSumsError(
             f"--reuse {schedule.reuse} works on sums made ahead: it needs a policy that reuses, under which steps "
             "compute everything or nothing, with no more skips in a row than branches, branches that add, and no "
             "--caches branches; choose another --policy, or --reuse hold"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ditc.errors import InputError
 from ditc.spec import DiffusionSpec, SamplerSpec
 
-__all__ = ["alphas_cumprod", "needs_noise", "sampler_table", "timesteps", "update"]
+__all__ = ["adds_noise", "alphas_cumprod", "needs_noise", "sampler_table", "timesteps", "update"]
 
 Array = NDArray[np.float64]
 Samples = NDArray[np.float32]
@@ -130,6 +130,11 @@ UPDATES: dict[str, Callable[[SamplerSpec, Array, Array, tuple[Array, Array]], di
 def needs_noise(row: Row) -> bool:
     """Does this step add fresh noise?"""
     return row["sigma"] > 0
+
+
+def adds_noise(table: Mapping[str, Array]) -> bool:
+    """Does any step of a trajectory add fresh noise?"""
+    return bool((table["sigma"] > 0).any())
 
 
 def update(

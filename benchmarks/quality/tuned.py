@@ -25,7 +25,7 @@ from ditc.files import atomic_write
 
 SEED = 100  # no trial has it
 BUDGET = Budget(worse_by=0.05)
-SEARCH = TuneOptions(budget=BUDGET, images=1_000, seeds=(SEED,), intervals=(3, 5))
+SEARCH = TuneOptions(budget=BUDGET, seeds=(SEED,), intervals=(3, 5))
 
 
 def searched(model: str, base: CompileOptions, out: Path) -> dict[str, Any]:

@@ -26,10 +26,13 @@ BRANCHES = 4  # of the small model
         ({"caches": "sums"}, "taylor"),
         ({"caches": "branches"}, "hold"),
         ({"policy": "none"}, "hold"),
+        ({"sampler": "ddpm"}, "hold"),
+        ({"eta": 0.2}, "hold"),
+        ({"sampler": "ddpm", "reuse": "taylor"}, "taylor"),
         ({"reuse": "affine"}, "affine"),
     ],
 )
-def test_a_reuse_is_extrapolated_where_sums_are_made(
+def test_a_reuse_is_extrapolated_where_sums_are_made_and_no_noise_is_added(
     make_small_model: Callable[[], DiT], changes: dict[str, str], reuse: str
 ) -> None:
     plan = make_plan(make_small_model(), DEFAULTS.model_copy(update=changes))

@@ -16,6 +16,7 @@ from ditc.compiler.live_progress import progress_on_stderr
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.tuning import Budget, Trial, TuneOptions, pareto_front, tune_model
 from ditc.errors import CheckError, InputError
+from ditc.program import NoSumsError
 
 OPTIONS = TuneOptions(budget=Budget(least_psnr_db=30.0), intervals=(2, 3, 4, 5, 6))
 BASE = CompileOptions()
@@ -91,17 +92,17 @@ def test_windows_are_tried_at_the_shortest_interval_beyond_the_budget_only() -> 
     assert not [t for t in searched(lambda _: 40).measured if t.stage == "window"]
 
 
-def test_where_nothing_can_be_extrapolated_holding_is_measured_once() -> None:
+def test_a_correction_that_a_schedule_refuses_is_left_out_and_the_reason_given() -> None:
     def judge(stage: str, changes: dict[str, str]) -> Trial:
-        judged.append(changes)
-        held = {name: "hold" if value == "auto" else value for name, value in changes.items()}
-        return trial(held, 1 / interval_of(changes), 40, stage)
+        if changes.get("reuse") == "taylor":
+            raise NoSumsError("not here")
+        return trial(changes, 1 / interval_of(changes), 40, stage)
 
-    judged: list[dict[str, str]] = []
     search = tuning._Search(CompileOptions(precision="fp32"), OPTIONS, judge, lambda _: 0)
     tuning._explore(search)
-    at_two = [changes for changes in judged if changes["policy"] == "fora:2"]
-    assert [changes["vc"] for changes in at_two] == ["none", "std", "lsq"]
+    at_two = [t.changes["vc"] for t in search.measured if t.changes["policy"] == "fora:2"]
+    assert at_two == ["none", "std", "lsq"]
+    assert search.notes[0] == "fora:2 makes no sums ahead: --reuse taylor not tried"
 
 
 def test_a_short_trajectory_gets_no_window_and_no_interval_beyond_it() -> None:
@@ -204,7 +205,6 @@ def test_a_search_on_a_real_model_writes_the_bundle_it_chose_and_goes_on_where_i
     found = tune_model(model, out, base, options, on_trial=again.append)
     assert again[:3] == seen
     assert [t["changes"]["policy"] for t in found["trials"]] == ["none", *["fora:2"] * 4]
-    assert found["trials"][1]["changes"]["reuse"] == "taylor"  # as it was decided, not "auto"
     manifest = open_bundle(out).manifest
     assert {name: manifest.settings[name] for name in found["chosen"]["changes"]} == found["chosen"]["changes"]
     assert json.dumps(found)
