@@ -108,7 +108,13 @@ COMPILE_OPTIONS = (
         show_default=True,
         help="Factors per channel folded in front of linear layers, against outliers; auto: smooth for INT8.",
     ),
-    click.option("--vc", metavar="none|std|lsq|paper", default="std", show_default=True, help="Variance compensation."),
+    click.option(
+        "--vc",
+        metavar="auto|none|std|lsq|paper",
+        default="auto",
+        show_default=True,
+        help="Variance compensation; auto: std where a reuse holds and the sampler adds no noise.",
+    ),
     click.option(
         "--vc-images", type=int, default=64, show_default=True, help="Image pairs that fit compensation and reuse."
     ),

@@ -38,7 +38,8 @@ class CompileOptions(Record):
     the network runs (what deployment sees), "all", the paper's form, or "uncached", all steps of the FP program that
     knows no cache, a control. `smooth` is "none" or a row of TRANSFORMS; "auto" smooths INT8. `reuse` is what a step
     that reuses takes for the branches' outputs, a row of APPROXIMATORS; "auto" extrapolates where sums are made and the
-    sampler adds no noise, else holds. `vc_images` pairs fit the compensation, and as many others the numbers of `reuse`
+    sampler adds no noise, else holds. `vc` is "none" or a row of ESTIMATORS; "auto" compensates what holds without
+    such noise. `vc_images` pairs fit the compensation, and as many others the numbers of `reuse`
     where it has any to fit; `verify_images` others check the result.
     """
 
@@ -66,7 +67,7 @@ class CompileOptions(Record):
     scales: str = "static"
     midpoint: str = "zero"
     smooth: str = AUTO
-    vc: str = "std"
+    vc: str = AUTO
     vc_images: int = 64
     verify_images: int = 16
     target: str = "cpu"
@@ -82,7 +83,7 @@ class CompileOptions(Record):
             ("scale binding", self.scales, BINDINGS),
             ("midpoint", self.midpoint, MIDPOINTS),
             ("smoothing", self.smooth, (AUTO, "none", *TRANSFORMS)),
-            ("compensation", self.vc, ("none", *ESTIMATORS)),
+            ("compensation", self.vc, (AUTO, "none", *ESTIMATORS)),
             ("target", self.target, TARGETS),
             ("sampler", self.sampler or "ddim", ("ddim", "ddpm")),
             ("spacing", self.spacing or "linspace", SPACINGS),

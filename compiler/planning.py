@@ -22,7 +22,7 @@ __all__ = ["make_plan"]
 def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
     """Sampler and cache policy to programs: everything that is decided before anything runs.
 
-    The plan's options hold no AUTO for `reuse` and `smooth`: docs/results.md has the evidence for what is taken.
+    The plan's options hold no AUTO for `reuse`, `smooth` and `vc`: docs/results.md has the evidence for what is taken.
     Raises InputError where settings make no sense for the model.
     """
     spec = model.spec
@@ -37,14 +37,12 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
 
     schedule, caches = schedule_for(options.policy, spec, options.steps), caches_for(model, options)
     holding = program(_with_reuse(schedule, "hold"), caches)
-    sums = any(AHEAD in part.reads for part in holding.segments)
-    if options.caches == "sums" and holding.slots and not sums:
+    if options.caches == "sums" and holding.slots and not makes_sums(holding):
         raise InputError(
             f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
             f"--policy {options.policy} has others: leave --caches out"
         )
-    # fresh noise is most of what two steps differ by then, and says nothing of the next one
-    options = decided(options, schedule, extrapolates=sums and not adds_noise(table))
+    options = decided(options, schedule, holding, noisy=adds_noise(table))
     deployed = program(_with_reuse(schedule, options.reuse), caches)
     uncached = program(schedule_for("none", spec, options.steps), "branches")
     plan = Plan(spec, options, deployed, uncached, table, progress)
@@ -53,22 +51,31 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     return plan
 
 
-def decided(options: CompileOptions, schedule: CacheSchedule, *, extrapolates: bool) -> CompileOptions:
-    """The settings with AUTO replaced: extrapolate where that `extrapolates`, else hold; smooth what becomes INT8.
+def decided(options: CompileOptions, schedule: CacheSchedule, holding: Program, *, noisy: bool) -> CompileOptions:
+    """The settings with AUTO replaced, for a schedule whose program with reuses that hold is `holding`.
 
-    Raises InputError where a schedule's file names another `reuse` than the settings do.
+    Where the sampler draws fresh noise between steps, features can't be extrapolated (docs/approximators.md), and
+    compensating brings images no nearer to FP's (docs/results.md). Raises InputError where a schedule's file names another
+    `reuse` than the settings do.
     """
-    reuse, named = options.reuse, schedule.reuse if "reuse" in schedule.model_fields_set else None
+    reuse, smooth, vc = options.reuse, options.smooth, options.vc
+    named = schedule.reuse if "reuse" in schedule.model_fields_set else None
     if reuse == AUTO:
-        reuse = named or ("taylor" if extrapolates else "hold")
+        reuse = named or ("taylor" if makes_sums(holding) and not noisy else "hold")
     elif named not in (None, "hold", reuse):
         raise InputError(
             f"{options.policy} was made for --reuse {named}, found {reuse}; give --reuse {named}, or take its reuse out"
         )
-    smooth = options.smooth
     if smooth == AUTO:
         smooth = "none" if options.bits is None else "smooth"
-    return options.model_copy(update={"reuse": reuse, "smooth": smooth})
+    if vc == AUTO:
+        vc = "std" if holding.slots and reuse == "hold" and not noisy else "none"
+    return options.model_copy(update={"reuse": reuse, "smooth": smooth, "vc": vc})
+
+
+def makes_sums(program: Program) -> bool:
+    """Does a step that computes leave sums for those that reuse?"""
+    return any(AHEAD in part.reads for part in program.segments)
 
 
 def _with_reuse(schedule: CacheSchedule, reuse: Reuse | str) -> CacheSchedule:

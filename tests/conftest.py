@@ -16,7 +16,7 @@ from ditc.runtime.pipeline import Pipeline, load
 
 SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
 QUICK = CompileOptions(
-    steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4, reuse="hold", smooth="none"
+    steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4, reuse="hold", smooth="none", vc="std"
 )
 
 

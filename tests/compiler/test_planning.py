@@ -72,6 +72,23 @@ def test_what_becomes_int8_is_smoothed(make_small_model: Callable[[], DiT], prec
     assert plan.options.smooth == smooth
 
 
+@pytest.mark.parametrize(
+    ("changes", "vc"),
+    [
+        ({}, "none"),  # extrapolated
+        ({"reuse": "hold"}, "std"),
+        ({"caches": "branches"}, "std"),
+        ({"sampler": "ddpm"}, "none"),
+        ({"policy": "none"}, "none"),
+        ({"vc": "lsq"}, "lsq"),
+    ],
+)
+def test_what_holds_without_noise_is_compensated(
+    make_small_model: Callable[[], DiT], changes: dict[str, str], vc: str
+) -> None:
+    assert make_plan(make_small_model(), DEFAULTS.model_copy(update=changes)).options.vc == vc
+
+
 def test_what_was_asked_for_is_not_decided_again(make_small_model: Callable[[], DiT]) -> None:
     plan = make_plan(make_small_model(), DEFAULTS.model_copy(update={"reuse": "hold", "smooth": "balance"}))
     assert (plan.options.reuse, plan.options.smooth) == ("hold", "balance")

@@ -38,6 +38,7 @@ QUICK = CompileOptions(
     policy="fora:2",
     reuse="hold",
     smooth="none",
+    vc="std",
 )
 SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
 NARROW = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=72, depth=2, num_heads=4, num_classes=5)
