@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     fits = calibrates and histogram_bytes(points, len(shown)) <= OBSERVED_BYTES
     if not shown or not (fits or needed):
         return None
-    probe = segments["full"].with_name("full.observed.onnx")  # its weights lie in that folder
+    probe = _beside(segments["full"], "observed")
     save_sharing_data(model, probe)
     observer = Observer(shown, bounds, plan.halves) if fits else PeakObserver(shown, plan.halves)
     return ObservingBackend(plan.backend, segments["full"], probe, shown, observer.watch), observer
@@ -155,11 +156,16 @@ def open_probe(plan: Plan, segments: Segments) -> Probe:
     )
 
 
+def _beside(segment: Path, kind: str) -> Path:
+    """A name in the folder where a segment's weights lie, and where another process may be doing the same."""
+    return segment.with_name(f"{segment.stem}.{kind}-{os.getpid()}.onnx")
+
+
 def probe_runner(plan: Plan, segments: Segments, probe: Any) -> RunProbe:
     """A function that runs the `full` segment cut down to `probe`, an onnx_ir model, on the inputs of a step."""
     from ditc.exporter.onnx_files import save_sharing_data
 
-    path = segments["full"].with_name("full.probe.onnx")  # its weights lie in that folder
+    path = _beside(segments["full"], "probe")
     save_sharing_data(probe, path)
     try:
         session = plan.backend.session(path)

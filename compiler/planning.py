@@ -55,8 +55,8 @@ def decided(options: CompileOptions, schedule: CacheSchedule, holding: Program, 
     """The settings with AUTO replaced, for a schedule whose program with reuses that hold is `holding`.
 
     Where the sampler draws fresh noise between steps, features can't be extrapolated (docs/approximators.md), and
-    compensating brings images no nearer to FP's (docs/results.md). Raises InputError where a schedule's file names another
-    `reuse` than the settings do.
+    compensating brings images no nearer to FP's (docs/results.md). Raises InputError where a schedule's file names
+    another `reuse` than the settings do.
     """
     reuse, smooth, vc = options.reuse, options.smooth, options.vc
     named = schedule.reuse if "reuse" in schedule.model_fields_set else None
