@@ -16,6 +16,7 @@ from ditc.compiler.command_options import (
     as_json,
     chosen_model,
     compile_options,
+    feature_options,
     model_options,
     place_options,
     whole_numbers,
@@ -239,8 +240,7 @@ def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None,
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--images", type=int, default=1000, show_default=True, help="Images of each seed.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of the noise: 0,1,2.")
-@click.option("--features", metavar="digits|pixels|inception", help="What images are measured by; default the model's.")
-@click.option("--real", metavar="fp|digits|PATH", help="Real images: a folder, an .npz file; default the model's.")
+@feature_options
 @click.option("--batch", type=int, help="Images of one request; default is what fits a small buffer.")
 @click.option("--step-images", type=int, default=64, show_default=True, help="Images followed step by step.")
 @click.option(
@@ -494,6 +494,7 @@ def demo_command(out: Path, json_: bool, **settings: Any) -> None:
 @click.option("--seconds", type=float, help="Most seconds per image on this machine.")
 @click.option("--images", type=int, default=500, show_default=True, help="Images of each seed that judge a candidate.")
 @click.option("--seeds", default="0", show_default=True, help="Seeds of their noise: 0,1,2.")
+@feature_options
 @click.option("--intervals", default="2,3,4,5,6,8,10", show_default=True, help="Cache intervals to try.")
 @compile_options
 @as_json
@@ -510,6 +511,8 @@ def tune_command(
     seconds: float | None,
     images: int,
     seeds: str,
+    features: str | None,
+    real: str | None,
     intervals: str,
     json_: bool,
     **settings: Any,
@@ -528,6 +531,8 @@ def tune_command(
         budget=budget,
         images=images,
         seeds=whole_numbers(seeds, "--seeds"),
+        features=features,
+        real=real,
         intervals=whole_numbers(intervals, "--intervals", "2,3,4"),
     )
     with progress_on_stderr(lines=False) as progress:  # a line for each candidate says more

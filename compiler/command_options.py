@@ -10,7 +10,15 @@ import click
 
 from ditc.errors import InputError
 
-__all__ = ["as_json", "chosen_model", "compile_options", "model_options", "place_options", "whole_numbers"]
+__all__ = [
+    "as_json",
+    "chosen_model",
+    "compile_options",
+    "feature_options",
+    "model_options",
+    "place_options",
+    "whole_numbers",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -44,7 +52,7 @@ COMPILE_OPTIONS = (
         metavar="auto|hold|affine|variance|taylor",
         default="auto",
         show_default=True,
-        help="What a reuse takes: the last outputs, corrected per channel, or extrapolated; auto: if it can.",
+        help="What a reuse takes: the last outputs, corrected per channel, or extrapolated; auto: if it pays.",
     ),
     click.option(
         "--precision",
@@ -143,6 +151,13 @@ PLACE_OPTIONS = (
     ),
 )
 
+FEATURE_OPTIONS = (
+    click.option(
+        "--features", metavar="digits|pixels|inception", help="What images are measured by; default the model's."
+    ),
+    click.option("--real", metavar="fp|digits|PATH", help="Real images: a folder, an .npz file; default the model's."),
+)
+
 MODEL_OPTIONS = (
     click.argument("model", required=False),
     click.option(
@@ -164,6 +179,7 @@ def with_all(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Com
 
 compile_options = with_all(COMPILE_OPTIONS)  # the settings of a compile
 place_options = with_all(PLACE_OPTIONS)  # where a bundle runs
+feature_options = with_all(FEATURE_OPTIONS)  # what images are held against
 model_options = with_all(MODEL_OPTIONS)  # what is compiled; `chosen_model` reads them
 as_json = click.option(
     "--json", "json_", is_flag=True, help="Print one JSON document on stdout, and nothing else there."

@@ -52,6 +52,7 @@ Array = NDArray[Any]
 LEAST_IMAGES = K + 1  # of a seed; fewer have no neighbourhoods
 BOOTSTRAP_SEED = 0
 LOWER_IS_BETTER = ("lpips",)
+REPORTED = ("policy", "reuse", "select", "ranges", "smooth", "vc", "seed")  # settings of the compile
 
 
 class EvaluateOptions(Record):
@@ -246,7 +247,7 @@ def _real(fp: ImageSource, work: _Work, judges: _Judges) -> RealFeatures | None:
 
 def _report(pairs: _Pairs, work: _Work) -> dict[str, Any]:
     options, manifest = work.options, pairs.bundle.manifest
-    settings = {name: manifest.settings.get(name) for name in ("policy", "reuse", "select", "ranges", "vc", "seed")}
+    settings = {name: manifest.settings.get(name) for name in REPORTED}
     return {
         "machine": machine(),
         "bundle": {

@@ -1,6 +1,8 @@
-"""The stage that plans: sampler and cache policy to programs, and every setting that was left to ditc decided.
+"""The stage that plans: sampler and cache policy to programs, and what "auto" stands for decided by docs/results.md.
 
-Nothing has run by then, so a setting that makes no sense for a model is refused before anything is lost.
+A reuse extrapolates where sums are made ahead, the sampler adds no noise (docs/approximators.md has what that does to
+an extrapolation) and no weight is above 1; else it holds, and is compensated unless there is such noise. Nothing has
+run by then, so a setting that makes no sense for a model is refused before anything is lost.
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ from ditc.compiler.plan import Plan
 from ditc.errors import InputError
 from ditc.program import AHEAD, Caches, Program, program_from_schedule
 from ditc.progress import Progress, silent
+from ditc.runtime.approximation import first_rows
 from ditc.runtime.samplers import adds_noise, sampler_table
 from ditc.schedule import CacheSchedule, Reuse, schedule_for
 
 __all__ = ["make_plan"]
 
+FARTHEST = 1.1  # an extrapolation that "auto" takes: FORA's are below 1, timesteps are rounded, beyond was not measured
+
 
 def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
     """Sampler and cache policy to programs: everything that is decided before anything runs.
 
-    The plan's options hold no AUTO for `reuse`, `smooth` and `vc`: docs/results.md has the evidence for what is taken.
+    The plan's options hold no AUTO for `reuse`, `smooth` and `vc`.
     Raises InputError where settings make no sense for the model.
     """
     spec = model.spec
@@ -42,7 +47,10 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
             f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
             f"--policy {options.policy} has others: leave --caches out"
         )
-    options = decided(options, schedule, holding, noisy=adds_noise(table))
+    extrapolates = makes_sums(holding) and not adds_noise(table)
+    if extrapolates:
+        extrapolates = reaches(program(_with_reuse(schedule, "taylor"), caches)) <= FARTHEST
+    options = decided(options, schedule, extrapolates=extrapolates, holds=bool(holding.slots) and not adds_noise(table))
     deployed = program(_with_reuse(schedule, options.reuse), caches)
     uncached = program(schedule_for("none", spec, options.steps), "branches")
     plan = Plan(spec, options, deployed, uncached, table, progress)
@@ -51,26 +59,32 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     return plan
 
 
-def decided(options: CompileOptions, schedule: CacheSchedule, holding: Program, *, noisy: bool) -> CompileOptions:
-    """The settings with AUTO replaced, for a schedule whose program with reuses that hold is `holding`.
+def decided(options: CompileOptions, schedule: CacheSchedule, *, extrapolates: bool, holds: bool) -> CompileOptions:
+    """The settings with AUTO replaced.
 
-    Where the sampler draws fresh noise between steps, features can't be extrapolated (docs/approximators.md), and
-    compensating brings images no nearer to FP's (docs/results.md). Raises InputError where a schedule's file names
-    another `reuse` than the settings do.
+    `extrapolates` says whether a reuse may extrapolate, `holds` whether one that holds is to be compensated. Raises
+    InputError where a schedule's file names another `reuse` than the settings do.
     """
     reuse, smooth, vc = options.reuse, options.smooth, options.vc
     named = schedule.reuse if "reuse" in schedule.model_fields_set else None
     if reuse == AUTO:
-        reuse = named or ("taylor" if makes_sums(holding) and not noisy else "hold")
-    elif named not in (None, "hold", reuse):
+        reuse = named or ("taylor" if extrapolates else "hold")
+    elif named not in (None, reuse):
         raise InputError(
-            f"{options.policy} was made for --reuse {named}, found {reuse}; give --reuse {named}, or take its reuse out"
+            f"{options.policy} was made for --reuse {named}, found {reuse}; give --reuse {named}, or take reuse out of "
+            "that file"
         )
     if smooth == AUTO:
         smooth = "none" if options.bits is None else "smooth"
     if vc == AUTO:
-        vc = "std" if holding.slots and reuse == "hold" and not noisy else "none"
+        vc = "std" if holds and reuse == "hold" else "none"
     return options.model_copy(update={"reuse": reuse, "smooth": smooth, "vc": vc})
+
+
+def reaches(program: Program) -> float:
+    """The largest weight of an extrapolation: how far it goes, in distances between the steps that it comes from."""
+    rows = first_rows(program, 1)
+    return 0.0 if rows is None else float(rows[:, 0].max()) - 1
 
 
 def makes_sums(program: Program) -> bool:

@@ -102,7 +102,8 @@ def program_sentence(report: Report) -> str:
     guided = f" with guidance {manifest.guidance:g}" if manifest.halves == 2 else ""
     work = [f"{whole} compute all {branches} branches"]
     work += [f"{some} compute some of them"] if some else []
-    work += [f"{none} reuse what those left"] if none else []
+    left = "extrapolate from what those left" if program.reuse == "taylor" else "reuse what those left"
+    work += [f"{none} {left}"] if none else []
     return (
         f"{len(rows)} {name} steps{guided}, of which {_and(work)}; {_arithmetic(report)}"
         f"{', variance compensated after each step' if report.compensation is not None else ''}."

@@ -48,7 +48,7 @@ CORRECTIONS = (
     {"reuse": "hold", "vc": "none"},
     {"reuse": "hold", "vc": "std"},
     {"reuse": "hold", "vc": "lsq"},
-    {"reuse": "taylor", "vc": "none"},  # with it compensation has nothing left to do (docs/results.md)
+    {"reuse": "taylor", "vc": "none"},  # with it compensation has nothing left to do (docs/approximators.md)
 )
 INTERVALS = (2, 3, 4, 5, 6, 8, 10)
 WINDOWS = ((2, 2), (4, 4), (8, 8))  # first and last steps that compute
@@ -80,11 +80,16 @@ class Budget(Record):
 
 
 class TuneOptions(Record):
-    """The settings of `ditc tune`: images and seeds of each evaluation, and the intervals that are tried."""
+    """The settings of `ditc tune`: images and seeds of each evaluation, and the intervals that are tried.
+
+    `features` and `real` are those of EvaluateOptions.
+    """
 
     budget: Budget
     images: int = 500
     seeds: tuple[int, ...] = (0,)
+    features: str | None = None
+    real: str | None = None
     intervals: tuple[int, ...] = INTERVALS
     requests: int = 3
 
@@ -145,7 +150,8 @@ class _Search:
             try:
                 trials.append(self.tried(stage, {**kept, "policy": policy, **changes}))
             except NoSumsError:
-                self.notes.append(f"{policy} makes no sums ahead: --reuse {changes['reuse']} not tried")
+                note = f"--reuse {changes['reuse']} is not tried where no sums are made ahead (docs/approximators.md)"
+                self.notes += [] if note in self.notes else [note]
         return trials
 
 
@@ -328,7 +334,14 @@ def _earlier(path: Path) -> Trial | None:
 def _judged(
     bundle: Bundle, stage: str, changes: dict[str, str], options: TuneOptions, work: Path, progress: Progress
 ) -> Trial:
-    evaluate = EvaluateOptions(images=options.images, seeds=options.seeds, step_images=1, rounds=200)
+    evaluate = EvaluateOptions(
+        images=options.images,
+        seeds=options.seeds,
+        features=options.features,
+        real=options.real,
+        step_images=1,
+        rounds=200,
+    )
     found = evaluate_bundle(bundle.path, evaluate, save=work / "evaluated", progress=progress)
     timed = bench_bundle(bundle.path, BenchOptions(requests=options.requests, warmup=1), progress=progress)
     psnr, difference = found["paired"]["psnr_db"], found["distribution"].get("difference")

@@ -145,6 +145,8 @@ def tuned_cells() -> Iterator[Cell]:
     for search in json.loads(TUNED.read_text())["searches"].values() if TUNED.exists() else ():
         settings = {"sampler": search["sampler"], "select": "tap", **search["chosen"]["changes"]}
         yield Cell("tuned", "tuned", search["model"], settings, MAIN_SEEDS, MAIN_IMAGES)
+        beside = {name: settings[name] for name in ("sampler", "policy")}
+        yield Cell("tuned", "naive", search["model"], beside, MAIN_SEEDS, MAIN_IMAGES)
 
 
 CELLS: tuple[Cell, ...] = (

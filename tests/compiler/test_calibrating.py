@@ -73,6 +73,14 @@ def test_scales_from_the_pool_are_those_of_running_its_points_again(
         assert observed.steps[path] == pytest.approx(scales, rel=2e-3)
 
 
+def test_two_processes_probe_a_segment_under_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for process in (1, 2):
+        monkeypatch.setattr(calibrating.os, "getpid", lambda process=process: process)
+        names |= {calibrating._beside(Path("full.onnx"), kind) for kind in ("probe", "observed")}
+    assert len(names) == 4
+
+
 def test_the_segment_is_not_run_at_points_that_were_observed(
     selected: Selected, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,8 @@ def test_a_killed_compile_leaves_no_bundle_and_the_next_one_resumes(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     with ditc.load(out) as pipe:
         assert pipe.images([0, 1]).shape == (2, 3, 8, 8)
+    settings = open_bundle(out).manifest.settings  # what was taken where nothing was asked for
+    assert [settings[name] for name in ("reuse", "smooth", "vc")] == ["taylor", "smooth", "none"]
 
 
 def test_compiles_of_one_model_share_what_they_export(

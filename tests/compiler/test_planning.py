@@ -22,7 +22,8 @@ BRANCHES = 4  # of the small model
         ({}, "taylor"),
         ({"policy": "fora:5"}, "taylor"),  # 4 skips in a row, one sum for each
         ({"policy": "fora:6"}, "hold"),  # 5: more than branches, so their outputs are kept
-        ({"policy": "window:2:3:3"}, "taylor"),
+        ({"policy": "window:2:3:3"}, "taylor"),  # from the last step to the next: a weight of 1
+        ({"policy": "window:3:4:2"}, "hold"),  # two steps on from two neighbours: 2
         ({"caches": "sums"}, "taylor"),
         ({"caches": "branches"}, "hold"),
         ({"policy": "none"}, "hold"),
@@ -77,6 +78,9 @@ def test_what_becomes_int8_is_smoothed(make_small_model: Callable[[], DiT], prec
     [
         ({}, "none"),  # extrapolated
         ({"reuse": "hold"}, "std"),
+        ({"reuse": "affine"}, "none"),
+        ({"reuse": "hold", "eta": 0.5}, "none"),
+        ({"reuse": "hold", "precision": "fp32"}, "std"),
         ({"caches": "branches"}, "std"),
         ({"sampler": "ddpm"}, "none"),
         ({"policy": "none"}, "none"),
