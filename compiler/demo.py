@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,7 +15,8 @@ from ditc.compiler.driver import compile_model
 from ditc.compiler.eager import eager_images
 from ditc.compiler.features import digit_quality
 from ditc.compiler.options import CompileOptions
-from ditc.progress import Progress
+from ditc.compiler.side_by_side import RUN, take_turns
+from ditc.progress import Progress, silent
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.images import grid, save_png
 from ditc.runtime.pipeline import Pipeline, load
@@ -26,6 +29,7 @@ QUALITY_BATCH = 50
 TIMED_BATCHES = (1, 32)
 ROUNDS = 5
 SEED = 7
+Images = Callable[[list[int], int], Samples]  # those of some labels, counted from the first
 
 
 def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str, Any]:
@@ -81,15 +85,15 @@ def _columns(pipe: Pipeline) -> dict[str, NDArray[np.float64]]:
     return {name.removeprefix("sampler."): table for name, table in tables.items() if name.startswith("sampler.")}
 
 
-def _side_by_side(plain: Any, compiled: Any, batch: int) -> dict[str, float]:
-    """Median seconds per image of both sides, run in turn."""
+def _side_by_side(plain: Images, compiled: Images, batch: int) -> dict[str, float]:
+    """Median seconds per image of both sides, run in turn after one turn each that warms up."""
     labels = [number % 10 for number in range(batch)]
-    times: dict[str, list[float]] = {"torch": [], "compiled": []}
-    for number in range(ROUNDS + 1):
-        for name, run in (("torch", plain), ("compiled", compiled)):
-            start = perf_counter()
-            run(labels, 0)
-            if number > 0:  # the first round warms both up
-                times[name].append((perf_counter() - start) / batch)
-    found = {name: float(np.median(seconds)) for name, seconds in times.items()}
-    return found | {"ratio": found["torch"] / found["compiled"]}
+
+    def turn(run: Images) -> Iterator[tuple[str, float]]:
+        start = perf_counter()
+        run(labels, 0)
+        yield RUN, (perf_counter() - start) / batch
+
+    times = take_turns([partial(turn, run) for run in (plain, compiled)], ROUNDS, 1, silent)
+    torch, bundle = (float(np.median(found[RUN])) for found in times)
+    return {"torch": torch, "compiled": bundle, "ratio": torch / bundle}

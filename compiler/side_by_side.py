@@ -24,7 +24,7 @@ from ditc.runtime.executor import seeded_noise
 from ditc.runtime.latency import latency_of
 from ditc.runtime.pipeline import Pipeline
 
-__all__ = ["Turn", "against_peers", "bundle_turn", "check_not_slower", "peer_turn", "take_turns"]
+__all__ = ["RUN", "Turn", "against_peers", "bundle_turn", "check_not_slower", "peer_turn", "take_turns"]
 
 STEP, RUN = "step", "run"
 BURST_SECONDS = 0.1
