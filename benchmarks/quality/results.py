@@ -38,8 +38,9 @@ PLOTS = {
     "points": "PSNR against the number of calibration points, a line for each selector",
 }
 HEADER = (
-    "| model | sampler | policy | | trials x images | Frechet distance less FP's | less naive's | PSNR | variance |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| model | sampler | policy | | trials x images | Frechet distance less FP's | less naive's | recall less FP's "
+    "| PSNR | variance |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -77,6 +78,11 @@ class Found:
 def distance(row: Row) -> float:
     """How much farther from the real digits than FP's images of the same noise."""
     return float(row["found"]["frechet_distance"] - row["fp"]["frechet_distance"])
+
+
+def recall(row: Row) -> float:
+    """How much less of the real digits lies among the images than among FP's of the same noise."""
+    return float(row["found"]["recall"] - row["fp"]["recall"])
 
 
 def psnr(row: Row) -> float:
@@ -150,6 +156,7 @@ def table(cells: Sequence[Found]) -> list[str]:
             f"{len(found.rows)} x {found.cell.images:,}",
             shown(own) + (" *" if stars[id(own)] else ""),
             "" if change is None else shown(change) + (" *" if stars[id(change)] else ""),
+            shown(found.effect(recall)),
             shown(found.effect(psnr), "{:.1f}"),
             f"{found.effect(variance).mean:.3f}",
         )

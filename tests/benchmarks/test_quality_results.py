@@ -46,8 +46,8 @@ def test_holm_stops_at_the_first_that_fails(results: ModuleType) -> None:
 
 def trial(distance: float) -> dict[str, Any]:
     return {
-        "found": {"frechet_distance": 5 + distance},
-        "fp": {"frechet_distance": 5.0},
+        "found": {"frechet_distance": 5 + distance, "recall": 0.62},
+        "fp": {"frechet_distance": 5.0, "recall": 0.65},
         "psnr_db": 40.0,
         "variance_ratio": 0.99,
     }
@@ -71,7 +71,7 @@ def test_a_table_holds_every_cell_to_fp_and_to_the_naive_one_of_its_seeds(result
     rows = [line.split(" | ") for line in lines[2:]]
     assert [row[3] for row in rows] == ["naive", "tap", "vc std"]
     assert rows[0][4:7] == ["3 x 2,000", "+3.000 (+0.516 to +5.484)", ""]
-    assert rows[1][4:7] == ["1 x 2,000", "+9.000", "+7.000"]
+    assert rows[1][4:9] == ["1 x 2,000", "+9.000", "+7.000", "-0.030", "40.0"]
     assert rows[2][5:7] == ["+3.033 (+0.400 to +5.666)", "+0.033 (-0.346 to +0.413)"]
 
 
