@@ -68,6 +68,7 @@ def strategies(cells: Sequence[Found]) -> Figure:
                     _interval(axis, effect, place)
             axis.set_yticks(range(len(names)), names)
             axis.tick_params(axis="y", length=0)
+            axis.locator_params(axis="x", nbins=5)
             if row == len(models) - 1:
                 axis.set_xlabel("Frechet distance less FP's")
     axes[0][0].invert_yaxis()
@@ -101,5 +102,5 @@ def by_points(cells: Sequence[Found]) -> Figure:
         axis.set_xticks(POINTS, [f"{points:,}" for points in POINTS])
         axis.set_xlabel("calibration points")
     axes[0][0].set_ylabel("PSNR against FP, dB")
-    axes[0][0].legend(frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
