@@ -27,8 +27,8 @@ FARTHEST = 1.1  # an extrapolation that "auto" takes: FORA's are below 1, timest
 def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
     """Sampler and cache policy to programs: everything that is decided before anything runs.
 
-    The plan's options hold no AUTO for `reuse`, `smooth` and `vc`.
-    Raises InputError where settings make no sense for the model.
+    The plan's options hold no AUTO for `reuse`, `smooth` and `vc`. Raises InputError where settings make no sense for
+    the model.
     """
     spec = model.spec
     if options.cfg != 1 and spec.null_label is None:
@@ -47,10 +47,9 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
             f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
             f"--policy {options.policy} has others: leave --caches out"
         )
-    extrapolates = makes_sums(holding) and not adds_noise(table)
-    if extrapolates:
-        extrapolates = reaches(program(_with_reuse(schedule, "taylor"), caches)) <= FARTHEST
-    options = decided(options, schedule, extrapolates=extrapolates, holds=bool(holding.slots) and not adds_noise(table))
+    quiet = not adds_noise(table)
+    near = makes_sums(holding) and reaches(program(_with_reuse(schedule, "taylor"), caches)) <= FARTHEST
+    options = decided(options, schedule, extrapolates=near and quiet, compensates=quiet and holding.slots > 0)
     deployed = program(_with_reuse(schedule, options.reuse), caches)
     uncached = program(schedule_for("none", spec, options.steps), "branches")
     plan = Plan(spec, options, deployed, uncached, table, progress)
@@ -59,10 +58,12 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     return plan
 
 
-def decided(options: CompileOptions, schedule: CacheSchedule, *, extrapolates: bool, holds: bool) -> CompileOptions:
+def decided(
+    options: CompileOptions, schedule: CacheSchedule, *, extrapolates: bool, compensates: bool
+) -> CompileOptions:
     """The settings with AUTO replaced.
 
-    `extrapolates` says whether a reuse may extrapolate, `holds` whether one that holds is to be compensated. Raises
+    `extrapolates` says whether a reuse should, `compensates` whether one that holds is to be compensated. Raises
     InputError where a schedule's file names another `reuse` than the settings do.
     """
     reuse, smooth, vc = options.reuse, options.smooth, options.vc
@@ -77,7 +78,7 @@ def decided(options: CompileOptions, schedule: CacheSchedule, *, extrapolates: b
     if smooth == AUTO:
         smooth = "none" if options.bits is None else "smooth"
     if vc == AUTO:
-        vc = "std" if holds and reuse == "hold" else "none"
+        vc = "std" if compensates and reuse == "hold" else "none"
     return options.model_copy(update={"reuse": reuse, "smooth": smooth, "vc": vc})
 
 
