@@ -233,10 +233,7 @@ class _BuildRun:
 
 def _child(arguments: Sequence[str], doing: str, report: Callable[[str, int, int], None]) -> Any:
     """Run the worker and return its result. Its refusals are raised here; its death is one clear error."""
-    with _worker(arguments) as process:
-        last_words: deque[str] = deque(maxlen=20)
-        listener = Thread(target=_remember, args=(process.stderr, last_words), daemon=True)
-        listener.start()
+    with _worker(arguments) as (process, last_words):
         assert process.stdout is not None
         for text in process.stdout:
             line = json.loads(text)
@@ -247,7 +244,6 @@ def _child(arguments: Sequence[str], doing: str, report: Callable[[str, int, int
             elif "result" in line:
                 return line["result"]
         code = process.wait()
-        listener.join(timeout=5)
     raise CheckError(_why_dead(code, doing, list(last_words)))
 
 
@@ -256,18 +252,22 @@ def _remember(stream: Any, words: deque[str]) -> None:
 
 
 @contextmanager
-def _worker(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """The child; it does not outlive the block."""
+def _worker(arguments: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], deque[str]]]:
+    """The child, and what it says last on stderr, complete after the block. The child does not outlive it."""
     process = subprocess.Popen(  # noqa: S603  our own module, our own arguments
         [*WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
     )
+    last_words: deque[str] = deque(maxlen=20)
+    listener = Thread(target=_remember, args=(process.stderr, last_words), daemon=True)
+    listener.start()
     try:
-        yield process
+        yield process, last_words
         process.wait()
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
+        listener.join(timeout=5)  # it reads until the child's end; a stream must not be closed under it
         for stream in (process.stdout, process.stderr):
             assert stream is not None
             stream.close()

@@ -88,13 +88,13 @@ def test_peers_that_are_here_run_and_a_missing_one_is_skipped_with_its_reason(
         "openvino-int8": "nncf is not installed: pip install nncf",
     }
     assert found["bundle"]["step"]["n"] == 2
-    assert found["bundle"]["reuse"]["n"] == 2
+    assert found["bundle"]["reuse"]["n"] == found["bundle"]["extrapolate"]["n"] == 1
     for peer in peers.values():
         assert peer["step"]["n"] >= 1
         assert peer["ratio_run"] == pytest.approx(peer["run"]["median"] / found["bundle"]["run"]["median"])
         assert peer["ratio_step"] == pytest.approx(peer["step"]["median"] / found["bundle"]["step"]["median"])
     errors = {name: side["relative_error"] for name, side in {**peers, "bundle": found["bundle"]}.items()}
-    assert errors["torch-f32"] < 1e-5
+    assert errors["torch-f32"] < 5e-5  # the reference is of the smoothed form, the same function to rounding
     assert errors["onnxruntime-f32"] < 1e-5
     assert 1e-4 < errors["torch-bf16"] < 0.05
     assert 1e-3 < errors["onnxruntime-quant"] < 0.2
@@ -115,7 +115,7 @@ def test_an_optional_peer_runs_the_same_network_where_it_is_installed(name: str,
 def test_torch_compile_runs_where_there_is_a_compiler(match: Match) -> None:
     found = ready_peer("torch-compile", match)
     assert isinstance(found, ReadyPeer), found
-    assert found.relative_error < 1e-5
+    assert found.relative_error < 5e-5
 
 
 def test_without_a_working_compiler_torch_compile_is_skipped_with_its_reason(
