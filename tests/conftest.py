@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,16 +21,19 @@ QUICK = CompileOptions(
 )
 
 
-def small_model(seed: int = 0) -> DiT:
-    """A DiT with random weights: 3 channels, 16 tokens, two blocks, no zero gates."""
-    torch.manual_seed(seed)
-    model = DiT(SMALL, name="small").eval()
+def small_model(**changes: int) -> DiT:
+    """A DiT with random weights, the same ones every time: 3 channels, 16 tokens, two blocks, no zero gates.
+
+    `changes` are fields of its configuration that are to be others.
+    """
+    torch.manual_seed(0)
+    model = DiT(replace(SMALL, **changes), name="small").eval()  # type: ignore[arg-type]
     model.cfg_channels = 2
     return model
 
 
-@pytest.fixture
-def make_small_model() -> type[DiT] | object:
+@pytest.fixture(scope="session")
+def make_small_model() -> Callable[..., DiT]:
     return small_model
 
 

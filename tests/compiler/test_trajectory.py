@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import ditc
 from ditc.compiler.driver import compile_model
 from ditc.compiler.eager import eager_images
 from ditc.compiler.options import CompileOptions
+from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits, load_model
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.quality import psnr_db, relative_error
@@ -111,14 +113,14 @@ def test_a_model_written_differently_compiles_and_generates(
 
 
 def test_a_schedule_from_a_file_skips_single_branches(
-    tmp_path: Path, quick_options: CompileOptions, make_small_model: object
+    tmp_path: Path, quick_options: CompileOptions, make_small_model: Callable[..., DiT]
 ) -> None:
     import json
 
     rows = [[True] * 4, [False, True, False, True], [False] * 4] * 2
     (tmp_path / "schedule.json").write_text(json.dumps({"compute": rows}))
     options = quick_options.model_copy(update={"policy": str(tmp_path / "schedule.json")})
-    bundle = compile_model(make_small_model(), tmp_path / "b", options)  # type: ignore[operator]
+    bundle = compile_model(make_small_model(), tmp_path / "b", options)
     names = {plan.name for plan in bundle.manifest.program.segments}
     assert {"full", "reuse"} < names
     assert len(names) == 3

@@ -11,8 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,59 +20,43 @@ from diffusers import AutoencoderKL
 
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
-from ditc.exporter.dit import DiT, DiTConfig
+from ditc.exporter.dit import DiT
 from ditc.exporter.models import with_vae
 
 HERE = Path(__file__).parent
 STORE = Path(sys.prefix) / "tensorrt-bindings"
 VERSIONS = ("10.3.0", "10.16.1.11", "11.4.0.106")
 Started = tuple["subprocess.Popen[bytes]", Path]
-QUICK = CompileOptions(
-    steps=6,
-    points=24,
-    pool_images=24,
-    vc_images=8,
-    verify_images=4,
-    batch=4,
-    policy="fora:2",
-    reuse="hold",
-    smooth="none",
-    vc="std",
-)
-SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
-NARROW = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=72, depth=2, num_heads=4, num_classes=5)
-
-
-def small_model(config: DiTConfig) -> DiT:
-    torch.manual_seed(0)
-    model = DiT(config, name="small").eval()
-    model.cfg_channels = 2
-    return model
+NARROW = 72  # hidden size, with which a step's row of the table is no multiple of 256 bytes
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled(
+    tmp_path_factory: pytest.TempPathFactory, make_small_model: Callable[..., DiT], quick_options: CompileOptions
+) -> Path:
     """A folder of bundles: the reference model, and small ones that differ in what a device has to do."""
     folder, exports = tmp_path_factory.mktemp("compiled"), tmp_path_factory.mktemp("exports")
     schedule = partial_schedule(tmp_path_factory.mktemp("schedule") / "schedule.json")
-    digits = QUICK.model_copy(update={"steps": 50, "points": 64, "pool_images": 8, "policy": "fora:3", "batch": 3})
+    quick = quick_options.model_copy(update={"policy": "fora:2"})
+    digits = quick.model_copy(update={"steps": 50, "points": 64, "pool_images": 8, "policy": "fora:3", "batch": 3})
     compile_model("digits", folder / "digits", digits)
-    for name, config, changes in (
-        ("small", SMALL, {"ranges": "max"}),
-        ("learned-noise", SMALL, {"sampler": "ddpm", "variance": "learned", "clip": 1.0}),
-        ("fixed-noise", SMALL, {"eta": 0.5, "vc": "none"}),
-        ("unguided", SMALL, {"cfg": 1.0}),
-        ("fp16", SMALL, {"precision": "fp16", "target": "tensorrt"}),
-        ("fp32", SMALL, {"precision": "fp32"}),
-        ("odd-addresses", NARROW, {"batch": 1}),  # a step's row of the table is no multiple of 256 bytes
-        ("partial-rows", SMALL, {"policy": str(schedule)}),
-        ("affine", SMALL, {"reuse": "affine"}),
-        ("taylor", SMALL, {"reuse": "taylor", "policy": "fora:2"}),
-        ("per-step", SMALL, {"policy": str(schedule), "scales": "per-step", "midpoint": "bounded"}),
+    for name, changes in (
+        ("small", {"ranges": "max"}),
+        ("learned-noise", {"sampler": "ddpm", "variance": "learned", "clip": 1.0}),
+        ("fixed-noise", {"eta": 0.5, "vc": "none"}),
+        ("unguided", {"cfg": 1.0}),
+        ("fp16", {"precision": "fp16", "target": "tensorrt"}),
+        ("fp32", {"precision": "fp32"}),
+        ("partial-rows", {"policy": str(schedule)}),
+        ("affine", {"reuse": "affine"}),
+        ("taylor", {"reuse": "taylor", "smooth": "smooth", "vc": "none"}),
+        ("per-step", {"policy": str(schedule), "scales": "per-step", "midpoint": "bounded"}),
     ):
-        compile_model(small_model(config), folder / name, QUICK.model_copy(update=changes), exports=exports)
-    latent = with_vae(small_model(replace(SMALL, in_channels=4)), tiny_vae(tmp_path_factory.mktemp("vae")))
-    compile_model(latent, folder / "decoded", QUICK)
+        compile_model(make_small_model(), folder / name, quick.model_copy(update=changes), exports=exports)
+    narrow = make_small_model(hidden_size=NARROW)
+    compile_model(narrow, folder / "odd-addresses", quick.model_copy(update={"batch": 1}), exports=exports)
+    latent = with_vae(make_small_model(in_channels=4), tiny_vae(tmp_path_factory.mktemp("vae")))
+    compile_model(latent, folder / "decoded", quick)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.engines.qdq import insert_qdq
 from ditc.engines.scale_table import ScaleTable
 from ditc.engines.tensorrt_rules import violations_of
+from ditc.exporter.dit import DiT
 from ditc.exporter.onnx_files import save_model
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.runtime.executor import seeded_noise
@@ -107,14 +109,14 @@ def test_quantizing_or_lowering_twice_changes_nothing() -> None:
 def test_nothing_is_calibrated_for_dynamic_scales(
     bundles: dict[str, Bundle],
     quick_options: CompileOptions,
-    make_small_model: object,
+    make_small_model: Callable[..., DiT],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The segments of a bundle quantized again, with no point run, and a whole trajectory with them."""
     bundle = bundles["cached"]
     settings = quick_options.model_copy(update={"policy": "fora:2", "scales": "dynamic"})
-    plan = make_plan(make_small_model(), settings)  # type: ignore[operator]
+    plan = make_plan(make_small_model(), settings)
     exact = {name: bundle.reference_path(name) for name in plan.program.calls}
     monkeypatch.setattr("ditc.compiler.calibrating.histograms_of", None)
     quantize(plan, exact, bundle.path / "calib" / "calib.npz", tmp_path)
