@@ -19,6 +19,7 @@ from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.features import (
     Extractor,
     RealFeatures,
+    check_sources,
     default_extractor,
     default_real,
     open_extractor,
@@ -89,6 +90,7 @@ class EvaluateOptions(Record):
             raise InputError(f"--seeds must be different numbers from 0 on, like 0,1,2; found {self.seeds}")
         if self.fail_if_worse is not None and not np.isfinite(self.fail_if_worse):
             raise InputError(f"--fail-if-worse must be a number, found {self.fail_if_worse}")
+        check_sources(self.features, self.real)
         return self
 
     @property

@@ -23,6 +23,7 @@ __all__ = [
     "FEATURES",
     "Extractor",
     "RealFeatures",
+    "check_sources",
     "default_extractor",
     "default_real",
     "digit_quality",
@@ -90,6 +91,21 @@ def open_extractor(name: str, shape: Shape) -> Extractor:
     return FEATURES[name](shape)
 
 
+def check_sources(features: str | None, real: str | None) -> None:
+    """Raise InputError where features are unknown or not installed, or real images not there.
+
+    None is the model's own. Whether they fit its images is seen when there are some.
+    """
+    if features is not None and features not in FEATURES:
+        raise unknown_name("features", features, FEATURES)
+    if features == "inception":
+        from ditc.compiler.pretrained import inception_weights
+
+        inception_weights()
+    if real not in (None, DIGITS, "fp"):
+        _real_path(real)
+
+
 def default_extractor(model: str, shape: Shape) -> str:
     """The reference model has its own, small images are their own features, others take Inception's."""
     if default_real(model, shape) == DIGITS:
@@ -121,11 +137,14 @@ def real_features(source: str, extractor: Extractor, shape: Shape) -> RealFeatur
             raise InputError(f"the real digits have shape {DIGITS_SHAPE}, this model makes {shape}; name other images")
         images, _ = real_digits()
         return RealFeatures(f"scikit-learn's {len(images):,} digits", extractor.features(images))
+    path = _real_path(source)
+    return (_features_of_folder if path.is_dir() else _features_of_npz)(path, extractor, shape)
+
+
+def _real_path(source: str) -> Path:
     path = Path(source)
-    if path.is_dir():
-        return _features_of_folder(path, extractor, shape)
-    if path.suffix == ".npz" and path.is_file():
-        return _features_of_npz(path, extractor, shape)
+    if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
+        return path
     raise InputError(f"--real takes fp, digits, a folder of pictures or an .npz file, found {source!r}")
 
 

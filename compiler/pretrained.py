@@ -17,7 +17,7 @@ from ditc.errors import InputError
 from ditc.runtime.executor import Samples
 from ditc.runtime.images import to_bytes
 
-__all__ = ["inception_features", "lpips_distance"]
+__all__ = ["inception_features", "inception_weights", "lpips_distance"]
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_RELEASE = "the release v0.2.0 of github.com/toshas/torch-fidelity"
@@ -33,23 +33,31 @@ def weights_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
+def inception_weights() -> Path:
+    """Where Inception's weights lie. Raises InputError without them, or without torch-fidelity."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: F401
+    except BROKEN as e:
+        raise InputError(
+            f"features 'inception' need torch-fidelity ({e}); install it with: pip install torch-fidelity"
+        ) from e
+    path = weights_folder() / INCEPTION_FILE
+    if not path.is_file():
+        raise InputError(f"features 'inception' need {path}; fetch that file from {INCEPTION_RELEASE}")
+    return path
+
+
 def inception_features() -> Callable[[Samples], NDArray[Any]]:
     """Features of images in [-1, 1], (n, channels, height, width) -> (n, 2048); grey is taken as RGB.
 
     Raises InputError without torch-fidelity or its weights.
     """
-    try:
-        import torch
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except BROKEN as e:
-        raise InputError(
-            f"features 'inception' need torch-fidelity ({e}); install it with: pip install torch-fidelity"
-        ) from e
+    path = inception_weights()
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     from ditc.exporter.weights import read_tensors
 
-    path = weights_folder() / INCEPTION_FILE
-    if not path.is_file():
-        raise InputError(f"features 'inception' need {path}; fetch that file from {INCEPTION_RELEASE}")
     read_tensors(path)  # tensors alone: torch-fidelity itself would run code from the file
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
 

@@ -100,7 +100,15 @@ class TuneOptions(Record):
             raise InputError(f"--intervals must be growing numbers from 2 on, found {self.intervals}")
         if self.requests < 1:
             raise InputError(f"--requests must be at least 1, found {self.requests}")
+        self.evaluation.checked()
         return self
+
+    @property
+    def evaluation(self) -> EvaluateOptions:
+        """How a candidate is evaluated."""
+        return EvaluateOptions(
+            images=self.images, seeds=self.seeds, features=self.features, real=self.real, step_images=1, rounds=200
+        )
 
 
 class Trial(Record):
@@ -174,7 +182,6 @@ def tune_model(
     if target.exists() and not force:
         raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
     work = target.with_name(f".{target.name}.tune")
-    work.mkdir(parents=True, exist_ok=True)
 
     def judge(stage: str, changes: dict[str, str]) -> Trial:
         trial = _measured(model, base.model_copy(update=changes).checked(), stage, changes, options, work, progress)
@@ -334,15 +341,7 @@ def _earlier(path: Path) -> Trial | None:
 def _judged(
     bundle: Bundle, stage: str, changes: dict[str, str], options: TuneOptions, work: Path, progress: Progress
 ) -> Trial:
-    evaluate = EvaluateOptions(
-        images=options.images,
-        seeds=options.seeds,
-        features=options.features,
-        real=options.real,
-        step_images=1,
-        rounds=200,
-    )
-    found = evaluate_bundle(bundle.path, evaluate, save=work / "evaluated", progress=progress)
+    found = evaluate_bundle(bundle.path, options.evaluation, save=work / "evaluated", progress=progress)
     timed = bench_bundle(bundle.path, BenchOptions(requests=options.requests, warmup=1), progress=progress)
     psnr, difference = found["paired"]["psnr_db"], found["distribution"].get("difference")
     distance = None if difference is None else difference["frechet_distance"]

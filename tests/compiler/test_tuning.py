@@ -160,6 +160,10 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
         ({"intervals": (1, 2)}, "growing numbers from 2 on"),
         ({"intervals": (3, 2)}, "growing numbers from 2 on"),
         ({"requests": 0}, "--requests must be at least 1"),
+        ({"images": 3}, "--images must be at least 4"),
+        ({"features": "vgg"}, "unknown features 'vgg'"),
+        ({"features": "inception"}, "features 'inception' need"),
+        ({"real": "nowhere"}, "--real takes fp, digits, a folder of pictures or an .npz file, found 'nowhere'"),
     ],
     ids=str,
 )
@@ -168,9 +172,21 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], mes
         OPTIONS.model_copy(update=changes).checked()
 
 
-def test_what_is_searched_can_not_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["tune", "digits", "-o", str(tmp_path / "b"), "--least-psnr", "30", "--policy", "fora:3"]) == 2
-    assert "--policy is what tune searches" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("digits --policy fora:3", "--policy is what tune searches"),
+        ("digits --real nowhere", "--real takes fp, digits"),
+        ("digits --target tpu", "unknown target 'tpu'"),
+        ("nowhere.pt", "nowhere.pt"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["tune", *arguments.split(), "-o", str(tmp_path / "b"), "--least-psnr", "30"]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_away_from_a_terminal_stages_of_candidates_say_nothing(
