@@ -37,10 +37,10 @@ class CompileOptions(Record):
     "auto" takes sums where the model and the schedule allow it. `pool_steps` is "computed" to calibrate on steps where
     the network runs (what deployment sees), "all", the paper's form, or "uncached", all steps of the FP program that
     knows no cache, a control. `smooth` is "none" or a row of TRANSFORMS; "auto" smooths INT8. `reuse` is what a step
-    that reuses takes for the branches' outputs, a row of APPROXIMATORS; "auto" extrapolates where sums are made and the
-    sampler adds no noise, else holds. `vc` is "none" or a row of ESTIMATORS; "auto" compensates what holds without
-    such noise. `vc_images` pairs fit the compensation, and as many others the numbers of `reuse`
-    where it has any to fit; `verify_images` others check the result.
+    that reuses takes for the branches' outputs, a row of APPROXIMATORS; "auto" extrapolates where sums are made, and
+    under a sampler that adds noise few steps in a row reuse, else holds. `vc` is "none" or a row of ESTIMATORS; "auto"
+    compensates what holds without such noise. `vc_images` pairs fit the compensation, and as many others the numbers of
+    `reuse` where it has any to fit; `verify_images` others check the result.
     """
 
     steps: int = 50

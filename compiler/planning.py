@@ -1,8 +1,9 @@
 """The stage that plans: sampler and cache policy to programs, and what "auto" stands for decided by docs/results.md.
 
-A reuse extrapolates where sums are made ahead, the sampler adds no noise (docs/approximators.md has what that does to
-an extrapolation) and no weight is above 1; else it holds, and is compensated unless there is such noise. Nothing has
-run by then, so a setting that makes no sense for a model is refused before anything is lost.
+A reuse extrapolates where sums are made ahead, no weight is above 1, and under a sampler that adds noise few steps in a
+row reuse (docs/approximators.md has what noise does to an extrapolation); else it holds, and is compensated unless the
+sampler adds noise. Nothing has run by then, so settings that make no sense for a model are refused before anything is
+lost.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import InputError
-from ditc.program import AHEAD, Caches, Program, program_from_schedule
+from ditc.program import AHEAD, FULL, Caches, Program, program_from_schedule
 from ditc.progress import Progress, silent
 from ditc.runtime.approximation import first_rows
 from ditc.runtime.samplers import adds_noise, sampler_table
@@ -22,6 +23,7 @@ from ditc.schedule import CacheSchedule, Reuse, schedule_for
 __all__ = ["make_plan"]
 
 FARTHEST = 1.1  # an extrapolation that "auto" takes: FORA's are below 1, timesteps are rounded, beyond was not measured
+MOST_WITH_NOISE = 3  # reuses in a row that "auto" extrapolates under fresh noise: with four it is worse than holding
 
 
 def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
@@ -49,7 +51,8 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
         )
     quiet = not adds_noise(table)
     near = makes_sums(holding) and reaches(program(_with_reuse(schedule, "taylor"), caches)) <= FARTHEST
-    options = decided(options, schedule, extrapolates=near and quiet, compensates=quiet and holding.slots > 0)
+    extrapolates = near and (quiet or holding.segment(FULL).ahead <= MOST_WITH_NOISE)
+    options = decided(options, schedule, extrapolates=extrapolates, compensates=quiet and holding.slots > 0)
     deployed = program(_with_reuse(schedule, options.reuse), caches)
     uncached = program(schedule_for("none", spec, options.steps), "branches")
     plan = Plan(spec, options, deployed, uncached, table, progress)

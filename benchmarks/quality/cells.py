@@ -59,6 +59,10 @@ STRATEGIES: Mapping[str, Settings] = {
 }
 
 
+# what neither the paper does nor ditc by default
+BESIDE = ("taylor", "smooth", "smooth + tap + taylor + vc std", "smooth + tap + vc std")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One row of a table: `settings` are what differs from BASE, `seeds` that many trials of `images` each."""
@@ -86,7 +90,8 @@ def main_cells(sampler: str) -> Iterator[Cell]:
             name = "cache alone" if vc == "none" else "cache + vc std"
             yield Cell(sampler, name, "plain", {**at, "precision": "fp32", "vc": vc}, MAIN_SEEDS, MAIN_IMAGES)
         for model, (name, settings) in product(MODELS, STRATEGIES.items()):
-            yield Cell(sampler, name, model, {**at, **settings}, MAIN_SEEDS, MAIN_IMAGES)
+            seeds = OTHER_SEEDS if name in BESIDE else MAIN_SEEDS
+            yield Cell(sampler, name, model, {**at, **settings}, seeds, MAIN_IMAGES)
 
 
 def interval_cells() -> Iterator[Cell]:
@@ -107,6 +112,16 @@ def reuse_cells() -> Iterator[Cell]:
         for reuse, vc in product(("affine", "variance"), ("none", "std")):
             name = f"smooth + tap + {reuse}" + ("" if vc == "none" else f" + vc {vc}")
             yield Cell("reuse", name, model, {**at, "smooth": "smooth", "select": "tap", "reuse": reuse, "vc": vc})
+
+
+def noise_cells() -> Iterator[Cell]:
+    """Holding and extrapolating under fresh noise: shorter and longer intervals, and one with both ends computed."""
+    for policy, model in product(("fora:2", "fora:4", "fora:8", "window:5:2:2"), MODELS):
+        at = {"sampler": "ddpm", "policy": policy}
+        yield Cell("noise", "naive", model, at)
+        for reuse in ("hold", "taylor"):
+            changes = {"smooth": "smooth", "select": "tap", "reuse": reuse}
+            yield Cell("noise", f"smooth + tap + {reuse}", model, {**at, **changes})
 
 
 def control_cells() -> Iterator[Cell]:
@@ -154,6 +169,7 @@ CELLS: tuple[Cell, ...] = (
     *tuned_cells(),
     *interval_cells(),
     *reuse_cells(),
+    *noise_cells(),
     *control_cells(),
     *points_cells(),
     *quantizer_cells(),

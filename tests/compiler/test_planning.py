@@ -27,13 +27,15 @@ BRANCHES = 4  # of the small model
         ({"caches": "sums"}, "taylor"),
         ({"caches": "branches"}, "hold"),
         ({"policy": "none"}, "hold"),
-        ({"sampler": "ddpm"}, "hold"),
-        ({"eta": 0.2}, "hold"),
-        ({"sampler": "ddpm", "reuse": "taylor"}, "taylor"),
+        ({"sampler": "ddpm"}, "taylor"),
+        ({"sampler": "ddpm", "policy": "fora:4"}, "taylor"),
+        ({"sampler": "ddpm", "policy": "fora:5"}, "hold"),  # fresh noise, and 4 in a row
+        ({"eta": 0.2, "policy": "fora:5"}, "hold"),
+        ({"sampler": "ddpm", "policy": "fora:5", "reuse": "taylor"}, "taylor"),
         ({"reuse": "affine"}, "affine"),
     ],
 )
-def test_a_reuse_is_extrapolated_where_sums_are_made_and_no_noise_is_added(
+def test_a_reuse_is_extrapolated_where_sums_are_made_and_under_noise_few_follow_each_other(
     make_small_model: Callable[[], DiT], changes: dict[str, str], reuse: str
 ) -> None:
     plan = make_plan(make_small_model(), DEFAULTS.model_copy(update=changes))
@@ -82,7 +84,7 @@ def test_what_becomes_int8_is_smoothed(make_small_model: Callable[[], DiT], prec
         ({"reuse": "hold", "eta": 0.5}, "none"),
         ({"reuse": "hold", "precision": "fp32"}, "std"),
         ({"caches": "branches"}, "std"),
-        ({"sampler": "ddpm"}, "none"),
+        ({"sampler": "ddpm", "policy": "fora:5"}, "none"),  # holds, but there is noise
         ({"policy": "none"}, "none"),
         ({"vc": "lsq"}, "lsq"),
     ],
