@@ -40,6 +40,7 @@ DIGITS_SHAPE = (1, 8, 8)
 MOST_PIXELS = 1024  # a Frechet distance over more pixels would need more images than anyone draws
 READ_AT_ONCE = 64
 PICTURES = (".png", ".jpg", ".jpeg")
+NO_NPZ = (ValueError, OSError, EOFError, zipfile.BadZipFile)  # what NumPy says of one that is broken
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def open_extractor(name: str, shape: Shape) -> Extractor:
 
 
 def check_sources(features: str | None, real: str | None) -> None:
-    """Raise InputError where features are unknown or not installed, or real images not there.
+    """Raise InputError where features are unknown or not installed, or real images are not there.
 
     None is the model's own. Whether they fit its images is seen when there are some.
     """
@@ -142,10 +143,35 @@ def real_features(source: str, extractor: Extractor, shape: Shape) -> RealFeatur
 
 
 def _real_path(source: str) -> Path:
+    """A folder that holds pictures, or an .npz file that holds what is needed."""
     path = Path(source)
-    if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
-        return path
-    raise InputError(f"--real takes fp, digits, a folder of pictures or an .npz file, found {source!r}")
+    if source and path.is_dir():
+        _pictures(path)
+    elif path.suffix == ".npz" and path.is_file():
+        _open_npz(path).close()
+    else:
+        raise InputError(f"--real takes fp, digits, a folder of pictures or an .npz file, found {source!r}")
+    return path
+
+
+def _pictures(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    if not paths:
+        raise InputError(f"{folder} holds no pictures; expected files ending in {', '.join(PICTURES)}")
+    return paths
+
+
+def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        arrays = np.load(path, allow_pickle=False)
+    except NO_NPZ as e:
+        raise InputError(f"{path} is not an .npz file of plain arrays ({e}); write it again") from e
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise InputError(f"{path} holds one array, not an .npz file of named ones; write it with numpy.savez")
+    if not {"features", "arr_0"} & set(arrays.files):
+        arrays.close()
+        raise InputError(f"{path} holds neither 'features' nor images as 'arr_0'; see docs/evaluating.md")
+    return arrays
 
 
 def real_digits() -> tuple[Samples, NDArray[np.int64]]:
@@ -179,9 +205,7 @@ def digit_quality(images: Samples, labels: Array) -> dict[str, float]:
 
 
 def _features_of_folder(folder: Path, extractor: Extractor, shape: Shape) -> RealFeatures:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
-    if not paths:
-        raise InputError(f"{folder} holds no pictures; expected files ending in {', '.join(PICTURES)}")
+    paths = _pictures(folder)
     parts = [
         extractor.features(np.stack([_picture(path, shape) for path in paths[start : start + READ_AT_ONCE]]))
         for start in range(0, len(paths), READ_AT_ONCE)
@@ -205,17 +229,15 @@ def _picture(path: Path, shape: Shape) -> Samples:
 
 def _features_of_npz(path: Path, extractor: Extractor, shape: Shape) -> RealFeatures:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with _open_npz(path) as arrays:
             found = {name: arrays[name] for name in ("features", "extractor", "arr_0") if name in arrays}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+    except NO_NPZ as e:
         raise InputError(f"{path} is not an .npz file of plain arrays ({e}); write it again") from e
     if "features" in found:
         made_by = str(found.get("extractor", ""))
         if made_by != extractor.name:
             raise InputError(f"{path} holds features of {made_by!r}, these are {extractor.name!r}; set --features")
         return RealFeatures(f"{len(found['features']):,} images of {path.name}", found["features"])
-    if "arr_0" not in found:
-        raise InputError(f"{path} holds neither 'features' nor images as 'arr_0'; see docs/evaluating.md")
     images = found["arr_0"]
     return RealFeatures(f"{len(images):,} images of {path.name}", _features_of_bytes(path, images, extractor, shape))
 

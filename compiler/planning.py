@@ -1,9 +1,8 @@
 """The stage that plans: sampler and cache policy to programs, and what "auto" stands for decided by docs/results.md.
 
-A reuse extrapolates where sums are made ahead, no weight is above 1, and under a sampler that adds noise few steps in a
-row reuse (docs/approximators.md has what noise does to an extrapolation); else it holds, and is compensated unless the
-sampler adds noise. Nothing has run by then, so settings that make no sense for a model are refused before anything is
-lost.
+A reuse extrapolates where sums are made ahead and, under a sampler that adds noise, few steps in a row reuse
+(docs/approximators.md has what noise does to an extrapolation); else it holds, and is compensated unless the sampler
+adds noise. Nothing has run by then, so settings that make no sense for a model are refused before anything is lost.
 """
 
 from __future__ import annotations
@@ -14,16 +13,14 @@ from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import InputError
-from ditc.program import AHEAD, FULL, Caches, Program, program_from_schedule
+from ditc.program import AHEAD, FULL, Caches, NoSumsError, Program, program_from_schedule
 from ditc.progress import Progress, silent
-from ditc.runtime.approximation import first_rows
 from ditc.runtime.samplers import adds_noise, sampler_table
 from ditc.schedule import CacheSchedule, Reuse, schedule_for
 
 __all__ = ["make_plan"]
 
-FARTHEST = 1.1  # an extrapolation that "auto" takes: FORA's are below 1, timesteps are rounded, beyond was not measured
-MOST_WITH_NOISE = 3  # reuses in a row that "auto" extrapolates under fresh noise: with four it is worse than holding
+MOST_WITH_NOISE = 3  # reuses in a row that "auto" extrapolates under fresh noise: FORA's with four are better held
 
 
 def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
@@ -45,13 +42,12 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     schedule, caches = schedule_for(options.policy, spec, options.steps), caches_for(model, options)
     holding = program(_with_reuse(schedule, "hold"), caches)
     if options.caches == "sums" and holding.slots and not makes_sums(holding):
-        raise InputError(
+        raise NoSumsError(
             f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
             f"--policy {options.policy} has others: leave --caches out"
         )
     quiet = not adds_noise(table)
-    near = makes_sums(holding) and reaches(program(_with_reuse(schedule, "taylor"), caches)) <= FARTHEST
-    extrapolates = near and (quiet or holding.segment(FULL).ahead <= MOST_WITH_NOISE)
+    extrapolates = makes_sums(holding) and (quiet or holding.segment(FULL).ahead <= MOST_WITH_NOISE)
     options = decided(options, schedule, extrapolates=extrapolates, compensates=quiet and holding.slots > 0)
     deployed = program(_with_reuse(schedule, options.reuse), caches)
     uncached = program(schedule_for("none", spec, options.steps), "branches")
@@ -83,12 +79,6 @@ def decided(
     if vc == AUTO:
         vc = "std" if compensates and reuse == "hold" else "none"
     return options.model_copy(update={"reuse": reuse, "smooth": smooth, "vc": vc})
-
-
-def reaches(program: Program) -> float:
-    """The largest weight of an extrapolation: how far it goes, in distances between the steps that it comes from."""
-    rows = first_rows(program, 1)
-    return 0.0 if rows is None else float(rows[:, 0].max()) - 1
 
 
 def makes_sums(program: Program) -> bool:

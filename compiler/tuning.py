@@ -107,7 +107,13 @@ class TuneOptions(Record):
     def evaluation(self) -> EvaluateOptions:
         """How a candidate is evaluated."""
         return EvaluateOptions(
-            images=self.images, seeds=self.seeds, features=self.features, real=self.real, step_images=1, rounds=200
+            images=self.images,
+            seeds=self.seeds,
+            features=self.features,
+            real=self.real,
+            step_images=1,
+            rounds=200,
+            fail_if_worse=self.budget.worse_by,  # then features have to be there
         )
 
 
@@ -348,8 +354,7 @@ def _judged(
     budget = options.budget
     near = True
     if budget.worse_by is not None:
-        if distance is None:
-            raise InputError(f"--worse-by needs features: {found['distribution']['skipped']}; give --least-psnr")
+        assert distance is not None
         near = distance["high"] <= budget.worse_by
     return Trial(
         stage=stage,

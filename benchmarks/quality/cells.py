@@ -95,9 +95,9 @@ def main_cells(sampler: str) -> Iterator[Cell]:
 
 
 def interval_cells() -> Iterator[Cell]:
-    """The intervals between and beyond."""
-    for interval, model in product((2, 8), MODELS):
-        at = {"policy": f"fora:{interval}"}
+    """The intervals between and beyond, and windows, in which an extrapolation reaches farther."""
+    for policy, model in product(("fora:2", "fora:8", "window:5:2:2", "window:10:2:2"), MODELS):
+        at = {"policy": policy}
         if model == "plain":
             yield Cell("intervals", "cache alone", model, {**at, "precision": "fp32"})
         for name in ("naive", "tap + vc std", "smooth + tap + vc std", "smooth + tap + taylor"):

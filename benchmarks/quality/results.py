@@ -197,11 +197,19 @@ def written(text: str, group: str, lines: Sequence[str]) -> str:
     return re.sub(f"{mark}.*?{end}", lambda _: "\n".join((mark, "", *lines, "", end)), text, flags=re.DOTALL)
 
 
+def renewed(page: str, found: Mapping[str, Any]) -> str:
+    """A page with the tables of what has been found."""
+    page = written(page, "state", state(found["trials"], found["machine"]["processor"]))
+    for group in GROUPS:
+        page = written(page, group, section(group, found_in(group, found["trials"])))
+    return page
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--results", type=Path, default=HERE / "experiment.json")
-    parser.add_argument("--write", action="store_true", help="renew docs/results.md and its plots")
+    parser.add_argument("--write", action="store_true", help="renew docs/results.md and its plots, all groups")
     options = parser.parse_args()
     found = json.loads(options.results.read_text())
     trials = found["trials"]
@@ -212,11 +220,9 @@ def main() -> None:
     if options.write:
         from plots import draw
 
-        text = written((DOCS / "results.md").read_text(), "state", state(trials, found["machine"]["processor"]))
-        for group in options.groups:
-            text = written(text, group, section(group, tables.get(group, ())))
-        (DOCS / "results.md").write_text(text)
-        draw(tables, DOCS)
+        page = DOCS / "results.md"
+        page.write_text(renewed(page.read_text(), found))
+        draw({group: cells for group in GROUPS if (cells := found_in(group, trials))}, DOCS)
 
 
 if __name__ == "__main__":

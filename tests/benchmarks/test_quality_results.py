@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,11 @@ def results() -> Iterator[ModuleType]:
     sys.path.remove(str(QUALITY))
     for name in ("results", "cells", "trial"):
         del sys.modules[name]
+
+
+def test_the_page_holds_what_the_data_say(results: ModuleType) -> None:
+    page = (results.DOCS / "results.md").read_text()
+    assert results.renewed(page, json.loads((QUALITY / "experiment.json").read_text())) == page
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say(results: ModuleType) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from ditc.compiler import pretrained
 from ditc.compiler.features import (
+    check_sources,
     default_extractor,
     default_real,
     digit_quality,
@@ -116,6 +117,8 @@ def write_bad(folder: Path) -> None:
     np.savez(folder / "floats.npz", arr_0=np.zeros((4, 16, 16, 3)))
     np.savez(folder / "other.npz", features=np.zeros((4, 64)), extractor=np.array("digits"))
     np.savez(folder / "objects.npz", arr_0=np.array([{}], object))
+    np.save(folder / "array", np.zeros((4, 16, 16, 3), np.uint8))
+    (folder / "array.npy").rename(folder / "array.npz")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,7 @@ def write_bad(folder: Path) -> None:
         ("text.npz", "is not an .npz file of plain arrays"),
         ("objects.npz", "is not an .npz file of plain arrays"),
         ("odd.npz", "neither 'features' nor images as 'arr_0'"),
+        ("array.npz", "holds one array"),
         ("floats.npz", r"expected images as uint8 \(n, 16, 16, 3\), found float64"),
         ("other.npz", "holds features of 'digits', these are 'pixels'"),
     ],
@@ -137,6 +141,13 @@ def test_a_source_that_can_not_be_real_images_is_one_line(source: str, message: 
     with pytest.raises(InputError, match=message) as raised:
         real_features(str(tmp_path / source), open_extractor("pixels", COLOUR), COLOUR)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("source", ["", "nowhere", "empty", "text.npz", "odd.npz", "array.npz"])
+def test_what_is_no_source_at_all_is_refused_before_there_are_images(source: str, tmp_path: Path) -> None:
+    write_bad(tmp_path)
+    with pytest.raises(InputError):
+        check_sources(None, str(tmp_path / source) if source else "")
 
 
 def test_digits_are_no_real_images_of_another_model() -> None:

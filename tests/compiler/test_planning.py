@@ -11,6 +11,7 @@ import pytest
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.planning import make_plan
 from ditc.exporter.dit import DiT
+from ditc.program import NoSumsError
 
 DEFAULTS = CompileOptions(steps=12)
 BRANCHES = 4  # of the small model
@@ -22,8 +23,7 @@ BRANCHES = 4  # of the small model
         ({}, "taylor"),
         ({"policy": "fora:5"}, "taylor"),  # 4 skips in a row, one sum for each
         ({"policy": "fora:6"}, "hold"),  # 5: more than branches, so their outputs are kept
-        ({"policy": "window:2:3:3"}, "taylor"),  # from the last step to the next: a weight of 1
-        ({"policy": "window:3:4:2"}, "hold"),  # two steps on from two neighbours: 2
+        ({"policy": "window:3:4:2"}, "taylor"),  # from two neighbours: a weight of 2
         ({"caches": "sums"}, "taylor"),
         ({"caches": "branches"}, "hold"),
         ({"policy": "none"}, "hold"),
@@ -93,6 +93,14 @@ def test_what_holds_without_noise_is_compensated(
     make_small_model: Callable[[], DiT], changes: dict[str, str], vc: str
 ) -> None:
     assert make_plan(make_small_model(), DEFAULTS.model_copy(update=changes)).options.vc == vc
+
+
+@pytest.mark.parametrize("changes", [{"caches": "sums"}, {"reuse": "taylor"}])
+def test_sums_that_a_schedule_does_not_allow_are_an_error_of_their_own(
+    make_small_model: Callable[[], DiT], changes: dict[str, str]
+) -> None:
+    with pytest.raises(NoSumsError):
+        make_plan(make_small_model(), DEFAULTS.model_copy(update={"policy": "fora:6", **changes}))
 
 
 def test_what_was_asked_for_is_not_decided_again(make_small_model: Callable[[], DiT]) -> None:

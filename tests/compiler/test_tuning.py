@@ -92,6 +92,11 @@ def test_windows_are_tried_at_the_shortest_interval_beyond_the_budget_only() -> 
     assert not [t for t in searched(lambda _: 40).measured if t.stage == "window"]
 
 
+def test_a_budget_of_distance_asks_for_features_before_images_are_made() -> None:
+    needing = TuneOptions(budget=Budget(worse_by=0.1))
+    assert [options.evaluation.needs_features for options in (needing, OPTIONS)] == [True, False]
+
+
 def test_a_correction_that_a_schedule_refuses_is_left_out_and_the_reason_given() -> None:
     def judge(stage: str, changes: dict[str, str]) -> Trial:
         if changes.get("reuse") == "taylor":
@@ -162,7 +167,6 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
         ({"requests": 0}, "--requests must be at least 1"),
         ({"images": 3}, "--images must be at least 4"),
         ({"features": "vgg"}, "unknown features 'vgg'"),
-        ({"features": "inception"}, "features 'inception' need"),
         ({"real": "nowhere"}, "--real takes fp, digits, a folder of pictures or an .npz file, found 'nowhere'"),
     ],
     ids=str,
