@@ -29,6 +29,7 @@ from ditc.compiler.machine import machine
 from ditc.compiler.match import Match, match_of
 from ditc.compiler.peers import ReadyPeer, peer_names, ready_peer
 from ditc.compiler.side_by_side import bundle_turn, peer_turn, take_turns
+from ditc.progress import silent
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.latency import latency_of
 
@@ -87,7 +88,7 @@ def in_turn(bundles: dict[str, Path], peers: dict[str, ReadyPeer], match: Match,
         }
         turns = {name: bundle_turn(pipe) for name, pipe in pipes.items()}
         turns |= {name: peer_turn(found.peer, match) for name, found in peers.items()}
-        times = take_turns(list(turns.values()), rounds, 1, lambda *_: None)
+        times = take_turns(list(turns.values()), rounds, 1, silent)
     return {
         name: {kind: latency_of(seconds).model_dump() for kind, seconds in found.items()}
         for name, found in zip(turns, times, strict=True)

@@ -12,12 +12,13 @@ from ditc.compiler.demo import run_demo
 from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.printing import print_demo
+from ditc.progress import silent
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    found = run_demo(Path("out/bench"), CompileOptions(), lambda *_: None)
+    found = run_demo(Path("out/bench"), CompileOptions(), silent)
     print_demo(found)
     (HERE / "end_to_end.json").write_text(json.dumps({"machine": machine()} | found, indent=1) + "\n")
 

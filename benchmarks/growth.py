@@ -37,6 +37,7 @@ from ditc.compiler.side_by_side import bundle_turn, take_turns
 from ditc.exporter.dit import DiTConfig
 from ditc.exporter.models import random_dit
 from ditc.program import CONDITION
+from ditc.progress import silent
 from ditc.runtime.latency import latency_of
 
 HERE = Path(__file__).parent
@@ -103,7 +104,7 @@ def measured(paths: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     """Latencies of a step and of a whole run of every bundle, all in turn."""
     with ExitStack() as stack:
         pipes = [stack.enter_context(ditc.load(path)) for path in paths]
-        times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, lambda *_: None)
+        times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, silent)
     return [{kind: latency_of(found[kind]).model_dump() for kind in ("step", "run")} for found in times]
 
 

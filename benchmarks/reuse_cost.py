@@ -22,6 +22,7 @@ from ditc.compiler.options import CompileOptions
 from ditc.compiler.printing import print_table
 from ditc.compiler.side_by_side import bundle_turn, take_turns
 from ditc.exporter.models import builtin_digits, random_model
+from ditc.progress import silent
 from ditc.runtime.latency import latency_of
 
 HERE = Path(__file__).parent
@@ -37,7 +38,7 @@ def in_turn(model: Any, work: Path, interval: int, rounds: int) -> dict[str, Any
             path = work / f"fora{interval}-{way}"
             compile_model(model, path, OPTIONS.model_copy(update={"policy": f"fora:{interval}", "reuse": way}))
             pipes.append(stack.enter_context(ditc.load(path)))
-        times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, lambda *_: None)
+        times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, silent)
     found: dict[str, Any] = {
         way: {kind: latency_of(seconds).model_dump() for kind, seconds in of.items()}
         for way, of in zip(WAYS, times, strict=True)

@@ -27,6 +27,7 @@ from ditc.compiler.side_by_side import bundle_turn, take_turns
 from ditc.engines.onnxrt import SPINNING_STOPS, OnnxRuntimeBackend
 from ditc.exporter.dit import DiTConfig
 from ditc.exporter.models import builtin_digits, random_dit
+from ditc.progress import silent
 from ditc.runtime.latency import latency_of
 
 HERE = Path(__file__).parent
@@ -83,7 +84,7 @@ def in_turn(path: Path, rounds: int) -> dict[str, Any]:
         with spinning():
             pipes = [stack.enter_context(ditc.load(path))]
         pipes.append(stack.enter_context(ditc.load(path)))
-        times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, lambda *_: None)
+        times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, silent)
     ways = {
         way: {kind: latency_of(seconds).model_dump() for kind, seconds in found.items()}
         for way, found in zip(("default", "stopped"), times, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,16 +21,16 @@ from ditc.compiler.tracing import trace_bundle
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write
 from ditc.program import CONDITION, DECODE
+from ditc.progress import Progress
 from ditc.runtime.latency import Latency, latency_of
 from ditc.runtime.pipeline import Pipeline
 
 __all__ = ["bench_bundle"]
 
-Watch = Callable[[str, int, int], None]
 Times = Mapping[str, list[float]]
 
 
-def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, progress: Watch) -> dict[str, Any]:
+def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, progress: Progress) -> dict[str, Any]:
     """Measure a bundle. `side_by_side.check_not_slower` holds what is found to `options.least_ratio`.
 
     Raises CheckError where the median request takes longer than `options.most_seconds`.
@@ -53,7 +53,7 @@ def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, pr
     return found
 
 
-def _measured(pipe: Pipeline, options: BenchOptions, progress: Watch) -> dict[str, Any]:
+def _measured(pipe: Pipeline, options: BenchOptions, progress: Progress) -> dict[str, Any]:
     manifest, labels = pipe.bundle.manifest, bench_labels(pipe.bundle.manifest)
     for number in range(options.warmup):
         pipe.latents(labels, seed=number)

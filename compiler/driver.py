@@ -34,7 +34,7 @@ from ditc.progress import Progress, silent
 from ditc.runtime.approximation import FITS
 from ditc.runtime.compensation import TableCompensation
 
-__all__ = ["compile_model"]
+__all__ = ["check_places", "compile_model"]
 
 # settings that decide which points calibrate
 SELECT_SETTINGS = {
@@ -77,16 +77,8 @@ def compile_model(
     is then as it was.
     """
     options = (options or CompileOptions()).checked()
-    target = Path(out).absolute()
-    if target.exists() and not force:
-        raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
-    if target.exists() and not (target / "manifest.json").is_file():
-        raise InputError(f"{target} exists and is not a bundle, so --force does not replace it; choose another folder")
-    kept = None if exports is None else Path(exports).absolute()
-    if kept is not None and kept.resolve().is_relative_to(target.resolve()):
-        raise InputError(
-            f"--exports {kept} lies in the bundle {target}, which is written whole; choose a folder beside it"
-        )
+    target, kept = Path(out).absolute(), None if exports is None else Path(exports).absolute()
+    check_places(target, kept, force=force)
     opened = _opened(model, num_heads, vae)
     plan = make_plan(opened, options, progress)
     with work_folder(target) as work:
@@ -97,6 +89,18 @@ def compile_model(
         _run_stages(compile_, segments, target)
         work.remove()
     return open_bundle(target)
+
+
+def check_places(target: Path, exports: Path | None, *, force: bool) -> None:
+    """Raise InputError where a bundle can't be written, or exports can't be kept."""
+    if target.exists() and not force:
+        raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
+    if target.exists() and not (target / "manifest.json").is_file():
+        raise InputError(f"{target} exists and is not a bundle, so --force does not replace it; choose another folder")
+    if exports is not None and exports.resolve().is_relative_to(target.resolve()):
+        raise InputError(
+            f"--exports {exports} lies in the bundle {target}, which is written whole; choose a folder beside it"
+        )
 
 
 def _opened(model: Any, num_heads: int | None, vae: str | PathLike[str] | None) -> Any:
@@ -171,9 +175,7 @@ class _Compile:
 
     def _replaced(self, name: str, segments: Segments, settings: list[Any], make: Callable[[Path], None]) -> Segments:
         """The segments, with those that a stage made in place of the ones it took."""
-        folder = self.stage(name, settings, make)
-        made = {name: folder / f"{name}.onnx" for name in segments}
-        return {name: made[name] if made[name].is_file() else path for name, path in segments.items()}
+        return stages.replaced(segments, self.stage(name, settings, make))
 
     def lower(self, compiled: Segments) -> None:
         """What GPUs need beside the portable segments."""

@@ -20,6 +20,7 @@ from ditc.compiler.match import Match, bench_labels, match_of
 from ditc.compiler.peer import Peer
 from ditc.compiler.peers import ReadyPeer, ready_peer
 from ditc.errors import CheckError, InputError
+from ditc.progress import Progress
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.latency import latency_of
 from ditc.runtime.pipeline import Pipeline
@@ -34,10 +35,9 @@ NO_REFERENCE = "the bundle has no FP reference to make it from and hold it to; c
 
 Turn = Callable[[], Iterator[tuple[str, float]]]  # one turn of one side: (what, seconds), as often as measured
 Times = Mapping[str, list[float]]
-Watch = Callable[[str, int, int], None]
 
 
-def against_peers(pipe: Pipeline, options: BenchOptions, progress: Watch) -> dict[str, Any]:
+def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> dict[str, Any]:
     """Measure a bundle and its peers, `options.requests` turns of each after `options.warmup` others.
 
     `pipe` is the bundle's pipeline, not open. Raises InputError for a chosen model that is not the bundle's, and where
@@ -77,7 +77,7 @@ def _none_measured(skipped: dict[str, str], options: BenchOptions) -> dict[str, 
     return {"peers": {}, "skipped": skipped}
 
 
-def take_turns(turns: list[Turn], rounds: int, warmup: int, progress: Watch) -> list[Times]:
+def take_turns(turns: list[Turn], rounds: int, warmup: int, progress: Progress) -> list[Times]:
     """Every side once in each round; what the first `warmup` rounds measure is forgotten."""
     times: list[dict[str, list[float]]] = [defaultdict(list) for _ in turns]
     for number in range(warmup + rounds):

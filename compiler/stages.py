@@ -38,7 +38,7 @@ from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
 from ditc.runtime.pipeline import open_engines
 from ditc.runtime.quality import relative_error, trajectory_comparison
 
-__all__ = ["export", "fit", "model_digest", "quantize", "record_pool", "select", "verify"]
+__all__ = ["export", "fit", "model_digest", "quantize", "record_pool", "replaced", "select", "verify"]
 
 Tables = Mapping[str, NDArray[Any]]
 NO_TABLES: Tables = {}
@@ -122,6 +122,11 @@ def start_requests(
         noise, fresh = seeded_noise(plan.options.seed + purpose, part.start, len(part), plan.spec.latent_shape)
         requests.append((part, runner.run(labels[part.start : part.stop], noise, fresh)))
     return requests
+
+
+def replaced(segments: Segments, folder: Path) -> Segments:
+    """The segments, with those that a stage made in its folder in place of the ones it took."""
+    return {name: new if (new := folder / f"{name}.onnx").is_file() else path for name, path in segments.items()}
 
 
 def record_pool(

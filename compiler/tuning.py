@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.bench_options import BenchOptions
 from ditc.compiler.benching import bench_bundle
-from ditc.compiler.driver import compile_model
+from ditc.compiler.driver import check_places, compile_model
 from ditc.compiler.evaluating import EvaluateOptions, evaluate_bundle
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.stages import model_digest
@@ -185,8 +185,7 @@ def tune_model(
     budget; `out` is then as it was, and what was measured stays in the work folder beside it.
     """
     options, target = options.checked(), Path(out).absolute()
-    if target.exists() and not force:
-        raise InputError(f"{target} exists already; remove it, choose another output folder, or add --force")
+    check_places(target, None, force=force)
     work = target.with_name(f".{target.name}.tune")
 
     def judge(stage: str, changes: dict[str, str]) -> Trial:

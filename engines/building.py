@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +221,7 @@ class _BuildRun:
             cache=calibration_cache(store, bundle, key.segment, method).absolute(),
         )
 
-    def _on_line(self, name: str) -> Callable[[str, int, int], None]:
+    def _on_line(self, name: str) -> Progress:
         """TensorRT has several phases one after the other; each moves the bar of its segment."""
 
         def report(phase: str, done: int, total: int) -> None:
@@ -231,7 +231,7 @@ class _BuildRun:
         return report
 
 
-def _child(arguments: Sequence[str], doing: str, report: Callable[[str, int, int], None]) -> Any:
+def _child(arguments: Sequence[str], doing: str, report: Progress) -> Any:
     """Run the worker and return its result. Its refusals are raised here; its death is one clear error."""
     with _worker(arguments) as (process, last_words):
         assert process.stdout is not None

@@ -157,8 +157,9 @@ def quantizer_cells() -> Iterator[Cell]:
 
 def tuned_cells() -> Iterator[Cell]:
     """What `ditc tune` chose, where it has been run."""
-    for search in json.loads(TUNED.read_text())["searches"].values() if TUNED.exists() else ():
-        settings = {"sampler": search["sampler"], "select": "tap", **search["chosen"]["changes"]}
+    found = json.loads(TUNED.read_text())
+    for search in found["searches"].values():
+        settings = {"sampler": search["sampler"], "select": found["base"]["select"], **search["chosen"]["changes"]}
         yield Cell("tuned", "tuned", search["model"], settings, MAIN_SEEDS, MAIN_IMAGES)
         beside = {name: settings[name] for name in ("sampler", "policy")}
         yield Cell("tuned", "naive", search["model"], beside, MAIN_SEEDS, MAIN_IMAGES)

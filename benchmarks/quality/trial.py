@@ -98,9 +98,12 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Seg
         stages.select(plan, segments, folder)
         calib = folder / "calib.npz"
         if plan.options.smooth != "none":
-            segments = replaced(segments, folder / "smooth", lambda to: smooth(plan, segments, calib, to))
-        exact = segments
-        compiled = replaced(exact, folder / "quantize", lambda to: stages.quantize(plan, exact, calib, to))
+            (folder / "smooth").mkdir()
+            smooth(plan, segments, calib, folder / "smooth")
+            segments = stages.replaced(segments, folder / "smooth")
+        (folder / "quantize").mkdir()
+        stages.quantize(plan, segments, calib, folder / "quantize")
+        compiled = stages.replaced(segments, folder / "quantize")
         tables |= read_tables(folder / "quantize" / "scales.safetensors")
     if plan.options.reuse in FITS:
         approximate(plan, segments, compiled, tables, folder)
@@ -109,13 +112,6 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Seg
         stages.fit(plan, segments, compiled, tables, folder)
         tables |= read_tables(folder / "compensation.safetensors")
     return compiled, tables
-
-
-def replaced(segments: Segments, folder: Path, make: Callable[[Path], None]) -> Segments:
-    """The segments, with those that a stage made in place of the ones it took."""
-    folder.mkdir()
-    make(folder)
-    return {name: new if (new := folder / path.name).is_file() else path for name, path in segments.items()}
 
 
 def made(plan: Plan, program: Program, segments: Segments, tables: stages.Tables, seed: int, count: int) -> Made:
