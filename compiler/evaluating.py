@@ -62,7 +62,8 @@ class EvaluateOptions(Record):
     `images` are made for each of `seeds`. `features` and `real` of None are the model's own (`compiler/features.py`);
     "fp" as `real` is FP images of other noise. `batch` of None is as many as fit a small buffer, on a GPU the bundle's.
     `step_images` are walked step by step; at `veto_images` of them the branches are looked at (`compiler/veto.py`).
-    `rounds` is of the bootstrap. `fail_if_worse` is the bound of `check_not_worse`, and asks for distribution measures.
+    `rounds` is of the bootstrap. `fail_if_worse` is the bound of `check_not_worse`. Where it or `features` is given, or
+    `require_features`, distribution measures have to be possible; else they are left out with the reason.
     """
 
     images: int = 1000
@@ -74,6 +75,7 @@ class EvaluateOptions(Record):
     veto_images: int = 0
     rounds: int = 1000
     fail_if_worse: float | None = None
+    require_features: bool = False
 
     def checked(self) -> EvaluateOptions:
         """Self, or InputError naming the setting that makes no sense."""
@@ -96,7 +98,7 @@ class EvaluateOptions(Record):
     @property
     def needs_features(self) -> bool:
         """Is it an error to have no features?"""
-        return self.features is not None or self.fail_if_worse is not None
+        return self.require_features or self.features is not None or self.fail_if_worse is not None
 
 
 def evaluate_bundle(

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ class Budget(Record):
         """Self, or InputError where there is nothing to keep to."""
         if self.worse_by is None and self.least_psnr_db is None:
             raise InputError("a budget of quality is needed; give --worse-by DISTANCE or --least-psnr DB")
+        for option, bound in (("--worse-by", self.worse_by), ("--least-psnr", self.least_psnr_db)):
+            if bound is not None and not isfinite(bound):
+                raise InputError(f"{option} must be a number, found {bound:g}")
         if self.seconds is not None and not self.seconds > 0:
             raise InputError(f"--seconds must be above 0, found {self.seconds:g}")
         return self
@@ -113,7 +117,7 @@ class TuneOptions(Record):
             real=self.real,
             step_images=1,
             rounds=200,
-            fail_if_worse=self.budget.worse_by,  # then features have to be there
+            require_features=self.budget.worse_by is not None,
         )
 
 

@@ -162,6 +162,8 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
     [
         ({"budget": Budget()}, "--worse-by DISTANCE or --least-psnr DB"),
         ({"budget": Budget(worse_by=0.1, seconds=0.0)}, "--seconds must be above 0"),
+        ({"budget": Budget(worse_by=float("nan"))}, "--worse-by must be a number, found nan"),
+        ({"budget": Budget(least_psnr_db=float("inf"))}, "--least-psnr must be a number, found inf"),
         ({"intervals": (1, 2)}, "growing numbers from 2 on"),
         ({"intervals": (3, 2)}, "growing numbers from 2 on"),
         ({"requests": 0}, "--requests must be at least 1"),
@@ -191,6 +193,14 @@ def test_what_is_refused_leaves_nothing(
     assert run(["tune", *arguments.split(), "-o", str(tmp_path / "b"), "--least-psnr", "30"]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").write_text("kept")
+    assert run(["tune", "digits", "-o", str(tmp_path / "b"), "--least-psnr", "30", "--force"]) == 2
+    assert "exists and is not a bundle" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["b", "mine"]
 
 
 def test_away_from_a_terminal_stages_of_candidates_say_nothing(
