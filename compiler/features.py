@@ -100,9 +100,9 @@ def check_sources(features: str | None, real: str | None) -> None:
     if features is not None and features not in FEATURES:
         raise unknown_name("features", features, FEATURES)
     if features == "inception":
-        from ditc.compiler.pretrained import inception_weights
+        from ditc.compiler.pretrained import check_inception
 
-        inception_weights()
+        check_inception()
     if real not in (None, DIGITS, "fp"):
         _real_path(real)
 

@@ -17,7 +17,7 @@ from ditc.errors import InputError
 from ditc.runtime.executor import Samples
 from ditc.runtime.images import to_bytes
 
-__all__ = ["inception_features", "inception_weights", "lpips_distance"]
+__all__ = ["check_inception", "inception_features", "lpips_distance"]
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_RELEASE = "the release v0.2.0 of github.com/toshas/torch-fidelity"
@@ -33,10 +33,15 @@ def weights_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def inception_weights() -> Path:
-    """Where Inception's weights lie. Raises InputError without them, or without torch-fidelity."""
+def check_inception() -> None:
+    """Raise InputError without torch-fidelity or Inception's weights."""
+    _inception()
+
+
+def _inception() -> tuple[Any, Path]:
+    """torch-fidelity's extractor, and where its weights lie."""
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: F401
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except BROKEN as e:
         raise InputError(
             f"features 'inception' need torch-fidelity ({e}); install it with: pip install torch-fidelity"
@@ -44,7 +49,7 @@ def inception_weights() -> Path:
     path = weights_folder() / INCEPTION_FILE
     if not path.is_file():
         raise InputError(f"features 'inception' need {path}; fetch that file from {INCEPTION_RELEASE}")
-    return path
+    return FeatureExtractorInceptionV3, path
 
 
 def inception_features() -> Callable[[Samples], NDArray[Any]]:
@@ -52,14 +57,13 @@ def inception_features() -> Callable[[Samples], NDArray[Any]]:
 
     Raises InputError without torch-fidelity or its weights.
     """
-    path = inception_weights()
+    extractor, path = _inception()
     import torch
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     from ditc.exporter.weights import read_tensors
 
     read_tensors(path)  # tensors alone: torch-fidelity itself would run code from the file
-    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    network = extractor("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
 
     def features(images: Samples) -> NDArray[Any]:
         with torch.inference_mode():
