@@ -205,6 +205,29 @@ def inspect_command(bundle: Path, json_: bool) -> None:
     print_inspection(opened)
 
 
+@cli.command("export-polygraphy")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@click.option("--points", type=int, default=4, show_default=True, help="Calls recorded of each segment.")
+@click.option("--force", is_flag=True, help="Replace an earlier export.")
+@as_json
+def export_polygraphy_command(bundle: Path, out: Path, points: int, force: bool, json_: bool) -> None:
+    """Write data loaders and commands for Polygraphy: compare backends, inspect and reduce a failing segment."""
+    from ditc.compiler.polygraphy_export import export_polygraphy
+
+    found = export_polygraphy(bundle, out, points=points, force=force)
+    if json_:
+        print_json(found)
+        return
+    click.echo(f"{out}")
+    for name, segment in found["segments"].items():
+        at = f" at steps {', '.join(map(str, segment['steps']))}" if segment["steps"] else ""
+        click.echo(f"  {name}: {segment['points']} points{at}")
+    if not found["tensorrt"]:
+        click.echo("  nothing for TensorRT: this bundle has no form for it")
+    click.echo(f"next: read {out / 'README.md'}, run {out / 'compare_onnxrt.sh'}")
+
+
 @cli.command("doctor")
 @as_json
 def doctor_command(json_: bool) -> None:
