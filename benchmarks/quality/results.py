@@ -173,7 +173,7 @@ def state(trials: Trials, processor: str) -> list[str]:
     done = ", ".join(f"{group} {len(each & trials.keys())} of {len(each)}" for group, each in wanted.items())
     every = set().union(*wanted.values()) & trials.keys()
     hours = sum(trials[digest]["seconds"] for digest in every) / 3600
-    return [f"Trials that have been run: {done}. They took {hours:.1f} hours of one core of an {processor}."]
+    return [f"Trials that have been run: {done}. They took at most {hours:.1f} hours of one core of an {processor}."]
 
 
 def section(group: str, cells: Sequence[Found]) -> list[str]:

@@ -23,6 +23,7 @@ BRANCHES = 4  # of the small model
         ({}, "taylor"),
         ({"policy": "fora:5"}, "taylor"),  # 4 skips in a row, one sum for each
         ({"policy": "fora:6"}, "hold"),  # 5: more than branches, so their outputs are kept
+        ({"policy": "window:2:3:3"}, "taylor"),  # from the last step to the next: a weight of 1
         ({"policy": "window:3:4:2"}, "taylor"),  # from two neighbours: a weight of 2
         ({"caches": "sums"}, "taylor"),
         ({"caches": "branches"}, "hold"),
