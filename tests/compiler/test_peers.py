@@ -122,7 +122,7 @@ def test_without_a_working_compiler_torch_compile_is_skipped_with_its_reason(
     match: Match, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_block = random_dit(replace(builtin_digits().config, depth=1), "one block")
-    monkeypatch.setattr(Match, "model", one_block)  # it fails the same, and sooner
+    monkeypatch.setitem(vars(match), "model", one_block)  # it fails the same, and sooner
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # else what was compiled before is taken from there
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     reason = ready_peer("torch-compile", match)
