@@ -51,9 +51,9 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
                 rows[step.index] = fitted_rows(plan.options.reuse, moments, count)
             for _, request in requests:
                 next(request)
-            if runs:
-                made = [*runs]
-                runs.clear()
+            made = [run for recorded in runs for run in recorded] or made
+            for recorded in runs:
+                recorded.clear()
     write_tables(folder / "approximate.safetensors", {REUSE_ROWS: rows})
     atomic_write(folder / "approximation.json", json.dumps(_summary(plan, rows), indent=1).encode() + b"\n")
 
@@ -61,15 +61,18 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
 @contextmanager
 def _recorded(
     plan: Plan, compiled: Segments, tables: Tables, rows: Rows
-) -> Iterator[tuple[Executor, list[RecordedRun]]]:
-    """The compiled program, reading `rows` as they are when a step begins, and the runs of `full` as they come."""
-    recorder = RecordingBackend(plan.backend, {FULL: range(plan.options.vc_images * len(plan.program.steps))})
+) -> Iterator[tuple[Executor, list[list[RecordedRun]]]]:
+    """The compiled program, reading `rows` as they are when a step begins, and the runs that compute as they come."""
+    computing = [part.name for part in plan.program.segments if any(part.compute)]
+    recorder = RecordingBackend(
+        plan.backend, dict.fromkeys(computing, range(plan.options.vc_images * len(plan.program.steps)))
+    )
     names = [name for name in plan.program.calls if name != DECODE]
     with ExitStack() as stack:
         engines = open_engines(stack, recorder, {name: compiled[name] for name in names})
         inputs = {**step_inputs(tables), REUSE_ROWS: rows}
         executor = Executor(plan.spec, plan.program, plan.table, engines, plan.options.cfg, step_inputs=inputs)
-        yield executor, recorder.runs[FULL]
+        yield executor, [recorder.runs[name] for name in computing]
 
 
 @dataclass(frozen=True)

@@ -266,13 +266,13 @@ def _bench(bundle: Bundle, points: int, target: Target) -> Iterator[_Bench]:
 
 
 def chosen_points(bundle: Bundle, count: int) -> CalibSet:
-    """`count` points of the bundle's calibration set, spread over the steps that compute and sorted by step."""
+    """`count` points of the bundle's calibration set, spread over the steps that quantize and sorted by step."""
     program = bundle.manifest.program
-    computing = [step.index for step in program.steps if any(program.segment(step.segment).compute)]
+    quantizing = [step.index for step in program.steps if program.segment(step.segment).quantizes]
     calib = CalibSet.load(bundle.path / "calib" / "calib.npz")
-    calib = calib.take(np.flatnonzero(np.isin(calib.step, computing)))
+    calib = calib.take(np.flatnonzero(np.isin(calib.step, quantizing)))
     if len(calib) == 0:
-        raise BundleError(f"{bundle.path} has no calibration point at a step that computes; compile it again")
+        raise BundleError(f"{bundle.path} has no calibration point at a step that quantizes; compile it again")
     return calib.take(spread_points(calib.step, count))
 
 

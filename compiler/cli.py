@@ -298,7 +298,8 @@ def tune_command(
 
     for name in SEARCHED:
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise InputError(f"--{name} is what tune searches; leave it out, or use ditc compile")
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is what tune searches; leave it out, or use ditc compile")
     base = CompileOptions(**settings).checked()
     chosen = chosen_model(model, random_size, base.seed)
     budget = Budget(worse_by=worse_by, least_psnr_db=least_psnr_db, seconds=seconds)

@@ -62,6 +62,13 @@ COMPILE_OPTIONS = (
         help="Arithmetic of linear layers; 4 and 6 bits are simulated in 8.",
     ),
     click.option(
+        "--float-steps",
+        metavar="none|FIRST:LAST",
+        default="none",
+        show_default=True,
+        help="So many of the first and last steps are not quantized.",
+    ),
+    click.option(
         "--select",
         metavar="tap|random|uniform-time|kmeans|tap-activations",
         default="tap",

@@ -147,7 +147,7 @@ class _Compile:
             stages.export(plan, model, folder)
 
         folder = self.stage("export", [], make if exports is None else shared(exports / f"export-{self.key}", make))
-        return {name: folder / f"{name}.onnx" for name in plan.program.calls}
+        return {name: folder / f"{name}.onnx" for name in plan.cached_program.calls}
 
     def select(self, segments: Segments) -> Path:
         """The calibration set."""
@@ -166,7 +166,7 @@ class _Compile:
     def quantize(self, segments: Segments, calib: Path) -> Segments:
         """The INT8 segments; those without a linear layer stay."""
         plan, options = self.plan, self.plan.options
-        settings = [options.bits, options.ranges, options.scales, options.midpoint]
+        settings = [options.bits, options.ranges, options.scales, options.midpoint, options.float_steps]
         made = self._replaced(
             "quantize", segments, settings, lambda folder: stages.quantize(plan, segments, calib, folder)
         )
@@ -174,7 +174,7 @@ class _Compile:
         return made
 
     def _replaced(self, name: str, segments: Segments, settings: list[Any], make: Callable[[Path], None]) -> Segments:
-        """The segments, with those that a stage made in place of the ones it took."""
+        """The segments, with those that a stage made beside or in place of the ones it took."""
         return stages.replaced(segments, self.stage(name, settings, make))
 
     def lower(self, compiled: Segments) -> None:
@@ -223,7 +223,7 @@ def _decided(plan: Plan, model: Any) -> str:
             plan.spec.model_dump(),
             package_versions(),
             _source_digest(),
-            _shapes(plan.program),
+            _shapes(plan.cached_program),
         ]
     )
 

@@ -42,12 +42,15 @@ def step_runs(program: Program) -> Iterator[dict[str, Any]]:
 
 
 def schedule_map(program: Program) -> list[str]:
-    """One line per branch, one mark per step: # computed, . reused."""
-    computes = {plan.name: plan.compute for plan in program.segments}
+    """One line per branch, one mark per step: # computed, f computed in floating point, . reused."""
+    marks_of = {
+        plan.name: ["." if not computes else "f" if plan.in_float else "#" for computes in plan.compute]
+        for plan in program.segments
+    }
     width = max(len(name) for name in program.branches)
     lines = []
     for number, branch in enumerate(program.branches):
-        marks = "".join("#" if computes[step.segment][number] else "." for step in program.steps)
+        marks = "".join(marks_of[step.segment][number] for step in program.steps)
         lines.append(f"{branch:<{width}}  {marks}")
     return lines
 
@@ -89,12 +92,14 @@ def activation_scales(bundle: Bundle) -> str:
 def bundle_facts(bundle: Bundle) -> dict[str, str]:
     """The headline facts of a bundle, name -> text."""
     m = bundle.manifest
-    computed = sum(any(m.program.segment(step.segment).compute) for step in m.program.steps)
+    called = [m.program.segment(step.segment) for step in m.program.steps]
+    computed, in_float = sum(any(plan.compute) for plan in called), sum(plan.in_float for plan in called)
+    unquantized = f" ({in_float} of them in floating point)" if in_float else ""
     facts = {
         "model": f"{m.model.name} ({m.model.family}, {m.model.parameters / 1e6:,.2f} M parameters)",
         "latent": " x ".join(str(size) for size in m.model.latent_shape),
         "precision": m.precision,
-        "trajectory": f"{len(m.program.steps)} steps, {computed} computed, guidance {m.guidance:g}",
+        "trajectory": f"{len(m.program.steps)} steps, {computed} computed{unquantized}, guidance {m.guidance:g}",
         "cache": f"{m.program.slots} slots for {len(m.program.branches)} branches, reuse {m.program.reuse}",
         "size": f"{megabytes(m.size_bytes(reference=False))} deployed, "
         f"{megabytes(m.size_bytes(reference=True))} FP reference",

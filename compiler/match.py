@@ -22,7 +22,7 @@ from ditc.compiler.guided import GuidedRun
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.errors import InputError
-from ditc.program import CONDITION
+from ditc.program import CONDITION, FULL
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.quality import relative_error
@@ -112,13 +112,12 @@ def match_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> Match:
 def _own_run(bundle: Bundle) -> tuple[dict[int, Samples], Samples]:
     """(samples before every step that computes all, what the bundle's network gave at the middle one of them)."""
     program = bundle.manifest.program
-    computes = program.steps[0].segment  # nothing can be reused at the first step
-    calls = sum(step.segment == computes for step in program.steps)
-    recorder = RecordingBackend(OnnxRuntimeBackend(), {computes: {calls // 2}})
+    calls = sum(step.segment == FULL for step in program.steps)
+    recorder = RecordingBackend(OnnxRuntimeBackend(), {FULL: {calls // 2}})
     with Pipeline(bundle, backend=recorder) as pipe:
         events = pipe.generate(bench_labels(bundle.manifest), seed=0)
-        before = {event.index: event.before for event in events if event.segment == computes}
-    return before, np.asarray(recorder.runs[computes][0].outputs["out"])
+        before = {event.index: event.before for event in events if event.segment == FULL}
+    return before, np.asarray(recorder.runs[FULL][0].outputs["out"])
 
 
 def _tables(bundle: Bundle, run: GuidedRun, labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

@@ -40,7 +40,8 @@ class CompileOptions(Record):
     that reuses takes for the branches' outputs, a row of APPROXIMATORS; "auto" extrapolates where sums are made, and
     under a sampler that adds noise few steps in a row reuse, else holds. `vc` is "none" or a row of ESTIMATORS; "auto"
     compensates what holds without such noise. `vc_images` pairs fit the compensation, and as many others the numbers of
-    `reuse` where it has any to fit; `verify_images` others check the result.
+    `reuse` where it has any to fit; `verify_images` others check the result. `float_steps` is "none", or "FIRST:LAST":
+    so many steps at either end have linear layers in floating point.
     """
 
     steps: int = 50
@@ -54,6 +55,7 @@ class CompileOptions(Record):
     caches: str = AUTO
     reuse: str = AUTO
     precision: str = "w8a8"
+    float_steps: str = "none"
     select: str = "tap"
     points: int = 800
     clusters: int | None = None
@@ -94,6 +96,11 @@ class CompileOptions(Record):
         ):
             if found not in known:
                 raise unknown_name(kind, found, known)
+        if self.float_ends is not None and self.bits is None:
+            raise InputError(
+                f"--float-steps {self.float_steps} names steps not to be quantized, and --precision {self.precision} "
+                "quantizes none; leave it out, or compile with --precision w8a8"
+            )
         check_selector(self.select)
         self.selection()
         for name, number, least in (
@@ -138,6 +145,19 @@ class CompileOptions(Record):
     def bits(self) -> Bits | None:
         """Of what linear layers multiply; None for floating point."""
         return PRECISIONS[self.precision]
+
+    @property
+    def float_ends(self) -> tuple[int, int] | None:
+        """How many of the first and of the last steps are not quantized; None for none. Raises InputError."""
+        if self.float_steps == "none":
+            return None
+        first, _, last = self.float_steps.partition(":")
+        if not first.isdecimal() or not last.isdecimal() or not int(first) + int(last):
+            raise InputError(
+                f"--float-steps needs FIRST:LAST, found {self.float_steps!r}; write for example --float-steps 2:2 to "
+                "leave the first 2 and the last 2 steps unquantized"
+            )
+        return int(first), int(last)
 
     def selection(self) -> SelectionOptions:
         """The selector's share of the settings."""

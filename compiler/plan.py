@@ -28,11 +28,15 @@ LARGEST_BATCH = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided before anything runs. `threads` are those of what runs on the way; 0 lets ONNX Runtime choose."""
+    """What is decided before anything runs. `threads` are those of what runs on the way; 0 lets ONNX Runtime choose.
+
+    `cached_program` is `program` with nothing quantized: what is exported, and what records the pool.
+    """
 
     spec: ModelSpec
     options: CompileOptions
     program: Program
+    cached_program: Program
     reference_program: Program
     table: Mapping[str, NDArray[np.float64]]
     progress: Progress
@@ -60,19 +64,19 @@ class Plan:
     @property
     def recorded_program(self) -> Program:
         """The program whose points enter the pool: the one that will serve, or the one without a cache."""
-        return self.reference_program if self.options.pool_steps == "uncached" else self.program
+        return self.reference_program if self.options.pool_steps == "uncached" else self.cached_program
 
     @property
     def recorded_steps(self) -> set[int]:
         """The steps whose points enter the pool."""
         every = self.options.pool_steps != "computed"
-        return {s.index for s in self.program.steps if every or any(self.program.segment(s.segment).compute)}
+        return {s.index for s in self.program.steps if every or self.program.segment(s.segment).quantizes}
 
     def scale_groups(self, calib: CalibSet) -> Groups | None:
         """Which steps share activation scales, (steps,); None where nothing is calibrated."""
         groups, steps = BINDINGS[self.options.scales].groups, self.program.steps
-        computes = np.array([any(self.program.segment(step.segment).compute) for step in steps])
-        return None if groups is None else groups(np.bincount(calib.step, minlength=len(steps)), computes)
+        quantizes = np.array([self.program.segment(step.segment).quantizes for step in steps])
+        return None if groups is None else groups(np.bincount(calib.step, minlength=len(steps)), quantizes)
 
     def labels(self, count: int) -> list[int]:
         """`count` classes, every class equally often, in a seeded order."""

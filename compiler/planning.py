@@ -13,7 +13,7 @@ from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import InputError
-from ditc.program import AHEAD, FULL, Caches, NoSumsError, Program, program_from_schedule
+from ditc.program import AHEAD, FULL, Caches, NoSumsError, Program, ends_in_float, program_from_schedule
 from ditc.progress import Progress, silent
 from ditc.runtime.samplers import adds_noise, sampler_table
 from ditc.schedule import CacheSchedule, Reuse, schedule_for
@@ -49,9 +49,10 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     quiet = not adds_noise(table)
     extrapolates = makes_sums(holding) and (quiet or holding.segment(FULL).ahead <= MOST_WITH_NOISE)
     options = decided(options, schedule, extrapolates=extrapolates, compensates=quiet and holding.slots > 0)
-    deployed = program(_with_reuse(schedule, options.reuse), caches)
+    cached = program(_with_reuse(schedule, options.reuse), caches)
+    deployed = cached if options.float_ends is None else ends_in_float(cached, *options.float_ends)
     uncached = program(schedule_for("none", spec, options.steps), "branches")
-    plan = Plan(spec, options, deployed, uncached, table, progress)
+    plan = Plan(spec, options, deployed, cached, uncached, table, progress)
     check_pool_suffices(plan)
     check_selector_sees(plan)
     return plan

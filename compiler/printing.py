@@ -51,7 +51,8 @@ def print_inspection(bundle: Any) -> None:
         click.echo(f"  {row['steps']:<9}  {row['t']:<14}  {row['segment']:<12}  {row['reads']:>5}  {row['writes']:>6}")
     if manifest.program.epilogue:
         click.echo(f"  then {' '.join(manifest.program.epilogue)}")
-    click.echo("\nschedule (# computed, . reused)")
+    in_float = any(plan.in_float for plan in manifest.program.segments)
+    click.echo(f"\nschedule (# computed, {'f computed in floating point, ' if in_float else ''}. reused)")
     for line in schedule_map(manifest.program):
         click.echo(f"  {line}")
     for row in calibration_comparisons(bundle):

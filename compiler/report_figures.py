@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from ditc.compiler.listing import joined_names
@@ -27,6 +27,7 @@ MOST_CHANNELS = 4
 PERCENT = 100
 Keys = Sequence[tuple[str, str]]  # (class, what it stands for)
 
+KINDS = {"computed": "computed", "float": "computed in floating point", "reused": "reused"}
 BUNDLE_KEYS: Keys = (("bundle", "bundle"),)
 BOTH_KEYS: Keys = (("bundle", "bundle"), ("bare", "without compensation (K = 1)"))
 
@@ -38,9 +39,25 @@ def figure(title: str, unit: str, keys: Keys, *charts: Markup) -> Markup:
     return element("figure", caption, *charts)
 
 
+def drawn_as(program: Program, segment: str) -> str:
+    """The class under which a segment's steps are drawn, one of KINDS."""
+    plan = program.segment(segment)
+    return "float" if plan.in_float else "computed" if any(plan.compute) else "reused"
+
+
+def keys_of(kinds: Iterable[str], before: str = "") -> Keys:
+    """What the colours of those kinds that there are stand for."""
+    found = {*kinds}
+    return [(f"box {kind}", f"{before}{text}") for kind, text in KINDS.items() if kind in found]
+
+
 def program_figure(program: Program) -> Markup:
-    """The program as a map: branches by steps, filled where one computes."""
+    """The program as a map: branches by steps, by whether one computes, and in what."""
     computed = [program.segment(step.segment).compute for step in program.steps]
+    kinds = [
+        [drawn_as(program, step.segment) if computes else "reused" for computes in row]
+        for step, row in zip(program.steps, computed, strict=True)
+    ]
     names, count = without_shared_head(program.branches), len(program.branches)
     hints = tuple(
         f"step {step.index}, t {step.t:g}: {step.segment}, {sum(row)} of {count} branches compute"
@@ -54,13 +71,12 @@ def program_figure(program: Program) -> Markup:
         steps=len(computed),
         hints=hints,
     )
-    keys = (("box computed", "computed"), ("box reused", "reused"))
-    return figure("Program", "branch by step", keys, step_map(chart, names, computed))
+    return figure("Program", "branch by step", keys_of(chain.from_iterable(kinds)), step_map(chart, names, kinds))
 
 
 def latency_figure(speed: Speed, program: Program) -> Markup:
     """The milliseconds of every step, inside the engine and around it; a peer's step as a line across."""
-    computes = {plan.name: any(plan.compute) for plan in program.segments}
+    kinds = {plan.name: drawn_as(program, plan.name) for plan in program.segments}
     peers = speed.peers
     axis = axis_for(
         [*(step.seconds for step in speed.steps), *(peer.step_seconds for peer in peers.values())],
@@ -69,7 +85,7 @@ def latency_figure(speed: Speed, program: Program) -> Markup:
     )
     bars = [
         (
-            (step.engine_seconds, "computed" if computes[step.segment] else "reused"),
+            (step.engine_seconds, kinds[step.segment]),
             (step.seconds - step.engine_seconds, "outside"),
         )
         for step in speed.steps
@@ -87,7 +103,7 @@ def latency_figure(speed: Speed, program: Program) -> Markup:
         ),
     )
     marks = [level(chart, axis, peer.step_seconds, "fp", f"a step of {name}") for name, peer in list(peers.items())[:2]]
-    keys = (("box computed", "engine, computing"), ("box reused", "engine, reusing"), ("box", "around the engine"))
+    keys = [*keys_of(kinds.values(), "engine, "), ("box", "around the engine")]
     return figure("Latency", "ms per step", keys, steps_stacked(chart, axis, bars, *marks))
 
 

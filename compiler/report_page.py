@@ -100,7 +100,9 @@ def program_sentence(report: Report) -> str:
     sampler = settings.get("sampler")
     name = str(sampler.get("name", "")).upper() if isinstance(sampler, dict) else ""
     guided = f" with guidance {manifest.guidance:g}" if manifest.halves == 2 else ""
-    work = [f"{whole} compute all {branches} branches"]
+    in_float = sum(program.segment(step.segment).in_float for step in program.steps)
+    unquantized = f", {in_float} of them in floating point" if in_float else ""
+    work = [f"{whole} compute all {branches} branches{unquantized}"]
     work += [f"{some} compute some of them"] if some else []
     left = "extrapolate from what those left" if program.reuse == "taylor" else "reuse what those left"
     work += [f"{none} {left}"] if none else []

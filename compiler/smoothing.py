@@ -40,7 +40,7 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
     from ditc.exporter.onnx_files import load_model
 
     calib = CalibSet.load(calib_file)
-    models = {part.name: load_model(segments[part.name]) for part in plan.program.segments}
+    models = {part.name: load_model(segments[part.name]) for part in plan.cached_program.segments}
     paths = dict.fromkeys(linear.path for linear in linears_of(models["full"]))
     sites = common_sites(models)
     choices = choose(plan, models["full"], statistics_of(plan, segments, calib, sites))
@@ -119,7 +119,7 @@ def parity_of(plan: Plan, exact: Segments, folded: Segments, calib: CalibSet) ->
     every = np.linspace(0, len(calib) - 1, min(PARITY_POINTS, len(calib))).round().astype(np.int64)
     points = calib.take(every[np.argsort(calib.step[every], kind="stable")])
     worst = {}
-    for part in plan.program.segments:
+    for part in plan.cached_program.segments:
         before, after = (_outputs(plan, side, part.name, points) for side in (exact, folded))
         worst[part.name] = max(_change(after[name], before[name]) for name in before)
         if not worst[part.name] < PARITY_TOLERANCE:

@@ -32,7 +32,7 @@ from ditc.engines.update import UPDATE, UpdateForm
 from ditc.engines.update_graph import update_model
 from ditc.errors import CheckError
 from ditc.files import atomic_write
-from ditc.program import CONDITION, DECODE, Program
+from ditc.program import CONDITION, DECODE, FULL, Program
 from ditc.runtime.compensation import TableCompensation, fit_closed_loop
 from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
 from ditc.runtime.pipeline import open_engines
@@ -70,13 +70,13 @@ def behaviour_digest(model: Any) -> str:
 
 
 def export(plan: Plan, model: Any, folder: Path) -> None:
-    """Every segment of the program as FP ONNX, each checked against torch; the errors go to parity.json."""
+    """Every FP segment as ONNX, each checked against torch; the errors go to parity.json."""
     from ditc.exporter.onnx_export import export_segment
     from ditc.exporter.segments import segments_of
 
-    total = 1 + len(plan.program.segments) + len(plan.program.epilogue)
+    total = 1 + len(plan.cached_program.segments) + len(plan.cached_program.epilogue)
     parity = {}
-    for done, segment in enumerate(segments_of(model, plan.program)):
+    for done, segment in enumerate(segments_of(model, plan.cached_program)):
         plan.progress("export", done, total)
         path = folder / f"{segment.name}.onnx"
         export_segment(segment, path, plan.spec.branches)
@@ -125,8 +125,9 @@ def start_requests(
 
 
 def replaced(segments: Segments, folder: Path) -> Segments:
-    """The segments, with those that a stage made in its folder in place of the ones it took."""
-    return {name: new if (new := folder / f"{name}.onnx").is_file() else path for name, path in segments.items()}
+    """The segments, with those that a stage made in its folder beside or in place of the ones it took."""
+    made = {path.stem: path for path in folder.glob("*.onnx")}  # with a dot it is a backend's form of a segment
+    return {**segments, **{name: path for name, path in made.items() if "." not in name}}
 
 
 def record_pool(
@@ -181,7 +182,8 @@ def select(plan: Plan, segments: Segments, folder: Path) -> None:
 def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
     """Scales, INT8 segments, and their form for ONNX Runtime, where every linear layer must run an integer kernel.
 
-    `condition` keeps FP32 arithmetic and stores its weights as FP16; storage.json tells the error of its tables.
+    What runs in floating point is a copy of the FP segment. `condition` keeps FP32 arithmetic and stores its weights as
+    FP16; storage.json tells the error of its tables.
     """
     from ditc.exporter.onnx_files import load_model, save_model, save_sharing_data
 
@@ -190,7 +192,9 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
     write_tables(folder / "scales.safetensors", table.tables())
     kernels = {}
     for part in plan.program.segments:
-        if not any(part.compute):
+        if part.in_float:
+            save_model(load_model(segments[FULL]), folder / f"{part.name}.onnx")
+        if not part.quantizes:
             continue
         model = load_model(segments[part.name])
         expected = linear_count(model)

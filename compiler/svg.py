@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil, floor, isfinite, log10
 
 from ditc.compiler.markup import Markup, element, joined
@@ -150,8 +151,8 @@ def _bar(chart: Chart, step: int, top: float, size: float, kind: str) -> Markup:
     return element("rect", x=chart.x(step + 0.1), y=top, width=width, height=max(size, 0), class_=kind)
 
 
-def step_map(chart: Chart, rows: Sequence[str], computed: Sequence[Sequence[bool]]) -> Markup:
-    """A row for each branch and a column for each step: filled where it computes. `computed` is [steps][rows]."""
+def step_map(chart: Chart, rows: Sequence[str], kinds: Sequence[Sequence[str]]) -> Markup:
+    """A row for each branch and a column for each step. `kinds` is the class of every cell, [steps][rows]."""
     tall = chart.height / len(rows)
     labelled = ceil(12 / tall)  # every how manieth row has room for its name
     labels = [
@@ -162,15 +163,15 @@ def step_map(chart: Chart, rows: Sequence[str], computed: Sequence[Sequence[bool
     cells = {
         kind: "".join(
             f"M{step + 0.08:g} {row + 0.1:g}h.84v.8h-.84z"
-            for step, column in enumerate(computed)
-            for row, computes in enumerate(column)
-            if computes == wanted
+            for step, column in enumerate(kinds)
+            for row, found in enumerate(column)
+            if found == kind
         )
-        for kind, wanted in (("computed", True), ("reused", False))
+        for kind in dict.fromkeys(chain.from_iterable(kinds))
     }
     stretched = element(
         "svg",
-        *(element("path", d=path, class_=kind) for kind, path in cells.items() if path),
+        *(element("path", d=path, class_=kind) for kind, path in cells.items()),
         viewBox=f"0 0 {chart.steps} {len(rows)}",
         preserveAspectRatio="none",
         width="100%",

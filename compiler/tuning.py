@@ -4,6 +4,7 @@ The search takes one setting after the other, each at what the ones before it ga
 on a large model:
 
     quantizer     ranges, scales and smoothing, without a cache: the one with the highest PSNR against FP
+    precision     where that is beyond the budget: the first and last steps in floating point
     schedule      FORA with growing N and every correction, until no correction is within the budget twice in a row
     window        where the shortest interval beyond the budget fails: computing the first and last steps too
 
@@ -34,13 +35,13 @@ from ditc.compiler.stages import model_digest
 from ditc.compiler.veto import VetoOptions, veto_of
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, digest_of
-from ditc.program import NoSumsError
+from ditc.program import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress, silent
 from ditc.spec import Record
 
 __all__ = ["SEARCHED", "Budget", "Trial", "TuneOptions", "described", "pareto_front", "tune_model"]
 
-SEARCHED = ("policy", "ranges", "scales", "smooth", "reuse", "vc")
+SEARCHED = ("policy", "ranges", "scales", "smooth", "float_steps", "reuse", "vc")
 QUANTIZERS = tuple(
     {"ranges": ranges, "scales": scales, "smooth": smooth}
     for smooth, scales, ranges in product(("none", "smooth"), ("static", "per-step"), ("mse", "percentile"))
@@ -52,7 +53,7 @@ CORRECTIONS = (
     {"reuse": "taylor", "vc": "none"},  # with it compensation has nothing left to do (docs/approximators.md)
 )
 INTERVALS = (2, 3, 4, 5, 6, 8, 10)
-WINDOWS = ((2, 2), (4, 4), (8, 8))  # first and last steps that compute
+WINDOWS = ((2, 2), (4, 4), (8, 8))  # first and last steps that compute, or are not quantized
 PATIENCE = 2  # intervals beyond the budget before longer ones are given up
 VETO_IMAGES = 2
 MOST_VETOED = 0.5  # of branches and steps whose change from step to step is less than quantization noise
@@ -168,9 +169,20 @@ class _Search:
             try:
                 trials.append(self.tried(stage, {**kept, "policy": policy, **changes}))
             except NoSumsError:
-                note = f"--reuse {changes['reuse']} is not tried where no sums are made ahead (docs/approximators.md)"
-                self.notes += [] if note in self.notes else [note]
+                without = f"--reuse {changes['reuse']} is not tried where no sums are made ahead"
+                self.noted(f"{without} (docs/approximators.md)")
+            except NothingQuantizedError:
+                self.noted(f"--policy {policy} is not tried: it computes no step that is quantized")
+                break
         return trials
+
+    def noted(self, note: str) -> None:
+        self.notes += [] if note in self.notes else [note]
+
+    @property
+    def windows(self) -> Iterator[tuple[int, int]]:
+        """Steps at both ends, at most half of all."""
+        return (ends for ends in WINDOWS if sum(ends) < self.base.steps // 2)
 
 
 def tune_model(
@@ -216,7 +228,7 @@ def _explore(search: _Search) -> None:
     precise = [
         search.tried("quantizer", {"policy": "none", "vc": "none", **changes}) for changes in _quantizers(search)
     ]
-    best = max(precise, key=lambda trial: trial.psnr_db)
+    best = _precise_enough(search, max(precise, key=lambda trial: trial.psnr_db))
     if search.base.bits is not None:
         search.vetoed = search.veto(best)
         if search.vetoed > MOST_VETOED:
@@ -227,13 +239,23 @@ def _explore(search: _Search) -> None:
             return
     kept = {name: value for name, value in best.changes.items() if name not in ("policy", "vc")}
     beyond = list(_schedules(search, kept))
-    for first, last in WINDOWS if beyond else ():
-        if first + last < search.base.steps // 2:
-            search.corrected("window", kept, f"window:{beyond[0]}:{first}:{last}")
+    for first, last in search.windows if beyond else ():
+        search.corrected("window", kept, f"window:{beyond[0]}:{first}:{last}")
 
 
 def _quantizers(search: _Search) -> Sequence[dict[str, str]]:
     return QUANTIZERS if search.base.bits is not None else ({},)
+
+
+def _precise_enough(search: _Search, best: Trial) -> Trial:
+    """The best quantizer, with as many steps in floating point as it takes to be within the budget, if any do."""
+    if best.within or search.base.bits is None:
+        return best
+    for first, last in search.windows:
+        trial = search.tried("precision", {**best.changes, "float_steps": f"{first}:{last}"})
+        if trial.within:
+            return trial
+    return best
 
 
 def _schedules(search: _Search, kept: dict[str, str]) -> Iterator[int]:
@@ -243,7 +265,10 @@ def _schedules(search: _Search, kept: dict[str, str]) -> Iterator[int]:
         if interval >= search.base.steps:
             search.notes.append(f"intervals from {interval} on reuse one step for all {search.base.steps}: not tried")
             return
-        if any(trial.within for trial in search.corrected("schedule", kept, f"fora:{interval}")):
+        trials = search.corrected("schedule", kept, f"fora:{interval}")
+        if not trials:
+            continue
+        if any(trial.within for trial in trials):
             misses = 0
             continue
         yield interval

@@ -14,6 +14,7 @@ chosen by looking at it rest on noise, an extrapolation amplifies noise, and com
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -138,6 +139,7 @@ class _Sides:
     exact: BranchProbe
     found: BranchProbe
     conditions: tuple[Path, Path]
+    unquantized: Collection[int]
 
     @staticmethod
     def of(pipe: Pipeline, stack: ExitStack) -> _Sides:
@@ -148,7 +150,9 @@ class _Sides:
         exact = stack.enter_context(open_branch_probe(bundle.reference_path(FULL), branches))
         found = stack.enter_context(open_branch_probe(bundle.segment_path(FULL), branches, bundle.tables()))
         conditions = bundle.reference_path(CONDITION), bundle.segment_path(CONDITION)
-        return _Sides(pipe, GuidedRun.of(bundle), exact, found, conditions)
+        program = bundle.manifest.program
+        unquantized = {step.index for step in program.steps if program.segment(step.segment).in_float}
+        return _Sides(pipe, GuidedRun.of(bundle), exact, found, conditions, unquantized)
 
 
 def _add_image(squares: Squares, sides: _Sides, sources: NDArray[np.int64], seed: int, image: int) -> None:
@@ -160,7 +164,7 @@ def _add_image(squares: Squares, sides: _Sides, sources: NDArray[np.int64], seed
     for event in sides.pipe.generate([label], seed=seed, first=image):
         step, x = event.index, sides.run.rows(event.before)
         kept[step] = exact = sides.exact.run(step, x, exact_tables)
-        found = sides.found.run(step, x, found_tables)
+        found = exact if step in sides.unquantized else sides.found.run(step, x, found_tables)
         for place, (y, q) in enumerate(zip(exact, found, strict=True)):
             source = int(sources[step, place])
             changed = _square(kept[source][place] - y) if source >= 0 else 0.0

@@ -21,21 +21,25 @@ __all__ = [
     "CONDITION",
     "DECODE",
     "EXTRAPOLATE",
+    "FLOAT",
     "FULL",
     "PATH_KEY",
     "REUSE",
     "REUSE_ROWS",
     "Caches",
     "NoSumsError",
+    "NothingQuantizedError",
     "Program",
     "SegmentPlan",
     "Step",
     "distance_of",
+    "ends_in_float",
     "program_from_schedule",
 ]
 
 CONDITION, DECODE = "condition", "decode"
 FULL, REUSE, EXTRAPOLATE = "full", "reuse", "extrapolate"
+FLOAT = "float"  # `full` as it was before its linear layers became INT8
 
 # a segment with `ahead` takes the tables of the next steps as inputs AHEAD.NAME, and returns their sums as AHEAD.1, ...
 AHEAD = "ahead"
@@ -55,11 +59,16 @@ class NoSumsError(InputError):
     """A reuse that works on sums made ahead, under a schedule or of a model that allows none."""
 
 
+class NothingQuantizedError(InputError):
+    """Steps in floating point under a schedule that has no other step to quantize."""
+
+
 class SegmentPlan(Record):
     """One pass through the network: which branches compute, and which cached outputs it takes and returns.
 
     With `ahead` it also adds up all branches with the gates of that many next steps, for those that compute nothing.
     With `rows` it takes so many numbers per channel: the weights of the sums that it reads, and perhaps a shift.
+    With `in_float` its linear layers stay in floating point in a bundle whose others are INT8.
     """
 
     name: str
@@ -68,6 +77,12 @@ class SegmentPlan(Record):
     writes: tuple[str, ...] = ()
     ahead: int = 0
     rows: int = 0
+    in_float: bool = False
+
+    @property
+    def quantizes(self) -> bool:
+        """Are there linear layers that become INT8 where the bundle is quantized?"""
+        return any(self.compute) and not self.in_float
 
 
 class Step(Record):
@@ -313,6 +328,34 @@ def program_from_schedule(
     program = program.model_copy(update={"epilogue": (DECODE,) if decode else ()})
     program.check()
     return program
+
+
+def ends_in_float(program: Program, first: int, last: int) -> Program:
+    """Let the first and the last steps that compute everything call FLOAT instead of FULL.
+
+    Steps that reuse have no branch to quantize and stay as they are. Raises InputError where such a step computes only
+    some branches, where none computes, or NothingQuantizedError where no other step is left.
+    """
+    ends = {*range(first), *range(len(program.steps) - last, len(program.steps))}
+    quantized = {plan.name for plan in program.segments if plan.quantizes}
+    asked, called = f"--float-steps {first}:{last}", {step.segment for step in program.steps if step.index in ends}
+    if partial := (called & quantized) - {FULL}:
+        index = next(step.index for step in program.steps if step.index in ends and step.segment in partial)
+        raise InputError(f"{asked} needs steps that compute everything or nothing; step {index} computes some branches")
+    if FULL not in called:
+        raise InputError(f"{asked} names no step that computes; name more steps, or leave it out")
+    steps = tuple(
+        step.model_copy(update={"segment": FLOAT}) if step.index in ends and step.segment == FULL else step
+        for step in program.steps
+    )
+    if not quantized & {step.segment for step in steps}:
+        raise NothingQuantizedError(
+            f"{asked} leaves no step to quantize; name fewer steps, or compile with --precision fp16"
+        )
+    segments = {plan.name: plan for plan in program.segments}
+    segments[FLOAT] = segments[FULL].model_copy(update={"name": FLOAT, "in_float": True})
+    calls = dict.fromkeys(step.segment for step in steps)  # in the order of their first call
+    return program.model_copy(update={"steps": steps, "segments": tuple(segments[name] for name in calls)})
 
 
 def _with_steps(program: Program, steps: tuple[Step, ...]) -> Program:

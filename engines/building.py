@@ -206,10 +206,10 @@ class _BuildRun:
         )
 
     def _calibration(self, key: EngineKey) -> CalibrationRequest | None:
-        """Only segments that compute have layers to calibrate; their tables come from the `condition` engine."""
+        """Only segments that quantize have layers to calibrate; their tables come from the `condition` engine."""
         bundle, store, method = self.plan.bundle, self.plan.store, self.plan.settings.calibration
-        computing = {part.name for part in bundle.manifest.program.segments if any(part.compute)}
-        if method == EXPLICIT or key.segment not in computing:
+        quantizing = {part.name for part in bundle.manifest.program.segments if part.quantizes}
+        if method == EXPLICIT or key.segment not in quantizing:
             return None
         condition = self.plan.key(CONDITION)
         return CalibrationRequest(

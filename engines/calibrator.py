@@ -160,7 +160,7 @@ def calibration_batches(
 def calibration_caches(bundle: Bundle) -> list[Path]:
     """The calibration caches of this very bundle in its own folder of engines."""
     found = []
-    for segment in (plan.name for plan in bundle.manifest.program.segments if any(plan.compute)):
+    for segment in (plan.name for plan in bundle.manifest.program.segments if plan.quantizes):
         for method in CALIBRATORS:
             try:
                 found.append(calibration_cache(EngineStore.of(bundle), bundle, segment, method))

@@ -169,8 +169,8 @@ def _segment_name(bundle: Bundle, name: str, calibration: str) -> str:
     if calibration == EXPLICIT:
         return f"segments/{name}.trt.onnx"
     reference = f"{REFERENCE}{name}.onnx"
-    computes = name in {plan.name for plan in bundle.manifest.program.segments if any(plan.compute)}
-    return reference if computes else f"segments/{name}.onnx"
+    quantizes = name in {plan.name for plan in bundle.manifest.program.segments if plan.quantizes}
+    return reference if quantizes else f"segments/{name}.onnx"
 
 
 def segment_digest(bundle: Bundle, name: str, calibration: str = EXPLICIT) -> str:

@@ -59,6 +59,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> dict[str
     return {
         "cached": made("cached", policy="fora:2"),
         "per-step": made("per-step", policy="fora:2", scales="per-step", midpoint="bounded", vc="none"),
+        "float-ends": made(
+            "float-ends", policy="fora:2", float_steps="1:2", reuse="affine", smooth="smooth", vc="none"
+        ),
         "fp32-cached": made("fp32-cached", policy="fora:2", precision="fp32", vc="none"),
         "fp32-branches": made("fp32-branches", policy="fora:2", precision="fp32", vc="none", caches="branches"),
         "fp32-taylor": made("fp32-taylor", policy="fora:2", precision="fp32", vc="none", reuse="taylor"),

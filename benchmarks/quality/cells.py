@@ -155,6 +155,14 @@ def quantizer_cells() -> Iterator[Cell]:
             yield Cell("bits", f"{precision}, {name}", model, {"precision": precision, **STRATEGIES[name]})
 
 
+def float_cells() -> Iterator[Cell]:
+    """Steps at either end in floating point, where INT8 costs little and where six bits of activations cost much."""
+    for model, precision, ends in product(MODELS, ("w8a8", "w8a6"), ("none", "8:0", "0:8", "8:8")):
+        name = f"{precision}, " + ("all quantized" if ends == "none" else f"{ends} in floating point")
+        changes = {} if ends == "none" else {"float_steps": ends}
+        yield Cell("float", name, model, {"precision": precision, **changes})
+
+
 def tuned_cells() -> Iterator[Cell]:
     """What `ditc tune` chose, where it has been run."""
     found = json.loads(TUNED.read_text())
@@ -174,4 +182,5 @@ CELLS: tuple[Cell, ...] = (
     *control_cells(),
     *points_cells(),
     *quantizer_cells(),
+    *float_cells(),
 )

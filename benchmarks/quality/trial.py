@@ -88,7 +88,7 @@ def exported(model: str, plan: Plan, work: Path) -> Segments:
         if not (folder / "parity.json").is_file():
             folder.mkdir(exist_ok=True)
             stages.export(plan, MODELS[model](), folder)
-    return {call: folder / f"{call}.onnx" for call in plan.program.calls}
+    return {call: folder / f"{call}.onnx" for call in plan.cached_program.calls}
 
 
 def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Segments, stages.Tables]:

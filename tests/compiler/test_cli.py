@@ -72,6 +72,16 @@ def test_inspect_shows_program_schedule_and_settings(
     assert '"fora:2"' in text
 
 
+def test_inspect_shows_which_steps_are_in_floating_point(
+    bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(bundles["float-ends"].path)]) == 0
+    text = capsys.readouterr().out
+    assert "6 steps, 3 computed (2 of them in floating point), guidance 1.5" in text
+    assert "schedule (# computed, f computed in floating point, . reused)" in text
+    assert "blocks.0.attn  f.#.f." in text
+
+
 def test_inspect_says_how_scales_are_bound(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
     for name, text in (("cached", "static scales"), ("per-step", "per-step scales, 3 for each of 8 tensors, up to")):
         assert run(["inspect", str(bundles[name].path)]) == 0

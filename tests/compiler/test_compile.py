@@ -270,6 +270,24 @@ def test_calibration_points_come_from_steps_that_compute(bundles: dict[str, Bund
     assert set(calib.step) == {0, 2, 4}
 
 
+def test_steps_in_floating_point_calibrate_nothing_and_have_fp_weights(bundles: dict[str, Bundle]) -> None:
+    from ditc.calib_data.calibset import CalibSet
+
+    bundle = bundles["float-ends"]
+    assert [step.segment for step in bundle.manifest.program.steps] == [
+        "float",
+        "reuse",
+        "full",
+        "reuse",
+        "float",
+        "reuse",
+    ]
+    assert set(CalibSet.load(bundle.path / "calib" / "calib.npz").step) == {2}
+    files = bundle.manifest.files
+    assert files["segments/float.onnx.data"].sha256 == files["reference/full.onnx.data"].sha256
+    assert bundle.manifest.checks["kernels"] == {"full": {"linears": 8, "integer": 8}}
+
+
 def test_the_compiled_program_stays_near_the_fp_program(bundles: dict[str, Bundle]) -> None:
     """Same schedule, FP against INT8, before anything diverges: the first step alone."""
     with ditc.load(bundles["cached"].path) as int8, ditc.load(bundles["fp32-cached"].path) as fp:
@@ -316,6 +334,10 @@ def test_guidance_needs_an_unconditional_class(
         ({"clusters": 50}, "clusters must be 1 to 24"),
         ({"eta": 3.0}, "sampler setting eta"),
         ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"float_steps": "2"}, "--float-steps needs FIRST:LAST, found '2'; write for example --float-steps 2:2"),
+        ({"float_steps": "0:0"}, "--float-steps needs FIRST:LAST, found '0:0'"),
+        ({"float_steps": "1:1", "precision": "fp16"}, "and --precision fp16 quantizes none; leave it out"),
+        ({"float_steps": "5:1", "policy": "none"}, "leaves no step to quantize"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(

@@ -215,6 +215,14 @@ def test_a_bundle_without_quantization_or_reuse_says_so(bundles: dict[str, Bundl
     assert "quantizes no activation" in text
 
 
+def test_steps_in_floating_point_are_drawn_as_such(bundles: dict[str, Bundle]) -> None:
+    text = page_from_report(report_bundle(bundles["float-ends"].path, QUICK), "x.json")
+    assert "3 compute all 4 branches, 2 of them in floating point" in text
+    assert "engine, computed in floating point" in text
+    cells = re.findall(r'<path d="([^"]*)" class="float"', text)
+    assert [path.count("M") for path in cells] == [2 * 4]
+
+
 def test_a_bundle_for_another_target_says_what_could_not_be_measured(
     bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:

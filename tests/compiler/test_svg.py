@@ -77,18 +77,19 @@ def test_bars_stand_on_one_another_in_the_band_of_their_step() -> None:
     ]
 
 
-def test_a_map_fills_the_cells_that_compute() -> None:
+def test_a_map_fills_cells_by_their_kind() -> None:
     chart = Chart("Program", "two branches", height=28, steps=3)
-    found = parsed(step_map(chart, ["attn", "mlp"], [(True, True), (False, True), (False, False)]))
+    found = parsed(step_map(chart, ["attn", "mlp"], [("float", "float"), ("reused", "computed"), ("reused", "reused")]))
     cells = {path.attrib["class"]: re.findall(r"M(\S+) ([\d.]+)h", path.attrib["d"]) for path in found.iter("path")}
-    assert cells["computed"] == [("0.08", "0.1"), ("0.08", "1.1"), ("1.08", "1.1")]
+    assert cells["float"] == [("0.08", "0.1"), ("0.08", "1.1")]
+    assert cells["computed"] == [("1.08", "1.1")]
     assert cells["reused"] == [("1.08", "0.1"), ("2.08", "0.1"), ("2.08", "1.1")]
     assert [text.text for text in found.iter("text") if text.attrib["x"] == "-8"] == ["attn", "mlp", "step"]
 
 
 def test_names_of_narrow_rows_leave_each_other_room() -> None:
     chart = Chart("Program", "many branches", height=300, steps=1)
-    found = parsed(step_map(chart, [f"b{n}" for n in range(100)], [(True,) * 100]))
+    found = parsed(step_map(chart, [f"b{n}" for n in range(100)], [("computed",) * 100]))
     at = [float(text.attrib["y"]) for text in found.iter("text") if text.text.startswith("b")]
     assert min(b - a for a, b in pairwise(at)) >= 12
 

@@ -15,7 +15,7 @@ from ditc.compiler.cli import run
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.tuning import Budget, Trial, TuneOptions, pareto_front, tune_model
 from ditc.errors import CheckError, InputError
-from ditc.program import NoSumsError
+from ditc.program import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress
 
 OPTIONS = TuneOptions(budget=Budget(least_psnr_db=30.0), intervals=(2, 3, 4, 5, 6))
@@ -126,6 +126,42 @@ def test_where_noise_exceeds_what_changes_no_cache_is_tried_and_the_reason_given
     assert {t.changes["policy"] for t in search.measured} == {"none"}
     assert "in 60% of branches and steps" in search.notes[0]
     assert tuning._chosen(search).changes["policy"] == "none"
+
+
+def short_of(missing: float) -> Callable[[dict[str, str]], float]:
+    """INT8 misses the budget by `missing` dB, whatever the cache; a step in floating point at both ends gives one."""
+
+    def psnr_of(changes: dict[str, str]) -> float:
+        steps = int(changes.get("float_steps", "0:0").split(":")[0])
+        return 30 - missing + steps - 0.1 * interval_of(changes)
+
+    return psnr_of
+
+
+def test_where_int8_misses_the_budget_as_few_steps_as_it_takes_stay_in_floating_point() -> None:
+    search = searched(short_of(2.5))
+    tried = [t.changes["float_steps"] for t in search.measured if t.stage == "precision"]
+    assert tried == ["2:2", "4:4"]
+    assert all(t.changes["float_steps"] == "4:4" for t in search.measured if t.stage in ("schedule", "window"))
+
+
+@pytest.mark.parametrize(("missing", "tried"), [(-1.0, []), (9.0, ["2:2", "4:4", "8:8"])])
+def test_floating_point_is_kept_only_where_it_is_needed_and_enough(missing: float, tried: list[str]) -> None:
+    search = searched(short_of(missing))
+    assert [t.changes["float_steps"] for t in search.measured if t.stage == "precision"] == tried
+    assert not [t for t in search.measured if t.stage == "schedule" and "float_steps" in t.changes]
+
+
+def test_an_interval_at_which_nothing_is_quantized_is_left_out_and_the_reason_given() -> None:
+    def judge(stage: str, changes: dict[str, str]) -> Trial:
+        if changes["policy"] == "fora:3":
+            raise NothingQuantizedError("not here")
+        return trial(changes, 1 / interval_of(changes), 40, stage)
+
+    search = tuning._Search(BASE, OPTIONS, judge, lambda _: 0)
+    tuning._explore(search)
+    assert {t.changes["policy"] for t in search.measured} == {"none", "fora:2", "fora:4", "fora:5", "fora:6"}
+    assert search.notes == ["--policy fora:3 is not tried: it computes no step that is quantized"]
 
 
 def test_without_integers_there_is_no_noise_to_look_at() -> None:

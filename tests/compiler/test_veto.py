@@ -53,6 +53,12 @@ def test_noise_and_change_are_the_norms_of_their_definitions(bundles: dict[str, 
     assert found.ratio[0] == (None,) * 4
 
 
+def test_steps_in_floating_point_have_no_noise(bundles: dict[str, Bundle]) -> None:
+    """Steps 0 and 4; at the others it is what computing there would have."""
+    found = veto_of(bundles["float-ends"].path, VetoOptions(images=1))
+    assert [max(filter(None, row), default=0.0) > 0 for row in found.noise] == [False, True, True, True, False, True]
+
+
 def test_a_probe_gives_what_a_step_would_cache(bundles: dict[str, Bundle]) -> None:
     """The caches of the bundle that keeps branches are the outputs that are found inside the one that keeps sums."""
     outputs = [_outputs(load_model(bundles[name].segment_path("full"))) for name in ("fp32-cached", "fp32-branches")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,10 @@ def test_any_failure_while_feeding_writes_no_cache(tmp_path: Path) -> None:
 
 @with_calibrators
 @pytest.mark.any_version
-def test_only_the_segments_that_are_calibrated_lose_precision(bundle: Path) -> None:
+def test_only_the_segments_that_are_calibrated_lose_precision(unbuilt: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(unbuilt / "float-ends", tmp_path / "float-ends"))
     assert run(["build", str(bundle), "--calibration", "entropy"]) == 0
+    assert [path.name.split("-")[1] for path in caches(bundle)] == ["full"]
     flags = {}
     for plan in (bundle / "engines").glob("*.plan"):
         data = plan.read_bytes()[len(MAGIC) :]
@@ -157,6 +160,7 @@ def test_only_the_segments_that_are_calibrated_lose_precision(bundle: Path) -> N
         flags[plan.name.split("-")[0]] = json.loads(data[4 : 4 + size])["flags"]
     assert flags.pop("full") == ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]
     assert set(map(tuple, flags.values())) == {()}
+    assert "float" in flags
 
 
 def test_a_damaged_cache_is_one_line() -> None:

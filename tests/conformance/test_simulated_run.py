@@ -25,7 +25,7 @@ from ditc.runtime.pipeline import Pipeline
 LABELS = [0, 3, 4]
 BUNDLES = (
     *("small", "learned-noise", "fixed-noise", "unguided", "fp16", "odd-addresses", "partial-rows", "per-step"),
-    *("affine", "taylor", "decoded"),
+    *("affine", "taylor", "float-ends", "decoded"),
 )
 
 

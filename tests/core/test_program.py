@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditc.errors import InputError
-from ditc.program import Caches, Program, SegmentPlan, Step, program_from_schedule
+from ditc.program import Caches, NothingQuantizedError, Program, SegmentPlan, Step, ends_in_float, program_from_schedule
 from ditc.schedule import CacheSchedule
 
 LAW = settings(deadline=None)  # a busy machine stalls now and then
@@ -314,3 +314,45 @@ def test_check_passes_a_program_that_writes_first() -> None:
         Step(index=0, t=1, segment="full", writes={"b0": 0, "b1": 1}),
         Step(index=1, t=0, segment="reuse", reads={"b1": 1, "b0": 0}),
     ).check()
+
+
+def test_both_ends_call_the_unquantized_segment_where_they_compute() -> None:
+    program = ends_in_float(compiled(fora(3, 12), caches="sums"), 4, 3)
+    assert [step.segment for step in program.steps] == [
+        *("float", "reuse", "reuse"),
+        *("float", "reuse", "reuse"),
+        *("full", "reuse", "reuse"),
+        *("float", "reuse", "reuse"),
+    ]
+    assert program.calls == ["condition", "float", "reuse", "full"]
+
+
+def test_a_step_in_floating_point_leaves_what_the_quantized_one_would() -> None:
+    quantized = compiled(fora(3, 12), caches="sums")
+    program = ends_in_float(quantized, 1, 0)
+    in_float, full = program.segment("float"), program.segment("full")
+    assert in_float == full.model_copy(update={"name": "float", "in_float": True})
+    assert [(step.reads, step.writes) for step in program.steps] == [
+        (step.reads, step.writes) for step in quantized.steps
+    ]
+    assert [plan.name for plan in program.segments if plan.quantizes] == ["full"]
+    program.check()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ends", "message"),
+    [
+        (fora(3, 11), (0, 1), "--float-steps 0:1 names no step that computes"),
+        (rows("xxx", "x..", "xxx"), (2, 0), "step 1 computes some branches"),
+    ],
+)
+def test_ends_that_can_not_be_in_floating_point_are_refused(
+    schedule: CacheSchedule, ends: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        ends_in_float(compiled(schedule), *ends)
+
+
+def test_a_program_without_a_quantized_step_is_an_error_of_its_own() -> None:
+    with pytest.raises(NothingQuantizedError, match="leaves no step to quantize"):
+        ends_in_float(compiled(fora(3, 6)), 1, 3)
