@@ -115,8 +115,8 @@ def reuse_cells() -> Iterator[Cell]:
 
 
 def noise_cells() -> Iterator[Cell]:
-    """Holding and extrapolating under fresh noise: shorter and longer intervals, and one with both ends computed."""
-    for policy, model in product(("fora:2", "fora:4", "fora:8", "window:5:2:2"), MODELS):
+    """Holding and extrapolating under fresh noise: shorter and longer intervals, and some with both ends computed."""
+    for policy, model in product(("fora:2", "fora:4", "fora:8", "window:5:2:2", "window:8:2:2"), MODELS):
         at = {"sampler": "ddpm", "policy": policy}
         yield Cell("noise", "naive", model, at)
         for reuse in ("hold", "taylor"):
