@@ -96,13 +96,13 @@ class CompileOptions(Record):
         ):
             if found not in known:
                 raise unknown_name(kind, found, known)
-        if self.float_ends is not None and self.bits is None:
-            raise InputError(
-                f"--float-steps {self.float_steps} names steps not to be quantized, and --precision {self.precision} "
-                "quantizes none; leave it out, or compile with --precision w8a8"
-            )
         check_selector(self.select)
         self.selection()
+        self._check_numbers()
+        self._check_precision()
+        return self
+
+    def _check_numbers(self) -> None:
         for name, number, least in (
             ("--steps", self.steps, 2),
             ("--batch", self.batch, 1),
@@ -112,19 +112,26 @@ class CompileOptions(Record):
         ):
             if number < least:
                 raise InputError(f"{name} must be at least {least}, found {number}")
-        for name, found, default in (("--scales", self.scales, "static"), ("--midpoint", self.midpoint, "zero")):
-            if self.bits is None and found != default:
+        if not 0 < self.cfg < 1000:
+            raise InputError(f"--cfg must be above 0 and below 1000, found {self.cfg:g}; 1 means no guidance")
+        if not 0 <= self.seed < LARGEST_SEED:
+            raise InputError(f"--seed must be 0 to {LARGEST_SEED - 1}, found {self.seed}")
+
+    def _check_precision(self) -> None:
+        """What is for integers only, and what simulated ones don't have."""
+        bindings = (("--scales", self.scales, "static"), ("--midpoint", self.midpoint, "zero"))
+        other = [(name, found, default) for name, found, default in bindings if found != default]
+        for name, found, default in other:
+            if self.bits is None:
                 raise InputError(
                     f"{name} {found} is for activations in INT8, and --precision {self.precision} has none; "
                     "leave it out, or compile with --precision w8a8"
                 )
-        if self.bits is not None and self.bits.activations < INT8.activations:
-            for name, found, default in (("--scales", self.scales, "static"), ("--midpoint", self.midpoint, "zero")):
-                if found != default:
-                    raise InputError(
-                        f"--precision {self.precision} is simulated with {name} {default} only, found {found}; "
-                        "leave it out, or compile with --precision w8a8"
-                    )
+            if self.bits.activations < INT8.activations:
+                raise InputError(
+                    f"--precision {self.precision} is simulated with {name} {default} only, found {found}; "
+                    "leave it out, or compile with --precision w8a8"
+                )
         if self.scales == "dynamic" and self.midpoint != "zero":
             raise InputError(
                 f"--scales dynamic measures every tensor as it comes, so --midpoint {self.midpoint} has nothing to do; "
@@ -135,11 +142,11 @@ class CompileOptions(Record):
                 f"--smooth {self.smooth} needs --precision w8a8, found {self.precision}: without INT8 there is nothing "
                 "to make easier"
             )
-        if not 0 < self.cfg < 1000:
-            raise InputError(f"--cfg must be above 0 and below 1000, found {self.cfg:g}; 1 means no guidance")
-        if not 0 <= self.seed < LARGEST_SEED:
-            raise InputError(f"--seed must be 0 to {LARGEST_SEED - 1}, found {self.seed}")
-        return self
+        if self.float_ends is not None and self.bits is None:
+            raise InputError(
+                f"--float-steps {self.float_steps} names steps not to be quantized, and --precision {self.precision} "
+                "quantizes none; leave it out, or compile with --precision w8a8"
+            )
 
     @property
     def bits(self) -> Bits | None:
