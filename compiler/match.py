@@ -110,7 +110,7 @@ def match_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> Match:
 
 
 def _own_run(bundle: Bundle) -> tuple[dict[int, Samples], Samples]:
-    """(samples before every step that computes all, what the bundle's network gave at the middle one of them)."""
+    """(samples before every call of `full`, what the bundle's network gave at the middle one of them)."""
     program = bundle.manifest.program
     calls = sum(step.segment == FULL for step in program.steps)
     recorder = RecordingBackend(OnnxRuntimeBackend(), {FULL: {calls // 2}})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import ValidationError
 
 from ditc.calib_data.selection import SelectionOptions, check_selector
@@ -158,13 +160,14 @@ class CompileOptions(Record):
         """How many of the first and of the last steps are not quantized; None for none. Raises InputError."""
         if self.float_steps == "none":
             return None
-        first, _, last = self.float_steps.partition(":")
-        if not first.isdecimal() or not last.isdecimal() or not int(first) + int(last):
+        found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", self.float_steps, re.ASCII)
+        first, last = (0, 0) if found is None else (int(number) for number in found.groups())
+        if first + last == 0:
             raise InputError(
                 f"--float-steps needs FIRST:LAST, found {self.float_steps!r}; write for example --float-steps 2:2 to "
                 "leave the first 2 and the last 2 steps unquantized"
             )
-        return int(first), int(last)
+        return first, last
 
     def selection(self) -> SelectionOptions:
         """The selector's share of the settings."""

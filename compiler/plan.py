@@ -63,14 +63,15 @@ class Plan:
 
     @property
     def recorded_program(self) -> Program:
-        """The program whose points enter the pool: the one that will serve, or the one without a cache."""
+        """The program whose points enter the pool: the one that will serve, in FP, or the one without a cache."""
         return self.reference_program if self.options.pool_steps == "uncached" else self.cached_program
 
     @property
     def recorded_steps(self) -> set[int]:
-        """The steps whose points enter the pool."""
-        every = self.options.pool_steps != "computed"
-        return {s.index for s in self.program.steps if every or self.program.segment(s.segment).quantizes}
+        """The steps whose points enter the pool: none of those that compute in floating point."""
+        every, segment_of = self.options.pool_steps != "computed", self.program.segment
+        called = {step.index: segment_of(step.segment) for step in self.program.steps}
+        return {index for index, part in called.items() if part.quantizes or (every and not part.in_float)}
 
     def scale_groups(self, calib: CalibSet) -> Groups | None:
         """Which steps share activation scales, (steps,); None where nothing is calibrated."""

@@ -18,9 +18,13 @@ from ditc.progress import Progress, silent
 from ditc.runtime.samplers import adds_noise, sampler_table
 from ditc.schedule import CacheSchedule, Reuse, schedule_for
 
-__all__ = ["make_plan"]
+__all__ = ["SmallPoolError", "make_plan"]
 
 MOST_WITH_NOISE = 3  # reuses in a row that "auto" extrapolates under fresh noise: FORA's with four are better held
+
+
+class SmallPoolError(InputError):
+    """A pool with fewer points than are to be selected from it."""
 
 
 def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
@@ -108,11 +112,11 @@ def caches_for(model: Any, options: CompileOptions) -> Caches:
 
 
 def check_pool_suffices(plan: Plan) -> None:
-    """Raise InputError where the pool will be smaller than what is to be selected from it, before recording it."""
+    """Raise SmallPoolError where the pool will be smaller than what is to be selected from it, before recording it."""
     recorded, options = len(plan.recorded_steps), plan.options
     found = options.pool_size(recorded) * recorded
     if options.bits is not None and found < options.points:
-        raise InputError(
+        raise SmallPoolError(
             f"the pool will have {found} points, fewer than the {options.points} asked for; "
             "record more images (--pool) or ask for fewer points (--points)"
         )

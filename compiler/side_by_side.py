@@ -20,6 +20,7 @@ from ditc.compiler.match import Match, bench_labels, match_of
 from ditc.compiler.peer import Peer
 from ditc.compiler.peers import ReadyPeer, ready_peer
 from ditc.errors import CheckError, InputError
+from ditc.program import FULL
 from ditc.progress import Progress
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.latency import latency_of
@@ -93,12 +94,12 @@ def take_turns(turns: list[Turn], rounds: int, warmup: int, progress: Progress) 
 
 def bundle_turn(pipe: Pipeline) -> Turn:
     """One request of a full batch: its whole run up to the latents, steps that compute all, others by segment."""
-    labels, computes = bench_labels(pipe.bundle.manifest), pipe.program.steps[0].segment
+    labels = bench_labels(pipe.bundle.manifest)
 
     def turn() -> Iterator[tuple[str, float]]:
         start, until = perf_counter(), 0.0
         for event in pipe.generate(labels, seed=0):
-            yield STEP if event.segment == computes else event.segment, event.seconds
+            yield STEP if event.segment == FULL else event.segment, event.seconds
             if event.index == event.steps - 1:  # what comes after it is decoding, which no peer does
                 yield RUN, until + event.seconds
             until = perf_counter() - start
@@ -130,18 +131,18 @@ def _steps_in_a_burst(peer: Peer, match: Match) -> Turn:
 
 
 def _whole_run(peer: Peer, begin: Callable[[], None], match: Match) -> Turn:
-    steps, shape = match.bundle.manifest.program.steps, match.run.spec.latent_shape
+    program, shape = match.bundle.manifest.program, match.run.spec.latent_shape
 
     def turn() -> Iterator[tuple[str, float]]:
         x, fresh = seeded_noise(0, 0, len(match.x), shape)
         begin()
         whole = 0.0
-        for step in steps:
+        for step in program.steps:
             start = perf_counter()
             x = match.run.step(peer.forward, step.index, x, fresh)
             seconds = perf_counter() - start
             whole += seconds
-            if step.segment == steps[0].segment:
+            if all(program.segment(step.segment).compute):
                 yield STEP, seconds
         yield RUN, whole
 

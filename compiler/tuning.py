@@ -31,6 +31,7 @@ from ditc.compiler.benching import bench_bundle
 from ditc.compiler.driver import check_places, compile_model
 from ditc.compiler.evaluating import EvaluateOptions, evaluate_bundle
 from ditc.compiler.options import CompileOptions
+from ditc.compiler.planning import SmallPoolError
 from ditc.compiler.stages import model_digest
 from ditc.compiler.veto import VetoOptions, veto_of
 from ditc.errors import CheckError, InputError
@@ -171,8 +172,8 @@ class _Search:
             except NoSumsError:
                 without = f"--reuse {changes['reuse']} is not tried where no sums are made ahead"
                 self.noted(f"{without} (docs/approximators.md)")
-            except NothingQuantizedError:
-                self.noted(f"--policy {policy} is not tried: it computes no step that is quantized")
+            except (NothingQuantizedError, SmallPoolError) as e:
+                self.noted(f"--policy {policy} is not tried: {e}")
                 break
         return trials
 
@@ -181,7 +182,7 @@ class _Search:
 
     @property
     def windows(self) -> Iterator[tuple[int, int]]:
-        """Steps at both ends, at most half of all."""
+        """Steps at both ends, together fewer than half of all."""
         return (ends for ends in WINDOWS if sum(ends) < self.base.steps // 2)
 
 

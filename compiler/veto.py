@@ -7,9 +7,10 @@ For branch l at step i, whose output y_l(i) would be replaced by that of an earl
     ratio    = E / D
 
 with Euclidean norms over images, guidance halves, tokens and channels. E holds what the branches in front of l in the
-same step pass on to it. Below 1 a reuse errs more than computing does, and what it errs by can be seen, corrected,
-extrapolated. Above 1 the difference of two outputs that INT8 computes is mostly rounding: settings of a cache that are
-chosen by looking at it rest on noise, an extrapolation amplifies noise, and computing more often brings little.
+same step pass on to it; at steps that the bundle leaves in floating point it is 0. Below 1 a reuse errs more than
+computing does, and what it errs by can be seen, corrected, extrapolated. Above 1 the difference of two outputs that
+INT8 computes is mostly rounding: settings of a cache that are chosen by looking at it rest on noise, an extrapolation
+amplifies noise, and computing more often brings little.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ditc.compiler.branch_probe import BranchProbe, condition_tables, open_branc
 from ditc.compiler.guided import GuidedRun
 from ditc.errors import InputError
 from ditc.precision import quantized
-from ditc.program import CONDITION, FULL, Program
+from ditc.program import CONDITION, FULL, Program, steps_at_ends
 from ditc.progress import Progress, silent
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline, load
@@ -150,9 +151,13 @@ class _Sides:
         exact = stack.enter_context(open_branch_probe(bundle.reference_path(FULL), branches))
         found = stack.enter_context(open_branch_probe(bundle.segment_path(FULL), branches, bundle.tables()))
         conditions = bundle.reference_path(CONDITION), bundle.segment_path(CONDITION)
-        program = bundle.manifest.program
-        unquantized = {step.index for step in program.steps if program.segment(step.segment).in_float}
-        return _Sides(pipe, GuidedRun.of(bundle), exact, found, conditions, unquantized)
+        return _Sides(pipe, GuidedRun.of(bundle), exact, found, conditions, _steps_in_float(bundle))
+
+
+def _steps_in_float(bundle: Bundle) -> set[int]:
+    """The steps at either end that compute in floating point, or would."""
+    first, _, last = str(bundle.manifest.settings.get("float_steps", "none")).partition(":")
+    return steps_at_ends(len(bundle.manifest.program.steps), int(first), int(last)) if last else set()
 
 
 def _add_image(squares: Squares, sides: _Sides, sources: NDArray[np.int64], seed: int, image: int) -> None:

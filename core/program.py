@@ -35,6 +35,7 @@ __all__ = [
     "distance_of",
     "ends_in_float",
     "program_from_schedule",
+    "steps_at_ends",
 ]
 
 CONDITION, DECODE = "condition", "decode"
@@ -330,13 +331,18 @@ def program_from_schedule(
     return program
 
 
+def steps_at_ends(steps: int, first: int, last: int) -> set[int]:
+    """The first and the last of so many steps."""
+    return {*range(min(first, steps)), *range(max(steps - last, 0), steps)}
+
+
 def ends_in_float(program: Program, first: int, last: int) -> Program:
     """Let the first and the last steps that compute everything call FLOAT instead of FULL.
 
     Steps that reuse have no branch to quantize and stay as they are. Raises InputError where such a step computes only
     some branches, where none computes, or NothingQuantizedError where no other step is left.
     """
-    ends = {*range(first), *range(len(program.steps) - last, len(program.steps))}
+    ends = steps_at_ends(len(program.steps), first, last)
     quantized = {plan.name for plan in program.segments if plan.quantizes}
     asked, called = f"--float-steps {first}:{last}", {step.segment for step in program.steps if step.index in ends}
     if partial := (called & quantized) - {FULL}:
@@ -348,9 +354,10 @@ def ends_in_float(program: Program, first: int, last: int) -> Program:
         step.model_copy(update={"segment": FLOAT}) if step.index in ends and step.segment == FULL else step
         for step in program.steps
     )
-    if not quantized & {step.segment for step in steps}:
+    if FULL not in {step.segment for step in steps}:
         raise NothingQuantizedError(
-            f"{asked} leaves no step to quantize; name fewer steps, or compile with --precision fp16"
+            f"{asked} leaves no step that computes everything to quantize; name fewer steps, or compile with "
+            "--precision fp16"
         )
     segments = {plan.name: plan for plan in program.segments}
     segments[FLOAT] = segments[FULL].model_copy(update={"name": FLOAT, "in_float": True})

@@ -28,7 +28,7 @@ LEAST_POINTS = 8  # of a group; fewer say little about the tail of an activation
 
 @dataclass(frozen=True)
 class ScaleBinding:
-    """`groups` takes the calibration points of each step and whether it computes, both (steps,).
+    """`groups` takes the calibration points of each step and whether it quantizes, both (steps,).
 
     It is None where nothing is calibrated. `magnitude` gives the value that an activation is divided by in front of a
     pair of constant scale; None where the pair's own scale is the layer's. `by_step` is whether that value comes from
@@ -40,18 +40,18 @@ class ScaleBinding:
     by_step: bool = False
 
 
-def one_group(points: NDArray[np.int64], computes: NDArray[np.bool_]) -> Groups:
+def one_group(points: NDArray[np.int64], quantizes: NDArray[np.bool_]) -> Groups:
     """All steps together."""
     return np.zeros(len(points), np.int64)
 
 
-def neighbouring_steps(points: NDArray[np.int64], computes: NDArray[np.bool_], least: int = LEAST_POINTS) -> Groups:
-    """Each step that computes is a group of its own, joined with its neighbours until it has `least` points.
+def neighbouring_steps(points: NDArray[np.int64], quantizes: NDArray[np.bool_], least: int = LEAST_POINTS) -> Groups:
+    """Each step that quantizes is a group of its own, joined with its neighbours until it has `least` points.
 
-    A step that does not compute belongs to the last one before it that does: it needs no scales, and where it has
-    points nevertheless they count there. What is left over at the end joins the last group.
+    A step that does not belongs to the last one before it that does, or to the first: it needs no scales, and where it
+    has points nevertheless they count there. What is left over at the end joins the last group.
     """
-    runs = np.cumsum(computes) - 1  # (steps,), the run of each step; the first step computes
+    runs = np.maximum(np.cumsum(quantizes) - 1, 0)  # (steps,), the run of each step
     filled = np.bincount(runs, weights=points)
     group_of_run, group, held = [], 0, 0
     for count in filled:

@@ -60,7 +60,14 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> dict[str
         "cached": made("cached", policy="fora:2"),
         "per-step": made("per-step", policy="fora:2", scales="per-step", midpoint="bounded", vc="none"),
         "float-ends": made(
-            "float-ends", policy="fora:2", float_steps="1:2", reuse="affine", smooth="smooth", vc="none"
+            "float-ends",
+            policy="fora:2",
+            float_steps="1:2",
+            reuse="affine",
+            smooth="smooth",
+            vc="none",
+            scales="per-step",
+            midpoint="bounded",
         ),
         "fp32-cached": made("fp32-cached", policy="fora:2", precision="fp32", vc="none"),
         "fp32-branches": made("fp32-branches", policy="fora:2", precision="fp32", vc="none", caches="branches"),

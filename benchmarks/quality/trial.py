@@ -135,9 +135,8 @@ def exact_side(cell: Cell, seed: int, work: Path) -> Made:
     path = work / f"fp-{digest_of([REVISION, sampler, cell.images, seed])}.npz"
     with in_turn(path.with_name(f".{path.name}.lock")):
         if not path.is_file():
-            options = CompileOptions(
-                **{**cell.every_setting, "policy": "none", "precision": "fp32", "smooth": "none", "reuse": "hold"}
-            )
+            without = {"policy": "none", "precision": "fp32", "float_steps": "none", "smooth": "none", "reuse": "hold"}
+            options = CompileOptions(**{**cell.every_setting, **without}).checked()
             plan = replace(make_plan(MODELS["plain"](), options), threads=THREADS)
             found = made(plan, plan.program, exported("plain", plan, work), {}, seed, cell.images)
             np.savez(path, images=found.images, steps=found.steps)

@@ -335,9 +335,10 @@ def test_guidance_needs_an_unconditional_class(
         ({"eta": 3.0}, "sampler setting eta"),
         ({"sampler": "euler"}, "unknown sampler 'euler'"),
         ({"float_steps": "2"}, "--float-steps needs FIRST:LAST, found '2'; write for example --float-steps 2:2"),
+        ({"float_steps": f"{'9' * 5000}:0"}, "--float-steps needs FIRST:LAST"),
         ({"float_steps": "0:0"}, "--float-steps needs FIRST:LAST, found '0:0'"),
         ({"float_steps": "1:1", "precision": "fp16"}, "and --precision fp16 quantizes none; leave it out"),
-        ({"float_steps": "5:1", "policy": "none"}, "leaves no step to quantize"),
+        ({"float_steps": "5:1", "policy": "none"}, "leaves no step that computes everything to quantize"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(

@@ -23,7 +23,7 @@ from ditc.compiler.match import Match, match_of
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.peer import Peer
 from ditc.compiler.peers import PEERS, ReadyPeer, ready_peer
-from ditc.compiler.side_by_side import check_not_slower, peer_turn, take_turns
+from ditc.compiler.side_by_side import bundle_turn, check_not_slower, peer_turn, take_turns
 from ditc.errors import CheckError
 from ditc.exporter.models import builtin_digits, random_dit
 from ditc.runtime.executor import Samples, seeded_noise
@@ -249,6 +249,12 @@ def test_sides_take_turns_and_warm_up_is_forgotten(monkeypatch: pytest.MonkeyPat
     times = take_turns([side("a"), side("b")], 2, 1, lambda *_: None)
     assert order == ["a", "b"] * 3
     assert times == [{"step": [3.0, 5.0]}, {"step": [4.0, 6.0]}]
+
+
+def test_only_quantized_steps_are_held_against_a_peers(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["float-ends"].path) as pipe:
+        kinds = [kind for kind, _ in bundle_turn(pipe)()]
+    assert kinds == ["float", "reuse", "step", "reuse", "float", "reuse", "run"]
 
 
 def test_a_peer_with_a_cache_is_measured_over_whole_runs(match: Match) -> None:

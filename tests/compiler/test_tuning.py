@@ -13,6 +13,7 @@ from ditc.bundle import open_bundle
 from ditc.compiler import tuning
 from ditc.compiler.cli import run
 from ditc.compiler.options import CompileOptions
+from ditc.compiler.planning import SmallPoolError
 from ditc.compiler.tuning import Budget, Trial, TuneOptions, pareto_front, tune_model
 from ditc.errors import CheckError, InputError
 from ditc.program import NoSumsError, NothingQuantizedError
@@ -152,16 +153,17 @@ def test_floating_point_is_kept_only_where_it_is_needed_and_enough(missing: floa
     assert not [t for t in search.measured if t.stage == "schedule" and "float_steps" in t.changes]
 
 
-def test_an_interval_at_which_nothing_is_quantized_is_left_out_and_the_reason_given() -> None:
+@pytest.mark.parametrize("error", [NothingQuantizedError, SmallPoolError])
+def test_an_interval_that_can_not_be_calibrated_is_left_out_and_the_reason_given(error: type[InputError]) -> None:
     def judge(stage: str, changes: dict[str, str]) -> Trial:
         if changes["policy"] == "fora:3":
-            raise NothingQuantizedError("not here")
+            raise error("too little here")
         return trial(changes, 1 / interval_of(changes), 40, stage)
 
     search = tuning._Search(BASE, OPTIONS, judge, lambda _: 0)
     tuning._explore(search)
     assert {t.changes["policy"] for t in search.measured} == {"none", "fora:2", "fora:4", "fora:5", "fora:6"}
-    assert search.notes == ["--policy fora:3 is not tried: it computes no step that is quantized"]
+    assert search.notes == ["--policy fora:3 is not tried: too little here"]
 
 
 def test_without_integers_there_is_no_noise_to_look_at() -> None:

@@ -50,7 +50,7 @@ def compiled(
         ("partial-rows", {"policy": str(schedule)}),
         ("affine", {"reuse": "affine"}),
         ("taylor", {"reuse": "taylor", "smooth": "smooth", "vc": "none"}),
-        ("float-ends", {"policy": "fora:2", "float_steps": "1:1"}),
+        ("float-ends", {"policy": "fora:2", "float_steps": "1:2"}),
         ("per-step", {"policy": str(schedule), "scales": "per-step", "midpoint": "bounded"}),
     ):
         compile_model(make_small_model(), folder / name, quick.model_copy(update=changes), exports=exports)

@@ -344,6 +344,7 @@ def test_a_step_in_floating_point_leaves_what_the_quantized_one_would() -> None:
     [
         (fora(3, 11), (0, 1), "--float-steps 0:1 names no step that computes"),
         (rows("xxx", "x..", "xxx"), (2, 0), "step 1 computes some branches"),
+        (rows("xxx", "x..", "x.."), (1, 0), "leaves no step that computes everything to quantize"),
     ],
 )
 def test_ends_that_can_not_be_in_floating_point_are_refused(
@@ -354,5 +355,7 @@ def test_ends_that_can_not_be_in_floating_point_are_refused(
 
 
 def test_a_program_without_a_quantized_step_is_an_error_of_its_own() -> None:
-    with pytest.raises(NothingQuantizedError, match="leaves no step to quantize"):
+    with pytest.raises(NothingQuantizedError, match="leaves no step that computes everything to quantize"):
         ends_in_float(compiled(fora(3, 6)), 1, 3)
+    with pytest.raises(NothingQuantizedError):
+        ends_in_float(compiled(fora(3, 6)), 9_999, 0)

@@ -15,8 +15,8 @@ EVERY = np.ones(6, np.bool_)
 FORA = np.array([True, False, False, True, False, False])
 
 
-def groups(points: list[int], computes: np.ndarray = EVERY, least: int = 4) -> list[int]:
-    return neighbouring_steps(np.array(points), computes, least).tolist()
+def groups(points: list[int], quantizes: np.ndarray = EVERY, least: int = 4) -> list[int]:
+    return neighbouring_steps(np.array(points), quantizes, least).tolist()
 
 
 def test_a_step_with_enough_points_is_alone() -> None:
@@ -41,17 +41,21 @@ def test_steps_that_reuse_need_no_scales_and_lend_their_points() -> None:
     assert groups([2, 1, 0, 6, 0, 0], FORA) == [0] * 6
 
 
+def test_steps_before_the_first_that_quantizes_belong_to_it() -> None:
+    assert groups([0, 0, 0, 5, 0, 6], np.array([False, False, False, True, False, True])) == [0, 0, 0, 0, 0, 1]
+
+
 def test_static_scales_have_one_group() -> None:
     assert one_group(np.arange(6), EVERY).tolist() == [0] * 6
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=60), st.integers(1, 20))
 def test_groups_are_runs_of_steps_with_enough_points(steps: list[tuple[int, bool]], least: int) -> None:
-    points, computes = np.array([count for count, _ in steps]), np.array([True, *(c for _, c in steps[1:])])
-    found = neighbouring_steps(points, computes, least)
+    points, quantizes = (np.array(column) for column in zip(*steps, strict=True))
+    found = neighbouring_steps(points, quantizes, least)
     assert found[0] == 0
     assert set(np.diff(found)) <= {0, 1}
-    assert all(computes[1:][np.diff(found) == 1])  # a group begins where the network runs
+    assert all(quantizes[1:][np.diff(found) == 1])  # a group begins where scales are needed
     held = np.bincount(found, weights=points)
     assert len(held) == 1 or held.min() >= least
 
