@@ -30,7 +30,7 @@ from ditc.compiler.branch_probe import BranchProbe, condition_tables, open_branc
 from ditc.compiler.guided import GuidedRun
 from ditc.errors import InputError
 from ditc.precision import quantized
-from ditc.program import CONDITION, FULL, Program, steps_at_ends
+from ditc.program import CONDITION, FULL, Program
 from ditc.progress import Progress, silent
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline, load
@@ -151,13 +151,7 @@ class _Sides:
         exact = stack.enter_context(open_branch_probe(bundle.reference_path(FULL), branches))
         found = stack.enter_context(open_branch_probe(bundle.segment_path(FULL), branches, bundle.tables()))
         conditions = bundle.reference_path(CONDITION), bundle.segment_path(CONDITION)
-        return _Sides(pipe, GuidedRun.of(bundle), exact, found, conditions, _steps_in_float(bundle))
-
-
-def _steps_in_float(bundle: Bundle) -> set[int]:
-    """The steps at either end that compute in floating point, or would."""
-    first, _, last = str(bundle.manifest.settings.get("float_steps", "none")).partition(":")
-    return steps_at_ends(len(bundle.manifest.program.steps), int(first), int(last)) if last else set()
+        return _Sides(pipe, GuidedRun.of(bundle), exact, found, conditions, bundle.manifest.program.unquantized)
 
 
 def _add_image(squares: Squares, sides: _Sides, sources: NDArray[np.int64], seed: int, image: int) -> None:

@@ -35,7 +35,6 @@ __all__ = [
     "distance_of",
     "ends_in_float",
     "program_from_schedule",
-    "steps_at_ends",
 ]
 
 CONDITION, DECODE = "condition", "decode"
@@ -114,7 +113,10 @@ class Step(Record):
 
 
 class Program(Record):
-    """Calls before the loop, the steps, calls after it, and how many cache slots they need."""
+    """Calls before the loop, the steps, calls after it, and how many cache slots they need.
+
+    `float_ends` are how many of the first and of the last steps compute in floating point, where they compute.
+    """
 
     branches: tuple[str, ...]
     prologue: tuple[str, ...] = ()
@@ -123,11 +125,18 @@ class Program(Record):
     segments: tuple[SegmentPlan, ...]
     slots: int = 0
     reuse: Reuse = "hold"
+    float_ends: tuple[int, int] = (0, 0)
 
     @property
     def calls(self) -> list[str]:
         """Names of all segments that the program calls, in the order of their first call."""
         return [*self.prologue, *(plan.name for plan in self.segments), *self.epilogue]
+
+    @property
+    def unquantized(self) -> set[int]:
+        """The steps at either end that compute in floating point, or would."""
+        (first, last), steps = self.float_ends, len(self.steps)
+        return {*range(min(first, steps)), *range(max(steps - last, 0), steps)}
 
     def segment(self, name: str) -> SegmentPlan:
         return next(plan for plan in self.segments if plan.name == name)
@@ -331,18 +340,14 @@ def program_from_schedule(
     return program
 
 
-def steps_at_ends(steps: int, first: int, last: int) -> set[int]:
-    """The first and the last of so many steps."""
-    return {*range(min(first, steps)), *range(max(steps - last, 0), steps)}
-
-
 def ends_in_float(program: Program, first: int, last: int) -> Program:
     """Let the first and the last steps that compute everything call FLOAT instead of FULL.
 
     Steps that reuse have no branch to quantize and stay as they are. Raises InputError where such a step computes only
     some branches, where none computes, or NothingQuantizedError where no other step is left.
     """
-    ends = steps_at_ends(len(program.steps), first, last)
+    program = program.model_copy(update={"float_ends": (first, last)})
+    ends = program.unquantized
     quantized = {plan.name for plan in program.segments if plan.quantizes}
     asked, called = f"--float-steps {first}:{last}", {step.segment for step in program.steps if step.index in ends}
     if partial := (called & quantized) - {FULL}:
