@@ -56,7 +56,7 @@ COMPILE_OPTIONS = (
     ),
     click.option(
         "--precision",
-        metavar="fp32|fp16|w8a8|w4a8|w8a6",
+        metavar="fp32|fp16|w8a8|w7a8|w4a8|w8a6",
         default="w8a8",
         show_default=True,
         help="Arithmetic of linear layers; 4 and 6 bits are simulated in 8.",

@@ -16,12 +16,14 @@ class Bits(NamedTuple):
 
 
 INT8 = Bits()
-# None is arithmetic in floating point. Fewer bits than eight are a simulation of their accuracy: the numbers take fewer
-# values, and still lie in INT8 tensors that the INT8 kernels multiply, at their speed and size
+# None is arithmetic in floating point. Fewer bits than eight lie in INT8 tensors that the INT8 kernels multiply, at
+# their speed and size. Four and six are a simulation of their accuracy. Seven of weights are for CPUs without integer
+# dot products, whose kernels add two products in 16 bits: 2 * 255 * 63 fits there, 2 * 255 * 127 does not
 PRECISIONS: Mapping[str, Bits | None] = {
     "fp32": None,
     "fp16": None,
     "w8a8": INT8,
+    "w7a8": Bits(weights=7),
     "w4a8": Bits(weights=4),
     "w8a6": Bits(activations=6),
 }

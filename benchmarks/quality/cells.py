@@ -155,6 +155,19 @@ def quantizer_cells() -> Iterator[Cell]:
             yield Cell("bits", f"{precision}, {name}", model, {"precision": precision, **STRATEGIES[name]})
 
 
+def seven_cells() -> Iterator[Cell]:
+    """Seven bits of weights beside eight: without a cache, and as ditc compiles by default."""
+    default = {"smooth": "smooth", "select": "tap"}
+    for sampler, model, policy in product(SAMPLERS, MODELS, ("none", "fora:3", "fora:5")):
+        extrapolates = policy != "none" and (sampler, policy) != ("ddpm", "fora:5")
+        reuse = {"reuse": "taylor"} if extrapolates else {}
+        for precision in ("w8a8", "w7a8"):
+            # w8a8 is what BASE says: so the trials are those of other groups where they have them
+            changes = {"sampler": sampler, "policy": policy, **default, **reuse}
+            bits = {} if precision == "w8a8" else {"precision": precision}
+            yield Cell("seven", precision, model, {**changes, **bits}, MAIN_SEEDS, MAIN_IMAGES)
+
+
 def float_cells() -> Iterator[Cell]:
     """Steps at either end in floating point, where INT8 costs little and where six bits of activations cost much."""
     for model, precision, ends in product(MODELS, ("w8a8", "w8a6"), ("none", "8:0", "0:8", "8:8")):
@@ -183,4 +196,5 @@ CELLS: tuple[Cell, ...] = (
     *points_cells(),
     *quantizer_cells(),
     *float_cells(),
+    *seven_cells(),
 )

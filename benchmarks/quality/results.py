@@ -16,7 +16,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,9 @@ PLOTS = {
     "ddpm": "Frechet distance less FP's of every strategy, DDPM",
     "points": "PSNR against the number of calibration points, a line for each selector",
 }
-HEADER = (
-    "| model | sampler | policy | | trials x images | Frechet distance less FP's | less naive's | recall less FP's "
-    "| PSNR | variance |",
-    "|---|---|---|---|---|---|---|---|---|---|",
-)
+# what the cells of a group are held against beside FP: the naive combination, but for those named here
+BESIDE = {"seven": "w8a8"}
+NAIVE = "naive"
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,11 @@ class Effect:
 
 @dataclass(frozen=True)
 class Found:
-    """A cell with the trials of it that have been run, by seed, and those of the naive combination beside it."""
+    """A cell with the trials of it that have been run, by seed, and those of the cell that it is held against."""
 
     cell: Cell
     rows: Mapping[int, Row]
-    naive: Mapping[int, Row]
+    beside: Mapping[int, Row]
 
     def effect(self, measure: Measure) -> Effect:
         """Of a measure, over all trials."""
@@ -69,9 +67,9 @@ class Found:
 
     @property
     def change(self) -> Effect | None:
-        """Of the Frechet distance, against the naive combination of the same seeds; None where it is that itself."""
-        shared = [seed for seed in self.rows if seed in self.naive]
-        changes = [distance(self.rows[seed]) - distance(self.naive[seed]) for seed in shared]
+        """Of the Frechet distance, against the other cell with the same seeds; None where it is that itself."""
+        shared = [seed for seed in self.rows if seed in self.beside]
+        changes = [distance(self.rows[seed]) - distance(self.beside[seed]) for seed in shared]
         return effect_of(changes) if any(changes) else None
 
 
@@ -128,15 +126,28 @@ def naive_of(cell: Cell) -> Cell:
     return Cell(cell.group, "naive", cell.model, {**BASE, **kept}, cell.seeds, cell.images)
 
 
+def eight_bits_of(cell: Cell) -> Cell:
+    """The same settings with eight bits of weights."""
+    settings = {name: value for name, value in cell.settings.items() if name != "precision"}
+    return replace(cell, name=BESIDE["seven"], settings=settings)
+
+
 def found_in(group: str, trials: Trials) -> list[Found]:
     """The cells of a group that have been tried."""
-    found = {}
+    found, other = {}, eight_bits_of if group in BESIDE else naive_of
     for cell in CELLS:
         rows = rows_of(cell, trials)
         if cell.group == group and rows:
             name = (cell.model, cell.name, *(cell.every_setting[key] for key in ("sampler", "policy")))
-            found[name] = Found(cell, rows, rows_of(naive_of(cell), trials))
+            found[name] = Found(cell, rows, rows_of(other(cell), trials))
     return list(found.values())
+
+
+def header(beside: str) -> list[str]:
+    """The head of a table whose cells are held against FP and one other."""
+    names = ("model", "sampler", "policy", "", "trials x images", "Frechet distance less FP's", f"less {beside}'s")
+    columns = [*names, "recall less FP's", "PSNR", "variance"]
+    return [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
 
 
 def table(cells: Sequence[Found]) -> list[str]:
@@ -145,7 +156,7 @@ def table(cells: Sequence[Found]) -> list[str]:
     changes = [found.change for found in cells]
     known = [change for change in changes if change is not None]
     stars = dict(zip(map(id, [*against_fp, *known]), [*significant(against_fp), *significant(known)], strict=True))
-    lines = list(HEADER)
+    lines = header(BESIDE.get(cells[0].cell.group, NAIVE))
     for found, own, change in zip(cells, against_fp, changes, strict=True):
         settings = found.cell.every_setting
         columns = (

@@ -157,7 +157,7 @@ def bad_files(tmp_path: Path) -> Path:
         ),
         ("compile digits -o {bad}/b --scales dynamic --midpoint bounded", "leave one of them out"),
         ("compile digits -o {bad}/b --precision w8a6 --scales per-step", "simulated with --scales static only"),
-        ("compile digits -o {bad}/b --precision w2a8", "choose one of: fp16, fp32, w4a8, w8a6, w8a8"),
+        ("compile digits -o {bad}/b --precision w2a8", "choose one of: fp16, fp32, w4a8, w7a8, w8a6, w8a8"),
         ("compile digits -o {bad}/b --batch 0", "--batch must be at least 1"),
         ("run {bad}/empty --labels 1 -o {bad}/i", "is not a bundle"),
         ("run {bundle} --labels 9 -o {bad}/i", "label 9 is not a class"),

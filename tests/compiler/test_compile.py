@@ -318,7 +318,7 @@ def test_guidance_needs_an_unconditional_class(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precision": "w2a2"}, "unknown precision 'w2a2'; choose one of: fp16, fp32, w4a8, w8a6, w8a8"),
+        ({"precision": "w2a2"}, "unknown precision 'w2a2'; choose one of: fp16, fp32, w4a8, w7a8, w8a6, w8a8"),
         ({"ranges": "p99"}, "unknown range method 'p99'; choose one of: entropy, max, mse, percentile"),
         ({"select": "best"}, "unknown selector 'best'"),
         ({"vc": "magic"}, "unknown compensation 'magic'"),
