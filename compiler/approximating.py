@@ -40,7 +40,7 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
     rows = plan.reuse_tables[REUSE_ROWS]
     target = _Target.of(plan, segments)
     with _recorded(plan, compiled, tables, rows) as (runner, runs):
-        requests = start_requests(plan, runner, count, REUSE_NOISE)
+        requests = start_requests(plan, runner, count, REUSE_NOISE, plan.served_at_once)
         made: list[RecordedRun] = []
         for step in steps:
             moments = Moments.empty(rows.shape[-1])

@@ -36,6 +36,8 @@ def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, pr
     Raises CheckError where the median request takes longer than `options.most_seconds`.
     """
     pipe = place.load(bundle)
+    if place.threads is not None and (options.roofline or options.against):
+        raise InputError("peers and ceilings are measured on all cores; leave --threads out")
     if pipe.on_device and (options.roofline or options.against):
         raise InputError("peers and ceilings are measured on the processor; measure there too: --target cpu")
     with pipe:

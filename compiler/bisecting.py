@@ -311,10 +311,11 @@ def _prediction(engine: Engine, feed: dict[str, NDArray[Any]], channels: int) ->
     port = engine.outputs["out"]
     shape = (len(feed["x"]), *(size for size in port.shape[1:] if isinstance(size, int)))
     out: NDArray[Any] = np.empty(shape, port.dtype)
+    binding = engine.binding()
     for name, taken in engine.inputs.items():
-        engine.bind(name, np.ascontiguousarray(feed[name], taken.dtype))
-    engine.bind("out", out)
-    engine.run()
+        binding.bind(name, np.ascontiguousarray(feed[name], taken.dtype))
+    binding.bind("out", out)
+    binding.run()
     return np.asarray(out[:, :channels], np.float32)
 
 

@@ -19,6 +19,7 @@ from ditc.compiler.command_options import (
     feature_options,
     model_options,
     place_options,
+    processor_options,
     whole_numbers,
 )
 from ditc.compiler.live_progress import progress_on_stderr, steps_on_stderr
@@ -124,6 +125,7 @@ def compile_command(
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the PNG files.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
 @place_options
+@processor_options
 @as_json
 def run_command(bundle: Path, labels: str, out: Path, seed: int, json_: bool, **place: Any) -> None:
     """Generate images with a bundle: a PNG each, and a grid of all."""

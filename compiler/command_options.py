@@ -17,6 +17,9 @@ __all__ = [
     "feature_options",
     "model_options",
     "place_options",
+    "processor_options",
+    "taken_place",
+    "threads_option",
     "whole_numbers",
 ]
 
@@ -137,7 +140,7 @@ COMPILE_OPTIONS = (
     click.option(
         "--target", metavar=TARGETS, default="cpu", show_default=True, help="Where the bundle runs by default."
     ),
-    click.option("--batch", type=int, default=1, show_default=True, help="Images of one request at run time."),
+    click.option("--batch", type=int, default=1, show_default=True, help="Images that a built engine takes at once."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
     click.option(
         "--reference/--no-reference", default=True, show_default=True, help="Keep the FP segments for `verify`."
@@ -156,6 +159,15 @@ PLACE_OPTIONS = (
         show_default=True,
         help="How much one CUDA graph holds.",
     ),
+)
+
+THREADS_OPTION = click.option(
+    "--threads", type=int, help="Threads of one engine call on a CPU; default every core that the process may use."
+)
+
+PROCESSOR_OPTIONS = (
+    THREADS_OPTION,
+    click.option("--batch", type=int, help="Images that walk together on a CPU; default what fits a small buffer."),
 )
 
 FEATURE_OPTIONS = (
@@ -186,6 +198,8 @@ def with_all(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Com
 
 compile_options = with_all(COMPILE_OPTIONS)  # the settings of a compile
 place_options = with_all(PLACE_OPTIONS)  # where a bundle runs
+threads_option = with_all((THREADS_OPTION,))
+processor_options = with_all(PROCESSOR_OPTIONS)  # how it runs on a CPU
 feature_options = with_all(FEATURE_OPTIONS)  # what images are held against
 model_options = with_all(MODEL_OPTIONS)  # what is compiled; `chosen_model` reads them
 as_json = click.option(
@@ -198,6 +212,12 @@ def chosen_model(model: str | None, random_size: str | None, seed: int) -> str:
     if (model is None) == (random_size is None):
         raise InputError("name one model: MODEL, or --random SIZE")
     return model or f"random:{random_size}:{seed}"
+
+
+def taken_place(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a Place, taken out of a command's."""
+    names = ("target", "engines", "graphs", "threads", "batch")
+    return {name: settings.pop(name) for name in names if name in settings}
 
 
 def whole_numbers(text: str, option: str, example: str = "0,1,2") -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from ditc.compiler.features import (
     open_extractor,
     real_features,
 )
-from ditc.compiler.generating import MOST_AT_ONCE, ImageSource, classes_in_turn, stored_images
+from ditc.compiler.generating import ImageSource, classes_in_turn, stored_images
 from ditc.compiler.machine import machine
 from ditc.compiler.pretrained import lpips_distance
 from ditc.compiler.running import HERE, Place
@@ -52,6 +52,7 @@ Array = NDArray[Any]
 
 LEAST_IMAGES = K + 1  # of a seed; fewer have no neighbourhoods
 BOOTSTRAP_SEED = 0
+FEATURES_AT_ONCE = 64  # images
 LOWER_IS_BETTER = ("lpips",)
 REPORTED = ("policy", "reuse", "select", "ranges", "smooth", "vc", "seed")  # settings of the compile
 
@@ -60,17 +61,16 @@ class EvaluateOptions(Record):
     """The settings of `ditc evaluate`.
 
     `images` are made for each of `seeds`. `features` and `real` of None are the model's own (`compiler/features.py`);
-    "fp" as `real` is FP images of other noise. `batch` of None is as many as fit a small buffer, on a GPU the bundle's.
-    `step_images` are walked step by step; at `veto_images` of them the branches are looked at (`compiler/veto.py`).
-    `rounds` is of the bootstrap. `fail_if_worse` is the bound of `check_not_worse`. Where it or `features` is given, or
-    `require_features`, distribution measures have to be possible; else they are left out with the reason.
+    "fp" as `real` is FP images of other noise. `step_images` are walked step by step; at `veto_images` of them the
+    branches are looked at (`compiler/veto.py`). `rounds` is of the bootstrap. `fail_if_worse` is the bound of
+    `check_not_worse`. Where it or `features` is given, or `require_features`, distribution measures have to be
+    possible; else they are left out with the reason.
     """
 
     images: int = 1000
     seeds: tuple[int, ...] = (0, 1, 2)
     features: str | None = None
     real: str | None = None
-    batch: int | None = None
     step_images: int = 64
     veto_images: int = 0
     rounds: int = 1000
@@ -81,7 +81,6 @@ class EvaluateOptions(Record):
         """Self, or InputError naming the setting that makes no sense."""
         for name, number, least in (
             ("--images", self.images, LEAST_IMAGES),
-            ("--batch", 1 if self.batch is None else self.batch, 1),
             ("--step-images", self.step_images, 1),
             ("--veto", self.veto_images, 0),
             ("--rounds", self.rounds, 2),
@@ -188,9 +187,9 @@ class _Pairs:
 def _pairs(path: Path, work: _Work) -> _Pairs:
     """Run FP, the bundle, and the bundle without its compensation, one after the other."""
     options, watched = work.options, (work.options.seeds[0], min(work.options.step_images, work.options.images))
-    source = ImageSource(work.place.load(path), options.batch, work.progress)  # refused before FP takes its time
+    source = ImageSource(work.place.load(path), work.progress)  # refused before FP takes its time
     with work.place.load(path, reference=True) as pipe:
-        fp = ImageSource(pipe, options.batch, work.progress)
+        fp = ImageSource(pipe, work.progress)
         judges = _judges(fp, options)
         real = _real(fp, work, judges)
         exact_steps = fp.trajectory("steps-fp", *watched)
@@ -203,7 +202,7 @@ def _pairs(path: Path, work: _Work) -> _Pairs:
                 pairs.add(images, np.asarray(stored[places]))
     if "compensation.k" in pairs.bundle.tables():
         with work.place.load(path, compensation=False) as pipe:
-            bare = ImageSource(pipe, options.batch, work.progress).trajectory("steps-without-vc", *watched)
+            bare = ImageSource(pipe, work.progress).trajectory("steps-without-vc", *watched)
             pairs.steps["uncompensated"] = step_drift(bare, exact_steps).model_dump(mode="json")
     return pairs
 
@@ -243,8 +242,8 @@ def _real(fp: ImageSource, work: _Work, judges: _Judges) -> RealFeatures | None:
     parts = []
     for seed in options.seeds:
         images = stored_images(fp, work.folder, f"fp-real-{seed}", seed, options.images, options.images)
-        for start in range(0, len(images), MOST_AT_ONCE):
-            parts.append(extractor.features(np.asarray(images[start : start + MOST_AT_ONCE])))
+        for start in range(0, len(images), FEATURES_AT_ONCE):
+            parts.append(extractor.features(np.asarray(images[start : start + FEATURES_AT_ONCE])))
     features = np.concatenate(parts)
     return RealFeatures(f"{len(features):,} FP images of other noise", features)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,7 @@ from ditc.progress import Progress
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline
 
-__all__ = ["MOST_AT_ONCE", "ImageSource", "classes_in_turn", "stored_images"]
-
-REQUEST_BYTES = 256 << 20  # about what the buffers of one request may take
-MOST_AT_ONCE = 64
-BLOCK_INSIDES = 16  # tensors of a branch's size that are alive inside a block, beside the cache slots
+__all__ = ["ImageSource", "classes_in_turn", "stored_images"]
 
 
 def classes_in_turn(num_classes: int, first: int, count: int) -> list[int]:
@@ -31,29 +26,15 @@ def classes_in_turn(num_classes: int, first: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """An open pipeline that makes images by their numbers; the classes take turns.
-
-    `batch` of None is as many as fit a small buffer. On a GPU it is always the bundle's own.
-    """
+    """An open pipeline that makes images by their numbers; the classes take turns."""
 
     pipe: Pipeline
-    batch: int | None
     progress: Progress
-
-    def __post_init__(self) -> None:
-        made_for = self.pipe.bundle.manifest.batch
-        if self.pipe.on_device and self.batch not in (None, made_for):
-            raise InputError(f"these engines run {made_for} images at a time, found --batch {self.batch}; leave it out")
 
     @property
     def size(self) -> int:
         """Images of one request."""
-        manifest = self.pipe.bundle.manifest
-        if self.pipe.on_device:
-            return manifest.batch
-        tensors = self.pipe.program.slots + BLOCK_INSIDES
-        one = manifest.halves * prod(manifest.model.branch_shape) * 4 * tensors
-        return self.batch or max(manifest.batch, min(MOST_AT_ONCE, REQUEST_BYTES // one), 1)
+        return self.pipe.at_once
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from ditc.compiler.command_options import as_json, feature_options, place_options, whole_numbers
+from ditc.compiler.command_options import (
+    as_json,
+    feature_options,
+    place_options,
+    processor_options,
+    taken_place,
+    threads_option,
+    whole_numbers,
+)
 from ditc.compiler.live_progress import progress_on_stderr, steps_on_stderr
 from ditc.compiler.printing import print_bench, print_bisection, print_estimate, print_evaluation, print_json
 from ditc.errors import InputError
@@ -21,6 +29,7 @@ __all__ = ["MEASURING"]
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the noise.")
 @click.option("--min-psnr", type=float, help="Fail (exit code 1) below this mean PSNR in dB.")
 @place_options
+@processor_options
 @as_json
 def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None, json_: bool, **place: Any) -> None:
     """Run a bundle beside its FP, uncached program on the same noise, and compare step by step."""
@@ -48,7 +57,6 @@ def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None,
 @click.option("--images", type=int, default=1000, show_default=True, help="Images of each seed.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of the noise: 0,1,2.")
 @feature_options
-@click.option("--batch", type=int, help="Images of one request; default is what fits a small buffer.")
 @click.option("--step-images", type=int, default=64, show_default=True, help="Images followed step by step.")
 @click.option(
     "--veto",
@@ -67,13 +75,14 @@ def verify_command(bundle: Path, images: int, seed: int, min_psnr: float | None,
     help="Fail (exit code 1) where the interval of the Frechet distance less FP's lies above this.",
 )
 @place_options
+@processor_options
 @as_json
 def evaluate_command(bundle: Path, seeds: str, save: Path | None, json_: bool, **settings: Any) -> None:
     """Measure a bundle's images: against FP on the same noise, and against real images, with intervals."""
     from ditc.compiler.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle
     from ditc.compiler.running import Place
 
-    place = Place(**{name: settings.pop(name) for name in ("target", "engines", "graphs")})
+    place = Place(**taken_place(settings))
     options = EvaluateOptions(seeds=whole_numbers(seeds, "--seeds"), **settings).checked()
     with progress_on_stderr() as progress:
         found = evaluate_bundle(bundle, options, place=place, save=save, progress=progress)
@@ -124,7 +133,7 @@ def report_command(
     )
     from ditc.compiler.running import Place
 
-    place = Place(**{name: settings.pop(name) for name in ("target", "engines", "graphs")})
+    place = Place(**taken_place(settings))
     peers = () if against == ("none",) else peer_names(against) if against else None
     seeds = whole_numbers(evaluate_seeds, "--evaluate-seeds")
     options = ReportOptions(against=peers, evaluate_seeds=seeds, **settings)
@@ -155,6 +164,7 @@ def report_command(
 )
 @click.option("--roofline", is_flag=True, help="Measure this machine's ceilings, and hold every segment to them.")
 @place_options
+@threads_option
 @as_json
 def bench_command(
     bundle: Path,

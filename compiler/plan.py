@@ -13,6 +13,7 @@ from ditc.calib_data.calibset import CalibSet
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.scale_binding import BINDINGS, Groups
+from ditc.engines.scale_table import DYNAMIC
 from ditc.program import REUSE_ROWS, Program
 from ditc.progress import Progress
 from ditc.runtime.approximation import first_rows
@@ -54,6 +55,11 @@ class Plan:
     @property
     def backend(self) -> OnnxRuntimeBackend:
         return OnnxRuntimeBackend(threads=self.threads)
+
+    @property
+    def served_at_once(self) -> int:
+        """Images of a request of the compiled program on the way: one where a scale is that of all images together."""
+        return 1 if self.options.scales == DYNAMIC else LARGEST_BATCH
 
     @property
     def reuse_tables(self) -> dict[str, NDArray[np.float32]]:

@@ -69,7 +69,7 @@ def sample_parts(path: Path, images: int, seed: int, place: Place, progress: Pro
 
 def _run(pipe: Pipeline, stage: str, images: int, seed: int, progress: Progress) -> _Run:
     with pipe:
-        source = ImageSource(pipe, None, progress)
+        source = ImageSource(pipe, progress)
         steps = source.trajectory(stage, seed, images)
         if not np.isfinite(steps[-1]).all():
             raise CheckError("finished samples are NaN or infinite; `ditc verify` shows the step where that begins")

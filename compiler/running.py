@@ -25,11 +25,15 @@ Watch = Callable[[StepEvent], None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a bundle runs: target, folder of engines, and how much one CUDA graph holds."""
+    """Where and how a bundle runs: target, folder of engines, how much one CUDA graph holds; and on a processor how
+    many threads an engine call has and how many images walk together.
+    """
 
     target: str | None = None
     engines: Path | None = None
     graphs: str = "trajectory"
+    threads: int | None = None
+    batch: int | None = None
 
     def load(self, bundle: Path, *, reference: bool = False, compensation: bool = True) -> Pipeline:
         return load(
@@ -39,6 +43,8 @@ class Place:
             graphs=self.graphs,
             reference=reference,
             compensation=compensation,
+            threads=self.threads,
+            batch=self.batch,
         )
 
 
@@ -144,5 +150,5 @@ def check_unwatched(pipe: Pipeline, labels: Sequence[int], watched: Samples, see
 
 
 def _parts(pipe: Pipeline, labels: Sequence[int]) -> list[tuple[Sequence[int], int]]:
-    size = pipe.bundle.manifest.batch
+    size = pipe.at_once
     return [(labels[first : first + size], first) for first in range(0, len(labels), size)]

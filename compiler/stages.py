@@ -281,7 +281,7 @@ def fit(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, fold
     count = plan.options.vc_images
     exact = exact_trajectory(plan, segments, count, FIT_NOISE, "fit")
     with executor(plan, plan.program, compiled, tables) as runner:
-        requests = [request for _, request in start_requests(plan, runner, count, FIT_NOISE)]
+        requests = [request for _, request in start_requests(plan, runner, count, FIT_NOISE, plan.served_at_once)]
         table = fit_closed_loop(requests, exact, plan.options.vc)
     write_tables(folder / "compensation.safetensors", {"compensation.k": table.k, "compensation.mu": table.mu})
 
@@ -292,7 +292,7 @@ def verify(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, f
     exact = exact_trajectory(plan, segments, count, VERIFY_NOISE, "verify")
     found: list[list[Samples]] = [[] for _ in exact]
     with executor(plan, plan.program, compiled, tables) as runner:
-        for _, request in start_requests(plan, runner, count, VERIFY_NOISE):
+        for _, request in start_requests(plan, runner, count, VERIFY_NOISE, plan.served_at_once):
             for event in request:
                 found[event.index].append(event.x)
     _write_json(folder / "verify.json", trajectory_comparison([np.concatenate(parts) for parts in found], exact))

@@ -42,7 +42,7 @@ def trace_bundle(bundle: Path, folder: Path, place: Place) -> list[str]:
     """Trace every segment into `folder`; returns the files' names. Raises InputError for a target without layers."""
     closed = replace(place, graphs="none").load(bundle)  # a profiler waits inside a run, a capture can't
     if not closed.on_device:
-        return _trace_onnxruntime(closed.bundle, folder)
+        return _trace_onnxruntime(closed.bundle, folder, OnnxRuntimeBackend(place.threads or 0))
     with closed as pipe:
         if all(isinstance(engine, TensorRTEngine) for engine in pipe.engines.values()):
             return _trace_tensorrt(pipe, folder)
@@ -68,28 +68,30 @@ def _collector(times: dict[str, list[float]]) -> Callable[[str, float], None]:
     return lambda layer, ms: times[layer].append(ms)
 
 
-def _trace_onnxruntime(bundle: Bundle, folder: Path) -> list[str]:
+def _trace_onnxruntime(bundle: Bundle, folder: Path, backend: OnnxRuntimeBackend) -> list[str]:
     """Every segment by itself under ONNX Runtime's profiler, on the inputs of its first call in a real request."""
     manifest = bundle.manifest
-    recorder = RecordingBackend(OnnxRuntimeBackend(), {name: {0} for name in manifest.program.calls})
+    recorder = RecordingBackend(backend, {name: {0} for name in manifest.program.calls})
     with Pipeline(bundle, backend=recorder) as recorded:
         labels = [n % manifest.model.num_classes for n in range(manifest.batch)]
         (recorded.images if recorded.makes_images else recorded.latents)(labels)
     written = []
     for name, runs in recorder.runs.items():
         segment = runnable_path(bundle.segment_path(name), recorder.name)
-        layers, times = _profiled(segment, runs[0])
+        layers, times = _profiled(segment, runs[0], backend)
         written += _write(folder, name, layers, profile_rows(times))
     return written
 
 
-def _profiled(segment: Path, run: RecordedRun) -> tuple[dict[str, Any], dict[str, list[float]]]:
+def _profiled(
+    segment: Path, run: RecordedRun, backend: OnnxRuntimeBackend
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """(layers of the graph that really runs, milliseconds by layer)."""
     import onnx
 
     with TemporaryDirectory(prefix="ditc-trace-") as scratch:
         optimized, prefix = Path(scratch) / "optimized.onnx", str(Path(scratch) / "profile")
-        session = OnnxRuntimeBackend().session(segment, optimized, profile_prefix=prefix)
+        session = backend.session(segment, optimized, profile_prefix=prefix)
         for _ in range(RUNS + 1):
             session.run(None, dict(run.inputs))
         events = json.loads(Path(session.end_profiling()).read_text())

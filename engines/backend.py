@@ -1,4 +1,7 @@
-"""What a backend is: something that opens a segment and runs it on named, pre-allocated buffers."""
+"""What a backend is: something that opens a segment and runs it on named, pre-allocated buffers.
+
+An engine is shared by all requests and threads; what one request binds and runs is a binding of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from ditc.engines.device import Device, DeviceTensor
 
 __all__ = [
     "Backend",
+    "Binding",
     "Buffer",
     "DeviceBackend",
     "DeviceEngine",
@@ -56,8 +60,23 @@ class Port:
         return tuple(int(size) for size in self.shape)
 
 
+class Binding(Protocol):
+    """The buffers of one request on an engine, for one thread at a time. Bind each once, run as often as needed."""
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Use `buffer` (C-contiguous) for an input or output from the next run on; it is kept alive until then."""
+        ...
+
+    def run(self) -> None:
+        """Read the bound inputs, write the bound outputs."""
+        ...
+
+
 class Engine(Protocol):
-    """A segment made ready to run. Open it with `with`; bind every buffer once, run as often as needed."""
+    """A segment made ready to run, in any number of threads. Open it with `with`.
+
+    What a binding refers to lives as long as the binding: a run that is under way while the engine is closed ends well.
+    """
 
     @property
     def inputs(self) -> Mapping[str, Port]: ...
@@ -65,12 +84,8 @@ class Engine(Protocol):
     @property
     def outputs(self) -> Mapping[str, Port]: ...
 
-    def bind(self, name: str, buffer: Buffer) -> None:
-        """Use `buffer` (C-contiguous) for an input or output from the next run on. The caller keeps it alive."""
-        ...
-
-    def run(self) -> None:
-        """Read the bound inputs, write the bound outputs."""
+    def binding(self) -> Binding:
+        """Buffers for one more request, none bound yet."""
         ...
 
     def __enter__(self) -> Engine: ...

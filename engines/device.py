@@ -84,7 +84,13 @@ class Device(Protocol):
         """Device to host, waiting for everything queued before."""
         ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Wait for everything queued so far."""
+        ...
+
+    def hold(self, *things: object) -> None:
+        """Keep what queued work refers to, tensors or engines, until everything queued so far has run."""
+        ...
 
     def activate(self) -> None:
         """Make this the calling thread's device; a thread that never did that can't queue on it."""
@@ -142,7 +148,7 @@ class CudaDevice:
     def __init__(self, core: Any, stream: Any) -> None:
         self._core = core
         self._stream = stream
-        self._pending: list[Array] = []  # host arrays whose upload may still be under way
+        self._pending: list[object] = []  # what work refers to that may still be under way
 
     @property
     def name(self) -> str:
@@ -175,10 +181,11 @@ class CudaDevice:
         host = np.ascontiguousarray(array, dtype=tensor.dtype)
         if host.shape != tensor.shape:
             raise ValueError(f"expected {tensor.shape} to upload, found {host.shape}")
-        self._pending.append(host)
+        self.hold(host, tensor)
         self._copy(host.ctypes.data, tensor.pointer, host.nbytes, "copying to the device")
 
     def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
+        self.hold(source, target)
         self._copy(source.pointer, target.pointer, source.size_bytes, "copying on the device")
 
     def download(self, tensor: DeviceTensor) -> Array:
@@ -191,6 +198,9 @@ class CudaDevice:
         with _translated("waiting for the device"):
             self._stream.sync()
         self._pending.clear()
+
+    def hold(self, *things: object) -> None:
+        self._pending += things
 
     def activate(self) -> None:
         with _translated("choosing the device"):
@@ -207,7 +217,7 @@ class CudaDevice:
                     builder.end_building()
                 raise
             builder.end_building()
-            return _CudaGraph(builder.complete(), self._stream)
+            return _CudaGraph(builder.complete(), self._stream, self)
 
     def _copy(self, source: int, target: int, size_bytes: int, doing: str) -> None:
         from cuda.core import Buffer
@@ -223,7 +233,9 @@ class CudaDevice:
 class _CudaGraph:
     graph: Any
     stream: Any
+    device: Device
 
     def launch(self) -> None:
+        self.device.hold(self)
         with _translated("launching a CUDA graph"):
             self.graph.launch(self.stream)

@@ -11,9 +11,28 @@ import numpy as np
 
 from ditc.engines.backend import Buffer, Engine, Port
 
-__all__ = ["FakeBackend", "FakeEngine"]
+__all__ = ["FakeBackend", "FakeBinding", "FakeEngine"]
 
 SegmentFunction = Callable[[Mapping[str, Buffer]], Mapping[str, Buffer]]
+
+
+@dataclass
+class FakeBinding:
+    """The buffers of one request on a fake engine."""
+
+    engine: FakeEngine
+    bound: dict[str, Buffer] = field(default_factory=dict)
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        if name not in self.engine.inputs and name not in self.engine.outputs:
+            raise KeyError(name)
+        self.bound[name] = buffer
+
+    def run(self) -> None:
+        self.engine.runs += 1
+        results = self.engine.function({name: self.bound[name] for name in self.engine.inputs})
+        for name in self.engine.outputs:
+            np.copyto(self.bound[name], results[name])
 
 
 @dataclass
@@ -23,19 +42,10 @@ class FakeEngine:
     function: SegmentFunction
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
-    bound: dict[str, Buffer] = field(default_factory=dict)
     runs: int = 0
 
-    def bind(self, name: str, buffer: Buffer) -> None:
-        if name not in self.inputs and name not in self.outputs:
-            raise KeyError(name)
-        self.bound[name] = buffer
-
-    def run(self) -> None:
-        self.runs += 1
-        results = self.function({name: self.bound[name] for name in self.inputs})
-        for name in self.outputs:
-            np.copyto(self.bound[name], results[name])
+    def binding(self) -> FakeBinding:
+        return FakeBinding(self)
 
     def __enter__(self) -> FakeEngine:
         return self
@@ -43,7 +53,7 @@ class FakeEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bound.clear()
+        """It owns nothing."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,21 @@ from ditc.engines.store import BuildSettings
 from ditc.engines.trt import import_tensorrt, open_runtime
 from ditc.engines.trt_runtime import TensorRTEngine, share_scratch
 
-__all__ = ["DeviceEngineOnHost", "tensorrt_opener"]
+__all__ = ["DeviceEngineOnHost", "HostBinding", "tensorrt_opener"]
+
+
+class HostBinding:
+    """NumPy buffers of a request; one run at a time has the engine's tensors."""
+
+    def __init__(self, engine: DeviceEngineOnHost) -> None:
+        self._engine = engine
+        self._host: dict[str, Buffer] = {}
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        self._host[name] = buffer
+
+    def run(self) -> None:
+        self._engine.run(self._host)
 
 
 class DeviceEngineOnHost:
@@ -26,7 +41,7 @@ class DeviceEngineOnHost:
     def __init__(self, inside: DeviceEngine, device: Device) -> None:
         self._inside = inside
         self._device = device
-        self._host: dict[str, Buffer] = {}
+        self._running = threading.Lock()
         ports = {**inside.inputs, **inside.outputs}
         self._tensors: dict[str, DeviceTensor] = {
             name: device.empty(port.fixed_shape, port.dtype) for name, port in ports.items()
@@ -40,18 +55,20 @@ class DeviceEngineOnHost:
     def outputs(self) -> Mapping[str, Port]:
         return self._inside.outputs
 
-    def bind(self, name: str, buffer: Buffer) -> None:
-        self._inside.bind(name, self._tensors[name])
-        self._host[name] = buffer
+    def binding(self) -> HostBinding:
+        return HostBinding(self)
 
-    def run(self) -> None:
-        for name in self.inputs:
-            self._device.upload(self._host[name], self._tensors[name])
-        for name in self.outputs.keys() - self._host.keys():  # nobody reads it, the engine writes it
-            self._inside.bind(name, self._tensors[name])
-        self._inside.enqueue()
-        for name in self.outputs.keys() & self._host.keys():
-            np.copyto(self._host[name], self._device.download(self._tensors[name]))
+    def run(self, host: Mapping[str, Buffer]) -> None:
+        """One run on these buffers, by port; an output that is not among them is computed and left."""
+        with self._running:
+            self._device.activate()
+            for name in self.inputs:
+                self._device.upload(host[name], self._tensors[name])
+            for name, tensor in self._tensors.items():
+                self._inside.bind(name, tensor)
+            self._inside.enqueue()
+            for name in self.outputs.keys() & host.keys():
+                np.copyto(host[name], self._device.download(self._tensors[name]))
 
     def __enter__(self) -> DeviceEngineOnHost:
         return self
@@ -60,7 +77,6 @@ class DeviceEngineOnHost:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._device.synchronize()
-        self._host.clear()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ditc.engines.backend import Backend, Buffer, Engine, Port
 from ditc.engines.linears import linears_of
 from ditc.engines.ranges import BINS, Histogram
-from ditc.engines.wrapping import WrappingEngine
+from ditc.engines.wrapping import WrappingBinding, WrappingEngine
 from ditc.errors import BundleError
 
 __all__ = ["ObservedPool", "Observer", "ObservingBackend", "PeakObserver", "histogram_bytes", "show_activations"]
@@ -59,17 +59,12 @@ def histogram_bytes(points: int, tensors: int) -> int:
 
 
 @dataclass
-class ObservingEngine(WrappingEngine):
-    """An engine that hands `watch` the outputs named `shown` after every run."""
+class ObservingBinding(WrappingBinding):
+    """A binding that hands `watch` the outputs `shown` after every run."""
 
-    shown: tuple[str, ...]
+    shown: Mapping[str, Port]
     watch: Watch
     rows: int = 0
-
-    @property
-    def outputs(self) -> Mapping[str, Port]:
-        """Those that a caller has to bind."""
-        return {name: port for name, port in self.inside.outputs.items() if name not in self.shown}
 
     def bind(self, name: str, buffer: Buffer) -> None:
         self.inside.bind(name, buffer)
@@ -78,8 +73,7 @@ class ObservingEngine(WrappingEngine):
 
     def _allocate(self, rows: int) -> None:
         self.rows = rows
-        for name in self.shown:
-            port = self.inside.outputs[name]
+        for name, port in self.shown.items():
             shape = tuple(rows if isinstance(size, str) else size for size in port.shape)
             self.buffers[name] = np.empty(shape, port.dtype)
             self.inside.bind(name, self.buffers[name])
@@ -87,6 +81,24 @@ class ObservingEngine(WrappingEngine):
     def run(self) -> None:
         self.inside.run()
         self.watch(self.buffers)
+
+
+@dataclass
+class ObservingEngine(WrappingEngine):
+    """An engine whose runs show `watch` the outputs named `shown`."""
+
+    shown: tuple[str, ...]
+    watch: Watch
+
+    @property
+    def outputs(self) -> Mapping[str, Port]:
+        """Those that a caller has to bind."""
+        return {name: port for name, port in self.inside.outputs.items() if name not in self.shown}
+
+    def binding(self) -> ObservingBinding:
+        return ObservingBinding(
+            self.inside.binding(), {name: self.inside.outputs[name] for name in self.shown}, self.watch
+        )
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
 from ditc.engines.backend import Buffer, Engine, Port
+from ditc.engines.cores import CoreGate, core_gate
 from ditc.errors import BundleError, DitcError, InputError
 from ditc.program import CONDITION
 
 __all__ = [
     "INTEGER_KERNELS",
     "OnnxRuntimeBackend",
+    "OnnxRuntimeBinding",
     "OnnxRuntimeEngine",
     "import_onnxruntime",
     "kernel_census",
@@ -67,29 +69,44 @@ def translated(doing: str, advice: str = "compile the bundle again") -> Iterator
         raise
 
 
-class OnnxRuntimeEngine:
-    """One inference session whose inputs and outputs are bound to NumPy buffers without a copy."""
+class OnnxRuntimeBinding:
+    """NumPy buffers bound to a session without a copy.
 
-    def __init__(self, session: Any, name: str) -> None:
-        self._session = session
-        self._name = name
-        self._binding = session.io_binding()
-        self._alive: dict[str, Buffer] = {}  # ONNX Runtime keeps bare pointers
-        self.inputs: Mapping[str, Port] = {port.name: port_of(port) for port in session.get_inputs()}
-        self.outputs: Mapping[str, Port] = {port.name: port_of(port) for port in session.get_outputs()}
+    ONNX Runtime keeps bare pointers to them, and reads and writes them inside a run only. The binding holds both the
+    session and the arrays, so neither can go while a run is under way.
+    """
+
+    def __init__(self, engine: OnnxRuntimeEngine) -> None:
+        self._engine = engine
+        self._binding = engine.session.io_binding()
+        self._alive: dict[str, Buffer] = {}
 
     def bind(self, name: str, buffer: Buffer) -> None:
         if self._alive.get(name) is buffer:
             return
-        place = self._binding.bind_input if name in self.inputs else self._binding.bind_output
-        port = self.inputs.get(name) or self.outputs[name]
-        port.check_buffer(self._name, buffer)
+        engine = self._engine
+        place = self._binding.bind_input if name in engine.inputs else self._binding.bind_output
+        port = engine.inputs.get(name) or engine.outputs[name]
+        port.check_buffer(engine.name, buffer)
         place(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
         self._alive[name] = buffer
 
     def run(self) -> None:
-        with translated(f"running segment {self._name}"):
-            self._session.run_with_iobinding(self._binding)
+        engine = self._engine
+        with engine.cores.taken(engine.threads), translated(f"running segment {engine.name}"):
+            engine.session.run_with_iobinding(self._binding)
+
+
+class OnnxRuntimeEngine:
+    """One inference session; a run takes as many of the `cores` as it has threads."""
+
+    def __init__(self, session: Any, name: str, threads: int, cores: CoreGate) -> None:
+        self.session, self.name, self.threads, self.cores = session, name, threads, cores
+        self.inputs: Mapping[str, Port] = {port.name: port_of(port) for port in session.get_inputs()}
+        self.outputs: Mapping[str, Port] = {port.name: port_of(port) for port in session.get_outputs()}
+
+    def binding(self) -> OnnxRuntimeBinding:
+        return OnnxRuntimeBinding(self)
 
     def __enter__(self) -> OnnxRuntimeEngine:
         return self
@@ -97,17 +114,20 @@ class OnnxRuntimeEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._binding.clear_binding_inputs()
-        self._binding.clear_binding_outputs()
-        self._alive.clear()
+        """The session goes with the last binding: another thread's run may be under way."""
 
 
 @dataclass(frozen=True)
 class OnnxRuntimeBackend:
-    """The CPU provider. `threads` is the number of intra-op threads; 0 lets ONNX Runtime choose."""
+    """The CPU provider. `threads` is the number of threads of one run; 0 for as many as there are `cores`."""
 
     threads: int = 0
     name: str = "onnxrt"
+    cores: CoreGate = field(default_factory=core_gate, repr=False)
+
+    @property
+    def threads_of_a_run(self) -> int:
+        return self.threads or self.cores.cores
 
     def _options(self, segment: Path) -> Any:
         """What a session is opened with.
@@ -117,7 +137,7 @@ class OnnxRuntimeBackend:
         """
         ort = import_onnxruntime()
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = self.threads_of_a_run
         options.log_severity_level = 3
         # as the graph is written: what later steps reuse is added up branch by branch. The default order leaves the
         # sums to the end, and every branch's output in memory until then
@@ -149,7 +169,7 @@ class OnnxRuntimeBackend:
             )
 
     def open(self, segment: Path) -> Engine:
-        return OnnxRuntimeEngine(self.session(segment), segment.stem)
+        return OnnxRuntimeEngine(self.session(segment), segment.stem, self.threads_of_a_run, self.cores)
 
 
 def kernel_census(backend: OnnxRuntimeBackend, segment: Path) -> Counter[str]:

@@ -80,7 +80,7 @@ class OnnxRuntimeDeviceBackend:
         # the provider's own engine cache does not look at weights, so every segment and shape gets a folder of its own
         cache = (self.cache or bundle.path / ENGINES) / f"ort-{name}-{digest_of([files_digest(bundle, file), sizes])}"
         session = self._session(ort, file, device, cache)
-        return OnnxRuntimeDeviceEngine(session, name, self.provider.memory, sizes, ort)
+        return OnnxRuntimeDeviceEngine(session, name, self.provider.memory, sizes, ort, device)
 
     def _file(self, bundle: Bundle, name: str) -> Path:
         portable = bundle.segment_path(name)
@@ -116,8 +116,11 @@ class OnnxRuntimeDeviceBackend:
 class OnnxRuntimeDeviceEngine:
     """One session whose inputs and outputs are bound to device memory."""
 
-    def __init__(self, session: Any, name: str, memory: str, sizes: Mapping[str, int], ort: Any) -> None:
+    def __init__(
+        self, session: Any, name: str, memory: str, sizes: Mapping[str, int], ort: Any, device: Device
+    ) -> None:
         self._session = session
+        self._device = device
         self._name = name
         self._memory = memory
         self._binding = session.io_binding()
@@ -137,6 +140,7 @@ class OnnxRuntimeDeviceEngine:
         self._bound[name] = tensor
 
     def enqueue(self) -> None:
+        self._device.hold(self, *self._bound.values())
         with translated(f"running segment {self._name}", GPU_ADVICE):
             self._session.run_with_iobinding(self._binding, self._options)
 

@@ -6,17 +6,21 @@ Q/DQ stay with ONNX Runtime: nothing is to be gained in them, and the conditioni
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ditc.engines.backend import Buffer, Engine, Port
+from ditc.engines.cores import CoreGate, core_gate
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import BundleError, InputError
 
-__all__ = ["OpenVinoBackend", "OpenVinoEngine", "import_openvino", "integer_layers"]
+__all__ = ["OpenVinoBackend", "OpenVinoBinding", "OpenVinoEngine", "import_openvino", "integer_layers"]
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 NUMPY_TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 PRODUCTS = ("FullyConnected", "MatMul")
@@ -32,49 +36,71 @@ def import_openvino() -> Any:
     return openvino
 
 
-class OpenVinoEngine:
-    """One segment, compiled for the shapes that are bound at its first run, and again where they change."""
+class OpenVinoBinding:
+    """NumPy buffers on one inference request, made for the shapes that are bound at its run."""
 
-    def __init__(self, model: Any, name: str, rest: str) -> None:
-        self._model, self._name = model, name
-        self._settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": rest}
+    def __init__(self, engine: OpenVinoEngine) -> None:
+        self._engine = engine
         self._bound: dict[str, Buffer] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._request: Any = None
         self._stale: set[str] = set()
-        self.inputs: Mapping[str, Port] = {port.any_name: _port_of(port) for port in model.inputs}
-        self.outputs: Mapping[str, Port] = {port.any_name: _port_of(port) for port in model.outputs}
-        self.compiled: Any = None
+        self._shapes: Shapes = ()
+        self._request: Any = None
 
     def bind(self, name: str, buffer: Buffer) -> None:
         if self._bound.get(name) is buffer:
             return
-        port = self.inputs.get(name) or self.outputs[name]
-        port.check_buffer(self._name, buffer)
+        engine = self._engine
+        port = engine.inputs.get(name) or engine.outputs[name]
+        port.check_buffer(engine.name, buffer)
         self._bound[name] = buffer
         self._stale.add(name)
 
     def run(self) -> None:
-        openvino = import_openvino()
-        shapes = {name: self._bound[name].shape for name in self.inputs}
+        openvino, engine = import_openvino(), self._engine
+        shapes = tuple((name, self._bound[name].shape) for name in engine.inputs)
         try:
             if shapes != self._shapes:
-                self._compile(openvino, shapes)
+                self._request, self._shapes = engine.compiled_for(shapes).create_infer_request(), shapes
+                self._stale = set(self._bound)
             for name in self._stale:
                 self._request.set_tensor(name, openvino.Tensor(self._bound[name], shared_memory=True))
             self._stale.clear()
-            self._request.infer()
+            with engine.cores.taken(engine.threads):
+                self._request.infer()
         except RuntimeError as e:
             first_line = str(e).strip().splitlines()[0]
             raise BundleError(
-                f"OpenVINO failed running segment {self._name}: {first_line}; run it with --target cpu"
+                f"OpenVINO failed running segment {engine.name}: {first_line}; run it with --target cpu"
             ) from e
 
-    def _compile(self, openvino: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._model.reshape({name: list(shape) for name, shape in shapes.items()})
-        self.compiled = openvino.Core().compile_model(self._model, "CPU", self._settings)
-        self._request, self._shapes = self.compiled.create_infer_request(), shapes
-        self._stale = set(self._bound)
+
+class OpenVinoEngine:
+    """One segment, compiled for the shapes of a run when they first come, and again where they change."""
+
+    def __init__(self, model: Any, name: str, rest: str, threads: int, cores: CoreGate) -> None:
+        self._model, self.name, self.threads, self.cores = model, name, threads, cores
+        self._settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": rest,
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        self._compiling = threading.Lock()  # it reshapes the one model
+        self._shapes: Shapes = ()
+        self.inputs: Mapping[str, Port] = {port.any_name: _port_of(port) for port in model.inputs}
+        self.outputs: Mapping[str, Port] = {port.any_name: _port_of(port) for port in model.outputs}
+        self.compiled: Any = None
+
+    def binding(self) -> OpenVinoBinding:
+        return OpenVinoBinding(self)
+
+    def compiled_for(self, shapes: Shapes) -> Any:
+        """The model compiled for inputs of these shapes. Of several shapes the last one stays."""
+        with self._compiling:
+            if self.compiled is None or shapes != self._shapes:
+                self._model.reshape({name: list(shape) for name, shape in shapes})
+                self.compiled = import_openvino().Core().compile_model(self._model, "CPU", self._settings)
+                self._shapes = shapes
+            return self.compiled
 
     def __enter__(self) -> OpenVinoEngine:
         return self
@@ -82,9 +108,9 @@ class OpenVinoEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._request = self.compiled = None
-        self._shapes = {}
-        self._bound.clear()
+        """What is compiled goes with the last binding that runs it."""
+        with self._compiling:
+            self.compiled, self._shapes = None, ()
 
 
 @dataclass(frozen=True)
@@ -92,10 +118,13 @@ class OpenVinoBackend:
     """The CPU plugin for segments that hold Q/DQ, ONNX Runtime for the others.
 
     `rest` is what is computed in around the integer products: "f32", or "bf16", whose error comes on top of INT8's.
+    `threads` and `cores` are as of OnnxRuntimeBackend.
     """
 
     rest: str = "f32"
+    threads: int = 0
     name: str = "openvino"
+    cores: CoreGate = field(default_factory=core_gate, repr=False)
 
     def open(self, segment: Path) -> Engine:
         openvino = import_openvino()
@@ -105,8 +134,8 @@ class OpenVinoBackend:
             first_line = str(e).strip().splitlines()[0]
             raise BundleError(f"OpenVINO failed opening {segment.name}: {first_line}; run it with --target cpu") from e
         if not any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):
-            return OnnxRuntimeBackend().open(segment)
-        return OpenVinoEngine(model, segment.stem, self.rest)
+            return OnnxRuntimeBackend(self.threads, cores=self.cores).open(segment)
+        return OpenVinoEngine(model, segment.stem, self.rest, self.threads or self.cores.cores, self.cores)
 
 
 def integer_layers(engine: OpenVinoEngine) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ditc.engines.backend import Backend, Buffer, Engine, Port
-from ditc.engines.wrapping import WrappingEngine
+from ditc.engines.wrapping import WrappingBinding, WrappingEngine
 
 __all__ = ["RecordedRun", "RecordingBackend", "RecordingEngine"]
 
@@ -24,6 +24,30 @@ class RecordedRun:
 
 
 @dataclass
+class RecordingBinding(WrappingBinding):
+    """A binding of a recording engine, which counts the runs of all of them."""
+
+    engine: RecordingEngine
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        self.inside.bind(name, buffer)
+        self.buffers[name] = buffer
+
+    def run(self) -> None:
+        engine = self.engine
+        call, engine.runs = engine.runs, engine.runs + 1
+        if call not in engine.calls:
+            self.inside.run()
+            return
+        inputs = self._copies(engine.inputs)  # before the run: the caller's buffers are used again
+        self.inside.run()
+        engine.keep(RecordedRun(call, inputs, self._copies(engine.outputs)))
+
+    def _copies(self, ports: Mapping[str, Port]) -> dict[str, Buffer]:
+        return {name: np.array(self.buffers[name]) for name in ports}
+
+
+@dataclass
 class RecordingEngine(WrappingEngine):
     """An engine that hands `keep` a copy of each run whose number is in `calls`."""
 
@@ -31,21 +55,8 @@ class RecordingEngine(WrappingEngine):
     keep: Callable[[RecordedRun], None]
     runs: int = 0
 
-    def bind(self, name: str, buffer: Buffer) -> None:
-        self.inside.bind(name, buffer)
-        self.buffers[name] = buffer
-
-    def run(self) -> None:
-        call, self.runs = self.runs, self.runs + 1
-        if call not in self.calls:
-            self.inside.run()
-            return
-        inputs = self._copies(self.inputs)  # before the run: the caller's buffers are used again
-        self.inside.run()
-        self.keep(RecordedRun(call, inputs, self._copies(self.outputs)))
-
-    def _copies(self, ports: Mapping[str, Port]) -> dict[str, Buffer]:
-        return {name: np.array(self.buffers[name]) for name in ports}
+    def binding(self) -> RecordingBinding:
+        return RecordingBinding(self.inside.binding(), self)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ditc.engines.linears import Linear
 from ditc.engines.magnitudes import largest_magnitude, step_magnitude
-from ditc.engines.scale_table import ScaleTable
+from ditc.engines.scale_table import DYNAMIC, ScaleTable
 
 __all__ = ["BINDINGS", "LEAST_POINTS", "ScaleBinding", "neighbouring_steps", "one_group"]
 
@@ -68,5 +68,5 @@ def neighbouring_steps(points: NDArray[np.int64], quantizes: NDArray[np.bool_], 
 BINDINGS: dict[str, ScaleBinding] = {
     "static": ScaleBinding(one_group),
     "per-step": ScaleBinding(neighbouring_steps, step_magnitude, by_step=True),
-    "dynamic": ScaleBinding(None, largest_magnitude),
+    DYNAMIC: ScaleBinding(None, largest_magnitude),
 }

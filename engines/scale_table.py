@@ -15,6 +15,7 @@ from ditc.program import REUSE_ROWS
 from ditc.spec import Record
 
 __all__ = [
+    "DYNAMIC",
     "LEAST_MAGNITUDE",
     "MIDPOINTS_INPUT",
     "MIDPOINTS_TABLE",
@@ -27,6 +28,8 @@ __all__ = [
 # inputs of a segment, one row of a bundle's table each
 SCALES_INPUT, SCALES_TABLE = "scales", "scales.activation"  # magnitudes, (steps, columns)
 MIDPOINTS_INPUT, MIDPOINTS_TABLE = "midpoints", "scales.midpoint"  # of the columns that have any, in steps of the scale
+# the binding of scales that are measured at run time, of all images that an engine call holds
+DYNAMIC = "dynamic"
 LEAST_MAGNITUDE = 2.0**-14  # FP16 divides by it with full precision; what is smaller rounds to zero
 
 

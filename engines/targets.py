@@ -10,7 +10,8 @@ from ditc.errors import InputError, unknown_name
 
 __all__ = ["TARGETS", "backend_for"]
 
-Opener = Callable[[Path | None], "Backend | DeviceBackend"]
+# (folder of engines or None, threads of a run or None for all cores)
+Opener = Callable[[Path | None, int | None], "Backend | DeviceBackend"]
 
 
 def _refuse_store(target: str, store: Path | None) -> None:
@@ -20,41 +21,49 @@ def _refuse_store(target: str, store: Path | None) -> None:
         )
 
 
-def _cpu(store: Path | None) -> Backend:
+def _refuse_threads(target: str, threads: int | None) -> None:
+    if threads is not None:
+        raise InputError(f"--threads is for processors; {target} runs on a GPU, leave it out")
+
+
+def _cpu(store: Path | None, threads: int | None) -> Backend:
     _refuse_store("cpu", store)
     from ditc.engines.onnxrt import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend()
+    return OnnxRuntimeBackend(threads or 0)
 
 
-def _openvino(store: Path | None) -> Backend:
+def _openvino(store: Path | None, threads: int | None) -> Backend:
     _refuse_store("openvino", store)
     from ditc.engines.openvino_host import OpenVinoBackend
 
-    return OpenVinoBackend()
+    return OpenVinoBackend(threads=threads or 0)
 
 
-def _openvino_bf16(store: Path | None) -> Backend:
+def _openvino_bf16(store: Path | None, threads: int | None) -> Backend:
     _refuse_store("openvino-bf16", store)
     from ditc.engines.openvino_host import OpenVinoBackend
 
-    return OpenVinoBackend(rest="bf16")
+    return OpenVinoBackend(rest="bf16", threads=threads or 0)
 
 
-def _tensorrt(store: Path | None) -> DeviceBackend:
+def _tensorrt(store: Path | None, threads: int | None) -> DeviceBackend:
+    _refuse_threads("tensorrt", threads)
     from ditc.engines.trt_runtime import TensorRTBackend
 
     return TensorRTBackend(store)
 
 
-def _cuda(store: Path | None) -> DeviceBackend:
+def _cuda(store: Path | None, threads: int | None) -> DeviceBackend:
+    _refuse_threads("cuda", threads)
     _refuse_store("cuda", store)
     from ditc.engines.onnxrt_device import CUDA, OnnxRuntimeDeviceBackend
 
     return OnnxRuntimeDeviceBackend(CUDA)
 
 
-def _ort_tensorrt(store: Path | None) -> DeviceBackend:
+def _ort_tensorrt(store: Path | None, threads: int | None) -> DeviceBackend:
+    _refuse_threads("ort-tensorrt", threads)
     from ditc.engines.onnxrt_device import TENSORRT, OnnxRuntimeDeviceBackend
 
     return OnnxRuntimeDeviceBackend(TENSORRT, cache=store)
@@ -70,8 +79,13 @@ TARGETS: dict[str, Opener] = {
 }
 
 
-def backend_for(target: str, store: Path | None = None) -> Backend | DeviceBackend:
-    """The backend of a target. `store` is the folder of its engines, None for the bundle's own."""
+def backend_for(target: str, store: Path | None = None, threads: int | None = None) -> Backend | DeviceBackend:
+    """The backend of a target. `store` is the folder of its engines, None for the bundle's own.
+
+    `threads` are those of one run on a processor, None for as many as the process has cores.
+    """
     if target not in TARGETS:
         raise unknown_name("target", target, TARGETS)
-    return TARGETS[target](store)
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads must be at least 1, found {threads}; leave it out for every core")
+    return TARGETS[target](store, threads)

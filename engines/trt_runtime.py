@@ -137,6 +137,7 @@ class TensorRTEngine:
         self._bound[name] = tensor
 
     def enqueue(self) -> None:
+        self._device.hold(self, *self._bound.values())
         if not self._context.execute_async_v3(self._device.stream):
             raise CheckError(f"TensorRT failed running segment {self.name}: {self._log.last_error}")
 

@@ -27,7 +27,8 @@ class Conditioning:
     """
 
     def __init__(self, engine: Engine, t: NDArray[np.float32], rows: int, most_ahead: int) -> None:
-        self._engine, self._t, self._most_ahead = engine, t, most_ahead
+        self._t, self._most_ahead = t, most_ahead
+        self._outputs, self._binding = engine.outputs, engine.binding()
         self._memory = {
             port.name: np.zeros(prod(self._shape(port, rows)), port.dtype) for port in engine.outputs.values()
         }
@@ -39,14 +40,14 @@ class Conditioning:
         """Run the conditioning for the labels of all rows, (rows,)."""
         distinct, index = _distinct(labels)
         self._index = None if len(distinct) == len(labels) else index
-        self._engine.bind("t", self._t)
-        self._engine.bind("y", distinct)
-        for port in self._engine.outputs.values():
+        self._binding.bind("t", self._t)
+        self._binding.bind("y", distinct)
+        for port in self._outputs.values():
             shape = self._shape(port, len(distinct))
             table = self._tables[port.name] = self._memory[port.name][: prod(shape)].reshape(shape)
             table[len(self._t) :] = 0
-            self._engine.bind(port.name, table[: len(self._t)])
-        self._engine.run()
+            self._binding.bind(port.name, table[: len(self._t)])
+        self._binding.run()
 
     def inputs(self, step: int, taking: Mapping[str, Port]) -> dict[str, Buffer]:
         """What a segment with the ports `taking` takes of the tables at a step: its own rows, and those of later steps.

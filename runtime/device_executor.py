@@ -7,7 +7,10 @@ addresses; that makes every step, and the whole trajectory, one CUDA graph.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, cast
 
@@ -19,11 +22,11 @@ from ditc.engines.backend import DeviceEngine
 from ditc.engines.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor
 from ditc.engines.scale_table import step_inputs
 from ditc.engines.update import COLUMNS, UPDATE
-from ditc.errors import CheckError, DitcError, InputError
+from ditc.errors import CheckError, InputError
 from ditc.program import AHEAD, CONDITION, DECODE, Step
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.conditioning import steps_ahead
-from ditc.runtime.executor import NoiseSource, Samples, StepEvent, check_request
+from ditc.runtime.executor import NoiseSource, Samples, StepEvent, check_request, closed_while_running
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
 
@@ -48,12 +51,23 @@ def update_rows(tables: Mapping[str, NDArray[np.float64]], channels: int) -> NDA
     return rows.astype(np.float32)
 
 
+@dataclass(eq=False)
+class _Watched:
+    """A request that is walked step by step, and what it left on the device when another took its place."""
+
+    left: Sequence[NDArray[Any]] = ()
+    ended: bool = False
+
+
 class DeviceExecutor:
     """Runs one program over device engines, at the one batch size they were made for.
 
     A request of fewer images is filled up and cut back. `tables` are the bundle's. `graphs` says how much one CUDA
     graph holds: the second request captures it and checks that a replay follows its inputs, so that a single request
-    does not pay for that. A request that is begun while another is watched ends that other.
+    does not pay for that.
+
+    There is one set of buffers, so threads take turns: with a request that is queued whole, or with one step of a
+    watched one. A watched request that has lost its place between two steps puts what it left there back.
     """
 
     def __init__(
@@ -80,55 +94,94 @@ class DeviceExecutor:
         self._trajectory: DeviceGraph | None = None
         self._step_graphs: dict[int, DeviceGraph] = {}
         self._requests = 0
+        self._turn = threading.Lock()
+        self._owner: _Watched | None = None  # whose values the buffers hold, if it has steps left
+        self._closed = False
+
+    def close(self) -> None:
+        """Wait for whose turn it is. Requests under way end at their next step with an error of ours."""
+        with self._turn:
+            self._closed = True
 
     def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
         """One request, observed: a StepEvent per step, whose sample is copied to the host. `last` does without."""
-        count = self._start(labels, noise, fresh_noise)
-        before = np.ascontiguousarray(noise, dtype=np.float32)
-        self._queue_condition()
+        request = _Watched()
+        try:
+            with self._turn_of(request):
+                count = self._start(labels, noise, fresh_noise)
+                self._queue_condition()
+                self._device.synchronize()
+            before = np.ascontiguousarray(noise, dtype=np.float32)
+            for step in self.program.steps:
+                with self._turn_of(request):
+                    event = self._run_step(step, before, count)
+                before = event.x
+                yield event
+        finally:
+            request.ended = True
+
+    def _run_step(self, step: Step, before: Samples, count: int) -> StepEvent:
+        start = perf_counter()
+        self._launch_step(step)
         self._device.synchronize()
-        number = self._requests
-        for step in self.program.steps:
-            if number != self._requests:
-                raise DitcError("another request began on this pipeline, which ends this one; open one pipeline each")
-            start = perf_counter()
-            self._launch_step(step)
-            self._device.synchronize()
-            engine_seconds = perf_counter() - start
-            after = self._device.download(self._x[(step.index + 1) % 2])[:count]
-            yield StepEvent(
-                index=step.index,
-                steps=len(self.program.steps),
-                t=step.t,
-                segment=step.segment,
-                before=before,
-                x=after,
-                seconds=perf_counter() - start,
-                engine_seconds=engine_seconds,
-            )
-            before = after
+        engine_seconds = perf_counter() - start
+        return StepEvent(
+            index=step.index,
+            steps=len(self.program.steps),
+            t=step.t,
+            segment=step.segment,
+            before=before,
+            x=self._device.download(self._x[(step.index + 1) % 2])[:count],
+            seconds=perf_counter() - start,
+            engine_seconds=engine_seconds,
+        )
+
+    @contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        """The device for this thread."""
+        with self._turn:
+            if self._closed:
+                raise closed_while_running()
+            self._device.activate()
+            yield
+
+    @contextmanager
+    def _turn_of(self, request: _Watched | None) -> Iterator[None]:
+        """The device and its buffers for a request; None is one that is done when the block ends."""
+        with self._own_turn():
+            owner = self._owner
+            if owner is not request:
+                if owner is not None and not owner.ended:
+                    owner.left = [self._device.download(tensor) for tensor in self._carried]
+                if request is not None and request.left:
+                    for tensor, array in zip(self._carried, request.left, strict=True):
+                        self._device.upload(array, tensor)
+                self._owner = request
+            yield
 
     def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """The finished latents of one request, (n, channels, height, width): queued whole, waited for once."""
-        count = self._start(labels, noise, fresh_noise)
-        self._launch_trajectory()
-        return self._device.download(self._final)[:count]
+        with self._turn_of(None):
+            count = self._start(labels, noise, fresh_noise)
+            self._launch_trajectory()
+            return self._device.download(self._final)[:count]
 
     def last_images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """The decoded images of one request, (n, channels, height, width); the latents never leave the device."""
-        count = self._start(labels, noise, fresh_noise)
-        self._launch_trajectory()
-        self._device.copy(self._final, self._latent)
-        return self._decoded(count)
+        with self._turn_of(None):
+            count = self._start(labels, noise, fresh_noise)
+            self._launch_trajectory()
+            self._device.copy(self._final, self._latent)
+            return self._decoded(count)
 
     def decode(self, latents: Samples) -> Samples:
         """Images of latents, (n, channels, height, width), through the decoder's engine."""
-        self._device.activate()
         images = []
         for first in range(0, len(latents), self.batch):
             part = latents[first : first + self.batch]
-            self._device.upload(_filled(part, self.batch), self._latent)
-            images.append(self._decoded(len(part)))
+            with self._own_turn():
+                self._device.upload(_filled(part, self.batch), self._latent)
+                images.append(self._decoded(len(part)))
         return np.concatenate(images)
 
     def _decoded(self, count: int) -> Samples:
@@ -147,7 +200,6 @@ class DeviceExecutor:
         """Check a request and upload all it needs: labels, x_T, and every step's noise."""
         count = len(labels)
         check_request(self.spec, labels, noise)
-        self._device.activate()
         if count > self.batch:
             raise InputError(
                 f"these engines run {self.batch} images at a time, found {count} labels; "
@@ -272,6 +324,9 @@ class DeviceExecutor:
         self._allocate_tables()
         shape, dtype = self._slot_form(count)
         self._slots = [device.empty(shape, dtype) for _ in range(self.program.slots)]
+        # what a step finds and a later one needs
+        own = (copy for _, copy in self._copied_parts)
+        self._carried = (*self._x, *self._tables.values(), *own, *self._z, *self._slots)
         if self.decodes:
             self._latent = device.empty((self.batch, *spec.latent_shape), "float32")
             port = self._engines[DECODE].outputs["image"]

@@ -1,22 +1,25 @@
 """The executor: runs a program step by step on named buffers. It decides nothing.
 
 One request: the conditioning once for all steps, then per step one segment call, guidance, the sampler's update and
-the compensation. Buffers are allocated once per batch size and used again by the next request. Cache slots carry
-nothing from one request to the next, because a program writes every slot before it reads it.
+the compensation. What a request computes on is its own: buffers, and their bindings to the engines. They are allocated
+at its first step or come from an earlier request of the same size; cache slots carry nothing over, because a program
+writes every slot before it reads it. So requests may run in any number of threads, half-way, nested or abandoned.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.engines.backend import Buffer, Engine
-from ditc.errors import InputError
+from ditc.engines.backend import Binding, Buffer, Engine
+from ditc.errors import DitcError, InputError
 from ditc.program import AHEAD, CONDITION, Program, Step
 from ditc.runtime.conditioning import Conditioning, steps_ahead
 from ditc.runtime.samplers import Row, needs_noise, update
@@ -29,13 +32,20 @@ __all__ = [
     "Samples",
     "StepEvent",
     "check_request",
+    "closed_while_running",
     "seeded_noise",
+    "streamed_noise",
 ]
 
 Samples = NDArray[np.float32]
 NoiseSource = Callable[[int], Samples]  # step -> fresh noise, (batch, channels, height, width)
 Compensation = Callable[[int, Samples], Samples]  # (step, sample) -> sample
 NO_INPUTS: Mapping[str, Samples] = {}
+
+REQUEST_BYTES = 256 << 20  # about what the buffers of one request may take
+MOST_AT_ONCE = 64  # images; more of the smallest models gain nothing
+BLOCK_INSIDES = 16  # tensors of a branch's size that are alive inside a block, beside the cache slots
+KEPT_BUFFERS = 4  # sets of buffers that wait for their next request, whatever their sizes
 
 
 @dataclass(frozen=True)
@@ -59,23 +69,32 @@ class StepEvent:
     images: Samples | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Buffers:
-    """Everything one request needs, for one batch size; `rows` of the network are images times guidance halves."""
+    """Everything one engine call needs, for one number of images; `rows` of the network are images times halves.
 
+    `bindings` are those of the segments that these buffers have been bound to, by name.
+    """
+
+    images: int
     x: Samples
     labels: NDArray[np.int64]
     out: Samples
     conditioning: Conditioning
     slots: tuple[Buffer, ...]  # each (rows, *branch_shape)
+    bindings: dict[str, Binding]
+
+
+Part = tuple[slice, _Buffers]  # the images of a request that go through the engines together
 
 
 class Executor:
-    """Runs one program over opened engines.
+    """Runs one program over opened engines, for any number of threads; a request's buffers and bindings are its own.
 
     `engines` maps segment names to engines, `table` is the sampler's (column -> (steps,)), `guidance` the weight of
     classifier-free guidance; at 1 the unconditional half is not computed at all. `step_inputs` are tables that a
-    segment may take a row of at each step, name of its input -> (steps, ...).
+    segment may take a row of at each step, name of its input -> (steps, ...). `together` is how many images a call of
+    an engine may hold at most, None for any number: scales measured as a tensor comes are those of all its images.
     """
 
     def __init__(
@@ -88,6 +107,7 @@ class Executor:
         compensation: Compensation | None = None,
         *,
         step_inputs: Mapping[str, Samples] = NO_INPUTS,
+        together: int | None = None,
     ) -> None:
         if guidance != 1 and spec.null_label is None:
             raise InputError(f"{spec.name} has no unconditional class, so guidance must be 1, found {guidance:g}")
@@ -97,15 +117,35 @@ class Executor:
         self.compensation = compensation
         self._engines = engines
         self._step_inputs = step_inputs
+        self.together = together
         self._rows: list[Row] = [
             {name: float(column[i]) for name, column in table.items()} for i in range(len(program.steps))
         ]
-        self._free: dict[int, list[_Buffers]] = {}
+        self._free: deque[_Buffers] = deque(maxlen=KEPT_BUFFERS)
+        self._closed = False
 
     @property
     def halves(self) -> int:
         """Network rows per image: 2 with guidance (conditional, unconditional), else 1."""
         return 1 if self.guidance == 1 else 2
+
+    @property
+    def at_once(self) -> int:
+        """How many images one request should hold: as many as REQUEST_BYTES has buffers for, 1 where none go together.
+
+        An image has its rows of every buffer, one label's tables of all steps, and what is alive inside a block.
+        """
+        if self.together is not None:
+            return self.together
+        branch, latent = prod(self.spec.branch_shape), prod(self.spec.latent_shape)
+        values = self.halves * ((self.program.slots + BLOCK_INSIDES) * branch + 3 * latent)
+        one = np.dtype(np.float32).itemsize * (values + self._table_values())
+        return int(np.clip(REQUEST_BYTES // one, 1, MOST_AT_ONCE))
+
+    def close(self) -> None:
+        """Let the buffers go. Requests under way end at their next step with an error of ours."""
+        self._closed = True
+        self._free.clear()
 
     def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
         """One request: a StepEvent per step; the last one's `x` is the finished latent.
@@ -113,22 +153,39 @@ class Executor:
         `noise` is x_T, (batch, channels, height, width). Samples of earlier events stay valid.
         """
         check_request(self.spec, labels, noise)
-        free = self._free.setdefault(len(labels), [])
-        buffers = free.pop() if free else self._allocate(len(labels))
+        size = self.together or len(labels)
+        places = [slice(first, min(first + size, len(labels))) for first in range(0, len(labels), size)]
+        parts = [(place, self._lent(place.stop - place.start)) for place in places]
         try:
-            self._run_condition(labels, buffers)
+            for place, buffers in parts:
+                self._run_condition(labels[place], buffers)
             x = np.ascontiguousarray(noise, dtype=np.float32)
             for step in self.program.steps:
-                event = self._run_step(step, x, buffers, fresh_noise)
+                if self._closed:
+                    raise closed_while_running()
+                event = self._run_step(step, x, parts, fresh_noise)
                 x = event.x
                 yield event
         finally:
-            free.append(buffers)
+            for _, buffers in parts:
+                self._free.append(buffers)
 
     def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """The finished latents of one request, (n, channels, height, width)."""
         *_, event = self.run(labels, noise, fresh_noise)
         return event.x
+
+    def _lent(self, images: int) -> _Buffers:
+        """Buffers for so many images: some that an earlier request has given back, else new ones."""
+        for _ in range(len(self._free)):  # no lock: each call on the deque is whole, and a miss costs an allocation
+            try:
+                buffers = self._free.popleft()
+            except IndexError:
+                break
+            if buffers.images == images:
+                return buffers
+            self._free.append(buffers)
+        return self._allocate(images)
 
     def _run_condition(self, labels: Sequence[int], buffers: _Buffers) -> None:
         """All steps and both guidance halves in one call, each label once."""
@@ -138,42 +195,53 @@ class Executor:
             buffers.labels[count:] = cast(int, self.spec.null_label)  # the constructor refused guidance without one
         buffers.conditioning.compute(buffers.labels)
 
-    def _run_step(self, step: Step, x: Samples, buffers: _Buffers, fresh_noise: NoiseSource) -> StepEvent:
+    def _run_step(self, step: Step, x: Samples, parts: Sequence[Part], fresh_noise: NoiseSource) -> StepEvent:
         start = perf_counter()
-        row = self._rows[step.index]
-        for half in range(self.halves):
-            buffers.x[half * len(x) : (half + 1) * len(x)] = x
-        engine = self._bound_engine(step, buffers)
-        engine_start = perf_counter()
-        engine.run()
-        engine_seconds = perf_counter() - engine_start
-        out, raw_variance = self._guided(buffers.out, len(x))
-        z = fresh_noise(step.index) if needs_noise(row) else None
-        after = update(row, x, out, raw_variance, z)
-        if self.compensation is not None:
-            after = self.compensation(step.index, after)
+        z = fresh_noise(step.index) if needs_noise(self._rows[step.index]) else None
+        after, engine_seconds = [], 0.0
+        for place, buffers in parts:
+            engine_seconds += self._run_engine(step, x[place], buffers)
+            after.append(self._updated(step, x[place], buffers.out, None if z is None else z[place]))
         return StepEvent(
             index=step.index,
             steps=len(self.program.steps),
             t=step.t,
             segment=step.segment,
             before=x,
-            x=after,
+            x=after[0] if len(after) == 1 else np.concatenate(after),
             seconds=perf_counter() - start,
             engine_seconds=engine_seconds,
         )
 
-    def _bound_engine(self, step: Step, buffers: _Buffers) -> Engine:
+    def _run_engine(self, step: Step, x: Samples, buffers: _Buffers) -> float:
+        """The network's output for samples, left in the buffers; returns the seconds inside the engine."""
+        for half in range(self.halves):
+            buffers.x[half * len(x) : (half + 1) * len(x)] = x
+        binding = self._bound(step, buffers)
+        start = perf_counter()
+        binding.run()
+        return perf_counter() - start
+
+    def _updated(self, step: Step, x: Samples, out: Samples, z: Samples | None) -> Samples:
+        """The samples after guidance, the sampler's update and the compensation."""
+        prediction, raw_variance = self._guided(out, len(x))
+        after = update(self._rows[step.index], x, prediction, raw_variance, z)
+        return after if self.compensation is None else self.compensation(step.index, after)
+
+    def _bound(self, step: Step, buffers: _Buffers) -> Binding:
         engine = self._engines[step.segment]
-        engine.bind("x", buffers.x)
-        engine.bind("out", buffers.out)
+        binding = buffers.bindings.get(step.segment)
+        if binding is None:
+            binding = buffers.bindings[step.segment] = engine.binding()
+        binding.bind("x", buffers.x)
+        binding.bind("out", buffers.out)
         for name, rows in buffers.conditioning.inputs(step.index, engine.inputs).items():
-            engine.bind(name, rows)
+            binding.bind(name, rows)
         for name in self._step_inputs.keys() & engine.inputs.keys():
-            engine.bind(name, self._step_inputs[name][step.index])
+            binding.bind(name, self._step_inputs[name][step.index])
         for port, slot in step.cache_ports:
-            engine.bind(port, buffers.slots[slot])
-        return engine
+            binding.bind(port, buffers.slots[slot])
+        return binding
 
     def _guided(self, out: Samples, count: int) -> tuple[Samples, Samples | None]:
         """(prediction after guidance, raw variance or None): eps_u + w (eps_c - eps_u) on the guided channels."""
@@ -185,17 +253,25 @@ class Executor:
             prediction[:, :guided] = unconditional + np.float32(self.guidance) * (conditional - unconditional)
         return prediction, raw_variance
 
-    def _allocate(self, count: int) -> _Buffers:
-        rows = count * self.halves
+    def _allocate(self, images: int) -> _Buffers:
+        rows = images * self.halves
         t = np.array([row["t"] for row in self._rows], dtype=np.float32)
         slot_shape, slot_type = (rows, *self.spec.branch_shape), self._slot_type()
         return _Buffers(
+            images=images,
             x=np.empty((rows, *self.spec.latent_shape), np.float32),
             labels=np.empty(rows, np.int64),
             out=np.empty((rows, self.spec.out_channels, self.spec.height, self.spec.width), np.float32),
             conditioning=Conditioning(self._engines[CONDITION], t, rows, self._most_ahead()),
             slots=tuple(np.empty(slot_shape, slot_type) for _ in range(self.program.slots)),
+            bindings={},
         )
+
+    def _table_values(self) -> int:
+        """Numbers in the tables of all steps for one label."""
+        sizes = {"batch": 1, "steps": len(self._rows)}
+        ports = self._engines[CONDITION].outputs.values()
+        return sum(prod(sizes[size] if isinstance(size, str) else size for size in port.shape) for port in ports)
 
     def _most_ahead(self) -> int:
         """How many rows of the tables past its own a step may be given."""
@@ -218,14 +294,25 @@ def check_request(spec: ModelSpec, labels: Sequence[int], noise: Samples) -> Non
         raise InputError(f"noise must have shape {expected} for {len(labels)} labels, found {noise.shape}")
 
 
+def closed_while_running() -> DitcError:
+    """The error of a request whose pipeline was closed before its last step."""
+    return DitcError("the pipeline was closed while this request ran; keep it open until the last image is there")
+
+
 def seeded_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> tuple[Samples, NoiseSource]:
     """(x_T, source of fresh noise) for images `first` to `first + count` of a seed.
 
     Every image has a random stream of its own, so neither the batch size nor the neighbours change it.
     """
-    if seed < 0:
-        raise InputError(f"the seed must not be negative, found {seed}; set --seed 0 or more")
-    streams = [np.random.default_rng([seed, first + i]) for i in range(count)]
+    return streamed_noise([(seed, first + i) for i in range(count)], shape)
+
+
+def streamed_noise(images: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> tuple[Samples, NoiseSource]:
+    """As `seeded_noise`, for images named one by one: (seed, number of the image)."""
+    negative = [seed for seed, _ in images if seed < 0]
+    if negative:
+        raise InputError(f"the seed must not be negative, found {negative[0]}; set --seed 0 or more")
+    streams = [np.random.default_rng(image) for image in images]
 
     def draw(_: Any = None) -> Samples:
         return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])

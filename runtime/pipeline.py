@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, runnable_path
-from ditc.engines.scale_table import step_inputs
+from ditc.engines.scale_table import DYNAMIC, step_inputs
 from ditc.engines.targets import backend_for
 from ditc.engines.update import UPDATE
 from ditc.errors import BundleError, DitcError, InputError, unknown_name
 from ditc.program import DECODE, Program
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
-from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, seeded_noise
+from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise
 
 __all__ = ["Pipeline", "load", "open_engines"]
 
@@ -43,23 +43,26 @@ def load(
     backend: Backend | DeviceBackend | None = None,
     reference: bool = False,
     compensation: bool = True,
+    threads: int | None = None,
+    batch: int | None = None,
 ) -> Pipeline:
     """Open a bundle. `reference=True` runs its FP, uncached program instead of the compiled one, on the CPU.
 
     `compensation=False` leaves out the variance compensation it was compiled with, to see what that does. `target` is
     where it runs, None for the one it was compiled for; `engines` the folder of its engines where that is not the
     bundle's own; `graphs` how much one CUDA graph holds ("trajectory", "step", "none"); `backend` stands in
-    for the target's. Raises BundleError, naming the file, where anything in the bundle differs from its manifest.
+    for the target's. `threads` are those of one engine call on a processor, None for every core that the process may
+    use; `batch` is how many images `images` and `latents` walk together there, None for as many as fit a small buffer.
+    Raises BundleError, naming the file, where anything in the bundle differs from its manifest.
     """
     if graphs not in GRAPHS:
         raise unknown_name("CUDA graph scope", graphs, GRAPHS)
     bundle = open_bundle(Path(path))
-    if backend is None and reference:
-        backend = backend_for("cpu")
-    elif backend is None:
-        chosen = target or str(bundle.manifest.settings.get("target", "cpu"))
-        backend = backend_for(chosen, None if engines is None else Path(engines))
-    return Pipeline(bundle, backend=backend, reference=reference, compensation=compensation, graphs=graphs)
+    if backend is None:
+        chosen = "cpu" if reference else target or str(bundle.manifest.settings.get("target", "cpu"))
+        store = None if engines is None or reference else Path(engines)
+        backend = backend_for(chosen, store, threads)
+    return Pipeline(bundle, backend=backend, reference=reference, compensation=compensation, graphs=graphs, batch=batch)
 
 
 def open_engines(stack: ExitStack, backend: Backend, segments: Mapping[str, Path]) -> dict[str, Engine]:
@@ -70,9 +73,11 @@ def open_engines(stack: ExitStack, backend: Backend, segments: Mapping[str, Path
 
 
 class Pipeline:
-    """A bundle ready to generate. Use it in a `with` block; it owns the engines and their buffers.
+    """A bundle ready to generate. Use it in a `with` block; it owns the engines.
 
-    `engines` are those of the open pipeline by segment, for who measures them.
+    Threads may share it: every request gives the images that it gives by itself. On a processor requests run side by
+    side, and their engine calls wait for free cores; on a GPU one request, or one step of a watched one, has the device
+    at a time. `engines` are those of the open pipeline by segment, for who measures them.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Pipeline:
         reference: bool = False,
         compensation: bool = True,
         graphs: str = "none",
+        batch: int | None = None,
     ) -> None:
         if reference and not bundle.has_reference:
             raise BundleError(f"{bundle.path} was compiled or copied without its FP reference; compile it again")
@@ -92,9 +98,17 @@ class Pipeline:
         self._compensated = compensation and not reference
         self._stack = ExitStack()
         self._graphs = graphs
+        self._batch = self._checked_batch(batch)
         self._executor: Executor | DeviceExecutor | None = None
-        self._decoder: Engine | None = None
         self.engines: Mapping[str, Engine | DeviceEngine] = {}
+
+    def _checked_batch(self, batch: int | None) -> int | None:
+        made_for = self.bundle.manifest.batch
+        if batch is not None and batch < 1:
+            raise InputError(f"--batch must be at least 1, found {batch}; leave it out for what fits a small buffer")
+        if self.on_device and batch not in (None, made_for):
+            raise InputError(f"these engines run {made_for} images at a time, found --batch {batch}; leave it out")
+        return batch
 
     @property
     def program(self) -> Program:
@@ -121,19 +135,19 @@ class Pipeline:
 
     def _on_host(self, backend: Backend, names: Sequence[str]) -> Executor:
         place = self.bundle.reference_path if self.reference else self.bundle.segment_path
-        engines = open_engines(self._stack, backend, {name: place(name) for name in names})
-        self.engines, self._decoder = engines, engines.get(DECODE)
+        self.engines = engines = open_engines(self._stack, backend, {name: place(name) for name in names})
         manifest, tables = self.bundle.manifest, self._tables()
         columns = {n.removeprefix("sampler."): t for n, t in tables.items() if n.startswith("sampler.")}
-        compensation = TableCompensation.from_tables(tables)
+        measures = manifest.settings.get("scales") == DYNAMIC and not self.reference
         return Executor(
             manifest.model,
             self.program,
             columns,
             engines,
             manifest.guidance,
-            compensation,
+            TableCompensation.from_tables(tables),
             step_inputs=step_inputs(tables),
+            together=1 if measures else None,
         )
 
     def _tables(self) -> dict[str, NDArray[Any]]:
@@ -149,39 +163,79 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._executor = self._decoder = None
+        if self._executor is not None:
+            self._executor.close()
+        self._stack.close()  # before anything is let go: a device may still work on it
+        self._executor = None
         self.engines = {}
-        self._stack.close()
+
+    @property
+    def at_once(self) -> int:
+        """How many images `images` and `latents` walk together.
+
+        On a processor as many as a buffer of REQUEST_BYTES holds, and no fewer than the bundle was compiled for; one
+        where activation scales are measured as they come, since a scale is then that of all images of a call.
+        """
+        executor = self._open_executor()
+        if isinstance(executor, DeviceExecutor):
+            return executor.batch
+        least = self.bundle.manifest.batch if executor.together is None else executor.together
+        return self._batch or max(least, executor.at_once)
 
     def generate(
-        self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None, first: int = 0
+        self,
+        labels: Sequence[int],
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: Samples | None = None,
+        first: int = 0,
     ) -> Iterator[StepEvent]:
         """All labels as one batch: a StepEvent per step, the last one carrying `images`.
 
         `noise` is x_T, (len(labels), channels, height, width); without it each image draws from the stream of
-        (seed, first + its place). Raises InputError for a label or a shape that the model doesn't have.
+        (seed, first + its place), seed 0 where none is given. `seeds` are one for each image instead, each giving what
+        it gives by itself: requests merged into one keep their noise. Raises InputError for a label or a shape that
+        the model doesn't have.
         """
         executor = self._open_executor()
-        spec = self.bundle.manifest.model
-        spec.check_labels(tuple(labels))
-        drawn, fresh = seeded_noise(seed, first, len(labels), spec.latent_shape)
+        streams = image_streams(len(labels), seed, seeds, first)
+        self.bundle.manifest.model.check_labels(tuple(labels))
+        drawn, fresh = streamed_noise(streams, self.bundle.manifest.model.latent_shape)
         for event in executor.run(labels, drawn if noise is None else noise, fresh):
             last = event.index == event.steps - 1
             yield replace(event, images=self.decode(event.x)) if last and self.makes_images else event
 
-    def latents(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None, first: int = 0) -> Samples:
-        """Finished samples before decoding, (n, channels, height, width), in batches of the bundle's size."""
+    def latents(
+        self,
+        labels: Sequence[int],
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: Samples | None = None,
+        first: int = 0,
+    ) -> Samples:
+        """Finished samples before decoding, (n, channels, height, width), `at_once` of them at a time."""
         executor = self._open_executor()
-        return np.concatenate([executor.last(*request) for request in self._requests(labels, seed, noise, first)])
+        requests = self._requests(labels, image_streams(len(labels), seed, seeds, first), noise)
+        return np.concatenate([executor.last(*request) for request in requests])
 
-    def images(self, labels: Sequence[int], *, seed: int = 0, noise: Samples | None = None, first: int = 0) -> Samples:
-        """Images in [-1, 1], float32 (n, channels, height, width), in batches of the bundle's size.
+    def images(
+        self,
+        labels: Sequence[int],
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: Samples | None = None,
+        first: int = 0,
+    ) -> Samples:
+        """Images in [-1, 1], float32 (n, channels, height, width), `at_once` of them at a time.
 
-        The first one is image `first` of the seed.
+        The first one is image `first` of the seed; with `seeds` each is the first one of its own.
         """
         self.check_makes_images()
         executor = self._open_executor()
-        requests = self._requests(labels, seed, noise, first)
+        requests = self._requests(labels, image_streams(len(labels), seed, seeds, first), noise)
         if isinstance(executor, DeviceExecutor) and executor.decodes:  # the latents stay on the device
             return np.concatenate([np.clip(executor.last_images(*request), -1, 1) for request in requests])
         return np.concatenate([self.decode(executor.last(*request)) for request in requests])
@@ -193,17 +247,25 @@ class Pipeline:
         """
         self.check_makes_images()
         executor = self._open_executor()
-        if isinstance(executor, DeviceExecutor) and executor.decodes:
-            return np.clip(executor.decode(latents), -1, 1)
-        if self._decoder is None:
-            return np.clip(latents, -1, 1)
-        port = self._decoder.outputs["image"]
-        shape = [len(latents), *(size for size in port.shape[1:] if isinstance(size, int))]
-        images: NDArray[Any] = np.empty(shape, port.dtype)
-        self._decoder.bind("latent", np.ascontiguousarray(latents))
-        self._decoder.bind("image", images)
-        self._decoder.run()
+        decoder = self.engines.get(DECODE)
+        if decoder is None:
+            images = latents
+        elif isinstance(executor, DeviceExecutor):
+            images = executor.decode(latents)
+        else:
+            images = self._decoded(decoder, latents)
         return np.asarray(np.clip(images, -1, 1))
+
+    @staticmethod
+    def _decoded(decoder: Any, latents: Samples) -> Samples:
+        """Image by image: a decoder's insides are many times what it takes, and gain nothing from company."""
+        port, binding = decoder.outputs["image"], decoder.binding()
+        images: NDArray[Any] = np.empty((len(latents), *(int(size) for size in port.shape[1:])), port.dtype)
+        for number in range(len(latents)):
+            binding.bind("latent", np.ascontiguousarray(latents[number : number + 1], np.float32))
+            binding.bind("image", images[number : number + 1])
+            binding.run()
+        return images
 
     @property
     def makes_images(self) -> bool:
@@ -220,20 +282,30 @@ class Pipeline:
             )
 
     def _requests(
-        self, labels: Sequence[int], seed: int, noise: Samples | None, offset: int
+        self, labels: Sequence[int], streams: Sequence[tuple[int, int]], noise: Samples | None
     ) -> Iterator[tuple[Sequence[int], Samples, NoiseSource]]:
-        """Labels, x_T and the source of fresh noise, in batches of the bundle's size."""
-        size = self.bundle.manifest.batch
-        if not labels:
-            raise InputError("no labels given; name at least one class")
+        """Labels, x_T and the source of fresh noise, `at_once` images at a time."""
+        size = self.at_once
         if noise is not None and len(noise) != len(labels):
             raise InputError(f"noise must have one sample per label: {len(labels)} labels, found {len(noise)}")
+        self.bundle.manifest.model.check_labels(tuple(labels))
         for first in range(0, len(labels), size):
-            part = labels[first : first + size]
-            drawn, fresh = seeded_noise(seed, offset + first, len(part), self.bundle.manifest.model.latent_shape)
-            yield part, drawn if noise is None else noise[first : first + size], fresh
+            part = slice(first, first + size)
+            drawn, fresh = streamed_noise(streams[part], self.bundle.manifest.model.latent_shape)
+            yield labels[part], drawn if noise is None else noise[part], fresh
 
     def _open_executor(self) -> Executor | DeviceExecutor:
         if self._executor is None:
             raise DitcError("the pipeline is not open; use it in a block: with ditc.load(path) as pipe: ...")
         return self._executor
+
+
+def image_streams(count: int, seed: int | None, seeds: Sequence[int] | None, first: int) -> list[tuple[int, int]]:
+    """(seed, number of the image) of each of `count` images. Raises InputError for seeds that don't fit."""
+    if seeds is None:
+        return [(seed or 0, first + place) for place in range(count)]
+    if seed is not None or first:
+        raise InputError("give seed and first, or seeds with one seed for each image; found both")
+    if len(seeds) != count:
+        raise InputError(f"seeds must be one for each label: {count} labels, found {len(seeds)} seeds")
+    return [(int(one), 0) for one in seeds]

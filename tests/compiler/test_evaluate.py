@@ -18,6 +18,7 @@ from ditc.compiler.evaluating import EvaluateOptions, check_not_worse, evaluate_
 from ditc.compiler.generating import fp_digest
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.printing import print_evaluation
+from ditc.compiler.running import Place
 from ditc.errors import CheckError, InputError
 
 STEPS = 4
@@ -156,7 +157,7 @@ def test_bundles_that_differ_in_their_cache_share_fp_images_and_others_do_not(bu
 
 def test_images_do_not_depend_on_the_size_of_a_request(exact: Path) -> None:
     found = [
-        evaluate_bundle(exact, EvaluateOptions(images=10, seeds=(0,), rounds=5, batch=batch, real="fp"))
+        evaluate_bundle(exact, EvaluateOptions(images=10, seeds=(0,), rounds=5, real="fp"), place=Place(batch=batch))
         for batch in (3, 10)
     ]
     distances = [run["distribution"]["bundle"]["frechet_distance"]["value"] for run in found]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from numpy.typing import NDArray
 import ditc
 from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.cli import run
+from ditc.engines.device import open_device
 from ditc.engines.store import EngineStore, embedded_host_code
 from ditc.engines.targets import backend_for
 from ditc.errors import CheckError, DitcError, InputError
 from ditc.runtime.device_executor import DeviceExecutor
+from ditc.runtime.executor import seeded_noise
 from ditc.runtime.pipeline import Pipeline
 
 LABELS = [0, 3, 4]
@@ -215,15 +219,102 @@ def test_a_model_without_an_unconditional_class_runs(built: Any, tmp_path: Path)
 
 
 @pytest.mark.any_version
-def test_a_request_ends_another_that_is_still_watched(built: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "graphs"),
+    [
+        *itertools.product(["small"], ["none", "step", "trajectory"]),
+        *itertools.product(["learned-noise", "odd-addresses", "taylor", "decoded"], ["step"]),
+    ],
+)
+def test_a_watched_request_goes_on_after_others_had_the_device(name: str, graphs: str, built: Any) -> None:
+    with ditc.load(built[name], target="tensorrt", graphs=graphs) as pipe:
+        alone = {seed: [event.x for event in pipe.generate([1], seed=seed)] for seed in (1, 2, 3)}
+        watched = [pipe.generate([1], seed=seed) for seed in (1, 2)]
+        for index, (*events, whole) in enumerate(zip(*watched, itertools.repeat(alone[3][-1]), strict=False)):
+            assert [np.array_equal(e.x, alone[seed][index]) for e, seed in zip(events, (1, 2), strict=True)] == [
+                True
+            ] * 2
+            if index == 2:
+                abandoned = pipe.generate([4], seed=9)
+                next(abandoned)
+                assert np.array_equal(pipe.latents([1], seed=3), whole)
+                pipe.decode(whole)
+        assert index == len(alone[1]) - 1
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("graphs", ["none", "step", "trajectory"])
+def test_threads_get_the_samples_of_the_same_requests_in_turn(graphs: str, built: Any) -> None:
+    requests = [([n % 5, (n + 2) % 5][: 1 + n % 2], n) for n in range(24)]
+    with ditc.load(built["small"], target="tensorrt", graphs=graphs) as pipe:
+        pipe.latents([0], seed=0)
+        expected = [pipe.latents(labels, seed=seed) for labels, seed in requests]
+
+        def walked(number: int) -> NDArray[np.float32]:
+            labels, seed = requests[number]
+            if number % 3:
+                return pipe.latents(labels, seed=seed)
+            *_, event = pipe.generate(labels, seed=seed)
+            return event.x
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(walked, range(len(requests))))
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.any_version
+def test_closing_a_pipeline_waits_for_what_is_queued_before_memory_is_let_go(built: Any) -> None:
+    """In every state in which a caller can leave it; the simulated GPU refuses work on memory that nobody holds."""
+
+    def never_run(pipe: Pipeline) -> None:
+        pass
+
+    def refused(pipe: Pipeline) -> None:
+        with pytest.raises(InputError, match="not a class"):
+            pipe.latents([99])
+
+    def half_way(pipe: Pipeline) -> None:
+        next(pipe.generate([1]))
+
+    def queued(pipe: Pipeline) -> None:
+        executor = pipe._executor
+        assert isinstance(executor, DeviceExecutor)
+        noise, fresh = seeded_noise(0, 0, 1, executor.spec.latent_shape)
+        executor._start([1], noise, fresh)
+        executor._launch_trajectory()
+
+    for leave in (never_run, refused, half_way, queued):
+        with ditc.load(built["learned-noise"], target="tensorrt") as pipe:
+            leave(pipe)
+        events = pipe.generate([1])
+        with pytest.raises(DitcError, match="not open"):
+            next(events)
+
+
+@pytest.mark.any_version
+def test_a_device_keeps_what_queued_work_refers_to() -> None:
+    """Buffers dropped in the worst order: right after they were queued."""
+    device = open_device()
+    for _ in range(50):
+        source, target = device.empty((64,), "float32"), device.empty((64,), "float32")
+        device.upload(np.arange(64, dtype=np.float32), source)
+        device.copy(source, target)
+        del source
+        found = device.download(target)
+        device.copy(target, device.empty((64,), "float32"))
+        del target
+        gc.collect()
+        device.synchronize()
+        assert np.array_equal(found, np.arange(64))
+
+
+@pytest.mark.any_version
+def test_a_watched_request_ends_with_its_pipeline(built: Any) -> None:
     with ditc.load(built["small"], target="tensorrt") as pipe:
-        alone = [event.x for event in pipe.generate([1], seed=1)]
-        watched = pipe.generate([1], seed=1)
-        assert np.array_equal(next(watched).x, alone[0])
-        other = pipe.latents([2], seed=2)
-        with pytest.raises(DitcError, match="another request began on this pipeline"):
-            next(watched)
-        assert np.array_equal(pipe.latents([2], seed=2), other)
+        watched = pipe.generate([1])
+        next(watched)
+    with pytest.raises(DitcError, match="closed while this request ran"):
+        next(watched)
 
 
 @pytest.mark.any_version

@@ -26,20 +26,22 @@ def doubling_engine() -> FakeEngine:
 def test_a_run_reads_the_bound_inputs_and_writes_the_bound_outputs() -> None:
     x, out = np.array([[1, 2]], np.float32), np.zeros((1, 2), np.float32)
     with doubling_engine() as engine:
-        engine.bind("x", x)
-        engine.bind("out", out)
-        engine.run()
+        binding = engine.binding()
+        binding.bind("x", x)
+        binding.bind("out", out)
+        binding.run()
     np.testing.assert_array_equal(out, [[2, 4]])
 
 
 def test_what_is_bound_once_is_read_again_at_every_run() -> None:
     x, out = np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32)
     with doubling_engine() as engine:
-        engine.bind("x", x)
-        engine.bind("out", out)
-        engine.run()
+        binding = engine.binding()
+        binding.bind("x", x)
+        binding.bind("out", out)
+        binding.run()
         x[:] = 5
-        engine.run()
+        binding.run()
         assert engine.runs == 2
     np.testing.assert_array_equal(out, [[10, 10]])
 
@@ -47,40 +49,44 @@ def test_what_is_bound_once_is_read_again_at_every_run() -> None:
 def test_binding_again_leaves_the_first_buffer_alone() -> None:
     first, second = np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)
     with doubling_engine() as engine:
-        engine.bind("x", np.ones((1, 2), np.float32))
-        engine.bind("out", first)
-        engine.bind("out", second)
-        engine.run()
+        binding = engine.binding()
+        binding.bind("x", np.ones((1, 2), np.float32))
+        binding.bind("out", first)
+        binding.bind("out", second)
+        binding.run()
     assert not first.any()
     assert (second == 2).all()
 
 
 def test_a_name_that_the_engine_does_not_have_is_refused() -> None:
     with doubling_engine() as engine, pytest.raises(KeyError, match="cache"):
-        engine.bind("cache", np.zeros(2))
+        engine.binding().bind("cache", np.zeros(2))
 
 
 def test_running_with_an_unbound_name_fails() -> None:
     with doubling_engine() as engine, pytest.raises(KeyError, match="x"):
-        engine.run()
+        engine.binding().run()
 
 
 def test_a_buffer_of_the_wrong_shape_fails_as_on_a_real_engine() -> None:
     with doubling_engine() as engine:
-        engine.bind("x", np.ones((3, 2), np.float32))
-        engine.bind("out", np.zeros((1, 2), np.float32))
+        binding = engine.binding()
+        binding.bind("x", np.ones((3, 2), np.float32))
+        binding.bind("out", np.zeros((1, 2), np.float32))
         with pytest.raises(ValueError, match="broadcast"):
-            engine.run()
+            binding.run()
 
 
-def test_a_closed_engine_holds_no_buffers() -> None:
-    engine = doubling_engine()
-    with engine:
-        engine.bind("x", np.zeros((1, 2), np.float32))
-        engine.bind("out", np.zeros((1, 2), np.float32))
-        engine.run()
-    with pytest.raises(KeyError):
-        engine.run()
+def test_two_bindings_of_an_engine_share_no_buffers() -> None:
+    outs = [np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)]
+    with doubling_engine() as engine:
+        bindings = [engine.binding(), engine.binding()]
+        for value, (binding, out) in enumerate(zip(bindings, outs, strict=True), start=1):
+            binding.bind("x", np.full((1, 2), value, np.float32))
+            binding.bind("out", out)
+        for binding in bindings:
+            binding.run()
+    assert [out.tolist() for out in outs] == [[[2, 2]], [[4, 4]]]
 
 
 def test_a_backend_opens_engines_by_the_name_of_their_segment() -> None:

@@ -43,22 +43,24 @@ def segment(tmp_path: Path) -> Path:
 def test_outputs_land_in_the_bound_buffer(segment: Path) -> None:
     x, y = np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
     with OnnxRuntimeBackend().open(segment) as engine:
-        engine.bind("x", x)
-        engine.bind("y", y)
-        engine.run()
+        binding = engine.binding()
+        binding.bind("x", x)
+        binding.bind("y", y)
+        binding.run()
         assert np.array_equal(y, np.full((2, 3), 2, np.float32))
         x[...] = 5
-        engine.run()
+        binding.run()
     assert np.array_equal(y, np.full((2, 3), 10, np.float32))
 
 
 def test_a_rebound_buffer_of_another_size_is_used(segment: Path) -> None:
     with OnnxRuntimeBackend().open(segment) as engine:
+        binding = engine.binding()
         for rows in (2, 5):
             y = np.zeros((rows, 3), np.float32)
-            engine.bind("x", np.ones((rows, 3), np.float32))
-            engine.bind("y", y)
-            engine.run()
+            binding.bind("x", np.ones((rows, 3), np.float32))
+            binding.bind("y", y)
+            binding.run()
             assert y.sum() == 6 * rows
 
 
@@ -75,9 +77,10 @@ def test_threads_of_a_session_sleep_between_its_runs(segment: Path) -> None:
     """By default they wait in a busy loop for some 40 ms, and hold a core that the next segment needs."""
     x, y = np.ones((1 << 18, 3), np.float32), np.empty((1 << 18, 3), np.float32)
     with OnnxRuntimeBackend(threads=2).open(segment) as engine:
-        engine.bind("x", x)
-        engine.bind("y", y)
-        engine.run()
+        binding = engine.binding()
+        binding.bind("x", x)
+        binding.bind("y", y)
+        binding.run()
         start = time.process_time()
         time.sleep(0.03)
         assert time.process_time() - start < 0.01
@@ -92,10 +95,11 @@ def test_ports_tell_type_and_open_dimensions(segment: Path) -> None:
 
 def test_a_buffer_of_the_wrong_type_or_layout_is_refused(segment: Path) -> None:
     with OnnxRuntimeBackend().open(segment) as engine:
+        binding = engine.binding()
         with pytest.raises(ValueError, match="takes float32, found float64"):
-            engine.bind("x", np.ones((2, 3)))
+            binding.bind("x", np.ones((2, 3)))
         with pytest.raises(ValueError, match="C-contiguous"):
-            engine.bind("x", np.ones((3, 2), np.float32).T)
+            binding.bind("x", np.ones((3, 2), np.float32).T)
 
 
 def test_a_damaged_segment_is_one_line(tmp_path: Path) -> None:

@@ -77,10 +77,11 @@ def test_permuting_a_batch_permutes_its_images(pipe: Pipeline) -> None:
 
 def test_a_buffer_of_the_wrong_type_or_layout_is_refused(bundles: dict[str, Bundle]) -> None:
     with OpenVinoBackend().open(bundles["cached"].segment_path("full")) as engine:
+        binding = engine.binding()
         with pytest.raises(ValueError, match="takes float32, found float64"):
-            engine.bind("x", np.ones((2, 3, 8, 8)))
+            binding.bind("x", np.ones((2, 3, 8, 8)))
         with pytest.raises(ValueError, match="C-contiguous"):
-            engine.bind("x", np.ones((8, 8, 3, 2), np.float32).T)
+            binding.bind("x", np.ones((8, 8, 3, 2), np.float32).T)
 
 
 def test_a_segment_that_does_not_open_is_one_clear_line(tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ def doubling_backend() -> FakeBackend:
 def run_three_times(backend: Backend) -> np.ndarray:
     x, out = np.zeros(2, np.float32), np.zeros(2, np.float32)
     with backend.open(Path("full.onnx")) as engine:
-        engine.bind("x", x)
-        engine.bind("out", out)
+        binding = engine.binding()
+        binding.bind("x", x)
+        binding.bind("out", out)
         for value in (1, 2, 3):
             x[:] = value
-            engine.run()
+            binding.run()
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ditc.engines.backend import Buffer, Port
-from ditc.engines.fake import FakeEngine
+from ditc.engines.fake import FakeBinding, FakeEngine
 from ditc.runtime.conditioning import Conditioning
 from ditc.runtime.pipeline import Pipeline
 
@@ -25,10 +25,20 @@ def table_of(inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
     return {"table": np.stack([t, y], axis=-1)}
 
 
+class LookedAt(FakeEngine):
+    """Its `last` is the binding that was made last."""
+
+    last: FakeBinding
+
+    def binding(self) -> FakeBinding:
+        self.last = super().binding()
+        return self.last
+
+
 @pytest.fixture
-def engine() -> FakeEngine:
+def engine() -> LookedAt:
     ports = {"t": Port("t", "float32", ("steps",)), "y": Port("y", "int64", ("batch",))}
-    return FakeEngine(table_of, ports, {"table": Port("table", "float32", ("steps", "batch", 2))})
+    return LookedAt(table_of, ports, {"table": Port("table", "float32", ("steps", "batch", 2))})
 
 
 def rows_of(conditioning: Conditioning, step: int) -> tuple[list[list[float]], list[list[list[float]]]]:
@@ -37,7 +47,7 @@ def rows_of(conditioning: Conditioning, step: int) -> tuple[list[list[float]], l
 
 
 @pytest.mark.parametrize("labels", [[3, 7, 2, 0], [7, 3, 7, 7], [4, 4, 4, 4]])
-def test_every_row_is_its_label_s_whether_labels_repeat_or_not(labels: list[int], engine: FakeEngine) -> None:
+def test_every_row_is_its_label_s_whether_labels_repeat_or_not(labels: list[int], engine: LookedAt) -> None:
     conditioning = Conditioning(engine, T, rows=4, most_ahead=2)
     conditioning.compute(np.array(labels))
     own, later = rows_of(conditioning, 0)
@@ -45,14 +55,14 @@ def test_every_row_is_its_label_s_whether_labels_repeat_or_not(labels: list[int]
     assert later == [[[5, label] for label in labels], [[1, label] for label in labels]]
 
 
-def test_each_label_is_computed_once(engine: FakeEngine) -> None:
+def test_each_label_is_computed_once(engine: LookedAt) -> None:
     conditioning = Conditioning(engine, T, rows=6, most_ahead=0)
     conditioning.compute(np.array([7, 3, 7, 10, 10, 10]))
-    assert engine.bound["y"].tolist() == [7, 3, 10]
-    assert engine.bound["table"].shape == (3, 3, 2)
+    assert engine.last.bound["y"].tolist() == [7, 3, 10]
+    assert engine.last.bound["table"].shape == (3, 3, 2)
 
 
-def test_rows_past_the_last_step_are_zero_after_a_request_of_more_labels_too(engine: FakeEngine) -> None:
+def test_rows_past_the_last_step_are_zero_after_a_request_of_more_labels_too(engine: LookedAt) -> None:
     conditioning = Conditioning(engine, T, rows=4, most_ahead=2)
     conditioning.compute(np.array([1, 2, 3, 4]))
     conditioning.compute(np.array([1, 2, 2, 2]))
@@ -60,10 +70,10 @@ def test_rows_past_the_last_step_are_zero_after_a_request_of_more_labels_too(eng
     assert later == [[[1, label] for label in (1, 2, 2, 2)], [[0, 0]] * 4]
 
 
-def test_a_request_whose_labels_all_differ_copies_nothing(engine: FakeEngine) -> None:
+def test_a_request_whose_labels_all_differ_copies_nothing(engine: LookedAt) -> None:
     conditioning = Conditioning(engine, T, rows=2, most_ahead=0)
     conditioning.compute(np.array([5, 1]))
-    assert np.shares_memory(conditioning.inputs(1, {"table": TAKING["table"]})["table"], engine.bound["table"])
+    assert np.shares_memory(conditioning.inputs(1, {"table": TAKING["table"]})["table"], engine.last.bound["table"])
 
 
 def test_images_of_one_class_share_its_conditioning(pipes: dict[str, Pipeline]) -> None:

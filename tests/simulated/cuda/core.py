@@ -1,13 +1,14 @@
 """cuda-core on host memory: a stream that runs nothing until it is waited for, and graphs that record it.
 
-Only what ditc uses. That every name, argument and keyword exists in the real cuda-core is checked by
-tests/conformance/test_cuda_core.py.
+Work that reaches memory which has been let go since it was queued is a failed assertion. Only what ditc uses. That
+every name, argument and keyword exists in the real cuda-core is checked by tests/conformance/test_cuda_core.py.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -16,10 +17,16 @@ import simulation
 ALIGNMENT = 512  # of cudaMalloc
 STREAMS: dict[int, Stream] = {}
 ALLOCATED = {"bytes": 0}
+LIVE: dict[int, int] = {}  # device memory that somebody holds: address -> bytes
 
 
 class CUDAError(Exception):
     pass
+
+
+def is_held(pointer: int) -> bool:
+    """Does an address lie in device memory that somebody holds?"""
+    return any(start <= pointer < start + size for start, size in list(LIVE.items()))
 
 
 class Buffer:
@@ -35,8 +42,11 @@ class Buffer:
     def copy_from(self, src: Buffer, *, stream: Stream) -> None:
         target, source, size = self.handle, src.handle, min(self.size, src.size)
         keep = (self, src)
+        on_device = [pointer for pointer in (target, source) if is_held(pointer)]
+        assert on_device, "neither end of a copy lies in device memory that somebody holds"
 
         def copy(_: object = keep) -> None:
+            assert all(map(is_held, on_device)), "a queued copy reaches device memory that has been let go"
             ctypes.memmove(target, source, size)
 
         stream.queue(copy)
@@ -110,5 +120,7 @@ class Device:
             raise CUDAError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
         # bytes of a value that stands out where something is read before it is written
         memory = np.full(size + ALIGNMENT, 0xCD, np.uint8)
-        start = -memory.ctypes.data % ALIGNMENT
-        return Buffer(memory.ctypes.data + start, size, memory)
+        start = memory.ctypes.data + -memory.ctypes.data % ALIGNMENT
+        LIVE[start] = size
+        weakref.finalize(memory, LIVE.pop, start)
+        return Buffer(start, size, memory)

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import simulation
 import tensorrt_bindings as real
-from cuda.core import STREAMS
+from cuda.core import STREAMS, is_held
 from tensorrt_bindings import __version__
 
 from tensorrt.interface import MAGIC, ONNX_TYPES, Played, at, numpy_type_of, platform, session_of
@@ -131,6 +131,7 @@ class Context(Played):
         return True
 
     def _execute(self, addresses: dict[str, int]) -> None:
+        assert all(map(is_held, addresses.values())), "a queued run reaches device memory that has been let go"
         session = self._engine._session
         feeds = {
             port.name: at(addresses[port.name], port.shape, numpy_type_of(port.type)) for port in session.get_inputs()

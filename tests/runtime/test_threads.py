@@ -1,0 +1,247 @@
+"""A pipeline may be shared: by threads, by requests walked in turn, by images merged into one request."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ditc.bundle import Bundle
+from ditc.compiler.driver import compile_model
+from ditc.compiler.options import CompileOptions
+from ditc.errors import DitcError, InputError
+from ditc.exporter.dit import DiT
+from ditc.runtime.executor import KEPT_BUFFERS, Executor
+from ditc.runtime.pipeline import Pipeline, load
+
+Images = NDArray[Any]
+SHARED = ("cached", "per-step", "float-ends", "fp32-taylor", "fp32-none")
+REQUESTS = [([n % 5 for n in range(first, first + 1 + first % 3)], first) for first in range(16)]  # of 1 to 3 images
+
+
+@pytest.fixture(scope="module")
+def noisy(
+    tmp_path_factory: pytest.TempPathFactory, make_small_model: Callable[..., DiT], quick_options: CompileOptions
+) -> Path:
+    """A bundle whose sampler draws fresh noise at every step."""
+    folder = tmp_path_factory.mktemp("noisy") / "noisy"
+    changes = {"sampler": "ddpm", "variance": "fixed-small", "policy": "fora:2", "precision": "fp32", "vc": "none"}
+    return compile_model(make_small_model(), folder, quick_options.model_copy(update=changes)).path
+
+
+@pytest.fixture(scope="module")
+def dynamic(
+    tmp_path_factory: pytest.TempPathFactory, make_small_model: Callable[..., DiT], quick_options: CompileOptions
+) -> Path:
+    """A bundle whose activation scales are measured as the tensors come."""
+    folder = tmp_path_factory.mktemp("dynamic") / "dynamic"
+    changes = {"scales": "dynamic", "policy": "fora:2", "vc": "none"}
+    return compile_model(make_small_model(), folder, quick_options.model_copy(update=changes)).path
+
+
+def in_turn(pipe: Pipeline) -> list[Images]:
+    return [pipe.images(labels, seed=seed) for labels, seed in REQUESTS]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("name", SHARED)
+def test_threads_get_the_images_of_the_same_requests_in_turn(
+    name: str, threads: int, pipes: dict[str, Pipeline]
+) -> None:
+    pipe = pipes[name]
+    expected = in_turn(pipe)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda request: pipe.images(request[0], seed=request[1]), REQUESTS))
+    assert [np.array_equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(REQUESTS)
+
+
+@pytest.mark.parametrize("engine_threads", [1, 2])
+def test_threads_on_two_pipelines_of_one_process_get_their_images(
+    engine_threads: int, bundles: dict[str, Bundle]
+) -> None:
+    with (
+        load(bundles["cached"].path, threads=engine_threads) as one,
+        load(bundles["fp32-cached"].path, threads=engine_threads) as other,
+    ):
+        expected = [*in_turn(one), *in_turn(other)]
+        jobs = [(pipe, *request) for pipe in (one, other) for request in REQUESTS]
+        order = random.Random(0).sample(range(len(jobs)), len(jobs))
+        with ThreadPoolExecutor(8) as pool:
+            made = dict(
+                zip(order, pool.map(lambda n: jobs[n][0].images(jobs[n][1], seed=jobs[n][2]), order), strict=True)
+            )
+    assert all(np.array_equal(made[n], image) for n, image in enumerate(expected))
+
+
+@pytest.mark.parametrize("name", ["cached", "fp32-taylor"])
+def test_threads_may_watch_abandon_and_nest_requests(name: str, pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes[name]
+    expected = in_turn(pipe)
+
+    def watched(number: int) -> Images:
+        labels, seed = REQUESTS[number]
+        for event in pipe.generate(labels, seed=seed):
+            if event.index == 1:
+                half_way = pipe.generate([number % 5], seed=number + 100)
+                next(half_way)
+                next(half_way)  # and no more of it
+            if event.index == 3:
+                other = (number + 1) % len(REQUESTS)
+                assert np.array_equal(pipe.images(REQUESTS[other][0], seed=REQUESTS[other][1]), expected[other])
+        assert event.images is not None
+        return event.images
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(watched, range(len(REQUESTS))))
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_merged_requests_give_what_each_gives_alone(name: str, pipes: dict[str, Pipeline]) -> None:
+    labels, seeds = [3, 1, 4, 1, 0], [7, 5, 5, 2**40, 0]
+    merged = pipes[name].images(labels, seeds=seeds)
+    alone = [pipes[name].images([label], seed=seed)[0] for label, seed in zip(labels, seeds, strict=True)]
+    assert [np.array_equal(a, b) for a, b in zip(merged, alone, strict=True)] == [True] * 5
+
+
+def test_merged_requests_keep_their_fresh_noise(noisy: Path) -> None:
+    with load(noisy) as pipe:
+        merged = pipe.images([3, 1, 4, 1], seeds=[7, 5, 9, 2])
+        alone = [pipe.images([label], seed=seed)[0] for label, seed in ((3, 7), (1, 5), (4, 9), (1, 2))]
+        assert not np.allclose(alone[1], alone[3])
+    assert np.array_equal(merged, np.stack(alone))
+
+
+def test_scales_measured_at_run_time_are_of_one_image(dynamic: Path) -> None:
+    """A scale serves all images of an engine call, so each image has a call of its own."""
+    labels, seeds = [3, 1, 4, 1], [7, 5, 9, 2]
+    with load(dynamic) as pipe:
+        assert pipe.at_once == 1
+        alone = np.stack([pipe.images([label], seed=seed)[0] for label, seed in zip(labels, seeds, strict=True)])
+        *_, event = pipe.generate(labels, seeds=seeds)
+        assert np.array_equal(pipe.images(labels, seeds=seeds), alone)
+        assert event.images is not None
+        assert np.array_equal(event.images, alone)
+
+
+def test_images_walk_together_as_many_as_the_buffer_holds(
+    pipes: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, sizes = pipes["cached"], []
+    last = Executor.last
+
+    def noted(self: Executor, labels: list[int], *rest: Any) -> Images:
+        sizes.append(len(labels))
+        return last(self, labels, *rest)
+
+    monkeypatch.setattr(Executor, "last", noted)
+    labels = [n % 5 for n in range(70)]
+    everything = pipe.images(labels, seed=1)
+    assert (pipe.at_once, sizes) == (64, [64, 6])
+    monkeypatch.setattr("ditc.runtime.executor.REQUEST_BYTES", 1 << 18)
+    assert 4 <= pipe.at_once < 16  # no fewer than the bundle was compiled for
+    assert np.array_equal(pipe.images(labels, seed=1), everything)
+
+
+def test_the_batch_can_be_said_when_a_bundle_is_opened(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["cached"].path, batch=3) as pipe, load(bundles["cached"].path) as default:
+        assert pipe.at_once == 3
+        assert np.array_equal(pipe.images([0, 1, 2, 3, 4]), default.images([0, 1, 2, 3, 4]))
+
+
+def test_buffers_that_wait_for_their_next_request_are_few(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["cached"].path) as pipe:
+        for count in range(1, 10):
+            pipe.images([1] * count)
+        assert isinstance(pipe._executor, Executor)
+        assert len(pipe._executor._free) == KEPT_BUFFERS
+
+
+def walked(pipe: Pipeline, seed: int = 0) -> Iterator[object]:
+    """A request that has done two steps."""
+    events = pipe.generate([1], seed=seed)
+    next(events)
+    next(events)
+    return events
+
+
+def test_a_request_goes_no_further_once_the_pipeline_is_closed(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["cached"].path) as pipe:
+        events = walked(pipe)
+    with pytest.raises(DitcError, match="closed while this request ran; keep it open until the last image"):
+        next(events)
+    with pytest.raises(DitcError, match=r"not open; .*with ditc\.load"):
+        pipe.images([1])
+    with pytest.raises(DitcError, match="not open"):
+        next(pipe.generate([1]))
+
+
+def test_closing_beside_requests_ends_them_with_our_error_or_their_images(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["cached"].path) as pipe:
+        expected = in_turn(pipe)
+    for pause in range(5):
+        begun = threading.Barrier(5)
+        pipe = load(bundles["cached"].path).__enter__()
+        outcomes: list[object] = []
+
+        def ask(number: int, pipe: Pipeline = pipe, begun: threading.Barrier = begun) -> None:
+            begun.wait()
+            try:
+                for labels, seed in REQUESTS:
+                    outcomes.append(np.array_equal(pipe.images(labels, seed=seed), expected[seed]))  # noqa: B023
+            except DitcError as e:
+                outcomes.append(str(e))  # noqa: B023
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        begun.wait()
+        threading.Event().wait(pause * 0.01)
+        pipe.__exit__(None, None, None)
+        for thread in threads:
+            thread.join()
+        assert False not in outcomes
+        texts = [text for text in outcomes if isinstance(text, str)]
+        assert all("pipeline" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"seeds": [1]}, "seeds must be one for each label: 2 labels, found 1"),
+        ({"seeds": [1, 2], "seed": 3}, "seed and first, or seeds"),
+        ({"seeds": [1, 2], "first": 3}, "seed and first, or seeds"),
+        ({"seeds": [1, -2]}, "must not be negative, found -2"),
+        ({"seed": -1}, "must not be negative, found -1"),
+    ],
+)
+def test_seeds_that_do_not_fit_are_one_line(asked: dict[str, Any], message: str, pipes: dict[str, Pipeline]) -> None:
+    for ask in (
+        pipes["cached"].images,
+        pipes["cached"].latents,
+        lambda *a, **k: list(pipes["cached"].generate(*a, **k)),
+    ):
+        with pytest.raises(InputError, match=message):
+            ask([1, 2], **asked)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "--threads must be at least 1, found 0"),
+        ({"batch": 0}, "--batch must be at least 1, found 0"),
+        ({"threads": 2, "target": "cuda"}, "--threads is for processors; cuda runs on a GPU"),
+    ],
+)
+def test_settings_of_a_processor_that_make_no_sense_are_one_line(
+    options: dict[str, Any], message: str, bundles: dict[str, Bundle]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(bundles["cached"].path, **options)
