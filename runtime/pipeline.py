@@ -256,14 +256,14 @@ class Pipeline:
             images = self._decoded(decoder, latents)
         return np.asarray(np.clip(images, -1, 1))
 
-    @staticmethod
-    def _decoded(decoder: Any, latents: Samples) -> Samples:
-        """Image by image: a decoder's insides are many times what it takes, and gain nothing from company."""
-        port, binding = decoder.outputs["image"], decoder.binding()
-        images: NDArray[Any] = np.empty((len(latents), *(int(size) for size in port.shape[1:])), port.dtype)
-        for number in range(len(latents)):
-            binding.bind("latent", np.ascontiguousarray(latents[number : number + 1], np.float32))
-            binding.bind("image", images[number : number + 1])
+    def _decoded(self, decoder: Any, latents: Samples) -> Samples:
+        """As many at a time as the bundle was compiled for: a decoder's insides are many times what it takes."""
+        port, binding, size = decoder.outputs["image"], decoder.binding(), self.bundle.manifest.batch
+        shape = (len(latents), *(length for length in port.shape[1:] if isinstance(length, int)))
+        images: NDArray[Any] = np.empty(shape, port.dtype)
+        for first in range(0, len(latents), size):
+            binding.bind("latent", np.ascontiguousarray(latents[first : first + size], np.float32))
+            binding.bind("image", images[first : first + size])
             binding.run()
         return images
 
