@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format bench train clean
+.PHONY: demo test test-slow test-portable lint format bench train clean
 
 demo: $(STAMP)
 	$(BIN)/ditc demo
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow --timeout 3600
+
+# the runtime without torch on other processors, emulated by QEMU; needs qemu-user, apt-get and the network
+test-portable: $(STAMP)
+	$(BIN)/python tests/portable/emulate.py
 
 lint: $(STAMP) lint-tree
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ditc.compiler.bench_options import BenchOptions
-from ditc.compiler.machine import machine
+from ditc.compiler.machine import arithmetic_of, machine
 from ditc.compiler.match import bench_labels
 from ditc.compiler.running import HERE, Place
 from ditc.compiler.side_by_side import against_peers
@@ -66,10 +66,11 @@ def _measured(pipe: Pipeline, options: BenchOptions, progress: Progress) -> dict
         pipe.latents(labels, seed=number)
         seconds.append(perf_counter() - start)
     progress("requests", options.requests, options.requests)
-    request = latency_of(seconds)
+    request, arithmetic = latency_of(seconds), arithmetic_of(pipe.backend, manifest.precision)
     return {
         "machine": machine(),
         "bundle": {"model": manifest.model.name, "precision": manifest.precision, "steps": len(manifest.program.steps)},
+        "arithmetic": None if arithmetic is None else arithmetic.model_dump(),
         "batch": manifest.batch,
         "warmup": options.warmup,
         "request": _spread(request),

@@ -22,7 +22,7 @@ from ditc.compiler.command_options import (
     processor_options,
     whole_numbers,
 )
-from ditc.compiler.live_progress import progress_on_stderr, steps_on_stderr
+from ditc.compiler.live_progress import advice_on_stderr, progress_on_stderr, steps_on_stderr
 from ditc.compiler.measuring_commands import MEASURING
 from ditc.compiler.printing import (
     print_demo,
@@ -48,7 +48,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """The exit code of a command line."""
     try:
-        return int(cli.main(args=list(arguments), prog_name="ditc", standalone_mode=False) or 0)
+        with advice_on_stderr():
+            return int(cli.main(args=list(arguments), prog_name="ditc", standalone_mode=False) or 0)
     except click.ClickException as e:
         e.show()
         return e.exit_code

@@ -62,7 +62,7 @@ COMPILE_OPTIONS = (
         metavar="fp32|fp16|w8a8|w7a8|w4a8|w8a6",
         default="w8a8",
         show_default=True,
-        help="Arithmetic of linear layers; 4 and 6 bits are simulated in 8.",
+        help="Arithmetic of linear layers; w7a8 is for CPUs without VNNI; 4 and 6 bits are simulated in 8.",
     ),
     click.option(
         "--float-steps",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ditc.compiler.driver import compile_model
 from ditc.compiler.eager import eager_images
 from ditc.compiler.features import digit_quality
+from ditc.compiler.machine import arithmetic_of
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.side_by_side import RUN, take_turns
 from ditc.progress import Progress, silent
@@ -43,7 +44,7 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str
     bundle = compile_model("digits", out / "bundle", options, progress=progress, force=True)
     model = builtin_digits()
     with load(bundle.path) as pipe:
-        columns = _columns(pipe)
+        columns, arithmetic = _columns(pipe), arithmetic_of(pipe.backend, bundle.manifest.precision)
 
         def plain(labels: list[int], first: int) -> Samples:
             noise, fresh = seeded_noise(SEED, first, len(labels), model.spec.latent_shape)
@@ -72,6 +73,7 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str
         "grid": str(picture),
         "bundle": str(bundle.path),
         "seconds_per_image": speed,
+        "arithmetic": None if arithmetic is None else arithmetic.model_dump(),
         "images": QUALITY_IMAGES,
         "torch": digit_quality(exact, labels_all) | {"size_bytes": sum(p.numel() * 4 for p in model.parameters())},
         "compiled": digit_quality(found, labels_all)

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ditc.errors import DitcError
+from ditc.precision import INT8
+
+if TYPE_CHECKING:
+    from ditc.engines.integer_form import SaysArithmetic
 
 __all__ = ["Finding", "examine"]
 
@@ -53,65 +56,41 @@ def compile_stages() -> Finding:
 
 
 def onnxruntime_cpu() -> Finding:
-    """Opens a real integer kernel where onnx is there to build the graph."""
+    """Integer products are run, and held to the exact ones."""
     found = installed("onnxruntime") or installed("onnxruntime-gpu")
     if found is None:
         return Finding("target cpu", False, "not installed; install with: pip install 'ditc[cpu]'")
-    features = ", ".join(cpu_features()) or "no integer dot products found: INT8 will be slow"
-    try:
-        kernel = integer_kernel()
-    except ImportError:  # a deployment has no onnx to build the probe with
-        return Finding("target cpu", True, f"{found}; integer kernels not probed, that needs onnx; {features}")
-    except DitcError as e:
-        return Finding("target cpu", False, str(e))
-    return Finding("target cpu", bool(kernel), f"{found}; INT8 linear layer runs as {kernel}; {features}")
+    from ditc.engines.onnxrt import OnnxRuntimeBackend
+
+    return _integers("target cpu", f"onnxruntime {found}", OnnxRuntimeBackend())
 
 
 def openvino_cpu() -> Finding:
     """What is left to ONNX Runtime is the target cpu's matter."""
+    return _openvino("openvino", "f32")
+
+
+def openvino_bf16() -> Finding:
+    """The same with bfloat16 around the integers, where the processor has it."""
+    return _openvino("openvino-bf16", "bf16")
+
+
+def _openvino(target: str, rest: str) -> Finding:
     found = installed("openvino")
     if found is None:
-        return Finding("target openvino", False, "not installed; install with: pip install 'ditc[openvino]'")
-    return Finding("target openvino", True, found)
+        return Finding(f"target {target}", False, "not installed; install with: pip install 'ditc[openvino]'")
+    from ditc.engines.openvino_host import OpenVinoBackend
+
+    return _integers(f"target {target}", f"openvino {found}", OpenVinoBackend(rest=rest))
 
 
-def integer_kernel() -> str:
-    """The kernel that ONNX Runtime picks for one quantized linear layer."""
-    import numpy as np
-    import onnx_ir as ir
-
-    from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
-    from ditc.engines.qdq import insert_qdq
-    from ditc.engines.scale_table import ScaleTable
-    from ditc.exporter.onnx_files import save_model
-    from ditc.program import BRANCH_KEY, PATH_KEY
-
-    weight = ir.tensor(np.eye(16, dtype=np.float32), name="weight")
-    value = ir.Value(name="weight", shape=ir.Shape((16, 16)), type=ir.TensorType(ir.DataType.FLOAT), const_value=weight)
-    x = ir.Value(name="x", shape=ir.Shape((4, 16)), type=ir.TensorType(ir.DataType.FLOAT))
-    node = ir.node("MatMul", [x, value], name="probe")
-    node.metadata_props.update({BRANCH_KEY: "probe", PATH_KEY: "probe"})
-    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", x.type, x.shape
-    model = ir.Model(
-        ir.Graph([x], node.outputs, nodes=[node], initializers=[value], opset_imports={"": 20}), ir_version=10
-    )
-    insert_qdq(model, ScaleTable(method="max", segment_sha256="", calibration_digest="", scales={"probe": 0.1}))
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "probe.onnx"
-        save_model(model, path)
-        census = kernel_census(OnnxRuntimeBackend(), path)
-    return next((kind for kind in INTEGER_KERNELS if census[kind]), "")
-
-
-def cpu_features() -> list[str]:
-    """Integer and half-precision instructions that matter here, as Linux names them."""
+def _integers(name: str, library: str, backend: SaysArithmetic) -> Finding:
+    """What a library makes of integers here; it works where those of w8a8 are exact."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return []
-    wanted = ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "asimddp", "i8mm")
-    flags = set(text.split())
-    return [name for name in wanted if name in flags]
+        found = backend.arithmetic(INT8.weights)
+    except DitcError as e:
+        return Finding(name, False, str(e))
+    return Finding(name, found.integers is not None, f"{library}; INT8 {found.text}")
 
 
 def onnxruntime_provider(target: str, provider: str) -> Finding:
@@ -196,6 +175,7 @@ CHECKS: tuple[Callable[[], Finding | None], ...] = (
     compile_stages,
     onnxruntime_cpu,
     openvino_cpu,
+    openvino_bf16,
     gpu,
     tensorrt,
     onnxruntime_cuda,

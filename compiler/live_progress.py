@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ditc.errors import AdviceWarning
+
 if TYPE_CHECKING:
     from ditc.progress import Progress
 
-__all__ = ["progress_on_stderr", "steps_on_stderr"]
+__all__ = ["advice_on_stderr", "progress_on_stderr", "steps_on_stderr"]
+
+
+@contextmanager
+def advice_on_stderr() -> Iterator[None]:
+    """Print what our own warnings advise as one line each; other warnings are shown as ever."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, AdviceWarning):
+                click.echo(f"ditc: {message}", err=True)
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import ditc
-from ditc.compiler.doctor import cpu_features
+from ditc.engines.backend import Backend, DeviceBackend
+from ditc.engines.cpu_features import cpu_features
+from ditc.engines.integer_form import Arithmetic, SaysArithmetic
+from ditc.precision import PRECISIONS
 
-__all__ = ["machine", "package_versions"]
+__all__ = ["arithmetic_of", "machine", "package_versions"]
 
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "scikit-learn", "numpy", "scipy")
 
@@ -25,6 +28,12 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": package_versions(),
     }
+
+
+def arithmetic_of(backend: Backend | DeviceBackend, precision: str) -> Arithmetic | None:
+    """What a bundle of some precision is computed in here; None for one without integers, and on a GPU."""
+    bits = PRECISIONS.get(precision)
+    return backend.arithmetic(bits.weights) if bits is not None and isinstance(backend, SaysArithmetic) else None
 
 
 def processor() -> str:

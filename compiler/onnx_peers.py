@@ -1,6 +1,7 @@
 """Peers that run the bundle's own FP reference: ONNX Runtime and OpenVINO, in float and quantized by their own tools.
 
-Each takes the conditioning from tables, as the bundle does, and gives nothing out but the prediction.
+Each takes the conditioning from tables, as the bundle does, and gives nothing out but the prediction. On a CPU whose
+integer products would saturate, the quantized ones take the form that their library has for it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from typing import Any
 
 from ditc.compiler.match import Match
 from ditc.compiler.peer import Peer
-from ditc.engines.onnxrt import import_onnxruntime
+from ditc.engines.integer_form import IntegerForm
+from ditc.engines.onnxrt import exact_entries, import_onnxruntime
+from ditc.engines.onnxrt_exactness import FORM_ENTRIES
+from ditc.errors import InputError
+from ditc.precision import INT8
 
 __all__ = ["onnxruntime_f32", "onnxruntime_quant", "openvino_bf16", "openvino_f32", "openvino_int8"]
 
@@ -47,14 +52,22 @@ def openvino_f32(match: Match) -> Peer:
 
 
 def openvino_bf16(match: Match) -> Peer:
-    """bfloat16 products where the processor has them."""
-    return _openvino_peer(match, _openvino_model(match), "bf16")
+    """bfloat16 products. Raises InputError where the processor has none and OpenVINO would compute in float32."""
+    peer = _openvino_peer(match, _openvino_model(match), "bf16")
+    if not peer.what.endswith("bf16"):
+        raise InputError(f"this CPU has no bfloat16, so it would be openvino-f32 again ({peer.what})")
+    return peer
 
 
 def openvino_int8(match: Match) -> Peer:
     """NNCF's post-training INT8 for transformers; what stays float is in the type that OpenVINO chooses."""
     import nncf
 
+    from ditc.engines.openvino_host import openvino_here
+
+    # of the half range that fits in 16 bits
+    exact = openvino_here("f32").exactness.form(INT8.weights) is not None
+    half = None if exact else nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
     feeds = match.calibration()
     quantized = nncf.quantize(
         _openvino_model(match),
@@ -62,16 +75,22 @@ def openvino_int8(match: Match) -> Peer:
         subset_size=len(feeds),
         model_type=nncf.ModelType.TRANSFORMER,
         fast_bias_correction=True,
+        advanced_parameters=half,
     )
-    return _openvino_peer(match, quantized, None, f"nncf {nncf.__version__} INT8, {len(feeds)} points, rest ")
+    kind = "INT8" if exact else "INT8 with 7-bit weights"
+    return _openvino_peer(match, quantized, None, f"nncf {nncf.__version__} {kind}, {len(feeds)} points, rest ")
 
 
 def _onnxruntime_peer(match: Match, path: Path, what: str) -> Peer:
-    ort = import_onnxruntime()
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ort, entries = import_onnxruntime(), exact_entries(path)
+    options = ort.SessionOptions()
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    switched = ", unsigned weights" if entries == FORM_ENTRIES[IntegerForm.SWITCHED] else ""
     return Peer(
         forward=lambda index, rows: session.run(["out"], match.feeds(index, rows))[0],
-        what=f"onnxruntime {ort.__version__}, {what}",
+        what=f"onnxruntime {ort.__version__}, {what}{switched}",
     )
 
 

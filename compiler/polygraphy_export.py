@@ -259,6 +259,9 @@ Tolerances are on the mean |difference| of an output, as a share of its RMS in t
 quantized, 10 % between two forms of an INT8 graph, 20 % between INT8 and FP. Inner tensors need 15 dB of signal to
 noise. They tell a wrong graph from rounding, not a good compile from a bad one: that is for `ditc verify`.
 
+On an x86 CPU without VNNI, INT8 products of 8-bit weights saturate in ONNX Runtime, and Polygraphy can't switch that
+off as ditc does: comparisons of INT8 forms in ONNX Runtime may fail there with nothing wrong in the graph.
+
 {tensorrt}"""
 
 TENSORRT_NOTES = """\

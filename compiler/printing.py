@@ -94,6 +94,7 @@ def print_bench(found: dict[str, Any]) -> None:
     """Latencies per request, segment and outside the engines; limits and peers where they were asked for."""
     request = found["request"]
     click.echo(f"{found['machine']['processor']}, {found['machine']['cores']} cores")
+    print_arithmetic(found["arithmetic"])
     what = f"{request['n']} requests of {found['batch']} images, {found['bundle']['steps']} steps"
     click.echo(f"{what}, after {found['warmup']} others\n")
     outside = found["outside_engines"]
@@ -117,6 +118,12 @@ def print_bench(found: dict[str, Any]) -> None:
         print_peers(found["against"])
     for file in found.get("trace", []):
         click.echo(f"  {file}")
+
+
+def print_arithmetic(found: dict[str, Any] | None) -> None:
+    """How integer products run on this machine, where there are any."""
+    if found is not None:
+        click.echo(f"INT8 on this CPU: {found['text']}")
 
 
 def _times(latency: dict[str, Any]) -> tuple[str, str, str]:
@@ -355,4 +362,5 @@ def print_demo(found: dict[str, Any]) -> None:
     ratio = torch["size_bytes"] / ours["size_bytes"]
     click.echo(f"{'size':<30}{megabytes(torch['size_bytes']):>16}{megabytes(ours['size_bytes']):>16}{ratio:>8.1f}x")
     click.echo(f"\nquality over {found['images']} images of each, same noise")
+    print_arithmetic(found["arithmetic"])
     click.echo(f"picture: {found['grid']} (torch above, bundle below)\nbundle:  {found['bundle']}")

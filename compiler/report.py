@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ditc.bundle import Manifest
+from ditc.engines.integer_form import Arithmetic
 from ditc.runtime.latency import Latency
 from ditc.runtime.quality import StepDrift
 from ditc.spec import Record
@@ -183,7 +184,7 @@ class Calibration(Record):
 
 
 class Report(Record):
-    """Everything about a bundle that a person wants to look at."""
+    """Everything about a bundle that a person wants to look at; `arithmetic` is how its integers ran, if it has any."""
 
     schema_version: int = SCHEMA_VERSION
     bundle: str
@@ -192,6 +193,7 @@ class Report(Record):
     machine: dict[str, Any]
     settings: dict[str, Any]
     place: str
+    arithmetic: Arithmetic | None = None
     manifest: Manifest
     pictures: Pictures | Skipped
     fidelity: Fidelity | Skipped

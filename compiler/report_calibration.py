@@ -15,6 +15,7 @@ from ditc.calib_data.calibset import CalibSet
 from ditc.calib_data.pool import Pool
 from ditc.compiler.report import Activation, Activations, Calibration, Cluster, Skipped
 from ditc.errors import DitcError
+from ditc.precision import quantized
 from ditc.progress import Progress
 
 __all__ = ["activations_of", "calibration_of"]
@@ -43,7 +44,7 @@ def calibration_of(bundle: Bundle) -> Calibration | Skipped:
 
 def _no_calibration(bundle: Bundle) -> str:
     precision = bundle.manifest.precision
-    if precision != "w8a8":
+    if not quantized(precision):
         return f"{precision} calibrates nothing"
     return "calib/ was left out of this bundle; copy that folder too"
 
@@ -78,7 +79,7 @@ def _tap_labels(bundle: Bundle, calib: CalibSet) -> NDArray[np.int64]:
 
 def activations_of(bundle: Bundle, progress: Progress) -> Activations | Skipped:
     """Run the FP program at some calibration points of every step, and hold what its layers read to their scales."""
-    if bundle.manifest.precision != "w8a8":
+    if not quantized(bundle.manifest.precision):
         return Skipped(skipped=f"{bundle.manifest.precision} quantizes no activation, so none has a range to keep to")
     if not bundle.has_reference or not (bundle.path / "calib" / "calib.npz").is_file():
         return Skipped(skipped="activations are recorded with reference/ and calib/, and one of them was left out")

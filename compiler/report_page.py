@@ -28,6 +28,7 @@ from ditc.compiler.report_tables import (
     segment_table,
     step_table,
 )
+from ditc.precision import INT8, PRECISIONS
 
 __all__ = ["page_from_report", "program_sentence"]
 
@@ -83,7 +84,7 @@ def header(report: Report) -> Markup:
         element(
             "p",
             f"{model.family}, {model.parameters / 1e6:,.2f} M parameters, samples of {latent}, "
-            f"{model.num_classes:,} classes. Measured on {report.place}.",
+            f"{model.num_classes:,} classes. Measured on {report.place}.{_integers(report)}",
             class_="soft",
         ),
         element("dl", *figures, class_="figures"),
@@ -112,16 +113,23 @@ def program_sentence(report: Report) -> str:
     ).replace("  ", " ")
 
 
+def _integers(report: Report) -> str:
+    """How integer products ran, where there were any."""
+    return "" if report.arithmetic is None else f" INT8 there: {report.arithmetic.text}."
+
+
 def _arithmetic(report: Report) -> str:
     precision, settings = report.manifest.precision, report.manifest.settings
-    if precision != "w8a8":
+    bits = PRECISIONS.get(precision)
+    if bits is None:
         return {"fp32": "everything in float32", "fp16": "float16 where the target has it"}.get(precision, precision)
+    linear = "linear layers in INT8" if bits == INT8 else f"linear layers in INT8 of fewer bits ({precision})"
     if settings.get("scales") == "dynamic":
-        return "linear layers in INT8 with scales of the tensor as it comes"
+        return f"{linear} with scales of the tensor as it comes"
     binding = "scales of their own at each step" if settings.get("scales") == "per-step" else "one scale for all steps"
     ranges, select = proper_name(settings.get("ranges")), proper_name(settings.get("select"))
     points = f"{settings.get('points')} points that {select} chose"
-    return f"linear layers in INT8 with {binding}, {ranges} ranges over {points}"
+    return f"{linear} with {binding}, {ranges} ranges over {points}"
 
 
 def proper_name(setting: object) -> str:

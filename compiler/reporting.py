@@ -14,13 +14,14 @@ from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.bench_options import BenchOptions
 from ditc.compiler.benching import bench_bundle
 from ditc.compiler.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle
-from ditc.compiler.machine import machine
+from ditc.compiler.machine import arithmetic_of, machine
 from ditc.compiler.report import Report, SegmentTime, Skipped, Speed
 from ditc.compiler.report_calibration import activations_of, calibration_of
 from ditc.compiler.report_page import page_from_report
 from ditc.compiler.report_samples import sample_parts
 from ditc.compiler.running import HERE, Place
 from ditc.compiler.side_by_side import check_not_slower
+from ditc.engines.targets import backend_for
 from ditc.errors import DitcError, InputError
 from ditc.files import atomic_write
 from ditc.progress import Progress, silent
@@ -104,6 +105,7 @@ def report_bundle(path: Path, options: ReportOptions, *, place: Place = HERE, pr
         machine=machine(),
         settings={"images": options.images, "seed": options.seed, "requests": options.requests},
         place=_place_text(bundle, place),
+        arithmetic=arithmetic_of(backend_for(_target(bundle, place), place.engines), bundle.manifest.precision),
         manifest=bundle.manifest,
         pictures=samples.pictures,
         fidelity=samples.fidelity,
@@ -159,10 +161,14 @@ def _runnable_place(bundle: Bundle, place: Place) -> tuple[Place, str]:
         return replace(place, target=DEFAULT_TARGET, engines=None), reason
 
 
+def _target(bundle: Bundle, place: Place) -> str:
+    """The target that ran."""
+    return place.target or str(bundle.manifest.settings.get("target", DEFAULT_TARGET))
+
+
 def _place_text(bundle: Bundle, place: Place) -> str:
     """The target that ran, beside the bundle's own where that is another one."""
-    own = str(bundle.manifest.settings.get("target", DEFAULT_TARGET))
-    ran = place.target or own
+    own, ran = str(bundle.manifest.settings.get("target", DEFAULT_TARGET)), _target(bundle, place)
     return ran if ran == own else f"{ran}, compiled for {own}"
 
 
@@ -171,7 +177,7 @@ def _speed(bundle: Bundle, options: ReportOptions, place: Place, progress: Progr
     against = _usual_peer(bundle, place) if options.against is None else options.against
     found = bench_bundle(bundle.path, replace(options.bench, against=against), place=place, progress=progress)
     return Speed(
-        target=place.target or str(bundle.manifest.settings.get("target", DEFAULT_TARGET)),
+        target=_target(bundle, place),
         batch=found["batch"],
         request=_latency(found["request"]),
         seconds_per_image=found["seconds_per_image"],
@@ -187,7 +193,7 @@ def _speed(bundle: Bundle, options: ReportOptions, place: Place, progress: Progr
 
 def _usual_peer(bundle: Bundle, place: Place) -> tuple[str, ...]:
     """The FP program in ONNX Runtime, where a CPU runs the bundle and the compiler is installed."""
-    on_cpu = (place.target or bundle.manifest.settings.get("target", DEFAULT_TARGET)) == DEFAULT_TARGET
+    on_cpu = _target(bundle, place) == DEFAULT_TARGET
     return (USUAL_PEER,) if on_cpu and bundle.has_reference and find_spec("onnx_ir") is not None else ()
 
 

@@ -5,6 +5,7 @@ on a large model:
 
     quantizer     ranges, scales and smoothing, without a cache: the one with the highest PSNR against FP
     precision     where that is beyond the budget: the first and last steps in floating point
+    weights       where 8-bit weights run in a slower form on this machine: 7 bits, if those are within the budget
     schedule      FORA with growing N and every correction, until no correction is within the budget twice in a row
     window        where the shortest interval beyond the budget fails: computing the first and last steps too
 
@@ -30,10 +31,13 @@ from ditc.compiler.bench_options import BenchOptions
 from ditc.compiler.benching import bench_bundle
 from ditc.compiler.driver import check_places, compile_model
 from ditc.compiler.evaluating import EvaluateOptions, evaluate_bundle
+from ditc.compiler.machine import arithmetic_of
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.planning import SmallPoolError
 from ditc.compiler.stages import model_digest
 from ditc.compiler.veto import VetoOptions, veto_of
+from ditc.engines.integer_form import IntegerForm
+from ditc.engines.targets import backend_for
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, digest_of
 from ditc.program import NoSumsError, NothingQuantizedError
@@ -148,12 +152,13 @@ class Trial(Record):
 
 @dataclass
 class _Search:
-    """One search: `measured` grows, in the order of the trials."""
+    """One search: `measured` grows, in the order of the trials. `seven_bits` says whether such weights may pay here."""
 
     base: CompileOptions
     options: TuneOptions
     judge: Callable[[str, dict[str, str]], Trial]
     veto: Callable[[Trial], float]
+    seven_bits: bool = False
     measured: list[Trial] = field(default_factory=list)
     vetoed: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -215,7 +220,7 @@ def tune_model(
         bundle = _candidate(model, compiled, work, progress)
         return veto_of(bundle.path, VetoOptions(images=VETO_IMAGES, lag=1), progress=progress).vetoed
 
-    search = _Search(base, options, judge, veto)
+    search = _Search(base, options, judge, veto, seven_bits_may_pay(base))
     _explore(search)
     chosen = _chosen(search)
     best = base.model_copy(update=chosen.changes)
@@ -224,12 +229,25 @@ def tune_model(
     return _report(search, chosen)
 
 
+def seven_bits_may_pay(base: CompileOptions) -> bool:
+    """Are the products of W8A8 exact on this machine, but in a slower form? Raises InputError where they are not."""
+    if base.precision != "w8a8":
+        return False
+    found = arithmetic_of(backend_for(base.target), base.precision)
+    if found is not None and found.integers is None:
+        raise InputError(
+            f"--target {base.target} does not run w8a8 exactly on this machine, so it can't be measured here; "
+            "search with --precision w7a8, or for another --target"
+        )
+    return found is not None and found.integers == IntegerForm.SWITCHED.value
+
+
 def _explore(search: _Search) -> None:
     """All stages, each on what the one before it found best."""
     precise = [
         search.tried("quantizer", {"policy": "none", "vc": "none", **changes}) for changes in _quantizers(search)
     ]
-    best = _precise_enough(search, max(precise, key=lambda trial: trial.psnr_db))
+    best = _with_fast_weights(search, _precise_enough(search, max(precise, key=lambda trial: trial.psnr_db)))
     if search.base.bits is not None:
         search.vetoed = search.veto(best)
         if search.vetoed > MOST_VETOED:
@@ -256,6 +274,17 @@ def _precise_enough(search: _Search, best: Trial) -> Trial:
         trial = search.tried("precision", {**best.changes, "float_steps": f"{first}:{last}"})
         if trial.within:
             return trial
+    return best
+
+
+def _with_fast_weights(search: _Search, best: Trial) -> Trial:
+    """The best quantizer, with 7-bit weights where those are faster here and within the budget."""
+    if not search.seven_bits or not best.within:
+        return best
+    trial = search.tried("weights", {**best.changes, "precision": "w7a8"})
+    if trial.within and trial.seconds < best.seconds:
+        return trial
+    search.noted("7-bit weights, whose products need no slower form on this CPU, are not faster or beyond the budget")
     return best
 
 

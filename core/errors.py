@@ -6,14 +6,15 @@ DitcError                 anything ditc refuses or fails at; the command line pr
 │   └── BundleError       a bundle that is damaged, incomplete, or written by a newer ditc
 └── CheckError            the work was done, but a check of its result failed                (exit code 1)
 
-Every message says what was expected, what was found and what to do.
+Every message says what was expected, what was found and what to do. What works, but not as well as it could on this
+machine, is an AdviceWarning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["BundleError", "CheckError", "CheckpointError", "DitcError", "InputError", "unknown_name"]
+__all__ = ["AdviceWarning", "BundleError", "CheckError", "CheckpointError", "DitcError", "InputError", "unknown_name"]
 
 
 class DitcError(Exception):
@@ -34,6 +35,10 @@ class BundleError(InputError):
 
 class CheckError(DitcError):
     """The work was done, but a check of its result failed."""
+
+
+class AdviceWarning(UserWarning):
+    """Something works, but slower or in another type than it could on this machine; says what to do."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:

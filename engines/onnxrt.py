@@ -13,6 +13,8 @@ from typing import Any
 
 from ditc.engines.backend import Buffer, Engine, Port
 from ditc.engines.cores import CoreGate, core_gate
+from ditc.engines.integer_form import SEVEN_BITS, Arithmetic, Exactness, advise, once_per_process
+from ditc.engines.onnxrt_exactness import SLOWER, probed_exactness, session_entries
 from ditc.errors import BundleError, DitcError, InputError
 from ditc.program import CONDITION
 
@@ -21,8 +23,10 @@ __all__ = [
     "OnnxRuntimeBackend",
     "OnnxRuntimeBinding",
     "OnnxRuntimeEngine",
+    "exact_entries",
     "import_onnxruntime",
     "kernel_census",
+    "onnxruntime_exactness",
     "port_of",
     "translated",
 ]
@@ -154,9 +158,21 @@ class OnnxRuntimeBackend:
     def session(self, segment: Path, optimized: Path | None = None, *, profile_prefix: str | None = None) -> Any:
         """The session of a segment; with `optimized`, the graph that it really runs is written there.
 
-        `profile_prefix` switches the profiler on and begins the name of the file it writes.
+        Its integer products are exact on this machine. `profile_prefix` switches the profiler on and begins the name
+        of the file it writes. Raises InputError where nothing makes the products exact.
         """
+        return self._session(segment, exact_entries(segment), optimized, profile_prefix)
+
+    def _session(
+        self,
+        segment: Path,
+        entries: Mapping[str, str],
+        optimized: Path | None = None,
+        profile_prefix: str | None = None,
+    ) -> Any:
         ort, options = import_onnxruntime(), self._options(segment)
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
         if profile_prefix is not None:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix
@@ -169,7 +185,29 @@ class OnnxRuntimeBackend:
             )
 
     def open(self, segment: Path) -> Engine:
-        return OnnxRuntimeEngine(self.session(segment), segment.stem, self.threads_of_a_run, self.cores)
+        """The engine of a segment; advises where its integer products take a form that is slower."""
+        entries = exact_entries(segment)
+        if entries and onnxruntime_exactness().plain >= SEVEN_BITS:
+            advise(SLOWER)
+        return OnnxRuntimeEngine(self._session(segment, entries), segment.stem, self.threads_of_a_run, self.cores)
+
+    def arithmetic(self, bits: int) -> Arithmetic:
+        """What segments with weights of `bits` are computed in on this machine."""
+        return Arithmetic.of(onnxruntime_exactness(), bits)
+
+
+@once_per_process
+def onnxruntime_exactness() -> Exactness:
+    """Which integer products are exact in ONNX Runtime on this machine: some milliseconds, once."""
+    return probed_exactness(OnnxRuntimeBackend(threads=1)._session)
+
+
+def exact_entries(segment: Path) -> Mapping[str, str]:
+    """What a session of an ONNX file is configured with so that its integer products are exact on this machine.
+
+    Raises InputError where nothing makes them exact.
+    """
+    return session_entries(segment, onnxruntime_exactness)
 
 
 def kernel_census(backend: OnnxRuntimeBackend, segment: Path) -> Counter[str]:

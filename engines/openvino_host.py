@@ -2,23 +2,49 @@
 
 OpenVINO fuses more of what surrounds an INT8 product. It takes the portable Q/DQ segment as it is. Segments without
 Q/DQ stay with ONNX Runtime: nothing is to be gained in them, and the conditioning's weights stay in their file there.
+
+Its integer products saturate on x86 without integer dot products as ONNX Runtime's do, and it has no switch for exact
+ones. What is not exact here is refused.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ditc.engines.backend import Buffer, Engine, Port
 from ditc.engines.cores import CoreGate, core_gate
+from ditc.engines.integer_form import (
+    SEVEN_BITS,
+    Arithmetic,
+    Exactness,
+    IntegerForm,
+    advise,
+    find_exactness,
+    once_per_process,
+    weight_bits,
+)
+from ditc.engines.integer_probes import OUTSIDE, ROUNDING, Feeds, largest_error
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import BundleError, InputError
+from ditc.precision import INT8
 
-__all__ = ["OpenVinoBackend", "OpenVinoBinding", "OpenVinoEngine", "import_openvino", "integer_layers"]
+__all__ = [
+    "OpenVinoBackend",
+    "OpenVinoBinding",
+    "OpenVinoEngine",
+    "OpenVinoHere",
+    "import_openvino",
+    "integer_layers",
+    "openvino_here",
+    "type_around",
+]
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -127,15 +153,81 @@ class OpenVinoBackend:
     cores: CoreGate = field(default_factory=core_gate, repr=False)
 
     def open(self, segment: Path) -> Engine:
-        openvino = import_openvino()
-        try:
-            model = openvino.Core().read_model(segment)
-        except RuntimeError as e:
-            first_line = str(e).strip().splitlines()[0]
-            raise BundleError(f"OpenVINO failed opening {segment.name}: {first_line}; run it with --target cpu") from e
+        """The engine of a segment. Raises InputError where its integer products are not exact on this machine."""
+        model = _read(segment)
         if not any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):
             return OnnxRuntimeBackend(self.threads, cores=self.cores).open(segment)
+        here, bits = openvino_here(self.rest), weight_bits(segment) or INT8.weights
+        if here.exactness.form(bits) is None:
+            seven = ", or compile with --precision w7a8" if here.exactness.form(SEVEN_BITS) is not None else ""
+            raise InputError(
+                f"{segment.name}: OpenVINO's products with {bits}-bit weights are not exact on this CPU, it adds two "
+                f"in 16 bits; run it with --target cpu{seven}"
+            )
+        if here.rest != self.rest:
+            advise(
+                f"this CPU has no {self.rest}, so --target openvino-bf16 computes in {here.rest} around the integers, "
+                "as --target openvino does"
+            )
         return OpenVinoEngine(model, segment.stem, self.rest, self.threads or self.cores.cores, self.cores)
+
+    def arithmetic(self, bits: int) -> Arithmetic:
+        """What segments with weights of `bits` are computed in on this machine."""
+        here = openvino_here(self.rest)
+        remark = f"{here.rest} around it" + (f", since this CPU has no {self.rest}" if here.rest != self.rest else "")
+        return Arithmetic.of(here.exactness, bits, here.rest, remark)
+
+
+def _read(segment: Path) -> Any:
+    try:
+        return import_openvino().Core().read_model(segment)
+    except RuntimeError as e:
+        first_line = str(e).strip().splitlines()[0]
+        raise BundleError(f"OpenVINO failed opening {segment.name}: {first_line}; run it with --target cpu") from e
+
+
+class OpenVinoHere(NamedTuple):
+    """What OpenVINO does on this machine: which integer products are exact, and the type around them."""
+
+    exactness: Exactness
+    rest: str
+
+
+@once_per_process
+def openvino_here(rest: str) -> OpenVinoHere:
+    """Found out with probe graphs, opened as segments are, that were asked to compute in `rest` around the integers."""
+    types: list[str] = []
+
+    def open_probe(graph: Path) -> Callable[[Feeds], dict[str, Buffer]]:
+        engine = OpenVinoEngine(_read(graph), graph.stem, rest, 1, core_gate())
+
+        def run(feeds: Feeds) -> dict[str, Buffer]:
+            found = _run(engine, feeds)
+            types.append(type_around(engine))
+            return found
+
+        return run
+
+    def is_exact(bits: int, form: IntegerForm) -> bool:
+        return largest_error(open_probe, ("portable",), bits) <= ROUNDING[rest]
+
+    return OpenVinoHere(find_exactness(is_exact, (IntegerForm.PLAIN,)), types[0])
+
+
+def _run(engine: OpenVinoEngine, feeds: Feeds) -> dict[str, Buffer]:
+    """The outputs of a probe graph."""
+    rows = next(array.shape[1] for array in feeds.values() if array.ndim == 3)
+    outputs = {name: np.empty((1, rows, OUTSIDE), port.dtype) for name, port in engine.outputs.items()}
+    binding = engine.binding()
+    for name, buffer in ({name: feeds[name] for name in engine.inputs} | outputs).items():
+        binding.bind(name, buffer)
+    binding.run()
+    return outputs
+
+
+def type_around(engine: OpenVinoEngine) -> str:
+    """What an engine that has run computes in around its integers, whatever it was asked for: "f32" or "bf16"."""
+    return str(engine.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
 
 
 def integer_layers(engine: OpenVinoEngine) -> int:

@@ -27,6 +27,7 @@ from ditc.engines.activation_pairs import (
     marked,
     preceded_by,
 )
+from ditc.engines.integer_form import WEIGHT_BITS_KEY
 from ditc.engines.linears import Linear, linears_of
 from ditc.engines.magnitudes import step_centre
 from ditc.engines.ranges import LEVELS
@@ -89,7 +90,14 @@ def insert_qdq(model: ir.Model, table: ScaleTable, layers: Container[str] | None
             followed_by(model, linear, "Mul", pair.magnitude, RESTORES)
         if pair.centre is not None:
             followed_by(model, linear, "Add", _centre_product(model, linear, pair.centre, weight), RECENTRES)
+    if linears:
+        _say_weight_bits(model, table.bits.weights)
     return bool(linears)
+
+
+def _say_weight_bits(model: ir.Model, bits: int) -> None:
+    """Tell who opens the segment how many bits its weights have at most: what is exact on a machine depends on it."""
+    model.metadata_props[WEIGHT_BITS_KEY] = str(max(bits, int(model.metadata_props.get(WEIGHT_BITS_KEY, 0))))
 
 
 def _centre_product(model: ir.Model, linear: Linear, centre: ir.Value, weight: QuantizedWeight) -> ir.Value:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from ditc.engines.ranges import LEVELS
-from ditc.precision import INT8, Bits
+from ditc.precision import INT8, Bits, levels_of
 from ditc.program import REUSE_ROWS
 from ditc.spec import Record
 
@@ -65,10 +65,11 @@ class ScaleTable(Record):
         return self
 
     def reach(self, path: str, step: int) -> float:
-        """The largest magnitude that INT8 stands for at a layer and a step; what is beyond it clips."""
+        """The largest magnitude that the integers stand for at a layer and a step; what is beyond it clips."""
         scale = self.steps[path][step] if self.steps else self.scales[path]
         middles = self.midpoints.get(path, (0,))
-        return scale * (LEVELS + abs(middles[step] if self.steps and path in self.midpoints else middles[0]))
+        middle = middles[step] if self.steps and path in self.midpoints else middles[0]
+        return scale * (levels_of(self.bits.activations) + abs(middle))
 
     @property
     def midpoint_columns(self) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 from ditc.bundle import Bundle
 from ditc.compiler.cli import run
 from ditc.compiler.tracing import profile_rows
+from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import InputError
 from ditc.runtime.latency import latency_of
 
@@ -40,6 +41,7 @@ def test_bench_counts_every_call_and_traces_the_layers(
     assert run(command.split()) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["request"]["n"] == 3
+    assert printed["arithmetic"] == OnnxRuntimeBackend().arithmetic(8).model_dump()
     assert {name: times["n"] for name, times in printed["segments"].items()} == {
         "condition": 3,
         "full": 9,
@@ -75,3 +77,11 @@ def test_bench_says_what_is_spent_outside_the_engines(
 ) -> None:
     assert run(f"bench {bundles['cached'].path} --requests 1 --warmup 0".split()) == 0
     assert re.search(r"outside the engines: [\d.]+ ms per step, [\d.]+% of the trajectory", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("name", "said"), [("cached", True), ("fp32-cached", False)])
+def test_bench_says_in_which_form_integers_ran(
+    name: str, said: bool, bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"bench {bundles[name].path} --requests 1 --warmup 0".split()) == 0
+    assert ("INT8 on this CPU: exact" in capsys.readouterr().out) == said

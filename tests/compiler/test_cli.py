@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from PIL import Image
 
 from ditc.bundle import Bundle
 from ditc.compiler.cli import cli, run
+from ditc.compiler.live_progress import advice_on_stderr
+from ditc.compiler.printing import print_demo
+from ditc.engines import onnxrt
+from ditc.engines.integer_form import Arithmetic, Exactness, advise
 from ditc.files import sha256_of
 
 ROOT = Path(__file__).parents[2]
@@ -108,11 +113,58 @@ def test_verify_fails_below_the_quality_asked_for(
     assert "check failed: mean PSNR against FP is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("exactness", "words"),
+    [
+        (Exactness(8), "INT8 on this CPU: exact as it is"),
+        (Exactness(7, 8), "INT8 on this CPU: exact with unsigned weights, which is slower"),
+        (None, ""),
+    ],
+)
+def test_the_demo_says_in_which_form_integers_ran(
+    exactness: Exactness | None, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side = {
+        "frechet_distance": 1,
+        "frechet_distance_classifier": 1,
+        "class_agreement": 1,
+        "size_bytes": 1,
+        "psnr_db": 1,
+    }
+    arithmetic = None if exactness is None else Arithmetic.of(exactness, 8).model_dump()
+    found = {"torch": side, "compiled": side, "seconds_per_image": {}, "images": 1, "grid": "", "bundle": ""}
+    print_demo(found | {"arithmetic": arithmetic})
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert ("INT8" in printed) == bool(words)
+
+
+def test_advice_is_one_line_on_stderr_and_json_stays_json(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle of 8-bit weights on a machine whose exact form for them is a slower one."""
+    monkeypatch.setattr(onnxrt, "onnxruntime_exactness", lambda: Exactness(7, 8))
+    advise.cache_clear()
+    command = f"run {bundles['cached'].path} --labels 1,2 -o {tmp_path} --json"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert [run(command.split()), run(command.split())] == [0, 0]
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("ditc: INT8 products with 8-bit weights would saturate on this CPU")
+    assert line.endswith("compile with --precision w7a8, which is exact here and faster")
+
+
+def test_warnings_that_are_not_ours_are_shown_as_ever() -> None:
+    with pytest.warns(UserWarning, match="something else"), advice_on_stderr():
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+
 def test_doctor_says_what_works_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--json"]) == 0
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert found["target cpu"]["works"]
-    assert "MatMulIntegerToFloat" in found["target cpu"]["detail"]
+    assert "INT8 exact" in found["target cpu"]["detail"]
     assert not found["target tensorrt"]["works"]
     assert "TensorRT can't be imported" in found["target tensorrt"]["detail"]
 

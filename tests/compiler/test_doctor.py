@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ditc.compiler import doctor
 from ditc.compiler.doctor import jetpack
+from ditc.engines import onnxrt
+from ditc.engines.integer_form import Exactness
 
 
 @pytest.mark.parametrize(
@@ -32,3 +37,27 @@ def test_jetpack_is_read_from_its_release(release: str, works: bool, words: str,
 
 def test_other_machines_have_no_jetpack(tmp_path: Path) -> None:
     assert jetpack(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("exactness", "works", "words"),
+    [
+        (Exactness(8), True, "INT8 exact as it is"),
+        (Exactness(7, 8), True, "INT8 exact with unsigned weights, which is slower"),
+        (Exactness(7), False, "INT8 refused, since it would not be exact"),
+    ],
+)
+def test_what_the_probe_found_is_what_the_target_can(
+    exactness: Exactness, works: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxrt, "onnxruntime_exactness", lambda: exactness)
+    found = doctor.onnxruntime_cpu()
+    assert found.works == works
+    assert words in found.detail
+
+
+def test_a_deployment_is_probed_without_onnx() -> None:
+    code = "import sys\nfor name in ('onnx', 'onnx_ir', 'torch'): sys.modules[name] = None\n"
+    code += "from ditc.compiler.cli import run\nsys.exit(run(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "; INT8 exact" in done.stdout

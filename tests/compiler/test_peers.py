@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.compiler import side_by_side
+from ditc.compiler import onnx_peers, side_by_side
 from ditc.compiler.bench_options import ModelChoice
 from ditc.compiler.cli import run
 from ditc.compiler.driver import compile_model
@@ -24,6 +24,8 @@ from ditc.compiler.options import CompileOptions
 from ditc.compiler.peer import Peer
 from ditc.compiler.peers import PEERS, ReadyPeer, ready_peer
 from ditc.compiler.side_by_side import bundle_turn, check_not_slower, peer_turn, take_turns
+from ditc.engines import onnxrt
+from ditc.engines.integer_form import Exactness
 from ditc.errors import CheckError
 from ditc.exporter.models import builtin_digits, random_dit
 from ditc.runtime.executor import Samples, seeded_noise
@@ -109,6 +111,30 @@ def test_an_optional_peer_runs_the_same_network_where_it_is_installed(name: str,
     found = ready_peer(name, match)
     assert isinstance(found, ReadyPeer), found
     assert found.relative_error < {"openvino-int8": 0.2, "openvino-bf16": 0.05}.get(name, 1e-4)
+
+
+def test_a_peer_that_would_compute_in_another_type_is_skipped_with_its_reason(
+    match: Match, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Peer(forward=lambda index, rows: rows, what="openvino 2026, f32")
+    monkeypatch.setattr(onnx_peers, "_openvino_model", lambda match: None)
+    monkeypatch.setattr(onnx_peers, "_openvino_peer", lambda *_: other)
+    reason = ready_peer("openvino-bf16", match)
+    assert isinstance(reason, str)
+    assert "this CPU has no bfloat16" in reason
+
+
+def test_a_quantized_peer_is_exact_where_its_products_would_saturate(
+    match: Match, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The switch does nothing to a CPU that needs none."""
+    monkeypatch.setattr(onnxrt, "onnxruntime_exactness", lambda: Exactness(7, 8))
+    quantized, plain = (ready_peer(name, match) for name in ("onnxruntime-quant", "onnxruntime-f32"))
+    assert isinstance(quantized, ReadyPeer)
+    assert isinstance(plain, ReadyPeer)
+    assert quantized.peer.what.endswith(", unsigned weights")
+    assert "unsigned" not in plain.peer.what
+    assert quantized.relative_error < 0.2
 
 
 @pytest.mark.slow

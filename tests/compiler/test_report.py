@@ -21,12 +21,14 @@ from ditc.bundle import Bundle, Manifest, open_bundle, seal_bundle, write_tables
 from ditc.calib_data.calibset import CalibSet
 from ditc.compiler.cli import run
 from ditc.compiler.report import Activations, Calibration, Drift, Fidelity, Pictures, Report, Skipped, Speed
-from ditc.compiler.report_page import page_from_report
+from ditc.compiler.report_page import page_from_report, program_sentence
 from ditc.compiler.report_samples import gain_for
 from ditc.compiler.report_tables import segment_bytes
 from ditc.compiler.reporting import ReportOptions, check_report, default_page, report_bundle
+from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.scale_table import ScaleTable
 from ditc.errors import CheckError, InputError
+from ditc.precision import PRECISIONS, quantized
 
 QUICK = ReportOptions(images=3, requests=2, against=())
 QUICK_LINE = "--images 3 --requests 1 --against none"
@@ -80,6 +82,22 @@ def test_images_are_those_of_the_bundle_and_of_fp_on_the_same_noise(bundles: dic
 def pixels(data: str | None) -> np.ndarray:
     assert data is not None
     return np.asarray(Image.open(BytesIO(base64.b64decode(data))), np.float64)
+
+
+def test_the_form_in_which_integers_ran_is_on_the_page(cached: Report, page: str) -> None:
+    assert cached.arithmetic == OnnxRuntimeBackend().arithmetic(8)
+    assert f"INT8 there: {cached.arithmetic.text}." in unescape(page)
+
+
+@pytest.mark.parametrize("precision", sorted(name for name in PRECISIONS if quantized(name)))
+def test_every_precision_with_integers_shows_its_activations_and_calibration(
+    precision: str, bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    found = report_bundle(resealed(bundles["cached"], tmp_path / "b", precision=precision), QUICK)
+    assert isinstance(found.activations, Activations)
+    assert isinstance(found.calibration, Calibration)
+    words = "linear layers in INT8" if precision == "w8a8" else f"linear layers in INT8 of fewer bits ({precision})"
+    assert f"{words} with one scale for all steps" in program_sentence(found)
 
 
 def test_differences_are_enlarged_as_far_as_they_do_not_clip() -> None:

@@ -15,6 +15,8 @@ from ditc.compiler.cli import run
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.planning import SmallPoolError
 from ditc.compiler.tuning import Budget, Trial, TuneOptions, pareto_front, tune_model
+from ditc.engines import onnxrt
+from ditc.engines.integer_form import Exactness
 from ditc.errors import CheckError, InputError
 from ditc.program import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress
@@ -164,6 +166,64 @@ def test_an_interval_that_can_not_be_calibrated_is_left_out_and_the_reason_given
     tuning._explore(search)
     assert {t.changes["policy"] for t in search.measured} == {"none", "fora:2", "fora:4", "fora:5", "fora:6"}
     assert search.notes == ["--policy fora:3 is not tried: too little here"]
+
+
+def with_seven_bits(seconds: float, psnr: float, seven_bits: bool = True) -> Any:
+    """A search in which 7-bit weights take so much of the time of 8-bit ones, and have so much PSNR everywhere."""
+
+    def judge(stage: str, changes: dict[str, str]) -> Trial:
+        seven = changes.get("precision") == "w7a8"
+        return trial(changes, (seconds if seven else 1) / interval_of(changes), psnr if seven else 40, stage)
+
+    search = tuning._Search(BASE, OPTIONS, judge, lambda _: 0, seven_bits)
+    tuning._explore(search)
+    return search
+
+
+def test_seven_bits_of_weights_are_tried_where_eight_run_in_a_slower_form_and_kept_where_they_pay() -> None:
+    search = with_seven_bits(0.8, 39)
+    assert [t.changes["precision"] for t in search.measured if t.stage == "weights"] == ["w7a8"]
+    schedules = [t for t in search.measured if t.stage == "schedule"]
+    assert schedules
+    assert all(t.changes["precision"] == "w7a8" for t in schedules)
+    assert tuning._chosen(search).changes["precision"] == "w7a8"
+
+
+@pytest.mark.parametrize(("seconds", "psnr"), [(1.1, 39), (0.8, 29)])
+def test_seven_bits_that_are_slower_or_beyond_the_budget_are_not_kept(seconds: float, psnr: float) -> None:
+    search = with_seven_bits(seconds, psnr)
+    assert not [t for t in search.measured if t.stage == "schedule" and "precision" in t.changes]
+    assert [note for note in search.notes if "7-bit weights" in note]
+
+
+def test_elsewhere_seven_bits_are_not_tried() -> None:
+    assert not [t for t in with_seven_bits(0.8, 39, seven_bits=False).measured if "precision" in t.changes]
+
+
+@pytest.mark.parametrize(
+    ("exactness", "changes", "expected"),
+    [
+        (Exactness(8), {}, False),
+        (Exactness(7, 8), {}, True),
+        (Exactness(7, 8), {"precision": "w7a8"}, False),
+        (Exactness(7, 8), {"precision": "fp32"}, False),
+        (Exactness(7, 8), {"target": "tensorrt"}, False),
+    ],
+)
+def test_seven_bits_may_pay_where_the_probe_found_a_slower_form(
+    exactness: Exactness, changes: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxrt, "onnxruntime_exactness", lambda: exactness)
+    assert tuning.seven_bits_may_pay(CompileOptions(**changes)) == expected
+
+
+def test_a_target_that_refuses_the_precision_is_refused_before_anything_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnxrt, "onnxruntime_exactness", lambda: Exactness(7))
+    assert run(["tune", "digits", "-o", str(tmp_path / "b"), "--least-psnr", "30"]) == 2
+    assert "--target cpu does not run w8a8 exactly on this machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_integers_there_is_no_noise_to_look_at() -> None:

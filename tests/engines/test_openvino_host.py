@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,22 @@ import onnx_ir as ir
 import pytest
 
 from ditc.bundle import Bundle
+from ditc.compiler.driver import compile_model
+from ditc.compiler.options import CompileOptions
+from ditc.engines import openvino_host
+from ditc.engines.integer_form import Exactness, advise
 from ditc.engines.onnxrt import OnnxRuntimeEngine
-from ditc.engines.openvino_host import OpenVinoBackend, OpenVinoEngine, import_openvino, integer_layers
-from ditc.errors import BundleError, InputError
+from ditc.engines.openvino_host import (
+    OpenVinoBackend,
+    OpenVinoEngine,
+    OpenVinoHere,
+    import_openvino,
+    integer_layers,
+    openvino_here,
+    type_around,
+)
+from ditc.errors import AdviceWarning, BundleError, InputError
+from ditc.exporter.dit import DiT
 from ditc.exporter.onnx_files import save_model
 from ditc.runtime.pipeline import Pipeline, load
 from ditc.runtime.quality import relative_error
@@ -25,9 +39,32 @@ g (float[batch, 3] x) => (float[batch, 3] y) { y = Add (x, x) }
 """
 
 
+WITHOUT_VNNI = OpenVinoHere(Exactness(7), "f32")
+
+
+@pytest.fixture(scope="module")
+def runnable(
+    bundles: dict[str, Bundle],
+    tmp_path_factory: pytest.TempPathFactory,
+    make_small_model: Callable[..., DiT],
+    quick_options: CompileOptions,
+    exports: Path,
+) -> dict[str, Bundle]:
+    """Bundles that OpenVINO runs here: of 8-bit weights, or of 7 where those of 8 are refused."""
+    if OpenVinoBackend().arithmetic(8).integers is not None:
+        return bundles
+    folder = tmp_path_factory.mktemp("seven")
+    options = quick_options.model_copy(update={"policy": "fora:2", "precision": "w7a8"})
+    per_step = options.model_copy(update={"scales": "per-step", "midpoint": "bounded", "vc": "none"})
+    return {
+        name: compile_model(make_small_model(), folder / name, changed, exports=exports)
+        for name, changed in (("cached", options), ("per-step", per_step))
+    }
+
+
 @pytest.fixture
-def pipe(bundles: dict[str, Bundle]) -> Pipeline:
-    return load(bundles["cached"].path, target="openvino")
+def pipe(runnable: dict[str, Bundle]) -> Pipeline:
+    return load(runnable["cached"].path, target="openvino")
 
 
 def test_every_linear_layer_multiplies_integers(pipe: Pipeline) -> None:
@@ -48,11 +85,11 @@ def test_segments_without_integers_stay_with_onnxruntime(pipe: Pipeline) -> None
     ("name", "target"), [("cached", "openvino"), ("per-step", "openvino"), ("cached", "openvino-bf16")]
 )
 def test_its_samples_are_those_of_the_target_cpu_but_for_rounding(
-    name: str, target: str, bundles: dict[str, Bundle]
+    name: str, target: str, runnable: dict[str, Bundle]
 ) -> None:
-    with load(bundles[name].path) as cpu, load(bundles[name].path, target=target) as pipe:
+    with load(runnable[name].path) as cpu, load(runnable[name].path, target=target) as pipe:
         expected, found = cpu.latents([0, 3, 1]), pipe.latents([0, 3, 1])
-    with load(bundles[name].path, reference=True) as reference:
+    with load(runnable[name].path, reference=True) as reference:
         exact = reference.latents([0, 3, 1])
     assert relative_error(found, expected) < 0.05
     assert relative_error(found, exact) < 2 * relative_error(expected, exact)
@@ -75,13 +112,62 @@ def test_permuting_a_batch_permutes_its_images(pipe: Pipeline) -> None:
     np.testing.assert_allclose(forth, back[::-1], atol=1e-3)
 
 
-def test_a_buffer_of_the_wrong_type_or_layout_is_refused(bundles: dict[str, Bundle]) -> None:
-    with OpenVinoBackend().open(bundles["cached"].segment_path("full")) as engine:
+def test_a_buffer_of_the_wrong_type_or_layout_is_refused(runnable: dict[str, Bundle]) -> None:
+    with OpenVinoBackend().open(runnable["cached"].segment_path("full")) as engine:
         binding = engine.binding()
         with pytest.raises(ValueError, match="takes float32, found float64"):
             binding.bind("x", np.ones((2, 3, 8, 8)))
         with pytest.raises(ValueError, match="C-contiguous"):
             binding.bind("x", np.ones((8, 8, 3, 2), np.float32).T)
+
+
+def test_eight_bits_are_refused_where_their_products_saturate(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_host, "openvino_here", lambda rest: WITHOUT_VNNI)
+    advice = "run it with --target cpu, or compile with --precision w7a8"
+    with pytest.raises(InputError, match=rf"^full\.onnx: OpenVINO's products with 8-bit weights .*{advice}$"):
+        load(bundles["cached"].path, target="openvino").__enter__()
+    assert OpenVinoBackend().arithmetic(8).integers is None
+    assert OpenVinoBackend().arithmetic(7).integers == "plain"
+
+
+def test_floating_point_runs_where_products_saturate(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_host, "openvino_here", None)
+    with load(bundles["fp32-cached"].path, target="openvino") as pipe:
+        assert isinstance(pipe.engines["full"], OnnxRuntimeEngine)
+
+
+@pytest.mark.parametrize(("rest", "around", "said"), [("bf16", "f32", 1), ("bf16", "bf16", 0), ("f32", "f32", 0)])
+def test_a_type_that_this_machine_does_not_compute_in_is_said_once(
+    rest: str,
+    around: str,
+    said: int,
+    bundles: dict[str, Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.setattr(openvino_host, "openvino_here", lambda _: OpenVinoHere(Exactness(8), around))
+    advise.cache_clear()
+    for _ in range(2):
+        OpenVinoBackend(rest=rest).open(bundles["cached"].segment_path("full"))
+    found = [str(each.message) for each in recwarn if each.category is AdviceWarning]
+    assert len(found) == said
+    assert all(text.startswith("this CPU has no bf16, so --target openvino-bf16 computes in f32") for text in found)
+    arithmetic = OpenVinoBackend(rest=rest).arithmetic(8)
+    assert arithmetic.rest == around
+    assert ("since this CPU has no bf16" in arithmetic.text) == bool(said)
+
+
+@pytest.mark.parametrize("rest", ["f32", "bf16"])
+def test_what_an_engine_computes_in_is_what_the_probe_found(rest: str, runnable: dict[str, Bundle]) -> None:
+    with load(runnable["cached"].path, backend=OpenVinoBackend(rest=rest)) as pipe:
+        pipe.latents([1])
+        full = pipe.engines["full"]
+        assert isinstance(full, OpenVinoEngine)
+        assert type_around(full) == openvino_here(rest).rest
 
 
 def test_a_segment_that_does_not_open_is_one_clear_line(tmp_path: Path) -> None:

@@ -157,6 +157,13 @@ def test_scales_follow_the_largest_activation() -> None:
     assert found.scales["a"] == pytest.approx(0.1)
 
 
+def test_a_layer_reaches_as_far_as_its_bits_do() -> None:
+    reaches = [
+        table(a=0.1).model_copy(update={"bits": bits}).reach("a", 0) for bits in (Bits(), Bits(weights=7), Bits(8, 6))
+    ]
+    assert reaches == pytest.approx([12.7, 12.7, 3.1])
+
+
 def test_a_scale_that_is_not_positive_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a positive number"):
         table(a=0.0)

@@ -1,0 +1,161 @@
+"""A CPU without integer dot products, emulated: products saturate there, and what ditc opens is exact all the same.
+
+QEMU's user mode runs this interpreter as on a Haswell (AVX2, no VNNI), which saturates as the real one does. It takes
+seconds for products as small as these.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx_ir.passes.common import ShapeInferencePass
+
+from ditc.engines.lowering import lower
+from ditc.engines.qdq import insert_qdq, quantize_weight
+from ditc.engines.scale_table import ScaleTable
+from ditc.exporter.onnx_files import save_model
+from ditc.precision import Bits
+from ditc.program import BRANCH_KEY, PATH_KEY
+
+QEMU = shutil.which("qemu-x86_64")
+pytestmark = [
+    pytest.mark.skipif(QEMU is None, reason="qemu-x86_64 is not here: apt-get install qemu-user"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="this interpreter is not one for x86-64"),
+]
+
+INSIDE, OUTSIDE, SCALE = 96, 40, 0.05
+
+# what every child begins with: the segments, and a place for its findings
+PROLOGUE = """
+import json, sys, warnings
+from pathlib import Path
+import numpy as np
+folder, found = Path(sys.argv[1]), {}
+x = np.load(folder / "x.npy")
+"""
+ON_ONNXRUNTIME = """
+from ditc.engines.onnxrt import OnnxRuntimeBackend, exact_entries, onnxruntime_exactness
+backend = OnnxRuntimeBackend()
+found["exactness"] = list(onnxruntime_exactness())
+for bits in (8, 7):
+    segment = folder / f"full-{bits}.onnx"
+    found[f"entries-{bits}"] = dict(exact_entries(segment))
+    found[f"plain-{bits}"] = backend._session(segment, {}).run(None, {"x": x})[0].tolist()
+    y = np.empty_like(np.array(found[f"plain-{bits}"], np.float32))
+    with warnings.catch_warnings(record=True) as caught, backend.open(segment) as engine:
+        engine.bind("x", x)
+        engine.bind("y", y)
+        engine.run()
+    found[f"opened-{bits}"] = y.tolist()
+    found[f"advice-{bits}"] = [str(each.message) for each in caught]
+"""
+ON_OPENVINO = """
+from ditc.engines.openvino_host import OpenVinoBackend
+from ditc.errors import InputError
+for rest in ("f32", "bf16"):
+    backend = OpenVinoBackend(rest=rest)
+    found[f"arithmetic-{rest}"] = backend.arithmetic(8).model_dump()
+    with warnings.catch_warnings(record=True) as caught, backend.open(folder / "full-7.onnx") as engine:
+        y = np.empty((len(x), engine.outputs["y"].shape[-1]), np.float32)
+        engine.bind("x", x)
+        engine.bind("y", y)
+        engine.run()
+    found[f"opened-{rest}"] = y.tolist()
+    found[f"advice-{rest}"] = [str(each.message) for each in caught]
+try:
+    OpenVinoBackend().open(folder / "full-8.onnx")
+except InputError as e:
+    found["refused"] = str(e)
+"""
+
+
+def emulated(code: str, folder: Path) -> Any:
+    """What some code finds on a Haswell."""
+    assert QEMU is not None
+    script = PROLOGUE + code + '\n(folder / "found.json").write_text(json.dumps(found))\n'
+    command = [QEMU, "-cpu", "Haswell", sys.executable, "-c", script, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One linear layer as a compile quantizes it, with 8 and with 7 bits of weights, and an input near its range."""
+    path, rng = tmp_path_factory.mktemp("emulated"), np.random.default_rng(0)
+    np.save(path / "x.npy", rng.uniform(4, 6.3, (5, INSIDE)).astype(np.float32))
+    np.save(path / "w.npy", np.abs(rng.standard_normal((INSIDE, OUTSIDE))).astype(np.float32))
+    for bits in (8, 7):
+        model = ir.from_onnx_text(
+            f"""
+            <ir_version: 10, opset_import: ["" : 20]>
+            g (float[batch, {INSIDE}] x, float[{INSIDE}, {OUTSIDE}] w) => (float[batch, {OUTSIDE}] y) {{
+                y = MatMul (x, w)
+            }}
+            """
+        )
+        weight = model.graph.inputs.pop()
+        weight.const_value = ir.tensor(np.load(path / "w.npy"), name="w")
+        model.graph.register_initializer(weight)
+        model.graph[0].metadata_props.update({BRANCH_KEY: "a", PATH_KEY: "a"})
+        ShapeInferencePass()(model)
+        origin = {"method": "max", "segment_sha256": "", "calibration_digest": ""}
+        insert_qdq(model, ScaleTable(**origin, scales={"a": SCALE}, bits=Bits(weights=bits)))
+        lower(model, "onnxrt")
+        save_model(model, path / f"full-{bits}.onnx")
+    return path
+
+
+def error(found: Any, folder: Path, bits: int) -> float:
+    """How far a product is from the exact integers."""
+    weight = quantize_weight(np.load(folder / "w.npy"), bits)
+    integers = np.round(np.load(folder / "x.npy") / np.float32(SCALE)).astype(np.int64)
+    exact = (integers @ weight.values.astype(np.int64)) * (SCALE * weight.scale.astype(np.float64))
+    return float(np.abs(np.array(found) - exact).max() / np.abs(exact).max())
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Any:
+    return emulated(ON_ONNXRUNTIME, folder)
+
+
+def test_there_plain_products_are_exact_with_seven_bits_and_switched_ones_with_eight(found: Any) -> None:
+    assert found["exactness"] == [7, 8]
+    assert found["entries-8"] == {"session.x64quantprecision": "1"}
+    assert found["entries-7"] == {}
+
+
+def test_there_a_segment_saturates_as_it_is_and_is_exact_as_ditc_opens_it(found: Any, folder: Path) -> None:
+    assert error(found["plain-8"], folder, 8) > 0.05
+    assert error(found["opened-8"], folder, 8) < 1e-6
+    assert error(found["opened-7"], folder, 7) < 1e-6
+
+
+def test_there_eight_bits_are_advised_of_seven(found: Any) -> None:
+    (advice,) = found["advice-8"]
+    assert "--precision w7a8" in advice
+    assert found["advice-7"] == []
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+def test_there_openvino_runs_seven_bits_refuses_eight_and_says_what_it_computes_in(folder: Path) -> None:
+    found = emulated(ON_OPENVINO, folder)
+    assert "--target cpu, or compile with --precision w7a8" in found["refused"]
+    for rest in ("f32", "bf16"):
+        assert found[f"arithmetic-{rest}"]["integers"] is None
+        assert error(found[f"opened-{rest}"], folder, 7) < 1e-6
+    assert found["arithmetic-bf16"]["rest"] == "f32"
+    assert "since this CPU has no bf16" in found["arithmetic-bf16"]["text"]
+    assert found["advice-f32"] == []
+    (advice,) = found["advice-bf16"]
+    assert "this CPU has no bf16" in advice
