@@ -13,9 +13,10 @@ from typing import Any
 import click
 
 from ditc.compiler.command_options import (
+    ModelSettings,
     as_json,
-    chosen_model,
     compile_options,
+    echo_note,
     feature_options,
     model_options,
     place_options,
@@ -80,8 +81,6 @@ def cli() -> None:
 
 @cli.command("compile")
 @model_options
-@click.option("--vae", type=click.Path(path_type=Path), help="AutoencoderKL folder whose decoder makes the images.")
-@click.option("--heads", type=int, help="Attention heads, where the checkpoint's width does not tell.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @click.option(
@@ -89,17 +88,7 @@ def cli() -> None:
 )
 @compile_options
 @as_json
-def compile_command(
-    model: str | None,
-    random_size: str | None,
-    vae: Path | None,
-    heads: int | None,
-    out: Path,
-    force: bool,
-    exports: Path | None,
-    json_: bool,
-    **settings: Any,
-) -> None:
+def compile_command(out: Path, force: bool, exports: Path | None, json_: bool, **settings: Any) -> None:
     """Compile MODEL into a bundle.
 
     MODEL is "digits" (built in), a .pt or .safetensors file with the keys of the original DiT release, a diffusers
@@ -108,11 +97,18 @@ def compile_command(
     from ditc.compiler.driver import compile_model
     from ditc.compiler.options import CompileOptions
 
+    model = ModelSettings.of(settings)
     options = CompileOptions(**settings).checked()
-    chosen = chosen_model(model, random_size, options.seed)
     with progress_on_stderr() as progress:
         bundle = compile_model(
-            chosen, out, options, progress=progress, force=force, num_heads=heads, vae=vae, exports=exports
+            model.name,
+            out,
+            options,
+            progress=progress,
+            force=force,
+            exports=exports,
+            on_note=echo_note,
+            **model.reading,
         )
     if json_:
         print_json({"bundle": str(out), "manifest": bundle.manifest.model_dump(mode="json")})
@@ -280,8 +276,6 @@ def demo_command(out: Path, json_: bool, **settings: Any) -> None:
 def tune_command(
     context: click.Context,
     /,
-    model: str | None,
-    random_size: str | None,
     out: Path,
     force: bool,
     worse_by: float | None,
@@ -303,8 +297,8 @@ def tune_command(
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is what tune searches; leave it out, or use ditc compile")
+    model = ModelSettings.of(settings)
     base = CompileOptions(**settings).checked()
-    chosen = chosen_model(model, random_size, base.seed)
     budget = Budget(worse_by=worse_by, least_psnr_db=least_psnr_db, seconds=seconds)
     options = TuneOptions(
         budget=budget,
@@ -316,13 +310,15 @@ def tune_command(
     )
     with progress_on_stderr(lines=False) as progress:  # a line for each candidate says more
         found = tune_model(
-            chosen,
+            model.name,
             out,
             base,
             options,
             progress=progress,
             on_trial=print_trial,
+            on_note=echo_note,
             force=force,
+            **model.reading,
         )
     print_json(found) if json_ else print_tuning(found)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ditc.errors import InputError
 
+if TYPE_CHECKING:
+    from ditc.exporter.facts import ModelFacts
+
 __all__ = [
+    "ModelSettings",
     "as_json",
-    "chosen_model",
     "compile_options",
+    "echo_note",
     "feature_options",
     "model_options",
     "place_options",
@@ -182,6 +187,17 @@ MODEL_OPTIONS = (
     click.option(
         "--random", "random_size", metavar="SIZE", help="A released size with random weights, like dit-xl-2-256."
     ),
+    click.option("--vae", type=click.Path(path_type=Path), help="AutoencoderKL folder whose decoder makes the images."),
+    click.option("--heads", type=int, help="Attention heads, where the checkpoint's width does not tell."),
+    click.option("--classes", type=int, help="Classes of a checkpoint; a row more in its label table is for none."),
+    click.option("--no-null", is_flag=True, help="The checkpoint has no class for none: it was trained without."),
+    click.option("--prediction", metavar="epsilon|v|sample", help="What a checkpoint predicts; noise if not given."),
+    click.option(
+        "--beta-schedule",
+        metavar="linear|scaled-linear|squared-cosine[:START:END]",
+        help="Betas that a checkpoint was trained on; the release's linear ones if not given.",
+    ),
+    click.option("--train-steps", type=int, help="Steps that a checkpoint was trained on; 1000 if not given."),
 )
 
 
@@ -201,7 +217,7 @@ place_options = with_all(PLACE_OPTIONS)  # where a bundle runs
 threads_option = with_all((THREADS_OPTION,))
 processor_options = with_all(PROCESSOR_OPTIONS)  # how it runs on a CPU
 feature_options = with_all(FEATURE_OPTIONS)  # what images are held against
-model_options = with_all(MODEL_OPTIONS)  # what is compiled; `chosen_model` reads them
+model_options = with_all(MODEL_OPTIONS)  # what is compiled; `ModelSettings` reads them
 as_json = click.option(
     "--json", "json_", is_flag=True, help="Print one JSON document on stdout, and nothing else there."
 )
@@ -218,6 +234,41 @@ def taken_place(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a Place, taken out of a command's."""
     names = ("target", "engines", "graphs", "threads", "batch")
     return {name: settings.pop(name) for name in names if name in settings}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the options of MODEL_OPTIONS say: the model's name, and what is stated of it."""
+
+    name: str
+    num_heads: int | None
+    vae: Path | None
+    facts: ModelFacts
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> ModelSettings:
+        """Take those options out of all that a command got. Raises InputError for no model, two, or wrong facts."""
+        from ditc.exporter.facts import ModelFacts, beta_schedule_facts
+
+        name = chosen_model(settings.pop("model"), settings.pop("random_size"), settings["seed"])
+        facts = ModelFacts(
+            classes=settings.pop("classes"),
+            null_class=False if settings.pop("no_null") else None,
+            prediction=settings.pop("prediction"),
+            train_steps=settings.pop("train_steps"),
+            **beta_schedule_facts(settings.pop("beta_schedule")),
+        )
+        return cls(name, settings.pop("heads"), settings.pop("vae"), facts)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The keyword arguments of `compile_model` and `tune_model` that say how the model is read."""
+        return {"num_heads": self.num_heads, "vae": self.vae, "facts": self.facts}
+
+
+def echo_note(note: str) -> None:
+    """A line about a model on stderr, before the work begins."""
+    click.echo(note, err=True)
 
 
 def whole_numbers(text: str, option: str, example: str = "0,1,2") -> tuple[int, ...]:

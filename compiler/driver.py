@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,6 +18,7 @@ from ditc import calib_data, compiler, engines, exporter, runtime
 from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.compiler import stages
 from ditc.compiler.approximating import approximate
+from ditc.compiler.listing import model_notes
 from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
@@ -26,13 +28,15 @@ from ditc.compiler.smoothing import smooth
 from ditc.compiler.work import WorkFolder, shared, work_folder
 from ditc.engines.backend import lowered_path
 from ditc.engines.lowering import LOWERINGS
-from ditc.errors import InputError
+from ditc.errors import DoubtWarning, InputError
+from ditc.exporter.facts import ModelFacts
 from ditc.exporter.onnx_files import data_path
 from ditc.files import atomic_folder, digest_of, sha256_of
 from ditc.program import Program
 from ditc.progress import Progress, silent
 from ditc.runtime.approximation import FITS
 from ditc.runtime.compensation import TableCompensation
+from ditc.spec import ModelSpec
 
 __all__ = ["check_places", "compile_model"]
 
@@ -64,7 +68,9 @@ def compile_model(
     force: bool = False,
     num_heads: int | None = None,
     vae: str | PathLike[str] | None = None,
+    facts: ModelFacts | None = None,
     exports: str | PathLike[str] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Compile a model into the bundle `out`, and return it opened.
 
@@ -75,11 +81,16 @@ def compile_model(
     segments stay for later compiles of the same model with other settings; of a small model they take most of the time.
     Raises InputError for settings or a model that make no sense, and CheckError where a result fails its check; `out`
     is then as it was.
+
+    `num_heads` and `facts` state what a checkpoint leaves open. What is assumed instead stands in the bundle
+    (`manifest.model.assumptions`), as do doubts about it; `on_note` takes a line about each before the work begins.
+    Without it doubts are Python warnings (`DoubtWarning`).
     """
     options = (options or CompileOptions()).checked()
     target, kept = Path(out).absolute(), None if exports is None else Path(exports).absolute()
     check_places(target, kept, force=force)
-    opened = _opened(model, num_heads, vae)
+    opened = _opened(model, num_heads, vae, facts)
+    _tell(opened.spec, on_note)
     plan = make_plan(opened, options, progress)
     with work_folder(target) as work:
         compile_ = _Compile(plan, work, _decided(plan, opened), tables={**plan.reuse_tables})
@@ -103,16 +114,32 @@ def check_places(target: Path, exports: Path | None, *, force: bool) -> None:
         )
 
 
-def _opened(model: Any, num_heads: int | None, vae: str | PathLike[str] | None) -> Any:
-    """A loaded model from a name; a model object is held to the protocol."""
+def _opened(model: Any, num_heads: int | None, vae: str | PathLike[str] | None, facts: ModelFacts | None) -> Any:
+    """A loaded model from a name; a model object is held to the protocol, and states itself what it is."""
     if isinstance(model, (str, PathLike)):
         from ditc.exporter.models import load_model
 
-        return load_model(str(model), num_heads=num_heads, vae=None if vae is None else Path(vae))
+        return load_model(str(model), num_heads=num_heads, vae=None if vae is None else Path(vae), facts=facts)
     from ditc.exporter.protocol import check_decomposition
 
+    stated = {"num_heads": num_heads, "vae": vae, "facts": facts}
+    useless = [name for name, value in stated.items() if value is not None]
+    if useless:
+        raise InputError(
+            f"{' and '.join(useless)} would change nothing: a model object states its heads, facts and decoder itself"
+        )
     check_decomposition(model)
     return model.eval()
+
+
+def _tell(spec: ModelSpec, on_note: Callable[[str], None] | None) -> None:
+    """Say what was assumed when a model was read, and what speaks against it."""
+    if on_note is None:
+        for line in spec.doubts:
+            warnings.warn(f"{spec.name}: {line}", DoubtWarning, stacklevel=3)
+        return
+    for note in model_notes(spec):
+        on_note(note)
 
 
 @dataclass

@@ -12,8 +12,9 @@ from ditc.bundle import Bundle
 from ditc.engines.scale_table import SCALES_INPUT, ScaleTable, step_inputs
 from ditc.precision import quantized
 from ditc.program import Program
+from ditc.spec import ModelSpec
 
-__all__ = ["bundle_facts", "joined_names", "megabytes", "schedule_map", "step_runs"]
+__all__ = ["bundle_facts", "joined_names", "megabytes", "model_notes", "schedule_map", "step_runs"]
 
 
 def megabytes(size_bytes: int) -> str:
@@ -87,6 +88,11 @@ def activation_scales(bundle: Bundle) -> str:
     different = len(np.unique(magnitudes, axis=0))
     spread = float((magnitudes.max(axis=0) / magnitudes.min(axis=0)).max())
     return f"{binding} scales, {different} for each of {magnitudes.shape[1]} tensors, up to {spread:.2f} x apart"
+
+
+def model_notes(spec: ModelSpec) -> list[str]:
+    """A line for each assumption about a model, and for each doubt."""
+    return [f"assumed: {line}" for line in spec.assumptions] + [f"warning: {line}" for line in spec.doubts]
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from ditc.program import CONDITION, FULL
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.quality import relative_error
+
+if TYPE_CHECKING:
+    from ditc.exporter.facts import ModelFacts
 
 __all__ = ["Match", "bench_labels", "match_of"]
 
@@ -153,13 +156,20 @@ def known_model(manifest: Manifest) -> str:
     raise InputError(f"a torch model is needed, and the bundle tells only its name, {name}; give it with --model")
 
 
+def _class_facts(manifest: Manifest) -> ModelFacts:
+    """The classes that a bundle's checkpoint was read with; the rest of its facts changes no forward pass."""
+    from ditc.exporter.facts import ModelFacts
+
+    return ModelFacts(classes=manifest.model.num_classes, null_class=manifest.model.null_label is not None)
+
+
 def _checked_model(match: Match) -> Any:
     from ditc.compiler.eager import eager_forward
     from ditc.exporter.models import load_model
 
     manifest, choice = match.bundle.manifest, match.choice
     name = choice.name or known_model(manifest)
-    model = load_model(name, num_heads=choice.heads)
+    model = load_model(name, num_heads=choice.heads, facts=_class_facts(manifest) if Path(name).is_file() else None)
     advice = f"name the one that {match.bundle.path} was compiled from with --model"
     for kind in ("latent_shape", "out_channels", "num_classes", "branches"):
         own, wanted = getattr(model.spec, kind), getattr(manifest.model, kind)

@@ -45,6 +45,7 @@ def print_inspection(bundle: Any) -> None:
 
     manifest = bundle.manifest
     print_facts(bundle.path, bundle)
+    print_notes(bundle)
     click.echo(f"\nprogram: {' '.join(manifest.program.prologue)} once, then")
     click.echo("  steps      t               segment       reads  writes")
     for row in step_runs(manifest.program):
@@ -64,6 +65,17 @@ def print_inspection(bundle: Any) -> None:
     for name, value in manifest.settings.items():
         click.echo(f"  {name:<16} {json.dumps(value)}")
     click.echo("  versions         " + ", ".join(f"{name} {found}" for name, found in manifest.versions.items()))
+
+
+def print_notes(bundle: Any) -> None:
+    """What was assumed when the model was read, and what speaks against it; nothing where all is stated."""
+    from ditc.compiler.listing import model_notes
+
+    notes = model_notes(bundle.manifest.model)
+    if notes:
+        click.echo("\nof the model")
+    for note in notes:
+        click.echo(f"  {note}")
 
 
 def print_calibration(row: dict[str, Any]) -> None:

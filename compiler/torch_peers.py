@@ -38,7 +38,7 @@ def cached_by_cache_dit(match: Match) -> Peer:
     import diffusers
     import torch
 
-    from ditc.exporter.diffusers_folder import diffusers_from_dit
+    from ditc.exporter.diffusers_copy import diffusers_from_dit
 
     program = match.bundle.manifest.program
     computes = [program.segment(step.segment).compute for step in program.steps]

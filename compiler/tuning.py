@@ -39,6 +39,7 @@ from ditc.compiler.veto import VetoOptions, veto_of
 from ditc.engines.integer_form import IntegerForm
 from ditc.engines.targets import backend_for
 from ditc.errors import CheckError, InputError
+from ditc.exporter.facts import ModelFacts
 from ditc.files import atomic_write, digest_of
 from ditc.program import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress, silent
@@ -191,6 +192,50 @@ class _Search:
         return (ends for ends in WINDOWS if sum(ends) < self.base.steps // 2)
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What is tuned: a model, and what is stated of it. `told` are the notes about it that were handed on."""
+
+    model: Any
+    num_heads: int | None
+    vae: str | PathLike[str] | None
+    facts: ModelFacts | None
+    on_note: Callable[[str], None] | None
+    told: set[str] = field(default_factory=set)
+
+    def compiled(
+        self, out: Path, options: CompileOptions, work: Path, progress: Progress, *, force: bool = True
+    ) -> Bundle:
+        """A bundle of it; what is exported is there for the next ones."""
+        return compile_model(
+            self.model,
+            out,
+            options,
+            progress=progress,
+            force=force,
+            num_heads=self.num_heads,
+            vae=self.vae,
+            facts=self.facts,
+            exports=work / EXPORTS,
+            on_note=None if self.on_note is None else self._tell,
+        )
+
+    def _tell(self, note: str) -> None:
+        """Hand on a note that was not handed on before: every candidate reads the same model."""
+        if note not in self.told and self.on_note is not None:
+            self.on_note(note)
+        self.told.add(note)
+
+    @property
+    def digest(self) -> str:
+        """What names it among the kept trials: its weights, or its name, what is stated, and when it was written."""
+        if not isinstance(self.model, (str, PathLike)):
+            return model_digest(self.model)
+        path = Path(self.model)
+        written = path.stat().st_mtime_ns if path.exists() else ""
+        return f"{self.model} {written} {self.num_heads} {self.vae} {self.facts}"
+
+
 def tune_model(
     model: Any,
     out: str | PathLike[str],
@@ -199,32 +244,38 @@ def tune_model(
     *,
     progress: Progress = silent,
     on_trial: Callable[[Trial], None] = lambda _: None,
+    on_note: Callable[[str], None] | None = None,
     force: bool = False,
+    num_heads: int | None = None,
+    vae: str | PathLike[str] | None = None,
+    facts: ModelFacts | None = None,
 ) -> dict[str, Any]:
     """Search, and leave the fastest bundle within the budget at `out`; returns all trials and the front as JSON has it.
 
-    `base` holds what is not searched. Raises CheckError, with what came nearest, where no candidate is within the
-    budget; `out` is then as it was, and what was measured stays in the work folder beside it.
+    `base` holds what is not searched; `num_heads`, `vae`, `facts` and `on_note` are those of `compile_model`. Raises
+    CheckError, with what came nearest, where no candidate is within the budget; `out` is then as it was, and what was
+    measured stays in the work folder beside it.
     """
     options, target = options.checked(), Path(out).absolute()
     check_places(target, None, force=force)
     work = target.with_name(f".{target.name}.tune")
+    subject = _Subject(model, num_heads, vae, facts, on_note)
 
     def judge(stage: str, changes: dict[str, str]) -> Trial:
-        trial = _measured(model, base.model_copy(update=changes).checked(), stage, changes, options, work, progress)
+        trial = _measured(subject, base.model_copy(update=changes).checked(), stage, changes, options, work, progress)
         on_trial(trial)
         return trial
 
     def veto(trial: Trial) -> float:
         compiled = base.model_copy(update=trial.changes)
-        bundle = _candidate(model, compiled, work, progress)
+        bundle = _candidate(subject, compiled, work, progress)
         return veto_of(bundle.path, VetoOptions(images=VETO_IMAGES, lag=1), progress=progress).vetoed
 
     search = _Search(base, options, judge, veto, seven_bits_may_pay(base))
     _explore(search)
     chosen = _chosen(search)
     best = base.model_copy(update=chosen.changes)
-    compile_model(model, target, best, progress=progress, force=force, exports=work / EXPORTS)
+    subject.compiled(target, best, work, progress, force=force)
     shutil.rmtree(work)
     return _report(search, chosen)
 
@@ -364,7 +415,7 @@ def _report(search: _Search, chosen: Trial) -> dict[str, Any]:
 
 
 def _measured(
-    model: Any,
+    subject: _Subject,
     candidate: CompileOptions,
     stage: str,
     changes: dict[str, str],
@@ -373,26 +424,18 @@ def _measured(
     progress: Progress,
 ) -> Trial:
     """Compile, time and evaluate a candidate, unless an earlier search did."""
-    path = work / f"{digest_of([_digest(model), candidate.model_dump(), options.model_dump()])[:16]}.json"
+    path = work / f"{digest_of([subject.digest, candidate.model_dump(), options.model_dump()])[:16]}.json"
     if (found := _earlier(path)) is not None:
         return found
-    bundle = _candidate(model, candidate, work, progress)
+    bundle = _candidate(subject, candidate, work, progress)
     trial = _judged(bundle, stage, changes, options, work, progress)
     atomic_write(path, trial.model_dump_json().encode())
     return trial
 
 
-def _candidate(model: Any, options: CompileOptions, work: Path, progress: Progress) -> Bundle:
-    """The bundle of a candidate, in the place of the one before it; what it exports is there for the next ones."""
-    return compile_model(model, work / "candidate", options, progress=progress, force=True, exports=work / EXPORTS)
-
-
-def _digest(model: Any) -> str:
-    """What names a model among the kept trials: its weights, or its name and when the file was written."""
-    if not isinstance(model, (str, PathLike)):
-        return model_digest(model)
-    path = Path(model)
-    return f"{model} {path.stat().st_mtime_ns}" if path.exists() else str(model)
+def _candidate(subject: _Subject, options: CompileOptions, work: Path, progress: Progress) -> Bundle:
+    """The bundle of a candidate, in the place of the one before it."""
+    return subject.compiled(work / "candidate", options, work, progress)
 
 
 def _earlier(path: Path) -> Trial | None:

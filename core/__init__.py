@@ -9,13 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CompileOptions", "DitcError", "Pipeline", "StepEvent", "__version__", "compile_model", "load"]
+__all__ = ["CompileOptions", "DitcError", "ModelFacts", "Pipeline", "StepEvent", "__version__", "compile_model", "load"]
 
 # The public faces live to the right of this folder; by name only, since core imports none of them.
 _FACES = {
     "CompileOptions": "ditc.compiler.options",
     "compile_model": "ditc.compiler.driver",
     "DitcError": "ditc.errors",
+    "ModelFacts": "ditc.exporter.facts",
     "Pipeline": "ditc.runtime.pipeline",
     "StepEvent": "ditc.runtime.executor",
     "load": "ditc.runtime.pipeline",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     CompileOptions: Any
     compile_model: Any
+    ModelFacts: Any
     Pipeline: Any
     StepEvent: Any
     load: Any

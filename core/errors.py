@@ -6,15 +6,24 @@ DitcError                 anything ditc refuses or fails at; the command line pr
 │   └── BundleError       a bundle that is damaged, incomplete, or written by a newer ditc
 └── CheckError            the work was done, but a check of its result failed                (exit code 1)
 
-Every message says what was expected, what was found and what to do. What works, but not as well as it could on this
-machine, is an AdviceWarning.
+Every message says what was expected, what was found and what to do. Two Python warnings are ours: AdviceWarning, of
+what works but not as well as it could on this machine, and DoubtWarning, of a result that may be worthless.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["AdviceWarning", "BundleError", "CheckError", "CheckpointError", "DitcError", "InputError", "unknown_name"]
+__all__ = [
+    "AdviceWarning",
+    "BundleError",
+    "CheckError",
+    "CheckpointError",
+    "DitcError",
+    "DoubtWarning",
+    "InputError",
+    "unknown_name",
+]
 
 
 class DitcError(Exception):
@@ -39,6 +48,10 @@ class CheckError(DitcError):
 
 class AdviceWarning(UserWarning):
     """Something works, but slower or in another type than it could on this machine; says what to do."""
+
+
+class DoubtWarning(UserWarning):
+    """A model was read, and what it returns does not look like what it is said to predict."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:

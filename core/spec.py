@@ -31,6 +31,12 @@ class DiffusionSpec(Record):
     prediction: Literal["epsilon", "v", "sample"] = "epsilon"
     learned_sigma: bool = True
 
+    @model_validator(mode="after")
+    def _betas_grow(self) -> DiffusionSpec:
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start {self.beta_start:g} lies above beta_end {self.beta_end:g}")
+        return self
+
 
 class SamplerSpec(Record):
     """How a trajectory is walked.
@@ -57,6 +63,8 @@ class ModelSpec(Record):
     `branches` are the residual sub-layers in the order they run; each caches a tensor of `branch_shape` (without the
     batch axis). `null_label` is the class of unconditional guidance, None for a model without it. `cfg_channels` says
     to how many of the latent channels guidance applies: 3 in the original DiT release, all in diffusers.
+    `assumptions` are facts that neither the weights nor what lies beside them state, `doubts` what a look at the
+    model's output speaks against; each is a line for people.
     """
 
     name: str
@@ -72,7 +80,12 @@ class ModelSpec(Record):
     parameters: int = Field(ge=0)
     diffusion: DiffusionSpec = DiffusionSpec()
     sampler: SamplerSpec = SamplerSpec()
-    latent_scale: float | None = Field(default=None, description="decode(latent / latent_scale); None: no decoder")
+    latent_scale: float | None = Field(
+        default=None, description="decode(latent / latent_scale + latent_shift); None: no decoder"
+    )
+    latent_shift: float = 0.0
+    assumptions: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _channels_fit(self) -> ModelSpec:

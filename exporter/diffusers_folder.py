@@ -1,133 +1,196 @@
-"""A local diffusers folder: `DiTTransformer2DModel`, its scheduler's configuration, `AutoencoderKL` when present."""
+"""A local diffusers folder: its DiT, its scheduler's configuration, its `AutoencoderKL` where there is one."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditc.errors import CheckpointError, InputError
+from ditc.exporter.config_files import Config, Keys, class_named, config_of, read_json
+from ditc.exporter.diffusers_keys import diffusers_names
 from ditc.exporter.dit import DiT, DiTConfig
-from ditc.exporter.weights import listed, load_weights, read_tensors
+from ditc.exporter.facts import ModelFacts, TrainingArgs, given_options
+from ditc.exporter.folder_weights import found_there, read_folder_weights
+from ditc.exporter.original import process_from_facts
+from ditc.exporter.schedulers import process_from_scheduler
+from ditc.exporter.state_dicts import about_prefix, fitting_prefix, without_prefix
+from ditc.exporter.vae import decoder_from_vae
+from ditc.exporter.weights import StateDict, listed, load_weights
 from ditc.spec import DiffusionSpec, SamplerSpec
 
-__all__ = ["decoder_from_vae", "diffusers_from_dit", "dit_from_diffusers"]
+__all__ = ["TRANSFORMER_KEYS", "dit_from_diffusers"]
 
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+ANCHOR = "pos_embed.proj.weight"  # a key that every such model has
+CLASS_OPTIONS = ("--classes", "--no-null")
+LARGEST_SIDE = 1024  # of the latent; beyond it positions alone fill a memory
 
-# our names -> diffusers'; q, k and v are separate there
-BLOCK_NAMES = {
-    "adaLN_modulation.1": "norm1.linear",
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
-    "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
+UNUSED = {
+    "dropout": "off where nothing is trained",
+    "norm_num_groups": "a DiT has no group norm",
+    "upcast_attention": "attention is computed in float32 anyway",
 }
-OUTER_NAMES = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
-BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "squared-cosine"}
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
-VARIANCES = {
-    "learned_range": "learned",
-    "fixed_small": "fixed-small",
-    "fixed_small_log": "fixed-small",
-    "fixed_large": "fixed-large",
-    "fixed_large_log": "fixed-large",
+# class -> its keys. Before 0.28 diffusers had one class for several kinds of transformers; a DiT is the one with
+# ada_norm_zero and none of the others' parts. Its defaults are no DiT's, so what it leaves out is mostly refused.
+TRANSFORMER_KEYS = {
+    "DiTTransformer2DModel": Keys(
+        read={
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": None,
+            "num_layers": 28,
+            "attention_bias": True,
+            "sample_size": 32,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 1000,
+            "norm_eps": 1e-5,
+        },
+        fixed={
+            "norm_type": ("ada_norm_zero", "ada_norm_zero"),
+            "activation_fn": ("gelu-approximate", "gelu-approximate"),
+            "norm_elementwise_affine": (False, False),
+        },
+        harmless=UNUSED,
+    ),
+    "Transformer2DModel": Keys(
+        read={
+            "num_attention_heads": 16,
+            "attention_head_dim": 88,
+            "in_channels": None,
+            "out_channels": None,
+            "num_layers": 1,
+            "attention_bias": False,
+            "sample_size": None,
+            "patch_size": None,
+            "num_embeds_ada_norm": None,
+            "norm_eps": 1e-5,
+        },
+        fixed={
+            "norm_type": ("layer_norm", "ada_norm_zero"),
+            "activation_fn": ("geglu", "gelu-approximate"),
+            "norm_elementwise_affine": (True, False),
+            "cross_attention_dim": (None, None),
+            "num_vector_embeds": (None, None),
+            "only_cross_attention": (False, False),
+            "double_self_attention": (False, False),
+            "attention_type": ("default", "default"),
+            "caption_channels": (None, None),
+            "interpolation_scale": (None, None),
+        },
+        harmless={
+            **UNUSED,
+            "use_linear_projection": "of models without patches",
+            "use_additional_conditions": "of ada_norm_single",
+        },
+    ),
 }
 
 
-def dit_from_diffusers(folder: Path) -> DiT:
+def dit_from_diffusers(folder: Path, facts: ModelFacts | None = None) -> DiT:
     """A DiT from a pipeline folder (transformer/, scheduler/, vae/) or from a bare transformer folder.
 
-    Guidance applies to all latent channels, as diffusers' own pipeline does it. Raises CheckpointError naming the
-    file, key or setting that does not fit.
+    Guidance applies to all latent channels, as diffusers' own pipeline does it. `facts` state the noise process where
+    the folder has no scheduler; one that its files state is refused. Raises CheckpointError naming the file, key or
+    setting that does not fit, InputError for a fact that is none of a folder's.
     """
     home = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    settings = _read_json(home / "config.json")
-    kind = settings.get("_class_name")
-    if kind != "DiTTransformer2DModel":
-        raise CheckpointError(f"{home / 'config.json'} describes {kind}, expected DiTTransformer2DModel")
-    tensors = _read_weights(home)
-    config = _config(settings, tensors, home)
+    facts = facts or ModelFacts()
+    config_file = read_config(home, folder)
+    _check_no_class_facts(facts, config_file)
+    tensors, about_weights = read_folder_weights(home)
+    prefix = fitting_prefix(tensors, ANCHOR) or ""
+    tensors = without_prefix(tensors, prefix)
+    config = _config(config_file, tensors, home)
     model = DiT(config, name=folder.resolve().name)
     load_weights(model, _renamed(tensors, model, home), home)
-    model.diffusion, model.sampler = _process(folder / "scheduler" / "scheduler_config.json", config)
+    model.diffusion, model.sampler, about_process = _process(folder, facts, config)
+    model.assumptions = (*about_weights, *about_prefix(prefix), *about_process)
     if (folder / "vae").is_dir():
-        model.decoder, model.latent_scale = decoder_from_vae(folder / "vae")
+        model.decoder, about_vae = decoder_from_vae(folder / "vae")
+        model.latent_scale, model.latent_shift = model.decoder.latent_scale, model.decoder.latent_shift
+        model.assumptions += about_vae
     return model.eval()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError as e:
-        raise CheckpointError(f"no such file: {path}; expected a diffusers folder with a DiT transformer") from e
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} is not readable JSON ({e})") from e
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected an object")
-    return found
+def read_config(home: Path, folder: Path) -> Config:
+    """The transformer's configuration, of one of the two classes that a DiT's is. Raises CheckpointError."""
+    path = home / "config.json"
+    if not path.is_file():
+        raise CheckpointError(_no_config(path, folder))
+    found = read_json(path, "a diffusers folder with a DiT transformer")
+    kind = class_named(found)
+    if kind not in TRANSFORMER_KEYS:
+        raise CheckpointError(f"{path} describes {kind}, expected DiTTransformer2DModel")
+    return config_of(path, found, TRANSFORMER_KEYS[kind])
 
 
-def _read_weights(home: Path) -> dict[str, Tensor]:
-    for name in WEIGHT_FILES:
-        if (home / name).is_file():
-            return read_tensors(home / name)
-        if (home / f"{name}.index.json").is_file():
-            weight_map = _read_json(home / f"{name}.index.json").get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{home / name}.index.json has no weight_map; copy the folder again")
-            shards = sorted(set(weight_map.values()))
-            return {key: value for shard in shards for key, value in read_tensors(home / shard).items()}
-    raise CheckpointError(f"no weights in {home}; expected {' or '.join(WEIGHT_FILES)}, or its .index.json")
+def _check_no_class_facts(facts: ModelFacts, config: Config) -> None:
+    """Raise InputError for facts about classes: diffusers' models state their number, and always have a null class."""
+    given = [option for option in given_options(facts) if option in CLASS_OPTIONS]
+    if given:
+        raise InputError(
+            f"{config.path} states the classes, num_embeds_ada_norm {config.values['num_embeds_ada_norm']}, and a null "
+            f"class comes with them; leave out {' and '.join(given)}"
+        )
 
 
-def _whole_number(settings: dict[str, Any], key: str, default: int, home: Path) -> int:
-    found = settings.get(key, default)
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise CheckpointError(f"{home / 'config.json'}: {key} is {found!r}, expected a whole number above 0")
-    return found
-
-
-def _config(settings: dict[str, Any], tensors: dict[str, Tensor], home: Path) -> DiTConfig:
-    if settings.get("activation_fn", "gelu-approximate") != "gelu-approximate":
-        raise CheckpointError(f"{home}: activation_fn is {settings['activation_fn']!r}, expected 'gelu-approximate'")
-    if settings.get("norm_elementwise_affine", False):
-        raise CheckpointError(f"{home}: norm_elementwise_affine is true, expected false as in every released DiT")
-    heads = _whole_number(settings, "num_attention_heads", 16, home)
-    depth = _whole_number(settings, "num_layers", 28, home)
-    channels = _whole_number(settings, "in_channels", 4, home)
-    outputs = channels if settings.get("out_channels") is None else _whole_number(settings, "out_channels", 4, home)
-    if outputs not in (channels, 2 * channels):
-        raise CheckpointError(f"{home}: out_channels is {outputs}, expected {channels} or {2 * channels}")
-    return DiTConfig(
-        input_size=_whole_number(settings, "sample_size", 32, home),
-        patch_size=_whole_number(settings, "patch_size", 2, home),
-        in_channels=channels,
-        hidden_size=heads * _whole_number(settings, "attention_head_dim", 72, home),
-        depth=depth,
-        num_heads=heads,
-        num_classes=_whole_number(settings, "num_embeds_ada_norm", 1000, home),
-        learn_sigma=outputs == 2 * channels,
-        qkv_bias=settings.get("attention_bias", True),
-        freq_shift=1,
-        norm2_eps=settings.get("norm_eps", 1e-5),
-        embedder_per_block=not _embedders_equal(tensors, depth),
+def _no_config(path: Path, folder: Path) -> str:
+    """What to say of a folder without a transformer's configuration: what it holds, and where to look."""
+    snapshots = sorted((folder / "snapshots").glob("*/"))
+    if snapshots:
+        return f"{folder} is a cache of the hub, not a model; give the folder in it: {snapshots[-1]}"
+    return (
+        f"no such file: {path}; expected a diffusers folder with a DiT transformer, {folder} holds "
+        f"{found_there(folder)}"
     )
 
 
-def _embedders_equal(tensors: dict[str, Tensor], depth: int) -> bool:
+def _config(found: Config, tensors: Mapping[str, Tensor], home: Path) -> DiTConfig:
+    heads, channels = found.whole("num_attention_heads"), found.whole("in_channels")
+    depth = found.whole("num_layers", most=len(tensors))  # every block has keys: one more is not built to be missed
+    outputs = channels if found.values["out_channels"] is None else found.whole("out_channels")
+    if outputs not in (channels, 2 * channels):
+        raise found.error("out_channels", f"{channels} or {2 * channels}")
+    size, patch = found.whole("sample_size", most=LARGEST_SIDE), found.whole("patch_size")
+    if size % patch:
+        raise found.error("sample_size", f"a multiple of the patch_size {patch}")
+    config = DiTConfig(
+        input_size=size,
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=heads * found.whole("attention_head_dim"),
+        depth=depth,
+        num_heads=heads,
+        num_classes=found.whole("num_embeds_ada_norm"),
+        learn_sigma=outputs == 2 * channels,
+        qkv_bias=found.flag("attention_bias"),
+        freq_shift=1,
+        norm2_eps=found.number("norm_eps", above=0),
+        embedder_per_block=not _embedders_equal(tensors, depth),
+    )
+    _check_size(config, tensors, home)
+    return config
+
+
+def _check_size(config: DiTConfig, tensors: Mapping[str, Tensor], home: Path) -> None:
+    """Raise CheckpointError where the weights are of another width: a model of that of the file might fit no memory."""
+    if ANCHOR not in tensors:
+        raise CheckpointError(
+            f"{home} does not fit its config.json: missing {ANCHOR}; expected the keys of DiTTransformer2DModel"
+        )
+    found = tuple(tensors[ANCHOR].shape)
+    expected = (config.hidden_size, config.in_channels, config.patch_size, config.patch_size)
+    if found != expected:
+        raise CheckpointError(
+            f"{home} does not fit its config.json: {ANCHOR} has shape {found}, expected {expected} from "
+            "num_attention_heads, attention_head_dim, in_channels and patch_size"
+        )
+
+
+def _embedders_equal(tensors: Mapping[str, Tensor], depth: int) -> bool:
     """Do all blocks hold copies of one embedder, as conversions of the original release do?"""
     names = [name.split(".", 2)[2] for name in tensors if name.startswith("transformer_blocks.0.norm1.emb.")]
     first = {name: tensors[f"transformer_blocks.0.{name}"] for name in names}
@@ -139,12 +202,12 @@ def _embedders_equal(tensors: dict[str, Tensor], depth: int) -> bool:
     )
 
 
-def _renamed(tensors: dict[str, Tensor], model: DiT, home: Path) -> dict[str, Tensor]:
+def _renamed(tensors: Mapping[str, Tensor], model: DiT, home: Path) -> StateDict:
     """The state dict under the names of the original release.
 
     Raises CheckpointError naming, as diffusers does, the keys that are missing or that no DiT has.
     """
-    sources = {name: _diffusers_names(name) for name, _ in model.named_parameters() if name != "pos_embed"}
+    sources = {name: diffusers_names(name) for name, _ in model.named_parameters() if name != "pos_embed"}
     wanted = {key for keys in sources.values() for key in keys}
     known = wanted | {"pos_embed.pos_embed"} | _copied_embedders(tensors, model.config)
     missing, extra = sorted(wanted - tensors.keys()), sorted(tensors.keys() - known)
@@ -157,73 +220,7 @@ def _renamed(tensors: dict[str, Tensor], model: DiT, home: Path) -> dict[str, Te
     return fixed | {name: _joined([tensors[key] for key in keys], keys, home) for name, keys in sources.items()}
 
 
-def _diffusers_names(name: str) -> list[str]:
-    """Where one of our parameters lies in a diffusers state dict: one key, or those of q, k and v to join."""
-    if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", name):
-        return [f"transformer_blocks.{match[1]}.attn1.to_{part}.{match[2]}" for part in "qkv"]
-    module, leaf = name.rsplit(".", 1)
-    if module in OUTER_NAMES:
-        return [f"{OUTER_NAMES[module]}.{leaf}"]
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", module):
-        return [f"transformer_blocks.{match[1]}.{BLOCK_NAMES[match[2]]}.{leaf}"]
-    return [f"transformer_blocks.0.{BLOCK_NAMES[module]}.{leaf}"]  # the embedder that all blocks share
-
-
-def diffusers_from_dit(model: Any) -> Any:
-    """A `DiTTransformer2DModel` that computes what the model computes, its weights shared.
-
-    The frequencies of the original release differ from diffusers'; the copy takes the model's. Raises InputError for a
-    model that diffusers' class can't be.
-    """
-    if not isinstance(model, DiT):
-        raise InputError(
-            f"diffusers' DiT is made from a DiT of the original or diffusers' form, found {type(model).__name__}"
-        )
-    config = model.config
-    if config.mlp_ratio != 4:
-        raise InputError(f"{model.name} is not diffusers' DiT: its MLP ratio is {config.mlp_ratio:g}, expected 4")
-    try:
-        from diffusers import DiTTransformer2DModel
-    except ImportError as e:
-        raise InputError("diffusers is not installed; install it with: pip install 'ditc[export]'") from e
-    kind: Any = DiTTransformer2DModel
-    copy = kind(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        attention_bias=config.qkv_bias,
-        sample_size=config.input_size,
-        patch_size=config.patch_size,
-        num_embeds_ada_norm=config.num_classes,
-        norm_eps=config.norm2_eps,
-    )
-    copy.load_state_dict(_diffusers_state(model), strict=True, assign=True)
-    copy.pos_embed.pos_embed = model.pos_embed.data
-    for block in copy.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = config.freq_shift
-    return copy.eval()
-
-
-def _diffusers_state(model: DiT) -> dict[str, Tensor]:
-    """The model's parameters under diffusers' keys, with the shared embedders in every block."""
-    state: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if name != "pos_embed" and not name.startswith("decoder."):
-            keys = _diffusers_names(name)
-            for key, part in zip(keys, parameter.detach().chunk(len(keys)), strict=True):
-                if not torch.equal(state.setdefault(key, part), part):
-                    raise InputError(f"{model.name} is not diffusers' DiT: its final layer has an embedder of its own")
-    embedder = "transformer_blocks.0.norm1.emb."
-    shared = {key: value for key, value in state.items() if key.startswith(embedder)}
-    for block in range(1, model.config.depth):
-        for key, value in shared.items():
-            state.setdefault(key.replace("blocks.0", f"blocks.{block}", 1), value)
-    return state
-
-
-def _copied_embedders(tensors: dict[str, Tensor], config: DiTConfig) -> set[str]:
+def _copied_embedders(tensors: Mapping[str, Tensor], config: DiTConfig) -> set[str]:
     """Keys of the equal copies that later blocks hold of the one embedder that is kept."""
     if config.embedder_per_block:
         return set()
@@ -238,80 +235,17 @@ def _joined(parts: list[Tensor], keys: list[str], home: Path) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _process(path: Path, config: DiTConfig) -> tuple[DiffusionSpec, SamplerSpec]:
-    """The diffusion process and default sampler of a scheduler's configuration; the release's where there is none."""
-    if not path.is_file():
-        return DiffusionSpec(learned_sigma=config.learn_sigma), SamplerSpec(spacing="leading")
-    found = _read_json(path)
-
-    if str(found.get("_class_name", "")).startswith("FlowMatch"):
-        raise CheckpointError(f"{path} is a {found['_class_name']}; ditc knows noise-predicting diffusion, not flows")
-
-    def pick(table: dict[str, str], key: str, default: str) -> str:
-        value = found.get(key) or default
-        if value not in table:
-            raise CheckpointError(f"{path}: {key} is {value!r}, expected one of: {', '.join(sorted(table))}")
-        return table[value]
-
-    if found.get("rescale_betas_zero_snr") or found.get("trained_betas") is not None or found.get("thresholding"):
-        raise CheckpointError(
-            f"{path} rescales or replaces the betas, or thresholds; ditc knows the plain schedules only"
-        )
-    try:
-        return _specs(found, pick, config)
-    except ValidationError as e:
-        first = e.errors()[0]
-        raise CheckpointError(f"{path}: {first['loc'][0]}: {first['msg']}, found {first['input']!r}") from e
-
-
-def _specs(
-    found: dict[str, Any], pick: Callable[[dict[str, str], str, str], str], config: DiTConfig
-) -> tuple[DiffusionSpec, SamplerSpec]:
-    diffusion = DiffusionSpec(
-        train_steps=found.get("num_train_timesteps", 1000),
-        beta_schedule=pick(BETA_SCHEDULES, "beta_schedule", "linear"),  # type: ignore[arg-type]
-        beta_start=found.get("beta_start", 1e-4),
-        beta_end=found.get("beta_end", 2e-2),
-        prediction=pick(PREDICTIONS, "prediction_type", "epsilon"),  # type: ignore[arg-type]
-        learned_sigma=config.learn_sigma,
-    )
-    ddpm = str(found.get("_class_name", "")).startswith("DDPM")
-    sampler = SamplerSpec(
-        name="ddpm" if ddpm else "ddim",
-        spacing=pick({n: n for n in ("linspace", "leading", "trailing")}, "timestep_spacing", "leading"),  # type: ignore[arg-type]
-        offset=found.get("steps_offset", 0) if found.get("timestep_spacing", "leading") == "leading" else 0,
-        variance=pick(VARIANCES, "variance_type", "fixed_small"),  # type: ignore[arg-type]
-        final_alpha_one=ddpm or found.get("set_alpha_to_one", True),
-        clip=found.get("clip_sample_range", 1.0) if found.get("clip_sample", False) else None,
-    )
-    return diffusion, sampler
-
-
-class Decoder(nn.Module):
-    """Latents as the transformer makes them to images: unscale, then the VAE's decoder."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-        self.latent_scale = float(vae.config.scaling_factor)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.vae.decode(latent / self.latent_scale, return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-def decoder_from_vae(folder: Path) -> tuple[Decoder, float]:
-    """(decoder module, scale of the latents) of a local `AutoencoderKL` folder."""
-    kind = _read_json(folder / "config.json").get("_class_name")
-    if kind != "AutoencoderKL":
-        raise CheckpointError(f"{folder / 'config.json'} describes {kind}, expected AutoencoderKL")
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as e:
-        raise InputError("reading a VAE needs diffusers; install it with: pip install 'ditc[export]'") from e
-    try:
-        kind_of_vae: Any = AutoencoderKL
-        vae = kind_of_vae.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-    except Exception as e:  # diffusers raises many kinds
-        raise CheckpointError(f"{folder} is not a readable AutoencoderKL ({str(e).splitlines()[0]})") from e
-    decoder = Decoder(vae).eval()
-    return decoder, decoder.latent_scale
+def _process(folder: Path, facts: ModelFacts, config: DiTConfig) -> tuple[DiffusionSpec, SamplerSpec, tuple[str, ...]]:
+    """(noise process, default sampler, what was assumed): the scheduler's, or as stated, or the release's."""
+    given = given_options(facts)
+    home = folder / "scheduler"
+    path = home / "scheduler_config.json"
+    if home.is_dir():
+        if given:
+            raise InputError(f"{path} states the noise process; leave out {' and '.join(given)}")
+        return process_from_scheduler(path, learned_sigma=config.learn_sigma)
+    diffusion, assumed = process_from_facts(facts, TrainingArgs(), learned_sigma=config.learn_sigma)
+    beside = folder.parent / "scheduler" / "scheduler_config.json"
+    if assumed and beside.is_file():
+        assumed = tuple(f"{line}; {folder.parent} has a scheduler that states it" for line in assumed)
+    return diffusion, SamplerSpec(spacing="leading"), assumed

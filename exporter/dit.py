@@ -26,9 +26,10 @@ FREQUENCIES = 256  # width of the sinusoidal timestep embedding, fixed in every 
 class DiTConfig:
     """Everything that decides what a DiT computes, save its weights. `input_size` is the latent's height and width.
 
-    The last three fields are where diffusers' DiT differs from the original: the divisor of the frequency exponent is
-    half - freq_shift, the second norm of a block has an epsilon of its own, and every block may hold its own timestep
-    and label embedders (converted releases hold equal copies of one).
+    A model trained without dropping labels has no null class. The last three fields are where diffusers' DiT differs
+    from the original: the divisor of the frequency exponent is half - freq_shift, the second norm of a block has an
+    epsilon of its own, and every block may hold its own timestep and label embedders (converted releases hold equal
+    copies of one).
     """
 
     input_size: int = 32
@@ -39,6 +40,7 @@ class DiTConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     num_classes: int = 1000
+    null_class: bool = True
     learn_sigma: bool = True
     qkv_bias: bool = True
     freq_shift: int = 0
@@ -94,11 +96,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One row per class, the last one for "no class" (classifier-free guidance)."""
+    """One row per class; with a null class one more at the end, for "no class" (classifier-free guidance)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = nn.Embedding(config.num_classes + config.null_class, config.hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)  # type: ignore[no-any-return]
@@ -202,6 +204,9 @@ class DiT(nn.Module):
         self.sampler = SamplerSpec()
         self.cfg_channels = config.in_channels
         self.latent_scale: float | None = None
+        self.latent_shift = 0.0
+        self.assumptions: tuple[str, ...] = ()
+        self.doubts: tuple[str, ...] = ()
         self.decoder: nn.Module | None = None
         self.x_embedder: Any = PatchEmbed(config)
         self.t_embedder: Any = TimestepEmbedder(config)
@@ -221,7 +226,7 @@ class DiT(nn.Module):
             height=size,
             width=size,
             num_classes=self.config.num_classes,
-            null_label=self.config.num_classes,
+            null_label=self.config.num_classes if self.config.null_class else None,
             cfg_channels=self.cfg_channels,
             branches=tuple(branch.name for branch in self.branches),
             branch_shape=(self.config.tokens, self.config.hidden_size),
@@ -229,6 +234,9 @@ class DiT(nn.Module):
             diffusion=self.diffusion,
             sampler=self.sampler,
             latent_scale=self.latent_scale,
+            latent_shift=self.latent_shift,
+            assumptions=self.assumptions,
+            doubts=self.doubts,
         )
 
     @property

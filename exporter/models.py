@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -13,59 +14,113 @@ from typing import Any
 import torch
 
 from ditc.errors import CheckpointError, InputError
-from ditc.exporter.diffusers_folder import decoder_from_vae, dit_from_diffusers
+from ditc.exporter.diffusers_folder import dit_from_diffusers
 from ditc.exporter.dit import DIT_PATCHES, DIT_PIXELS, DIT_SIZES, DiT, DiTConfig, config_for_size
+from ditc.exporter.facts import FACT_OPTIONS, ModelFacts, given_options
+from ditc.exporter.noise_check import doubts_about
 from ditc.exporter.original import dit_from_checkpoint
 from ditc.exporter.protocol import check_decomposition
+from ditc.exporter.vae import decoder_from_vae
 from ditc.spec import SamplerSpec
 
-__all__ = ["builtin_digits", "load_model", "random_dit", "random_model", "with_vae"]
+__all__ = ["builtin_digits", "load_model", "random_dit", "random_model"]
 
 BUILTIN = "digits"
+# what its card says (exporter/digits.md)
+DIGITS = ModelFacts(
+    classes=10,
+    null_class=True,
+    prediction="epsilon",
+    beta_schedule="linear",
+    beta_range=(1e-4, 2e-2),
+    train_steps=1000,
+)
 
 
-def load_model(name: str, *, num_heads: int | None = None, vae: Path | None = None) -> Any:
+def load_model(
+    name: str, *, num_heads: int | None = None, vae: Path | None = None, facts: ModelFacts | None = None
+) -> Any:
     """The model that `name` stands for, ready to export (fits `exporter.protocol.TrajectoryModel`).
 
     `name` is "digits", a .pt or .safetensors file with original DiT keys, a diffusers folder, "random:SIZE" or
     "random:SIZE:SEED" (see `random_model`), or "module:function" for a function of the user's that returns a
-    TrajectoryModel. `vae` is a local `AutoencoderKL` folder whose decoder
-    the model gets. Raises CheckpointError where something can't be read.
+    TrajectoryModel. `num_heads` and `facts` state what a file leaves open; `vae` is a local `AutoencoderKL` folder
+    whose decoder the model gets. Raises CheckpointError where something can't be read, and InputError for an option
+    that says what the model says itself.
     """
-    model = _named_model(name, num_heads)
-    return model if vae is None else with_vae(model, vae)
+    stated = Stated(num_heads, vae, facts or ModelFacts())
+    path = Path(name)
+    if name == BUILTIN:
+        _check_useful(stated, name, "--heads", "--vae", *FACT_OPTIONS)
+        return builtin_digits()
+    if random := re.fullmatch(r"random:([\w-]+)(?::(\d+))?", name):
+        _check_useful(stated, name, "--heads", *FACT_OPTIONS)
+        return _with_vae(random_model(random[1], seed=int(random[2] or 0)), vae)
+    if path.is_dir():
+        return _from_folder(path, stated)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        _check_useful(stated, name, "--heads", *FACT_OPTIONS)
+        return _with_vae(_users_own(name), vae)
+    model = dit_from_checkpoint(path, num_heads=num_heads, facts=facts)
+    model.doubts = doubts_about(model, "--prediction")
+    return _with_vae(model, vae)
 
 
-def with_vae(model: Any, folder: Path) -> Any:
+@dataclass(frozen=True)
+class Stated:
+    """What options state of a model."""
+
+    num_heads: int | None
+    vae: Path | None
+    facts: ModelFacts
+
+    @property
+    def options(self) -> list[str]:
+        """Those that were given, as the command line has them."""
+        others = (("--heads", self.num_heads), ("--vae", self.vae))
+        return [option for option, value in others if value is not None] + given_options(self.facts)
+
+
+def _check_useful(stated: Stated, name: str, *known: str) -> None:
+    """Raise InputError for options about what a model is `known` to say itself: they would change nothing."""
+    useless = [option for option in stated.options if option in known]
+    if useless:
+        what = "makes images itself" if useless == ["--vae"] else "states its heads, classes and process itself"
+        raise InputError(f"{name} {what}; leave out {' and '.join(useless)}")
+
+
+def _from_folder(path: Path, stated: Stated) -> Any:
+    if stated.num_heads is not None:
+        raise InputError(f"the config.json in {path} states num_attention_heads; leave out --heads")
+    model = dit_from_diffusers(path, stated.facts)
+    has_scheduler = (path / "scheduler").is_dir()
+    model.doubts = doubts_about(model, "prediction_type in scheduler_config.json" if has_scheduler else "--prediction")
+    return _with_vae(model, stated.vae)
+
+
+def _with_vae(model: Any, folder: Path | None) -> Any:
     """The model with the decoder of a local `AutoencoderKL`. Raises CheckpointError where the two don't fit."""
-    decoder, scale = decoder_from_vae(folder)
+    if folder is None:
+        return model
+    if model.decoder is not None:
+        raise InputError(f"{model.spec.name} has a decoder of its own; leave out --vae")
+    decoder, assumed = decoder_from_vae(folder)
     channels = decoder.vae.config.latent_channels
     if channels != model.spec.in_channels:
         raise CheckpointError(f"{folder} decodes {channels} channels, {model.spec.name} makes {model.spec.in_channels}")
-    model.decoder, model.latent_scale = decoder, scale
+    with suppress(AttributeError):
+        model.decoder = decoder
+    if model.decoder is not decoder:  # a property of a class of the user's
+        raise InputError(f"{model.spec.name} can't be given a decoder; leave out --vae")
+    model.latent_scale, model.latent_shift = decoder.latent_scale, decoder.latent_shift
+    model.assumptions = (*getattr(model, "assumptions", ()), *assumed)
     return model
-
-
-def _named_model(name: str, num_heads: int | None) -> Any:
-    if name == BUILTIN:
-        return builtin_digits()
-    random = re.fullmatch(r"random:([\w-]+)(?::(\d+))?", name)
-    if random is not None:
-        return random_model(random[1], seed=int(random[2] or 0))
-    path = Path(name)
-    if path.is_dir():
-        return dit_from_diffusers(path)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-        return _users_own(name)
-    return dit_from_checkpoint(path, num_heads=num_heads)
 
 
 def builtin_digits() -> DiT:
     """The reference model: a 1.8 M parameter DiT trained on scikit-learn's digits (see exporter/digits.md)."""
     with as_file(files("ditc.exporter") / "digits.safetensors") as path:
-        model = dit_from_checkpoint(path, num_heads=4)
-    model.sampler = SamplerSpec(variance="learned")
-    return model
+        return dit_from_checkpoint(path, num_heads=4, facts=DIGITS)
 
 
 def random_model(size: str, *, seed: int = 0, depth: int | None = None) -> DiT:

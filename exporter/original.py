@@ -4,73 +4,207 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
 from torch import Tensor
 
-from ditc.errors import CheckpointError
+from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DIT_SIZES, DiT, DiTConfig
-from ditc.exporter.weights import load_weights, read_tensors
-from ditc.spec import SamplerSpec
+from ditc.exporter.facts import BetaSchedule, ModelFacts, TrainingArgs, training_args
+from ditc.exporter.state_dicts import read_checkpoint
+from ditc.exporter.weights import load_weights
+from ditc.spec import DiffusionSpec, SamplerSpec
 
-__all__ = ["config_from_tensors", "dit_from_checkpoint"]
+__all__ = ["dit_from_checkpoint", "process_from_facts"]
+
+ANCHOR = "x_embedder.proj.weight"  # a key that every such checkpoint has
+VAE_STRIDE = 8  # pixels for one latent, in the release
+RELEASED_STEPS = 1000
+RELEASED_BETAS = (1e-4, 2e-2)  # of 1,000 steps; fewer steps have larger ones
+LATENT_DIFFUSION_BETAS = (8.5e-4, 1.2e-2)
+
+Assumed = tuple[str, ...]
 
 
-def dit_from_checkpoint(path: Path, *, num_heads: int | None = None) -> DiT:
+def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: ModelFacts | None = None) -> DiT:
     """A DiT from a checkpoint file; the configuration is read off the shapes.
 
-    The head count leaves no trace in the weights. It is known for the released widths; for another one give
-    `num_heads`. As in the original release, guidance applies to the first three latent channels.
+    What shapes don't tell is stated by `num_heads` and `facts`, or by the training script's arguments where the file
+    has them, or assumed as in the release; then `spec.assumptions` has a line about it. As in the original release,
+    guidance applies to the first three latent channels. Raises CheckpointError naming what doesn't fit.
     """
-    tensors = read_tensors(path)
-    config = config_from_tensors(tensors, path, num_heads)
-    model = DiT(config, name=path.stem)
-    load_weights(model, tensors, path)
+    facts = facts or ModelFacts()
+    checkpoint = read_checkpoint(path, ANCHOR)
+    shapes, told = shapes_of(checkpoint.tensors, path), training_args(checkpoint.args, path)
+    _check_told(told, shapes, path)
+    heads, about_heads = _heads(shapes, num_heads, told, path)
+    classes, null_class, about_classes = _classes(shapes.label_rows, facts, told, path)
+    config = DiTConfig(
+        input_size=shapes.input_size,
+        patch_size=shapes.patch_size,
+        in_channels=shapes.channels,
+        hidden_size=shapes.hidden,
+        depth=shapes.depth,
+        num_heads=heads,
+        mlp_ratio=shapes.mlp_width / shapes.hidden,
+        num_classes=classes,
+        null_class=null_class,
+        learn_sigma=shapes.learn_sigma,
+        qkv_bias=shapes.qkv_bias,
+    )
+    diffusion, about_process = process_from_facts(facts, told, learned_sigma=config.learn_sigma)
+    model = DiT(config, name=path.stem, diffusion=diffusion)
+    load_weights(model, checkpoint.tensors, path)
+    model.assumptions = (*checkpoint.assumptions, *about_heads, *about_classes, *about_process)
     model.cfg_channels = min(3, config.in_channels)  # the release's choice "for exact reproducibility"
     model.sampler = SamplerSpec(variance="learned" if config.learn_sigma else "fixed-small")
     return model.eval()
 
 
-def config_from_tensors(tensors: dict[str, Tensor], source: Path, num_heads: int | None) -> DiTConfig:
-    """The configuration that the shapes spell out. Raises CheckpointError naming the key that doesn't fit."""
+@dataclass(frozen=True)
+class Shapes:
+    """What the shapes of a checkpoint spell out."""
+
+    hidden: int
+    channels: int
+    patch_size: int
+    input_size: int
+    depth: int
+    mlp_width: int
+    label_rows: int
+    learn_sigma: bool
+    qkv_bias: bool
+
+
+def shapes_of(tensors: dict[str, Tensor], source: Path) -> Shapes:
+    """Read the shapes. Raises CheckpointError naming the key that doesn't fit."""
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in tensors or tensors[name].ndim != rank:
+        if name not in tensors or tensors[name].ndim != rank or 0 in tensors[name].shape:
             found = "is missing" if name not in tensors else f"has shape {tuple(tensors[name].shape)}"
             raise CheckpointError(f"{source} is not an original DiT checkpoint: {name} {found}")
         return tuple(tensors[name].shape)
 
-    hidden, channels, patch, _ = shape("x_embedder.proj.weight", 4)
-    numbers = [int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))]
-    if not numbers:
-        raise CheckpointError(f"{source} is not an original DiT checkpoint: it has no blocks.0.attn.qkv.weight")
+    hidden, channels, patch, _ = shape(ANCHOR, 4)
+    depth = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d{1,9})\.", name))), default=-1)
+    if not 0 < depth <= len(tensors):  # a stray number is not built, though it might fit no memory
+        found = f"blocks up to number {depth - 1} in {len(tensors)} keys" if depth else "no blocks.0.attn.qkv.weight"
+        raise CheckpointError(f"{source} is not an original DiT checkpoint: it has {found}")
     outputs = shape("final_layer.linear.weight", 2)[0] // patch**2
-    side = math.isqrt(shape("pos_embed", 3)[1])
     if outputs not in (channels, 2 * channels):
         raise CheckpointError(f"{source}: final_layer gives {outputs} channels, expected {channels} or {2 * channels}")
-    classes = shape("y_embedder.embedding_table.weight", 2)[0] - 1
-    if classes < 1:
-        raise CheckpointError(f"{source}: y_embedder has {classes + 1} rows, expected one per class and one for none")
-    return DiTConfig(
-        input_size=side * patch,
+    return Shapes(
+        hidden=hidden,
+        channels=channels,
         patch_size=patch,
-        in_channels=channels,
-        hidden_size=hidden,
-        depth=max(numbers) + 1,
-        num_heads=_heads(hidden, num_heads, source),
-        mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden,
-        num_classes=classes,
+        input_size=math.isqrt(shape("pos_embed", 3)[1]) * patch,
+        depth=depth,
+        mlp_width=shape("blocks.0.mlp.fc1.weight", 2)[0],
+        label_rows=shape("y_embedder.embedding_table.weight", 2)[0],
         learn_sigma=outputs == 2 * channels,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
     )
 
 
-def _heads(hidden: int, given: int | None, source: Path) -> int:
+def _check_told(told: TrainingArgs, shapes: Shapes, source: Path) -> None:
+    """Raise CheckpointError where the training script's arguments tell of a model of other shapes."""
+    hidden, depth, _ = DIT_SIZES[told.size] if told.size else (None, None, None)
+    pixels = (shapes.input_size * VAE_STRIDE, shapes.input_size)  # of latents, or of pixels themselves
+    for name, said, fits, found in (
+        ("width", hidden, hidden == shapes.hidden, shapes.hidden),
+        ("blocks", depth, depth == shapes.depth, shapes.depth),
+        ("patch size", told.patch, told.patch == shapes.patch_size, shapes.patch_size),
+        ("image_size", told.image_size, told.image_size in pixels, pixels[0]),
+        ("learn_sigma", told.learn_sigma, told.learn_sigma == shapes.learn_sigma, shapes.learn_sigma),
+    ):
+        if said is not None and not fits:
+            raise CheckpointError(
+                f"{source}: its training script's arguments say {name} {said}, its weights {found}; if the arguments "
+                "are another model's, save the state dict alone"
+            )
+
+
+def _heads(shapes: Shapes, given: int | None, told: TrainingArgs, source: Path) -> tuple[int, Assumed]:
+    """(attention heads, what was assumed)."""
+    hidden = shapes.hidden
     if given is not None:
         if given < 1 or hidden % given:
             raise CheckpointError(f"{source} is {hidden} wide, which {given} heads don't divide; correct --heads")
-        return given
+        return given, ()
+    if told.size:
+        return DIT_SIZES[told.size][2], ()
     heads = {width: count for width, _, count in DIT_SIZES.values()}
     if hidden not in heads:
         raise CheckpointError(f"{source} is {hidden} wide, which no released DiT is; give its head count with --heads")
-    return heads[hidden]
+    return heads[hidden], (f"{heads[hidden]} attention heads, as the released DiT of width {hidden} has (--heads)",)
+
+
+def _classes(rows: int, facts: ModelFacts, told: TrainingArgs, source: Path) -> tuple[int, bool, Assumed]:
+    """(classes, is the last row of the label table for none?, what was assumed)."""
+    classes, null_class, who = facts.classes, facts.null_class, "the options"
+    if classes is None and null_class is None:
+        who = "its training script's arguments"
+        classes = told.classes
+        null_class = None if told.label_dropout is None else told.label_dropout > 0
+    if classes is None and null_class is None:
+        if rows < 2:
+            raise CheckpointError(
+                f"{source}: its label table has one row, expected a class and one for none; where the model was "
+                "trained without dropping labels say so with --no-null"
+            )
+        return rows - 1, True, (f"{rows - 1} classes and a null class, from {rows} label rows (--classes, --no-null)",)
+    if classes is not None and null_class is None and rows in (classes, classes + 1):
+        null_class = rows == classes + 1
+    found = rows - bool(null_class)
+    if null_class is None or found < 1 or classes not in (None, found):
+        said = f"{f'{classes} classes' if classes is not None else 'classes'}{NULL_WORDS[null_class]}"
+        raise CheckpointError(
+            f"{source}: its label table has {rows} row{'s' * (rows != 1)}, {who} say {said}; correct --classes or "
+            "--no-null"
+        )
+    return found, null_class, ()
+
+
+NULL_WORDS = {None: ", with a null class or without", True: " and a null class", False: " and no null class"}
+
+
+def process_from_facts(facts: ModelFacts, told: TrainingArgs, *, learned_sigma: bool) -> tuple[DiffusionSpec, Assumed]:
+    """The diffusion process as stated, else as the training script tells, else the release's; and what was assumed.
+
+    Raises InputError for betas that can't be.
+    """
+    prediction = facts.prediction or told.prediction
+    schedule = facts.beta_schedule or told.beta_schedule
+    steps = facts.train_steps or told.train_steps
+    first, last = facts.beta_range or _usual_betas(schedule or "linear", steps or RELEASED_STEPS)
+    assumed = [] if prediction else ["noise prediction (--prediction)"]
+    if schedule != "squared-cosine" and facts.beta_range is None:
+        assumed.append(f"{schedule or 'linear'} betas from {first:g} to {last:g} (--beta-schedule)")
+    if not steps:
+        assumed.append(f"{RELEASED_STEPS} training steps (--train-steps)")
+    try:
+        diffusion = DiffusionSpec(
+            train_steps=steps or RELEASED_STEPS,
+            beta_schedule=schedule or "linear",
+            beta_start=first,
+            beta_end=last,
+            prediction=prediction or "epsilon",
+            learned_sigma=learned_sigma,
+        )
+    except ValidationError as e:
+        raise InputError(
+            f"betas from {first:g} to {last:g} over {steps} training steps can't be; give them with --beta-schedule "
+            "NAME:START:END"
+        ) from e
+    return diffusion, (f"a process as usual: {', '.join(assumed)}",) if assumed else ()
+
+
+def _usual_betas(schedule: BetaSchedule, steps: int) -> tuple[float, float]:
+    """The ends that a schedule has in the code it comes from; the release's linear one depends on the step count."""
+    if schedule == "scaled-linear":
+        return LATENT_DIFFUSION_BETAS
+    first, last = RELEASED_BETAS
+    scale = RELEASED_STEPS / steps if schedule == "linear" else 1.0
+    return scale * first, scale * last

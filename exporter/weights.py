@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,65 +15,94 @@ import torch
 from torch import Tensor, nn
 
 from ditc.errors import CheckpointError
+from ditc.exporter.file_formats import download_advice, weight_format
 
-__all__ = ["listed", "load_weights", "read_tensors"]
+__all__ = ["StateDict", "check_floating", "listed", "load_weights", "read_mapping", "read_tensors"]
 
 StateDict = dict[str, Tensor]
 
-LFS_POINTER = b"version https://git-lfs"
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SAFETENSORS_FLOATING = ("F16", "BF16", "F32", "F64")
+TAKEN = "expected float16, bfloat16, float32 or float64: give the weights as they were before they were quantized"
+# a class that does nothing but hold attributes: the original training script keeps its arguments in one
+INERT: list[Any] = [argparse.Namespace]
 
 
 def read_tensors(path: Path) -> StateDict:
-    """The tensors of a .safetensors, .pt, .pth, .ckpt or .bin file, on the CPU.
-
-    Training checkpoints of the original release hold several state dicts: the moving average ("ema") is taken.
-    Raises CheckpointError for a missing, truncated or foreign file, and for a pickle with anything but tensors in it.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"no such checkpoint: {path}; expected a .pt or .safetensors file or a diffusers folder")
-    loaded: dict[str, Any] = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    for holder in ("ema", "model", "state_dict"):
-        inner = loaded.get(holder)
-        if isinstance(inner, Mapping):
-            loaded = dict(inner)
-            break
-    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    """The tensors of a file that holds one state dict, on the CPU. Raises CheckpointError where there are none."""
+    tensors = {name: value for name, value in read_mapping(path).items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; expected the weights of a diffusion transformer")
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """All that a file of safetensors or torch.save holds, on the CPU; how to read it is told by its first bytes.
+
+    Raises CheckpointError for a missing, truncated or foreign file, and for a pickle with more than tensors, plain
+    values and `argparse.Namespace` in it.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"no such checkpoint: {path}; expected a .pt or .safetensors file or a diffusers folder"
+            f"{download_advice(str(path))}"
+        )
+    loaded = _read_safetensors(path) if weight_format(path) == "safetensors" else _read_torch(path)
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a state dict")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def _read_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as e:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as e:
+        _check_types(path)  # one that is not known here reads like damage
         raise CheckpointError(f"{path} is not a whole safetensors file ({e}); copy the checkpoint again") from e
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
+def _check_types(path: Path) -> None:
+    """Raise CheckpointError naming the first tensor of a safetensors file whose type is not taken."""
     with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise CheckpointError(
-                f"{path} is a Git LFS pointer, not the weights themselves; fetch them with: git lfs pull"
-            )
+        try:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            types = {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError):  # the header itself is damaged
+            return
+    for name, dtype in types.items():
+        if dtype not in SAFETENSORS_FLOATING:
+            raise CheckpointError(f"{path}: {name} is {dtype}, {TAKEN}")
+
+
+def _read_torch(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():
+        # a file and not a path: torch would go by the suffix of that
+        with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(INERT):
             warnings.simplefilter("ignore")  # of unusual pickle protocols; what can't be read raises below
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
+        found = re.search(r"GLOBAL ([\w.]+)", str(e))
+        named = f" ({found[1]})" if found else ""
         raise CheckpointError(
-            f"{path} is a pickle with more than weights in it, and ditc runs no code from a checkpoint; "
-            "save the state dict alone, best as .safetensors"
+            f"{path} is a pickle with more than weights in it{named}, and ditc runs no code from a checkpoint; save "
+            "the state dict alone, best as .safetensors"
         ) from e
     except Exception as e:  # what a foreign file raises inside torch's unpickler has no common class
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise CheckpointError(f"{path} is not a whole torch checkpoint ({reason}); copy the checkpoint again") from e
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a state dict")
-    return dict(loaded)
+
+
+def check_floating(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raise CheckpointError naming the first tensor that is no plain array of a floating type."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATING:
+            raise CheckpointError(f"{source}: {name} is {str(tensor.dtype).removeprefix('torch.')}, {TAKEN}")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            form = "without values (meta)" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise CheckpointError(f"{source}: {name} is {form}, expected a plain tensor; save it as one")
 
 
 def load_weights(model: nn.Module, tensors: StateDict, source: Path | str) -> None:
@@ -91,10 +123,10 @@ def load_weights(model: nn.Module, tensors: StateDict, source: Path | str) -> No
             raise CheckpointError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, the other keys say {tuple(parameter.shape)}"
             )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{source}: {name} contains NaN or infinity; the checkpoint is not usable")
         with torch.no_grad():
             parameter.copy_(tensor)
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(f"{source}: {name} contains NaN or infinity; the checkpoint is not usable")
 
 
 def listed(word: str, names: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ def test_a_checkpoint_of_latents_gives_images_through_a_vae_of_its_own(
 
 
 def test_a_vae_of_other_latents_is_refused(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["compile", "digits", "--vae", str(vae), "-o", str(tmp_path / "b")]) == 2
-    assert "decodes 4 channels, digits makes 1" in capsys.readouterr().err
+    torch.save(DiT(replace(LATENT, in_channels=3)).state_dict(), tmp_path / "rgb.pt")
+    arguments = ["compile", str(tmp_path / "rgb.pt"), "--heads", "4", "--vae", str(vae), "-o", str(tmp_path / "b")]
+    assert run(arguments) == 2
+    assert "decodes 4 channels, rgb makes 3" in capsys.readouterr().err
 
 
 def test_latents_are_not_shown_as_images(

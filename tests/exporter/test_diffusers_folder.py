@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ditc.errors import CheckpointError, InputError
-from ditc.exporter.diffusers_folder import diffusers_from_dit, dit_from_diffusers
-from ditc.exporter.dit import DiT, DiTConfig, sincos_positions
-from ditc.exporter.models import random_dit
+from ditc.errors import CheckpointError
+from ditc.exporter.diffusers_folder import TRANSFORMER_KEYS, dit_from_diffusers
+from ditc.exporter.dit import DiT, sincos_positions
+from ditc.exporter.facts import ModelFacts
 from ditc.exporter.protocol import relative_error
 from ditc.spec import DiffusionSpec, SamplerSpec
 
@@ -267,105 +259,332 @@ def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
     assert "NaN" in refusal(folder)
 
 
-def pipeline_with(scheduler: Any, folder: Path) -> Path:
-    transformer().save_pretrained(folder / "transformer")
-    scheduler.save_pretrained(folder / "scheduler")
-    return folder
-
-
-DDIM = SamplerSpec(name="ddim", spacing="leading", clip=1.0)
-SCHEDULERS: dict[str, tuple[Any, dict[str, Any], SamplerSpec]] = {
-    "ddim": (DDIMScheduler(), {}, DDIM),
-    "released DiT": (DDIMScheduler(clip_sample=False), {}, DDIM.model_copy(update={"clip": None})),
-    "clip range": (DDIMScheduler(clip_sample_range=2.5), {}, DDIM.model_copy(update={"clip": 2.5})),
-    "trailing": (DDIMScheduler(timestep_spacing="trailing"), {}, DDIM.model_copy(update={"spacing": "trailing"})),
-    "linspace": (DDIMScheduler(timestep_spacing="linspace"), {}, DDIM.model_copy(update={"spacing": "linspace"})),
-    "offset": (DDIMScheduler(steps_offset=1), {}, DDIM.model_copy(update={"offset": 1})),
-    "first alpha": (DDIMScheduler(set_alpha_to_one=False), {}, DDIM.model_copy(update={"final_alpha_one": False})),
-    "v": (DDIMScheduler(prediction_type="v_prediction"), {"prediction": "v"}, DDIM),
-    "sample": (DDIMScheduler(prediction_type="sample"), {"prediction": "sample"}, DDIM),
-    "scaled": (
-        DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.012),
-        {"beta_schedule": "scaled-linear", "beta_start": 0.001, "beta_end": 0.012},
-        DDIM,
-    ),
-    "cosine": (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), {"beta_schedule": "squared-cosine"}, DDIM),
-    "train steps": (DDIMScheduler(num_train_timesteps=400), {"train_steps": 400}, DDIM),
-    "ddpm": (DDPMScheduler(), {}, DDIM.model_copy(update={"name": "ddpm"})),
-    "learned variance": (
-        DDPMScheduler(variance_type="learned_range", clip_sample=False),
-        {},
-        SamplerSpec(name="ddpm", spacing="leading", variance="learned"),
-    ),
-    "large variance": (
-        DDPMScheduler(variance_type="fixed_large"),
-        {},
-        DDIM.model_copy(update={"name": "ddpm", "variance": "fixed-large"}),
-    ),
+# the configurations beside the released DiT-XL/2 have exactly these keys, written by a diffusers of 2022
+RELEASED: Settings = {
+    "_class_name": "Transformer2DModel",
+    "_diffusers_version": "0.12.0.dev0",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 16,
+    "cross_attention_dim": None,
+    "dropout": 0.0,
+    "in_channels": 4,
+    "norm_elementwise_affine": False,
+    "norm_num_groups": 32,
+    "norm_type": "ada_norm_zero",
+    "num_attention_heads": 4,
+    "num_embeds_ada_norm": 10,
+    "num_layers": 2,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": 8,
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+RELEASED_SCHEDULER: Settings = {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.12.0.dev0",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "trained_betas": None,
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_is_mapped(name: str, tmp_path: Path) -> None:
-    scheduler, diffusion, sampler = SCHEDULERS[name]
-    spec = dit_from_diffusers(pipeline_with(scheduler, tmp_path / "pipeline")).spec
-    assert spec.diffusion == DiffusionSpec(learned_sigma=True).model_copy(update=diffusion)
-    assert spec.sampler == sampler
+def released_folder(folder: Path, **changes: Any) -> Path:
+    """A transformer folder as the release has it, weights in a .bin file; `changes` are other settings.
+
+    The weights are those of a DiT with such settings, as far as there is one.
+    """
+    own = own_signature(DiTTransformer2DModel).keys() & changes.keys() & {"num_attention_heads", "out_channels"}
+    model = transformer(**{key: changes[key] for key in own})
+    saved(share_embedders(model), folder, safe_serialization=False)
+    (folder / "config.json").write_text(json.dumps(RELEASED | changes))
+    return folder
 
 
-def test_without_a_scheduler_the_process_is_that_of_the_release(tmp_path: Path) -> None:
+def test_a_released_folder_is_what_diffusers_makes_of_it(tmp_path: Path) -> None:
+    folder = released_folder(tmp_path / "pipeline" / "transformer")
+    (tmp_path / "pipeline" / "scheduler").mkdir()
+    (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").write_text(json.dumps(RELEASED_SCHEDULER))
+    theirs = Transformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    assert isinstance(theirs, DiTTransformer2DModel)
+    own = dit_from_diffusers(tmp_path / "pipeline")
+    assert error_against(theirs, own) < 1e-5
+    assert own.config == dit_from_diffusers(saved(share_embedders(transformer()), tmp_path / "today")).config
+    assert own.spec.diffusion == DiffusionSpec(learned_sigma=True)
+    assert own.spec.sampler == SamplerSpec(name="ddim", spacing="leading")
+    assert own.spec.assumptions == ()
+
+
+def own_signature(kind: Any) -> Settings:
+    parameters = inspect.signature(kind.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+
+
+@pytest.mark.parametrize("kind", [DiTTransformer2DModel, Transformer2DModel])
+def test_the_keys_and_their_defaults_are_the_class_s_own(kind: Any) -> None:
+    keys, signature = TRANSFORMER_KEYS[kind.__name__], own_signature(kind)
+    assert keys.known == signature.keys()
+    defaults = {**keys.read, **{key: default for key, (default, _) in keys.fixed.items()}}
+    assert defaults == {key: signature[key] for key in defaults}
+
+
+def without(folder: Path, key: str) -> Path:
+    """The folder, its configuration without a key."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    return folder
+
+
+@pytest.mark.parametrize("key", sorted(set(RELEASED) - {"_class_name", "_diffusers_version"}))
+def test_a_key_that_a_released_folder_leaves_out_is_its_class_s_default(key: str, tmp_path: Path) -> None:
+    """Where the class of the file and the one that diffusers makes of it differ, such a file is refused."""
+    old, new = own_signature(Transformer2DModel)[key], own_signature(DiTTransformer2DModel)
+    agree = key not in new or new[key] == old
+    changes = {key: old} if agree and key in new else {}
+    folder = without(released_folder(tmp_path / "old", **changes), key)
+    if agree:
+        theirs = Transformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+        assert error_against(theirs, dit_from_diffusers(folder)) < 1e-5
+    else:
+        told_by_weights = {"attention_bias": "to_k.bias", "num_layers": "transformer_blocks.1"}
+        assert told_by_weights.get(key, f"{key} is missing") in refusal(folder) or key == "attention_head_dim"
+
+
+@pytest.mark.parametrize("key", sorted(TRANSFORMER_KEYS["DiTTransformer2DModel"].known))
+def test_a_key_that_a_folder_leaves_out_is_its_class_s_default(key: str, tmp_path: Path) -> None:
+    default = own_signature(DiTTransformer2DModel)[key]
+    narrow = {"num_attention_heads": 1, "attention_head_dim": 8} if key == "num_layers" else {}
+    settings = {"norm_eps": 0.1, "attention_bias": False, **narrow, key: default}
+    folder = without(saved(transformer(**settings), tmp_path / "tiny"), key)
+    theirs = DiTTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    assert theirs.config[key] == default
+    assert error_against(theirs, dit_from_diffusers(folder)) < 1e-5
+
+
+NO_DIT = [
+    ("norm_type", "ada_norm_single"),
+    ("norm_type", "ada_norm"),
+    ("norm_type", "layer_norm"),
+    ("norm_type", None),
+    ("activation_fn", "geglu"),
+    ("norm_elementwise_affine", True),
+    ("norm_elementwise_affine", 0),
+    ("cross_attention_dim", 768),
+    ("num_vector_embeds", 4096),
+    ("only_cross_attention", True),
+    ("double_self_attention", True),
+    ("attention_type", "gated"),
+    ("caption_channels", 4096),
+    ("interpolation_scale", 2),
+    ("patch_size", None),
+    ("in_channels", None),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), NO_DIT)
+def test_a_transformer_of_the_old_class_that_is_no_dit_is_refused_by_its_key(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    message = refusal(released_folder(tmp_path / "old", **{key: value}))
+    assert f"{key} is " in message
+
+
+@pytest.mark.parametrize("kind", ["DiTTransformer2DModel", "Transformer2DModel"])
+def test_what_is_said_to_change_nothing_changes_nothing(kind: str, tmp_path: Path) -> None:
+    folder = released_folder(tmp_path / "old")
+    plain = {key: value for key, value in RELEASED.items() if key in TRANSFORMER_KEYS[kind].known}
+    (folder / "config.json").write_text(json.dumps(plain | {"_class_name": kind}))
+    expected = dit_from_diffusers(folder).config
+    for key in TRANSFORMER_KEYS[kind].harmless:
+        (folder / "config.json").write_text(json.dumps(plain | {"_class_name": kind, key: 7}))
+        assert dit_from_diffusers(folder).config == expected
+
+
+@pytest.mark.parametrize("kind", ["DiTTransformer2DModel", "Transformer2DModel"])
+def test_a_key_that_nobody_knows_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    folder = released_folder(tmp_path / "old")
+    plain = {key: value for key, value in RELEASED.items() if key in TRANSFORMER_KEYS[kind].known}
+    (folder / "config.json").write_text(json.dumps(plain | {"_class_name": kind, "qk_norm": "rms_norm"}))
+    assert f"qk_norm ('rms_norm') is no key of a {kind}" in refusal(folder)
+
+
+WRONG_TYPES: dict[str, tuple[Any, ...]] = {
+    "num_attention_heads": ("4", 4.0, True, None, [4], {}, 0, -1, 10**12),
+    "attention_head_dim": ("16", True, None, 0, 10**12),
+    "in_channels": ("4", True, None, 0),
+    "out_channels": ("8", True, [8], 0, 5),
+    "num_layers": ("2", True, None, 0, 60000, 10**12),
+    "attention_bias": (1, "true", None, 0),
+    "sample_size": ("8", True, None, [8, 8], 0, 7, 10**6),
+    "patch_size": ("2", True, None, [2, 2], 0, 3),
+    "num_embeds_ada_norm": ("10", True, None, 0),
+    "norm_eps": ("1e-5", True, None, [1e-5], -1.0, float("nan"), float("inf")),
+}
+
+
+@pytest.mark.parametrize("key", WRONG_TYPES)
+def test_a_value_of_a_wrong_type_is_one_line_that_names_its_key(key: str, folder: Path) -> None:
+    for value in WRONG_TYPES[key]:
+        change_config(folder, **{key: value})
+        message = refusal(folder)
+        assert key in message or (key == "patch_size" and "sample_size" in message), (value, message)
+
+
+def test_a_config_of_another_width_than_the_weights_builds_no_model_of_that_width(folder: Path) -> None:
+    change_config(folder, num_attention_heads=60000, attention_head_dim=60000)
+    assert "pos_embed.proj.weight has shape (64, 4, 2, 2), expected (3600000000, 4, 2, 2)" in refusal(folder)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def as_variant(folder: Path, name: str) -> None:
+    (folder / WEIGHTS).rename(folder / name)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.non_ema.bin"])
+def test_the_only_variant_of_the_weights_is_read_and_said(name: str, folder: Path) -> None:
+    expected = dit_from_diffusers(folder)
+    as_variant(folder, name)  # what is in it is told by its bytes
+    own = dit_from_diffusers(folder)
+    assert torch.equal(own.blocks[0].attn.qkv.weight, expected.blocks[0].attn.qkv.weight)
+    variant = name.split(".")[1]
+    assert f"the weights of the variant {variant} are meant, no others are in tiny" in own.spec.assumptions
+
+
+def test_a_variant_beside_the_plain_weights_is_left_alone(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"broken")
+    assert not [line for line in dit_from_diffusers(folder).spec.assumptions if "variant" in line]
+
+
+def test_of_several_variants_none_is_taken(folder: Path) -> None:
+    as_variant(folder, "diffusion_pytorch_model.fp16.safetensors")
+    (folder / "diffusion_pytorch_model.bf16.safetensors").write_bytes(b"other")
+    assert "in the variants bf16, fp16 only" in refusal(folder)
+
+
+def test_a_sharded_variant_is_read(tmp_path: Path) -> None:
+    model = transformer()
+    folder = saved(model, tmp_path / "tiny", max_shard_size="100KB", variant="fp16")
+    assert not (folder / "diffusion_pytorch_model.safetensors.index.json").exists()
+    own = dit_from_diffusers(folder)
+    assert error_against(model, own) < 1e-5
+    assert any("variant fp16" in line for line in own.spec.assumptions)
+
+
+def test_a_shard_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = saved(transformer(), tmp_path / "tiny", max_shard_size="100KB")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    found["weight_map"]["proj_out_2.bias"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(found))
+    assert "'../elsewhere.safetensors', which lies outside the folder" in refusal(folder)
+
+
+def test_weights_under_another_name_are_named(folder: Path) -> None:
+    as_variant(folder, "model.safetensors")
+    assert "it holds config.json, model.safetensors; expected diffusion_pytorch_model.safetensors" in refusal(folder)
+
+
+def test_one_prefix_of_all_keys_is_taken_off_and_said(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
+    own = dit_from_diffusers(folder)
+    assert torch.equal(own.final_layer.linear.bias, tensors["proj_out_2.bias"])
+    assert any("'module._orig_mod.'" in line for line in own.spec.assumptions)
+
+
+def test_quantized_weights_are_refused_by_tensor_and_type(folder: Path) -> None:
+    change_weights(folder, **{"proj_out_2.bias": torch.zeros(32, dtype=torch.float8_e4m3fn)})
+    assert "proj_out_2.bias is float8_e4m3fn, expected float16" in refusal(folder)
+
+
+def test_a_cache_of_the_hub_is_pointed_into(folder: Path) -> None:
+    cache = folder.parent / "models--me--tiny"
+    (cache / "snapshots").mkdir(parents=True)
+    folder.rename(cache / "snapshots" / "0123abc")
+    with pytest.raises(CheckpointError) as caught:
+        dit_from_diffusers(cache)
+    assert f"give the folder in it: {cache / 'snapshots' / '0123abc'}" in str(caught.value)
+
+
+def test_a_folder_without_a_transformer_says_what_it_holds(tmp_path: Path) -> None:
+    for name in ("unet", "vae", "scheduler"):
+        (tmp_path / name).mkdir()
+    assert "holds scheduler/, unet/, vae/" in refusal(tmp_path)
+
+
+def pipeline(folder: Path, **settings: Any) -> Path:
+    transformer().save_pretrained(folder / "transformer")
+    DDIMScheduler(**settings).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def test_the_scheduler_beside_the_transformer_is_read(tmp_path: Path) -> None:
+    spec = dit_from_diffusers(pipeline(tmp_path / "mine", prediction_type="v_prediction", clip_sample_range=2.5)).spec
+    assert spec.diffusion == DiffusionSpec(prediction="v")
+    assert spec.sampler == SamplerSpec(spacing="leading", clip=2.5)
+    assert spec.assumptions == ()
+
+
+def test_a_scheduler_folder_without_its_file_is_not_passed_over(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "mine")
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    assert "no such file" in refusal(folder)
+
+
+def test_without_a_scheduler_the_process_of_the_release_is_assumed_and_said(tmp_path: Path) -> None:
     spec = dit_from_diffusers(saved(transformer(out_channels=4), tmp_path / "tiny")).spec
     assert spec.diffusion == DiffusionSpec(learned_sigma=False)
     assert spec.sampler.clip is None
+    (line,) = spec.assumptions
+    assert line == (
+        "a process as usual: noise prediction (--prediction), linear betas from 0.0001 to 0.02 (--beta-schedule), "
+        "1000 training steps (--train-steps)"
+    )
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "named"),
-    [
-        (DDIMScheduler(rescale_betas_zero_snr=True), "betas"),
-        (DDIMScheduler(trained_betas=[0.1, 0.2]), "betas"),
-        (DDIMScheduler(thresholding=True), "thresholds"),
-        (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule is 'sigmoid'"),
-        (DDPMScheduler(variance_type="learned"), "variance_type is 'learned'"),
-        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler"),
-    ],
-)
-def test_a_process_that_ditc_does_not_know_is_refused(scheduler: Any, named: str, tmp_path: Path) -> None:
-    message = refusal(pipeline_with(scheduler, tmp_path / "pipeline"))
-    assert "scheduler_config.json" in message
-    assert named in message
+def test_a_bare_transformer_of_a_pipeline_points_to_the_scheduler(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "mine")
+    (line,) = dit_from_diffusers(folder / "transformer").spec.assumptions
+    assert line.endswith(f"{folder} has a scheduler that states it")
 
 
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler(), DPMSolverMultistepScheduler()])
-def test_a_scheduler_that_never_clips_gives_a_sampler_that_does_not(scheduler: Any, tmp_path: Path) -> None:
-    assert dit_from_diffusers(pipeline_with(scheduler, tmp_path / "pipeline")).spec.sampler.clip is None
+def test_facts_about_the_process_are_used_where_there_is_no_scheduler(folder: Path) -> None:
+    facts = ModelFacts(prediction="v", beta_schedule="scaled-linear", beta_range=(0.001, 0.01), train_steps=400)
+    spec = dit_from_diffusers(folder, facts).spec
+    assert spec.diffusion == DiffusionSpec(
+        prediction="v", beta_schedule="scaled-linear", beta_start=0.001, beta_end=0.01, train_steps=400
+    )
+    assert spec.assumptions == ()
 
 
 def autoencoder(**changes: Any) -> AutoencoderKL:
     torch.manual_seed(0)
-    settings: Settings = {
-        "block_out_channels": (32, 64),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "latent_channels": 4,
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "sample_size": 16,
-    }
+    settings: Settings = {"block_out_channels": (32,), "latent_channels": 4, "norm_num_groups": 8, "sample_size": 8}
     return AutoencoderKL(**settings | changes).eval()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scale", [0.18215, 0.5])
-def test_the_decoder_is_the_vae_s_on_unscaled_latents(scale: float, tmp_path: Path) -> None:
-    vae = autoencoder(scaling_factor=scale)
+@pytest.mark.parametrize("shift", [None, 0.2])
+def test_the_decoder_is_the_vae_s_on_latents_of_its_own_scale(shift: float | None, tmp_path: Path) -> None:
+    vae = autoencoder(scaling_factor=0.5, shift_factor=shift)
     transformer().save_pretrained(tmp_path / "transformer")
     vae.save_pretrained(tmp_path / "vae")
     model = dit_from_diffusers(tmp_path)
     latent = torch.randn(2, 4, 8, 8)
-    assert model.spec.latent_scale == scale
+    assert (model.spec.latent_scale, model.spec.latent_shift) == (0.5, shift or 0)
     assert model.decoder is not None
-    torch.testing.assert_close(model.decoder(latent), vae.decode(latent / scale).sample)
+    torch.testing.assert_close(model.decoder(latent), vae.decode(latent / 0.5 + (shift or 0)).sample)
 
 
 def test_the_decoder_is_not_counted_among_the_parameters(tmp_path: Path) -> None:
@@ -386,36 +605,3 @@ def test_a_vae_of_another_class_is_refused(tmp_path: Path) -> None:
     autoencoder().save_pretrained(tmp_path / "vae")
     change_config(tmp_path / "vae", _class_name="AutoencoderTiny")
     assert "AutoencoderTiny, expected AutoencoderKL" in refusal(tmp_path)
-
-
-def test_a_truncated_vae_is_refused(tmp_path: Path) -> None:
-    transformer().save_pretrained(tmp_path / "transformer")
-    autoencoder().save_pretrained(tmp_path / "vae")
-    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    assert "not a readable AutoencoderKL" in refusal(tmp_path)
-
-
-OWN = DiTConfig(input_size=8, in_channels=4, hidden_size=64, depth=2, num_heads=4, num_classes=10)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"freq_shift": 1, "norm2_eps": 1e-5}, {"learn_sigma": False, "qkv_bias": False}, {"embedder_per_block": True}],
-)
-def test_a_dit_as_diffusers_class_computes_the_same_and_shares_its_weights(changes: Settings) -> None:
-    own = random_dit(replace(OWN, **changes), "own")
-    if own.config.embedder_per_block:  # diffusers takes the first block's for the final layer too
-        own.t_embedder, own.y_embedder = own.blocks[0].t_embedder, own.blocks[0].y_embedder
-    model = diffusers_from_dit(own)
-    assert error_against(model, own) < 1e-4
-    assert model.transformer_blocks[1].ff.net[2].weight.data_ptr() == own.blocks[1].mlp.fc2.weight.data_ptr()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"mlp_ratio": 2.0}, "MLP ratio is 2, expected 4"), ({"embedder_per_block": True}, "embedder of its own")],
-)
-def test_a_dit_that_diffusers_class_can_not_be_is_refused(changes: Settings, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        diffusers_from_dit(random_dit(replace(OWN, **changes), "own"))

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ditc.engines.linears import linears_of
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, CheckpointError
-from ditc.exporter.diffusers_folder import Decoder
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.onnx_export import CLEANUP, export_segment, parity_error
 from ditc.exporter.onnx_files import data_path
 from ditc.exporter.segments import Segment, segments_of
+from ditc.exporter.vae import Decoder
 from ditc.program import BRANCH_KEY, CONDITION, DECODE, PATH_KEY, Program, program_from_schedule
 from ditc.schedule import CacheSchedule, schedule_for
 from ditc.spec import ModelSpec
@@ -50,7 +50,8 @@ def tiny_dit() -> DiT:
             latent_channels=4,
             layers_per_block=1,
             norm_num_groups=8,
-        )
+        ),
+        scale=0.18215,
     ).eval()
     return model
 

@@ -1,0 +1,128 @@
+"""Which tensors of a checkpoint are the model: training scripts save several sets, and wrappers prefix their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ditc.errors import CheckpointError
+from ditc.exporter.weights import StateDict, check_floating, read_mapping
+
+__all__ = ["Checkpoint", "fitting_prefix", "read_checkpoint", "without_prefix"]
+
+# names under which a model is saved, the one to take first: a moving average makes the better images
+HOLDERS = ("ema", "model_ema", "ema_model", "state_dict_ema", "model", "state_dict", "module", "net")
+OUTERMOST = ""  # the name of the tensors that lie in a file without any holder
+DEEPEST = 3  # levels of mappings that are looked into
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one model under its own names, the training script's arguments, and what was assumed."""
+
+    tensors: StateDict
+    args: Mapping[str, Any] = field(default_factory=dict)
+    assumptions: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: Path, anchor: str) -> Checkpoint:
+    """The model in a checkpoint file: the set of tensors that has the key `anchor`, perhaps behind a common prefix.
+
+    Raises CheckpointError naming what the file holds instead, or a tensor that is of no floating type.
+    """
+    loaded = read_mapping(path)
+    sets = dict(_tensor_sets(loaded))
+    if not any(sets.values()):
+        raise CheckpointError(f"{path} holds no tensors; expected the weights of a diffusion transformer")
+    fits = {name: prefix for name, found in sets.items() if (prefix := fitting_prefix(found, anchor)) is not None}
+    if not fits:
+        raise CheckpointError(f"{path} is not an original DiT checkpoint: {_misfit(sets, anchor)}")
+    chosen = _chosen(fits, path)
+    check_floating(sets[chosen], path)
+    return Checkpoint(
+        tensors=without_prefix(sets[chosen], fits[chosen]),
+        args=_arguments(loaded.get("args")),
+        assumptions=(*_about_sets(sets, fits, chosen), *about_prefix(fits[chosen])),
+    )
+
+
+def _tensor_sets(found: Mapping[Any, Any], name: str = OUTERMOST, depth: int = 0) -> Iterable[tuple[str, StateDict]]:
+    """Every mapping with tensors right in it by its dotted name, and those named as holders that are empty."""
+    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    if tensors or (name in HOLDERS and not found):
+        yield name, tensors
+    if depth < DEEPEST:
+        for key, value in found.items():
+            if isinstance(key, str) and isinstance(value, Mapping):
+                yield from _tensor_sets(value, f"{name}.{key}" if name else key, depth + 1)
+
+
+def fitting_prefix(names: Iterable[str], anchor: str) -> str | None:
+    """The prefix that all names share and behind which `anchor` is one; "" for none, None where nothing fits."""
+    names = list(names)
+    for name in names:
+        prefix = name.removesuffix(anchor)
+        if name.endswith(anchor) and (not prefix or prefix.endswith(".")):
+            return prefix if all(other.startswith(prefix) for other in names) else None
+    return None
+
+
+def without_prefix(tensors: StateDict, prefix: str) -> StateDict:
+    """The same tensors under names without a prefix that all of them share."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def about_prefix(prefix: str) -> tuple[str, ...]:
+    """The line about a prefix that was taken off, if any was."""
+    return (f"the prefix {prefix!r} of every key belongs to a wrapper around the model",) if prefix else ()
+
+
+def _chosen(fits: Mapping[str, str], path: Path) -> str:
+    """The name of the set to take."""
+    if len(fits) == 1:
+        return next(iter(fits))
+    named = [holder for holder in (*HOLDERS, OUTERMOST) if holder in fits]
+    if not named:
+        raise CheckpointError(
+            f"{path} holds several models, {', '.join(fits)}; save the state dict of one of them alone"
+        )
+    return named[0]
+
+
+def _about_sets(sets: Mapping[str, StateDict], fits: Mapping[str, str], chosen: str) -> tuple[str, ...]:
+    """The line about which of several sets was taken, and why not a better one; none where there is one."""
+    better = HOLDERS[: HOLDERS.index(chosen)] if chosen in HOLDERS else ()
+    passed = [f"{name!r} {'has other keys' if sets[name] else 'is empty'}" for name in better if name in sets]
+    if passed:
+        return (f"{chosen!r} holds the weights that are meant: {', '.join(passed)}",)
+    others = [_label(name) for name in fits if name != chosen]
+    return (f"{_label(chosen)} holds the weights that are meant, not {' or '.join(others)}",) if others else ()
+
+
+def _label(name: str) -> str:
+    return "the file itself" if name == OUTERMOST else repr(name)
+
+
+def _misfit(sets: Mapping[str, StateDict], anchor: str) -> str:
+    """What was found where no set has the key `anchor`, or some of its keys lack the prefix of others."""
+    largest = max(sets, key=lambda name: len(sets[name]))
+    names = list(sets[largest])
+    held = f"it holds {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    where = f" under {largest!r}" if largest else ""
+    if any(name.startswith("transformer_blocks.") for name in names):
+        return "its keys are diffusers'; give the folder that it lies in, with its config.json"
+    prefixes = sorted({name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}")})
+    if prefixes:
+        other = next(name for name in names if not name.startswith(prefixes[0]))
+        return f"some keys begin with {prefixes[0]!r}, others not ({other}){where}; save the model's state dict alone"
+    return f"{anchor} is missing; {held}{where}"
+
+
+def _arguments(found: Any) -> dict[str, Any]:
+    """What a training script kept of its command line: an argparse.Namespace, or a mapping."""
+    values = found if isinstance(found, Mapping) else getattr(found, "__dict__", {})
+    return {str(name): value for name, value in values.items()}
