@@ -53,9 +53,10 @@ for bits in (8, 7):
     found[f"plain-{bits}"] = backend._session(segment, {}).run(None, {"x": x})[0].tolist()
     y = np.empty_like(np.array(found[f"plain-{bits}"], np.float32))
     with warnings.catch_warnings(record=True) as caught, backend.open(segment) as engine:
-        engine.bind("x", x)
-        engine.bind("y", y)
-        engine.run()
+        binding = engine.binding()
+        binding.bind("x", x)
+        binding.bind("y", y)
+        binding.run()
     found[f"opened-{bits}"] = y.tolist()
     found[f"advice-{bits}"] = [str(each.message) for each in caught]
 """
@@ -67,9 +68,10 @@ for rest in ("f32", "bf16"):
     found[f"arithmetic-{rest}"] = backend.arithmetic(8).model_dump()
     with warnings.catch_warnings(record=True) as caught, backend.open(folder / "full-7.onnx") as engine:
         y = np.empty((len(x), engine.outputs["y"].shape[-1]), np.float32)
-        engine.bind("x", x)
-        engine.bind("y", y)
-        engine.run()
+        binding = engine.binding()
+        binding.bind("x", x)
+        binding.bind("y", y)
+        binding.run()
     found[f"opened-{rest}"] = y.tolist()
     found[f"advice-{rest}"] = [str(each.message) for each in caught]
 try:
