@@ -176,6 +176,7 @@ def _weight_dequantizer(model: ir.Model, linear: Linear, weight: QuantizedWeight
     """The INT8 weight as a constant behind a per-channel DQ; returns DQ's output. The float weight is dropped."""
     values = add_constant(model, f"{linear.name}.weight_int8", weight.values)
     scale = add_constant(model, f"{linear.name}.weight_scale", weight.scale)
+    # written out for each channel: what ONNX Runtime's switch for exact products puts in its place does not fit
     zero = add_constant(model, f"{linear.name}.weight_zero", np.zeros(len(weight.scale), np.int8))
     dequantize = ir.node(
         "DequantizeLinear",

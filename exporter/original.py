@@ -154,17 +154,22 @@ def _classes(rows: int, facts: ModelFacts, told: TrainingArgs, source: Path) -> 
                 f"{source}: its label table has one row, expected a class and one for none; where the model was "
                 "trained without dropping labels say so with --no-null"
             )
-        return rows - 1, True, (f"{rows - 1} classes and a null class, from {rows} label rows (--classes, --no-null)",)
+        about = f"{_counted(rows - 1)} and a null class, from {rows} label rows (--classes, --no-null)"
+        return rows - 1, True, (about,)
     if classes is not None and null_class is None and rows in (classes, classes + 1):
         null_class = rows == classes + 1
     found = rows - bool(null_class)
     if null_class is None or found < 1 or classes not in (None, found):
-        said = f"{f'{classes} classes' if classes is not None else 'classes'}{NULL_WORDS[null_class]}"
+        said = f"{'classes' if classes is None else _counted(classes)}{NULL_WORDS[null_class]}"
         raise CheckpointError(
             f"{source}: its label table has {rows} row{'s' * (rows != 1)}, {who} say {said}; correct --classes or "
             "--no-null"
         )
     return found, null_class, ()
+
+
+def _counted(classes: int) -> str:
+    return f"{classes} class{'es' * (classes != 1)}"
 
 
 NULL_WORDS = {None: ", with a null class or without", True: " and a null class", False: " and no null class"}

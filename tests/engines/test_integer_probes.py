@@ -16,8 +16,17 @@ from onnx_ir.passes.common import ShapeInferencePass
 from ditc.bundle import Bundle
 from ditc.engines import integer_probes
 from ditc.engines.backend import runnable_path
-from ditc.engines.integer_form import IntegerForm
-from ditc.engines.integer_probes import CASES, STEP, WEIGHT_STEP, bias, exact_outputs, largest_error, probe_weight
+from ditc.engines.integer_form import SEVEN_BITS, IntegerForm
+from ditc.engines.integer_probes import (
+    CASES,
+    STEP,
+    WEIGHT_STEP,
+    bias,
+    exact_outputs,
+    largest_error,
+    probe_name,
+    probe_weight,
+)
 from ditc.engines.lowering import lower
 from ditc.engines.midpoints import MIDPOINTS
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend
@@ -98,26 +107,30 @@ def kernels(path: Path, folder: Path) -> set[tuple[str, int, tuple[bool, ...]]]:
 
 
 @pytest.fixture(scope="module")
-def probed(tmp_path_factory: pytest.TempPathFactory) -> set[Any]:
+def probed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, set[Any]]:
+    """The kernels of the probe graphs, by the bits of their weights: the form depends on those."""
     folder = tmp_path_factory.mktemp("probed")
-    return set.union(*(kernels(FOLDER / f"{kind}-8.onnx", folder) for kind in KINDS))
+    return {
+        bits: set.union(*(kernels(FOLDER / probe_name(kind, bits), folder) for kind in KINDS))
+        for bits in (8, SEVEN_BITS)
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("binding", "midpoint", "bits"), list(ways()))
 def test_every_kernel_that_quantizing_leads_to_is_probed(
-    binding: str, midpoint: str, bits: Bits, kind: str, probed: set[Any], tmp_path: Path
+    binding: str, midpoint: str, bits: Bits, kind: str, probed: dict[int, set[Any]], tmp_path: Path
 ) -> None:
     model = layers(binding, midpoint, bits)
     lower(model, kind)
     save_model(model, tmp_path / "full.onnx")
     found = kernels(tmp_path / "full.onnx", tmp_path)
     assert found
-    assert found <= probed
+    assert found <= probed[max(bits.weights, SEVEN_BITS)]
 
 
 def test_every_kernel_of_a_compiled_segment_is_probed(
-    bundles: dict[str, Bundle], probed: set[Any], tmp_path: Path
+    bundles: dict[str, Bundle], probed: dict[int, set[Any]], tmp_path: Path
 ) -> None:
     paths = [
         runnable_path(bundle.segment_path(part.name), "onnxrt")
@@ -127,7 +140,7 @@ def test_every_kernel_of_a_compiled_segment_is_probed(
     ]
     assert len(paths) >= 3
     for path in paths:
-        assert kernels(path, tmp_path) <= probed
+        assert kernels(path, tmp_path) <= probed[8]
 
 
 def saturating(activation: np.ndarray, weight: np.ndarray) -> np.ndarray:

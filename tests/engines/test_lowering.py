@@ -17,11 +17,12 @@ from ditc.exporter.onnx_files import load_model, save_model
 SHARED_PAIR = """
 <ir_version: 10, opset_import: ["" : 20]>
 g (float[batch, 32] x) => (float[batch, 32] q, float[batch, 32] k)
-<float scale = {0.05}, int8 zero = {0}, int8[32, 32] wq = {WQ}, int8[32, 32] wk = {WK}, float[32] ws = {WS}> {
+<float scale = {0.05}, int8 zero = {0}, int8[32, 32] wq = {WQ}, int8[32, 32] wk = {WK}, float[32] ws = {WS},
+ int8[32] wz = {WZ}> {
     xq = QuantizeLinear (x, scale, zero)
     xd = DequantizeLinear (xq, scale, zero)
-    wqd = DequantizeLinear <axis = 1> (wq, ws)
-    wkd = DequantizeLinear <axis = 1> (wk, ws)
+    wqd = DequantizeLinear <axis = 1> (wq, ws, wz)
+    wkd = DequantizeLinear <axis = 1> (wk, ws, wz)
     q = MatMul (xd, wqd)
     k = MatMul (xd, wkd)
 }
@@ -32,7 +33,7 @@ g (float[batch, 32] x) => (float[batch, 32] q, float[batch, 32] k)
 def shared_pair(tmp_path: Path) -> Path:
     """Two linear layers that read one Q/DQ pair, as separate q and k do."""
     rng = np.random.default_rng(0)
-    text = SHARED_PAIR.replace("WS", ", ".join(["0.01"] * 32))
+    text = SHARED_PAIR.replace("WS", ", ".join(["0.01"] * 32)).replace("WZ", ", ".join(["0"] * 32))
     for name in ("WQ", "WK"):
         text = text.replace(name, ", ".join(map(str, rng.integers(-127, 128, 32 * 32))))
     model = ir.from_onnx_text(text)

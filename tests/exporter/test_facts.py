@@ -78,7 +78,7 @@ def test_what_is_stated_is_not_assumed(tmp_path: Path) -> None:
         (1, 1, None, (1, None)),
         (1, 1, False, (1, None)),
         (1, None, True, "its label table has 1 row, the options say classes and a null class"),
-        (1, 1, True, "1 classes and a null class"),
+        (1, 1, True, "1 class and a null class"),
         (2, None, None, (1, 1)),
     ],
 )
