@@ -23,7 +23,7 @@ from ditc.exporter.protocol import check_decomposition
 from ditc.exporter.vae import decoder_from_vae
 from ditc.spec import SamplerSpec
 
-__all__ = ["builtin_digits", "load_model", "random_dit", "random_model"]
+__all__ = ["builtin_digits", "load_model", "random_dit", "random_model", "with_vae"]
 
 BUILTIN = "digits"
 # what its card says (exporter/digits.md)
@@ -55,15 +55,15 @@ def load_model(
         return builtin_digits()
     if random := re.fullmatch(r"random:([\w-]+)(?::(\d+))?", name):
         _check_useful(stated, name, "--heads", *FACT_OPTIONS)
-        return _with_vae(random_model(random[1], seed=int(random[2] or 0)), vae)
+        return with_vae(random_model(random[1], seed=int(random[2] or 0)), vae)
     if path.is_dir():
         return _from_folder(path, stated)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         _check_useful(stated, name, "--heads", *FACT_OPTIONS)
-        return _with_vae(_users_own(name), vae)
+        return with_vae(_users_own(name), vae)
     model = dit_from_checkpoint(path, num_heads=num_heads, facts=facts)
     model.doubts = doubts_about(model, "--prediction")
-    return _with_vae(model, vae)
+    return with_vae(model, vae)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ def _from_folder(path: Path, stated: Stated) -> Any:
     model = dit_from_diffusers(path, stated.facts)
     has_scheduler = (path / "scheduler").is_dir()
     model.doubts = doubts_about(model, "prediction_type in scheduler_config.json" if has_scheduler else "--prediction")
-    return _with_vae(model, stated.vae)
+    return with_vae(model, stated.vae)
 
 
-def _with_vae(model: Any, folder: Path | None) -> Any:
+def with_vae(model: Any, folder: Path | None) -> Any:
     """The model with the decoder of a local `AutoencoderKL`. Raises CheckpointError where the two don't fit."""
     if folder is None:
         return model
