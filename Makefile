@@ -5,16 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-portable lint format bench train clean
+.PHONY: demo test test-wheel test-slow test-portable lint format bench train clean
 
 demo: $(STAMP)
 	$(BIN)/ditc demo
 
+# a process of tests for each core, and so one thread of torch in each; what they share is made once (tests/conftest.py)
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist worksteal --durations 10
+
+# the wheel in an environment of its own: asks the package registry, as a user's pip does
+test-wheel: $(STAMP)
+	$(BIN)/pytest -m wheel tests/wheel
 
 test-slow: $(STAMP)
-	$(BIN)/pytest -m slow --timeout 3600
+	$(BIN)/pytest -m "slow and not wheel" --timeout 3600
 
 # the runtime without torch on other processors, emulated by QEMU; needs qemu-user, apt-get and the network
 test-portable: $(STAMP)

@@ -1,24 +1,91 @@
-"""Shared pieces: small models, compiled once a session."""
+"""Shared pieces: small models, and bundles that are compiled once in a run, whichever of its processes asks first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-from ditc.bundle import Bundle
+from ditc.bundle import Bundle, open_bundle
+from ditc.compiler import driver, stages
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.exporter.dit import DiT, DiTConfig
+from ditc.files import atomic_write, digest_of, in_turn
 from ditc.runtime.pipeline import Pipeline, load
 
+# a busy machine stalls now and then, which says nothing of a law or of how its examples are made
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+MOST_WORKERS = 8  # each holds torch and what it compiles: about a gigabyte
 SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
 QUICK = CompileOptions(
     steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4, reuse="hold", smooth="none", vc="std"
 )
+# the small model under several policies and precisions
+BUNDLES: dict[str, dict[str, Any]] = {
+    "cached": {"policy": "fora:2"},
+    "per-step": {"policy": "fora:2", "scales": "per-step", "midpoint": "bounded", "vc": "none"},
+    "float-ends": {
+        "policy": "fora:2",
+        "float_steps": "1:2",
+        "reuse": "affine",
+        "smooth": "smooth",
+        "vc": "none",
+        "scales": "per-step",
+        "midpoint": "bounded",
+    },
+    "fp32-cached": {"policy": "fora:2", "precision": "fp32", "vc": "none"},
+    "fp32-branches": {"policy": "fora:2", "precision": "fp32", "vc": "none", "caches": "branches"},
+    "fp32-taylor": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "taylor"},
+    "fp32-affine": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "affine"},
+    "fp32-none": {"policy": "none", "precision": "fp32", "vc": "none"},
+    "fp32-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none"},
+}
+COMPILER = {module: dict(vars(module)) for module in (driver, stages)}  # as it is before a test plays a fault in it
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker for each core that this process may use."""
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def pytest_configure() -> None:
+    """Ctrl-C ends what tests start, as it does for a user: a shell's background jobs are started deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What may take longest begins first, so that nobody waits for it at the end."""
+    items.sort(key=_most_seconds, reverse=True)
+
+
+def _most_seconds(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0]) if marker else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> None:
+    """A compile collects garbage after each of its stages. What is alive before a module begins is left out of it.
+
+    That is mostly torch and ONNX as they were imported; looking through them takes longer than a small model's stages.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def small_model(**changes: int) -> DiT:
@@ -43,48 +110,100 @@ def quick_options() -> CompileOptions:
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of exported segments, for tests that compile a model others compile too."""
-    return tmp_path_factory.mktemp("exports")
+def run_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run of the tests have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if hasattr(request.config, "workerinput") else base  # a worker's own lies in the run's
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> dict[str, Bundle]:
-    """The small model compiled under several policies and precisions, by name."""
-    folder = tmp_path_factory.mktemp("bundles")
+def exports(run_folder: Path) -> Path:
+    """A folder of exported segments, for tests that compile a model others compile too."""
+    return run_folder / "exports"
 
-    def made(name: str, **changes: object) -> Bundle:
-        return compile_model(small_model(), folder / name, QUICK.model_copy(update=changes), exports=exports)
 
-    return {
-        "cached": made("cached", policy="fora:2"),
-        "per-step": made("per-step", policy="fora:2", scales="per-step", midpoint="bounded", vc="none"),
-        "float-ends": made(
-            "float-ends",
-            policy="fora:2",
-            float_steps="1:2",
-            reuse="affine",
-            smooth="smooth",
-            vc="none",
-            scales="per-step",
-            midpoint="bounded",
-        ),
-        "fp32-cached": made("fp32-cached", policy="fora:2", precision="fp32", vc="none"),
-        "fp32-branches": made("fp32-branches", policy="fora:2", precision="fp32", vc="none", caches="branches"),
-        "fp32-taylor": made("fp32-taylor", policy="fora:2", precision="fp32", vc="none", reuse="taylor"),
-        "fp32-affine": made("fp32-affine", policy="fora:2", precision="fp32", vc="none", reuse="affine"),
-        "fp32-none": made("fp32-none", policy="none", precision="fp32", vc="none"),
-        "fp32-fora1": made("fp32-fora1", policy="fora:1", precision="fp32", vc="none"),
-    }
+@pytest.fixture(scope="session")
+def partial_schedule(run_folder: Path) -> Path:
+    """A schedule with full, empty and partial rows: attention reused while the MLPs compute."""
+    rows = [[True] * 4, [False] * 4, [False, True, False, True], [False] * 4, [True] * 4, [False] * 4]
+    atomic_write(run_folder / "schedule.json", json.dumps({"compute": rows}).encode())
+    return run_folder / "schedule.json"
+
+
+@pytest.fixture(scope="session")
+def compiled_once(run_folder: Path, exports: Path) -> Callable[..., Bundle]:
+    """Compiles a model for tests that share the bundle: it is not to be changed, only copied.
+
+    One process makes it, and the others wait. Arguments are those of `compile_model`, without a place.
+    """
+
+    def bundle_of(model: Any, options: CompileOptions, **given: Any) -> Bundle:
+        key = digest_of([_described(model), options.model_dump(), {name: str(value) for name, value in given.items()}])
+        path = run_folder / "compiled" / key
+        with in_turn(path.with_suffix(".lock")):
+            if path.is_dir():
+                return open_bundle(path)
+            assert not _played_with(), "ask for shared bundles before a fault is played: others get the same ones"
+            return compile_model(model, path, options, exports=exports, **given)
+
+    return bundle_of
+
+
+def _played_with() -> list[str]:
+    """Names in the compiler that a test has replaced."""
+    return [
+        name
+        for module, before in COMPILER.items()
+        for name, value in before.items()
+        if vars(module).get(name) is not value
+    ]
+
+
+def _described(model: Any) -> list[Any]:
+    """What tells a model from others: its name, or all that it computes."""
+    if isinstance(model, str):
+        return [model]
+    return [model.spec.model_dump(mode="json"), stages.model_digest(model), stages.behaviour_digest(model)]
+
+
+class Bundles(dict[str, Bundle]):
+    """The small model under each of some settings, by name, compiled when it is first asked for."""
+
+    def __init__(self, compiled_once: Callable[..., Bundle], settings: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        self._compiled_once = compiled_once
+        self._settings = settings
+
+    def __missing__(self, name: str) -> Bundle:
+        options = QUICK.model_copy(update=dict(self._settings[name]))
+        self[name] = self._compiled_once(small_model(), options)
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def bundles(compiled_once: Callable[..., Bundle]) -> dict[str, Bundle]:
+    """The small model compiled under several policies and precisions, by name; not to be changed."""
+    return Bundles(compiled_once, BUNDLES)
+
+
+class Pipes(dict[str, Pipeline]):
+    """Open pipelines of bundles, by name, each opened when it is first asked for."""
+
+    def __init__(self, bundles: dict[str, Bundle], stack: ExitStack) -> None:
+        super().__init__()
+        self._bundles = bundles
+        self._stack = stack
+
+    def __missing__(self, name: str) -> Pipeline:
+        self[name] = self._stack.enter_context(load(self._bundles[name].path))
+        return self[name]
 
 
 @pytest.fixture
 def pipes(bundles: dict[str, Bundle]) -> Iterator[dict[str, Pipeline]]:
     """An open pipeline of every bundle."""
-    opened = {name: load(bundle.path).__enter__() for name, bundle in bundles.items()}
-    yield opened
-    for pipe in opened.values():
-        pipe.__exit__(None, None, None)
+    with ExitStack() as stack:
+        yield Pipes(bundles, stack)
 
 
 @pytest.fixture(scope="session")

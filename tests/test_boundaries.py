@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -89,14 +89,18 @@ def test_help_loads_nothing_heavy(arguments: str) -> None:
 
 
 def test_help_answers_at_once() -> None:
-    seconds = []
+    """In processor time: how long it takes by the clock is up to what else the machine does."""
+    commands = {"help": ["-m", "ditc.compiler", "--help"], "bare": ["-c", "pass"]}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "ditc.compiler", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    bare = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "pass"], capture_output=True, check=True)
-        bare.append(time.perf_counter() - start)
-    assert min(seconds) - min(bare) < 0.3
+        for name, arguments in commands.items():
+            start = spent_by_children()
+            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+            seconds[name].append(spent_by_children() - start)
+    assert min(seconds["help"]) - min(seconds["bare"]) < 0.3
+
+
+def spent_by_children() -> float:
+    """Seconds of processor time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -98,11 +98,11 @@ def test_a_step_that_extrapolates_adds_two_sums(bundles: dict[str, Bundle]) -> N
     assert operators.count("MatMul") == 1  # the final layer
 
 
-def test_quantized_extrapolation_of_the_reference_model_is_nearer_to_fp(tmp_path: Path) -> None:
+def test_quantized_extrapolation_of_the_reference_model_is_nearer_to_fp(tmp_path: Path, exports: Path) -> None:
     options = CompileOptions(steps=30, points=100, vc="none", verify_images=16, batch=16)
     found = {}
     for reuse in ("hold", "taylor"):
-        bundle = compile_model("digits", tmp_path / reuse, options.model_copy(update={"reuse": reuse}))
+        bundle = compile_model("digits", tmp_path / reuse, options.model_copy(update={"reuse": reuse}), exports=exports)
         found[reuse] = bundle.manifest.checks["verify"]["psnr_db_mean"]  # type: ignore[index, call-overload]
     assert found["taylor"] > found["hold"] + 1
 

@@ -75,17 +75,18 @@ def test_an_interrupted_compile_resumes_after_its_last_whole_stage(
     quick_options: CompileOptions,
     monkeypatch: pytest.MonkeyPatch,
     bundles: dict[str, Bundle],
+    exports: Path,
 ) -> None:
-    options = quick_options.model_copy(update={"policy": "fora:2"})
+    options, whole = quick_options.model_copy(update={"policy": "fora:2"}), file_hashes(bundles["cached"])
     with monkeypatch.context() as patch:
         patch.setattr(stages, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            compile_model(make_small_model(), tmp_path / "b", options)
+            compile_model(make_small_model(), tmp_path / "b", options, exports=exports)
     assert not (tmp_path / "b").exists()
     monkeypatch.setattr(stages, "export", lambda *_: pytest.fail("exported again"))
     monkeypatch.setattr(stages, "quantize", lambda *_: pytest.fail("quantized again"))
     resumed = compile_model(make_small_model(), tmp_path / "b", options)
-    assert file_hashes(resumed) == file_hashes(bundles["cached"])
+    assert file_hashes(resumed) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
@@ -108,25 +109,41 @@ def test_changed_settings_do_not_resume_stale_stages(
     assert ran == ["quantize"]
 
 
+# the command line, but its stage `quantize` begins and never ends
+STUCK = """
+import sys, time
+from ditc.compiler import stages
+from ditc.compiler.cli import run
+
+def stuck(*_):
+    print("quantize: begun", file=sys.stderr, flush=True)
+    time.sleep(600)
+
+stages.quantize = stuck
+sys.exit(run(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize(("kill", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_a_killed_compile_leaves_no_bundle_and_the_next_one_resumes(
-    tmp_path: Path, checkpoint: Path, kill: signal.Signals, code: int
+    tmp_path: Path, checkpoint: Path, exports: Path, kill: signal.Signals, code: int
 ) -> None:
     out = tmp_path / "bundle"
-    command = [sys.executable, "-m", "ditc.compiler", "compile", str(checkpoint), "-o", str(out), *QUICK_FLAGS]
+    arguments = ["compile", str(checkpoint), "-o", str(out), *QUICK_FLAGS]
+    command = [sys.executable, "-c", STUCK, *arguments, "--exports", str(exports)]
     seen = []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
         for line in child.stderr:
             seen.append(line)
-            if line.startswith("select: done"):
+            if line.startswith("quantize: begun"):
                 child.send_signal(kill)
                 break
         seen += child.stderr.readlines()
     assert child.returncode == code
     assert "Traceback" not in "".join(seen)
     assert not out.exists()
-    done = ditc_command("compile", str(checkpoint), "-o", str(out), *QUICK_FLAGS)
+    done = ditc_command(*arguments)
     assert done.returncode == 0, done.stderr
     assert "export (kept from an earlier run)" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -143,7 +160,7 @@ def test_compiles_of_one_model_share_what_they_export(
     bundles: dict[str, Bundle],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    exports, exported = tmp_path / "exports", []
+    exports, exported, alone = tmp_path / "exports", [], file_hashes(bundles["cached"])
     export = stages.export
     monkeypatch.setattr(stages, "export", lambda *given: (exported.append(given), export(*given)))
     for name, changes in (
@@ -155,7 +172,7 @@ def test_compiles_of_one_model_share_what_they_export(
         shutil.rmtree(tmp_path / "first", ignore_errors=True)  # what is shared belongs to no bundle
     assert len(exported) == 2
     assert len(list(exports.glob("export-*"))) == 2
-    assert file_hashes(open_bundle(tmp_path / "second")) == file_hashes(bundles["cached"])
+    assert file_hashes(open_bundle(tmp_path / "second")) == alone
 
 
 @pytest.mark.parametrize("place", ["b", "b/exports"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import pytest
 import ditc.runtime.pipeline as pipeline
 from ditc.bundle import Bundle, open_bundle, seal_bundle, write_tables
 from ditc.compiler.cli import run
-from ditc.compiler.driver import compile_model
 from ditc.compiler.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle
 from ditc.compiler.generating import fp_digest
 from ditc.compiler.options import CompileOptions
@@ -28,16 +28,16 @@ QUICK_OPTIONS = EvaluateOptions(images=20, seeds=(0, 1), rounds=50, step_images=
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> Path:
+def exact(compiled_once: Callable[..., Bundle]) -> Path:
     """The reference model uncached in FP32: its own reference."""
     options = CompileOptions(policy="none", precision="fp32", vc="none", steps=STEPS, verify_images=1)
-    return compile_model("digits", tmp_path_factory.mktemp("evaluate") / "exact", options, exports=exports).path
+    return compiled_once("digits", options).path
 
 
 @pytest.fixture(scope="module")
-def damaged(exact: Path) -> Path:
+def damaged(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with its last sample drawn together by K."""
-    return with_compensation(exact, exact.with_name("damaged"), K)
+    return with_compensation(exact, tmp_path_factory.mktemp("evaluate") / "damaged", K)
 
 
 def with_compensation(bundle: Path, path: Path, k: float) -> Path:

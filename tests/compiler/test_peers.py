@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from ditc.bundle import Bundle, open_bundle
 from ditc.compiler import onnx_peers, side_by_side
 from ditc.compiler.bench_options import ModelChoice
 from ditc.compiler.cli import run
-from ditc.compiler.driver import compile_model
 from ditc.compiler.match import Match, match_of
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.peer import Peer
@@ -46,12 +45,12 @@ def other(): return build(1)
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> Bundle:
+def digits(compiled_once: Callable[..., Bundle]) -> Bundle:
     """The built-in model over 4 steps, 2 of them computed."""
     options = CompileOptions(
         steps=4, policy="fora:2", points=16, pool_images=8, vc="none", verify_images=1, batch=2, ranges="max"
     )
-    return compile_model("digits", tmp_path_factory.mktemp("digits") / "bundle", options, exports=exports)
+    return compiled_once("digits", options)
 
 
 @pytest.fixture(scope="module")

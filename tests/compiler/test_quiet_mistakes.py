@@ -45,9 +45,9 @@ def vae(tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_of_latents_gives_images_through_a_vae_of_its_own(
-    latent_checkpoint: Path, vae: Path, tmp_path: Path, quick_options: CompileOptions
+    latent_checkpoint: Path, vae: Path, tmp_path: Path, quick_options: CompileOptions, exports: Path
 ) -> None:
-    bundle = compile_model(str(latent_checkpoint), tmp_path / "b", quick_options, num_heads=4, vae=vae)
+    bundle = compile_model(str(latent_checkpoint), tmp_path / "b", quick_options, num_heads=4, vae=vae, exports=exports)
     with ditc.load(bundle.path) as pipe:
         images, latents = pipe.images([0, 1]), pipe.latents([0, 1])
     decoder = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False).eval()
@@ -69,9 +69,13 @@ def test_a_vae_of_other_latents_is_refused(vae: Path, tmp_path: Path, capsys: py
 
 
 def test_latents_are_not_shown_as_images(
-    latent_checkpoint: Path, tmp_path: Path, quick_options: CompileOptions, capsys: pytest.CaptureFixture[str]
+    latent_checkpoint: Path,
+    tmp_path: Path,
+    quick_options: CompileOptions,
+    exports: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    bundle = compile_model(str(latent_checkpoint), tmp_path / "b", quick_options, num_heads=4)
+    bundle = compile_model(str(latent_checkpoint), tmp_path / "b", quick_options, num_heads=4, exports=exports)
     with ditc.load(bundle.path) as pipe:
         assert pipe.latents([0, 1]).shape == (2, 4, 8, 8)
         with pytest.raises(InputError, match="latents of 4 channels and has no decoder"):
@@ -82,12 +86,16 @@ def test_latents_are_not_shown_as_images(
 
 
 def test_another_number_of_heads_does_not_resume_the_old_export(
-    latent_checkpoint: Path, tmp_path: Path, quick_options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+    latent_checkpoint: Path,
+    tmp_path: Path,
+    quick_options: CompileOptions,
+    exports: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(stages, "record_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            compile_model(str(latent_checkpoint), tmp_path / "b", quick_options, num_heads=4)
+            compile_model(str(latent_checkpoint), tmp_path / "b", quick_options, num_heads=4, exports=exports)
     made = []
     export = stages.export
     monkeypatch.setattr(stages, "export", lambda *a: (made.append("export"), export(*a)))
@@ -187,9 +195,13 @@ def test_more_noise_than_labels_is_refused(bundles: dict[str, Bundle]) -> None:
 
 
 def test_a_relative_output_folder_is_the_one_meant(
-    tmp_path: Path, make_small_model: Callable[[], DiT], quick_options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    make_small_model: Callable[[], DiT],
+    quick_options: CompileOptions,
+    exports: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     changes: dict[str, Any] = {"policy": "none", "precision": "fp32", "vc": "none"}
-    compile_model(make_small_model(), "inner/../b", quick_options.model_copy(update=changes))
+    compile_model(make_small_model(), "inner/../b", quick_options.model_copy(update=changes), exports=exports)
     assert (tmp_path / "b" / "manifest.json").is_file()

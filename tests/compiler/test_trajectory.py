@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import ditc
+from ditc.bundle import Bundle
 from ditc.compiler.driver import compile_model
 from ditc.compiler.eager import eager_images
 from ditc.compiler.options import CompileOptions
@@ -113,14 +114,13 @@ def test_a_model_written_differently_compiles_and_generates(
 
 
 def test_a_schedule_from_a_file_skips_single_branches(
-    tmp_path: Path, quick_options: CompileOptions, make_small_model: Callable[..., DiT]
+    partial_schedule: Path,
+    quick_options: CompileOptions,
+    make_small_model: Callable[..., DiT],
+    compiled_once: Callable[..., Bundle],
 ) -> None:
-    import json
-
-    rows = [[True] * 4, [False, True, False, True], [False] * 4] * 2
-    (tmp_path / "schedule.json").write_text(json.dumps({"compute": rows}))
-    options = quick_options.model_copy(update={"policy": str(tmp_path / "schedule.json")})
-    bundle = compile_model(make_small_model(), tmp_path / "b", options)
+    options = quick_options.model_copy(update={"policy": str(partial_schedule)})
+    bundle = compiled_once(make_small_model(), options)
     names = {plan.name for plan in bundle.manifest.program.segments}
     assert {"full", "reuse"} < names
     assert len(names) == 3

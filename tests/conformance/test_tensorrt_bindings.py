@@ -6,7 +6,6 @@ The classes with native parts are played by tests/simulated, which holds every c
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -18,54 +17,61 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ditc.compiler.driver import compile_model
+from ditc.bundle import Bundle
 from ditc.compiler.options import CompileOptions
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import with_vae
+from ditc.files import atomic_folder, in_turn
 
 HERE = Path(__file__).parent
 STORE = Path(sys.prefix) / "tensorrt-bindings"
 VERSIONS = ("10.3.0", "10.16.1.11", "11.4.0.106")
-Started = tuple["subprocess.Popen[bytes]", Path]
 NARROW = 72  # hidden size, with which a step's row of the table is no multiple of 256 bytes
+# what a device has to do differently, by the settings of a small bundle
+SETTINGS = {
+    "small": {"ranges": "max"},
+    "learned-noise": {"sampler": "ddpm", "variance": "learned", "clip": 1.0},
+    "fixed-noise": {"eta": 0.5, "vc": "none"},
+    "unguided": {"cfg": 1.0},
+    "fp16": {"precision": "fp16", "target": "tensorrt"},
+    "fp32": {"precision": "fp32"},
+    "partial-rows": {"policy": "partial"},
+    "affine": {"reuse": "affine"},
+    "taylor": {"reuse": "taylor", "smooth": "smooth", "vc": "none"},
+    "float-ends": {"float_steps": "1:2"},
+    "per-step": {"policy": "partial", "scales": "per-step", "midpoint": "bounded"},
+}
 
 
 @pytest.fixture(scope="module")
 def compiled(
-    tmp_path_factory: pytest.TempPathFactory, make_small_model: Callable[..., DiT], quick_options: CompileOptions
+    run_folder: Path,
+    compiled_once: Callable[..., Bundle],
+    make_small_model: Callable[..., DiT],
+    quick_options: CompileOptions,
+    partial_schedule: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A folder of bundles: the reference model, and small ones that differ in what a device has to do."""
-    folder, exports = tmp_path_factory.mktemp("compiled"), tmp_path_factory.mktemp("exports")
-    schedule = partial_schedule(tmp_path_factory.mktemp("schedule") / "schedule.json")
-    quick = quick_options.model_copy(update={"policy": "fora:2"})
-    digits = quick.model_copy(update={"steps": 50, "points": 64, "pool_images": 8, "policy": "fora:3", "batch": 3})
-    compile_model("digits", folder / "digits", digits)
-    for name, changes in (
-        ("small", {"ranges": "max"}),
-        ("learned-noise", {"sampler": "ddpm", "variance": "learned", "clip": 1.0}),
-        ("fixed-noise", {"eta": 0.5, "vc": "none"}),
-        ("unguided", {"cfg": 1.0}),
-        ("fp16", {"precision": "fp16", "target": "tensorrt"}),
-        ("fp32", {"precision": "fp32"}),
-        ("partial-rows", {"policy": str(schedule)}),
-        ("affine", {"reuse": "affine"}),
-        ("taylor", {"reuse": "taylor", "smooth": "smooth", "vc": "none"}),
-        ("float-ends", {"policy": "fora:2", "float_steps": "1:2"}),
-        ("per-step", {"policy": str(schedule), "scales": "per-step", "midpoint": "bounded"}),
-    ):
-        compile_model(make_small_model(), folder / name, quick.model_copy(update=changes), exports=exports)
-    narrow = make_small_model(hidden_size=NARROW)
-    compile_model(narrow, folder / "odd-addresses", quick.model_copy(update={"batch": 1}), exports=exports)
-    latent = with_vae(make_small_model(in_channels=4), tiny_vae(tmp_path_factory.mktemp("vae")))
-    compile_model(latent, folder / "decoded", quick)
+    folder, quick = run_folder / "conformance", quick_options.model_copy(update={"policy": "fora:2"})
+
+    def bundles() -> Iterator[tuple[str, Bundle]]:
+        digits = {"steps": 50, "points": 64, "pool_images": 8, "policy": "fora:3", "batch": 3}
+        yield "digits", compiled_once("digits", quick.model_copy(update=digits))
+        for name, changes in SETTINGS.items():
+            policy = {"policy": str(partial_schedule)} if changes.get("policy") == "partial" else {}
+            yield name, compiled_once(make_small_model(), quick.model_copy(update=changes | policy))
+        narrow = make_small_model(hidden_size=NARROW)
+        yield "odd-addresses", compiled_once(narrow, quick.model_copy(update={"batch": 1}))
+        latent = with_vae(make_small_model(in_channels=4), tiny_vae(tmp_path_factory.mktemp("vae")))
+        yield "decoded", compiled_once(latent, quick)
+
+    with in_turn(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            with atomic_folder(folder) as fresh:
+                for name, bundle in bundles():
+                    shutil.copytree(bundle.path, fresh / name)
     return folder
-
-
-def partial_schedule(path: Path) -> Path:
-    """A schedule with full, empty and partial rows: attention reused while the MLPs compute."""
-    rows = [[True] * 4, [False] * 4, [False, True, False, True], [False] * 4, [True] * 4, [False] * 4]
-    path.write_text(json.dumps({"compute": rows}))
-    return path
 
 
 def tiny_vae(folder: Path) -> Path:
@@ -81,22 +87,17 @@ def install(version: str) -> Path:
     assert spec.loader is not None
     bindings = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bindings)
-    bindings.install(STORE, version)
+    with in_turn(STORE / f"{version}.lock"):
+        bindings.install(STORE, version)
     return STORE / version
 
 
-@pytest.fixture(scope="module")
-def running(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
-    """The tests of all versions, started at once: they spend their time starting processes."""
-    folder = tmp_path_factory.mktemp("output")
-    started = {version: start(version, compiled, folder / version) for version in VERSIONS}
-    yield started
-    for process, _ in started.values():
-        process.kill()
-        process.wait()
-
-
-def start(version: str, compiled: Path, output: Path) -> Started:
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in libraries need a C compiler (gcc)")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_everything_that_calls_tensorrt_holds_with_the_real_bindings(
+    version: str, compiled: Path, tmp_path: Path
+) -> None:
     folder = install(version)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE.parent / "simulated"), str(folder), os.environ.get("PYTHONPATH", "")]),
@@ -105,20 +106,14 @@ def start(version: str, compiled: Path, output: Path) -> Started:
         "DITC_BUNDLES": str(compiled),
     }
     tests = [str(path) for path in sorted(HERE.glob("test_simulated_*.py"))]
-    options = ["-q", "-p", "no:cacheprovider", "--basetemp", str(output.with_suffix(".tmp"))]
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *tests], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-    return process, output
-
-
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in libraries need a C compiler (gcc)")
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("version", VERSIONS)
-def test_everything_that_calls_tensorrt_holds_with_the_real_bindings(version: str, running: dict[str, Started]) -> None:
-    process, output = running[version]
-    code = process.wait()
-    said = output.read_text()
-    assert code == 0, said
-    assert " passed" in said
+    options = ["-q", "-p", "no:cacheprovider", "--durations", "5", "--basetemp", str(tmp_path / "base")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
