@@ -21,6 +21,7 @@ from ditc.compiler.command_options import (
     model_options,
     place_options,
     processor_options,
+    target_options,
     whole_numbers,
 )
 from ditc.compiler.live_progress import advice_on_stderr, progress_on_stderr, steps_on_stderr
@@ -28,6 +29,7 @@ from ditc.compiler.measuring_commands import MEASURING
 from ditc.compiler.printing import (
     print_demo,
     print_facts,
+    print_findings,
     print_inspection,
     print_json,
     print_plan,
@@ -228,18 +230,29 @@ def export_polygraphy_command(bundle: Path, out: Path, points: int, force: bool,
 
 
 @cli.command("doctor")
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@target_options
 @as_json
-def doctor_command(json_: bool) -> None:
-    """Say which backends work on this machine, and why the others don't."""
-    from ditc.compiler.doctor import examine
+def doctor_command(bundle: Path | None, target: str | None, engines: Path | None, json_: bool) -> None:
+    """Say which backends work on this machine, and why the others don't.
 
+    With a BUNDLE also whether each of its segments gives here what it gave where it was compiled.
+    """
+    from ditc.compiler.doctor import compared, examine
+
+    if bundle is None and (target or engines):
+        raise InputError("--target and --engines say where a bundle runs; name the bundle, or leave them out")
     findings = examine()
+    segments = [] if bundle is None else compared(bundle, target, engines)
     if json_:
-        print_json([finding._asdict() for finding in findings])
-        return
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        click.echo(f"{'yes' if finding.works else 'no ':<3}  {finding.name:<{width}}  {finding.detail}")
+        print_json([finding._asdict() for finding in findings + segments])
+    else:
+        print_findings(findings + segments)
+    if different := [finding.name for finding in segments if not finding.works]:
+        raise CheckError(
+            f"{bundle} gives something else here than where it was compiled: {different[0]} is the first that does; "
+            "don't use it here, or use another --target"
+        )
 
 
 @cli.command("demo")

@@ -24,6 +24,7 @@ __all__ = [
     "place_options",
     "processor_options",
     "taken_place",
+    "target_options",
     "threads_option",
     "whole_numbers",
 ]
@@ -152,11 +153,15 @@ COMPILE_OPTIONS = (
     ),
 )
 
-PLACE_OPTIONS = (
+TARGET_OPTIONS = (
     click.option("--target", metavar=TARGETS, help="Where to run; default is the one it was compiled for."),
     click.option(
         "--engines", type=click.Path(path_type=Path), help="Folder of built engines; default is the bundle's own."
     ),
+)
+
+PLACE_OPTIONS = (
+    *TARGET_OPTIONS,
     click.option(
         "--graphs",
         metavar="trajectory|step|none",
@@ -213,6 +218,7 @@ def with_all(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Com
 
 
 compile_options = with_all(COMPILE_OPTIONS)  # the settings of a compile
+target_options = with_all(TARGET_OPTIONS)  # on what a bundle runs
 place_options = with_all(PLACE_OPTIONS)  # where a bundle runs
 threads_option = with_all((THREADS_OPTION,))
 processor_options = with_all(PROCESSOR_OPTIONS)  # how it runs on a CPU

@@ -10,13 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ditc.engines.update import UPDATE
 from ditc.errors import DitcError
 from ditc.precision import INT8
 
 if TYPE_CHECKING:
     from ditc.engines.integer_form import SaysArithmetic
+    from ditc.runtime.fingerprint import Difference
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "compared", "examine"]
 
 
 class Finding(NamedTuple):
@@ -32,6 +34,28 @@ def examine() -> list[Finding]:
     return [finding for check in CHECKS if (finding := check()) is not None]
 
 
+def compared(bundle: Path, target: str | None = None, engines: Path | None = None) -> list[Finding]:
+    """Does each segment of a bundle give here what it gave where it was compiled? A finding for each.
+
+    In the order of their first call, but that `update` is the last: what it takes comes from the others. Raises
+    BundleError for a bundle without a fingerprint.
+    """
+    from ditc.runtime.pipeline import load
+
+    with load(bundle, target=target, engines=engines) as pipe:
+        differences = pipe.differences()
+    findings = []
+    for segment in sorted(dict.fromkeys(found.segment for found in differences), key=UPDATE.__eq__):
+        worst = max((found for found in differences if found.segment == segment), key=_excess)
+        seen = f"{worst.port} of {worst.call} differs by {worst.error:.1e} (relative L2), expected at most"
+        findings.append(Finding(f"segment {segment}", worst.is_rounding, f"{seen} {worst.tolerance:.1e}"))
+    return findings
+
+
+def _excess(found: Difference) -> float:
+    return found.error / found.tolerance
+
+
 def installed(package: str) -> str | None:
     try:
         return version(package)
@@ -45,6 +69,19 @@ def python_runtime() -> Finding:
     return Finding(
         "runtime", True, f"ditc {ditc.__version__}, Python {platform.python_version()}, {platform.machine()}"
     )
+
+
+# (system, processor) -> how ditc was tried there; docs/verified.md
+TRIED = {("Linux", "x86_64"): "the tests run on it", ("Linux", "aarch64"): "tried emulated, on no real processor"}
+NEVER_TRIED = "GPUs (cuda, tensorrt, ort-tensorrt), Jetson, macOS, Windows, musl"
+
+
+def tried_platform() -> Finding:
+    """Was ditc ever tried on a platform like this one?"""
+    system, processor = platform.system(), platform.machine()
+    how = TRIED.get((system, processor)) if platform.libc_ver()[0] == "glibc" else None
+    seen = f"{system} on {processor}: {how or 'never tried'}"
+    return Finding("platform", how is not None, f"{seen}; never tried at all: {NEVER_TRIED}")
 
 
 def compile_stages() -> Finding:
@@ -171,6 +208,7 @@ def jetpack(root: Path = Path("/")) -> Finding | None:
 
 CHECKS: tuple[Callable[[], Finding | None], ...] = (
     python_runtime,
+    tried_platform,
     jetpack,
     compile_stages,
     onnxruntime_cpu,

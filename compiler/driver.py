@@ -18,6 +18,7 @@ from ditc import calib_data, compiler, engines, exporter, runtime
 from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.compiler import stages
 from ditc.compiler.approximating import approximate
+from ditc.compiler.fingerprinting import fingerprint
 from ditc.compiler.listing import model_notes
 from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
@@ -297,6 +298,8 @@ def _assemble(done: _Compile, segments: Segments, compiled: Segments, target: Pa
             shutil.copyfile(done.folders[stage] / name, target / "calib" / name)
     sampler = {f"sampler.{name}": column for name, column in plan.table.items()}
     write_tables(target / TABLES, sampler | done.tables)
+    # of the files as they are deployed: a GPU's form shares the portable one's weights file, and opens beside it only
+    fingerprint(plan, {path.stem: target / "segments" / path.name for path in compiled.values()}, done.tables, target)
     seal_bundle(target, _manifest(done))
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "print_estimate",
     "print_evaluation",
     "print_facts",
+    "print_findings",
     "print_inspection",
     "print_json",
     "print_plan",
@@ -37,6 +38,13 @@ def print_facts(path: Path, bundle: Any) -> None:
     click.echo(f"{path}")
     for name, text in bundle_facts(bundle).items():
         click.echo(f"  {name:<16} {text}")
+
+
+def print_findings(findings: Sequence[Any]) -> None:
+    """What works and what doesn't, a line each."""
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        click.echo(f"{'yes' if finding.works else 'no ':<3}  {finding.name:<{width}}  {finding.detail}")
 
 
 def print_inspection(bundle: Any) -> None:

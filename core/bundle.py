@@ -5,6 +5,7 @@
     segments/*.onnx       the deployed segments (+ external data beside them); NAME.BACKEND.onnx is the form of one
                           backend, sharing that data
     tables.safetensors    every per-step number: timesteps, sampler coefficients, compensation
+    fingerprint.safetensors   what the segments gave where they were compiled (`runtime.fingerprint`)
     calib/                the calibration set and the scales made from it; a deployment may leave it out
     reference/*.onnx      the FP segments that `ditc verify` compares with; a deployment may leave them out
 
@@ -90,6 +91,11 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, and so of every file that it vouches for; in hex."""
+        return (self.path / SEAL).read_text().strip()
 
     def segment_path(self, name: str) -> Path:
         return self.path / "segments" / f"{name}.onnx"

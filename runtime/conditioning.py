@@ -6,7 +6,7 @@ row for each distinct label, and a step's rows are taken from them when it runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -61,6 +61,10 @@ class Conditioning:
             if (later := taking.get(f"{AHEAD}.{name}")) is not None:
                 found[later.name] = self._rows(later.name, table[step + 1 : step + 1 + steps_ahead(later)], 1)
         return found
+
+    def tables_at(self, steps: Sequence[int]) -> dict[str, Buffer]:
+        """The tables of some steps, (len(steps), distinct labels, ...)."""
+        return {name: table[list(steps)] for name, table in self._tables.items()}
 
     def _rows(self, name: str, part: Buffer, axis: int) -> Buffer:
         """The rows of a part that has one for each distinct label."""

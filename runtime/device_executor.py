@@ -26,7 +26,15 @@ from ditc.errors import CheckError, InputError
 from ditc.program import AHEAD, CONDITION, DECODE, Step
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.conditioning import steps_ahead
-from ditc.runtime.executor import NoiseSource, Samples, StepEvent, check_request, closed_while_running
+from ditc.runtime.executor import (
+    NoiseSource,
+    Observation,
+    Samples,
+    StepEvent,
+    check_request,
+    closed_while_running,
+    written_ports,
+)
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
 
@@ -165,6 +173,26 @@ class DeviceExecutor:
             count = self._start(labels, noise, fresh_noise)
             self._launch_trajectory()
             return self._device.download(self._final)[:count]
+
+    def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> list[Observation]:
+        """As `Executor.outputs_at`: what the engines return for one image, call by call and without a graph."""
+        first, found = samples[min(samples)], list[Observation]()
+        labels = {label, self.spec.null_label} if self.halves == 2 else {label}
+        rows = [0, self.batch][: len(labels)]
+        with self._turn_of(None):
+            self._start([label], first, lambda _: np.zeros_like(first))
+            self._queue_condition()
+            tables = {name: self._device.download(table) for name, table in self._tables.items()}
+            found.append((None, CONDITION, {name: table[sorted(samples)][:, rows] for name, table in tables.items()}))
+            for step in (step for step in self.program.steps if step.index in samples):
+                x = np.concatenate([_filled(samples[step.index], self.batch)] * self.halves)
+                self._device.upload(np.ascontiguousarray(x, np.float32), self._x[step.index % 2])
+                self._queue_step(step)
+                written = {"out": self._out, **{port: self._slots[slot] for port, slot in written_ports(step)}}
+                outputs = {port: self._device.download(tensor)[:: self.batch] for port, tensor in written.items()}
+                after = self._device.download(self._x[(step.index + 1) % 2])
+                found += [(step.index, step.segment, outputs), (step.index, UPDATE, {"next": after[:1]})]
+        return found
 
     def last_images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """The decoded images of one request, (n, channels, height, width); the latents never leave the device."""

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.engines.backend import Binding, Buffer, Engine
+from ditc.engines.update import UPDATE
 from ditc.errors import DitcError, InputError
 from ditc.program import AHEAD, CONDITION, Program, Step
 from ditc.runtime.conditioning import Conditioning, steps_ahead
@@ -29,17 +30,20 @@ __all__ = [
     "Compensation",
     "Executor",
     "NoiseSource",
+    "Observation",
     "Samples",
     "StepEvent",
     "check_request",
     "closed_while_running",
     "seeded_noise",
     "streamed_noise",
+    "written_ports",
 ]
 
 Samples = NDArray[np.float32]
 NoiseSource = Callable[[int], Samples]  # step -> fresh noise, (batch, channels, height, width)
 Compensation = Callable[[int, Samples], Samples]  # (step, sample) -> sample
+Observation = tuple["int | None", str, Mapping[str, Buffer]]  # (step, segment, outputs by port)
 NO_INPUTS: Mapping[str, Samples] = {}
 
 REQUEST_BYTES = 256 << 20  # about what the buffers of one request may take
@@ -175,6 +179,29 @@ class Executor:
         *_, event = self.run(labels, noise, fresh_noise)
         return event.x
 
+    def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> Iterator[Observation]:
+        """What each segment returns for one image that stands at `samples`, (1, channels, height, width), before steps.
+
+        (index of the step, segment, its outputs by port): the conditioning of these steps first, then the steps in
+        order, each followed by UPDATE, the sample after it without fresh noise. A step takes what an earlier one of
+        `samples` left; so all that it reads has to be written there. Arrays are valid until the next one.
+        """
+        buffers = self._lent(1)
+        try:
+            self._run_condition([label], buffers)
+            yield None, CONDITION, buffers.conditioning.tables_at(sorted(samples))
+            for step in (step for step in self.program.steps if step.index in samples):
+                x = np.ascontiguousarray(samples[step.index], np.float32)
+                self._run_engine(step, x, buffers)
+                yield (
+                    step.index,
+                    step.segment,
+                    {"out": buffers.out, **{port: buffers.slots[slot] for port, slot in written_ports(step)}},
+                )
+                yield step.index, UPDATE, {"next": self._updated(step, x, buffers.out, np.zeros_like(x))}
+        finally:
+            self._free.append(buffers)
+
     def _lent(self, images: int) -> _Buffers:
         """Buffers for so many images: some that an earlier request has given back, else new ones."""
         for _ in range(len(self._free)):  # no lock: each call on the deque is whole, and a miss costs an allocation
@@ -284,6 +311,11 @@ class Executor:
             for value in step.writes:
                 return self._engines[step.segment].outputs[f"cache.{value}"].dtype
         return "float32"
+
+
+def written_ports(step: Step) -> Iterator[tuple[str, int]]:
+    """(port, slot) of every cache that a step leaves for later ones."""
+    return ((f"cache.{value}", slot) for value, slot in step.writes.items())
 
 
 def check_request(spec: ModelSpec, labels: Sequence[int], noise: Samples) -> None:

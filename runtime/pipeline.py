@@ -19,19 +19,23 @@ from numpy.typing import NDArray
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, runnable_path
+from ditc.engines.integer_form import SaysArithmetic
 from ditc.engines.scale_table import DYNAMIC, step_inputs
 from ditc.engines.targets import backend_for
 from ditc.engines.update import UPDATE
-from ditc.errors import BundleError, DitcError, InputError, unknown_name
+from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_name
+from ditc.precision import INT8, PRECISIONS
 from ditc.program import DECODE, Program
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise
+from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer
 
 __all__ = ["Pipeline", "load", "open_engines"]
 
 
 PIXEL_CHANNELS = (1, 3)  # grey or RGB
+CHECKED: set[tuple[str, str]] = set()  # (bundle, backend) whose fingerprint this process has compared
 
 
 def load(
@@ -45,6 +49,7 @@ def load(
     compensation: bool = True,
     threads: int | None = None,
     batch: int | None = None,
+    check: bool = False,
 ) -> Pipeline:
     """Open a bundle. `reference=True` runs its FP, uncached program instead of the compiled one, on the CPU.
 
@@ -53,7 +58,9 @@ def load(
     bundle's own; `graphs` how much one CUDA graph holds ("trajectory", "step", "none"); `backend` stands in
     for the target's. `threads` are those of one engine call on a processor, None for every core that the process may
     use; `batch` is how many images `images` and `latents` walk together there, None for as many as fit a small buffer.
-    Raises BundleError, naming the file, where anything in the bundle differs from its manifest.
+    With `check` every segment is first held to what it gave where the bundle was compiled, once per process and target:
+    CheckError names the one that gives something else. Raises BundleError, naming the file, where anything in the
+    bundle differs from its manifest.
     """
     if graphs not in GRAPHS:
         raise unknown_name("CUDA graph scope", graphs, GRAPHS)
@@ -62,7 +69,15 @@ def load(
         chosen = "cpu" if reference else target or str(bundle.manifest.settings.get("target", "cpu"))
         store = None if engines is None or reference else Path(engines)
         backend = backend_for(chosen, store, threads)
-    return Pipeline(bundle, backend=backend, reference=reference, compensation=compensation, graphs=graphs, batch=batch)
+    return Pipeline(
+        bundle,
+        backend=backend,
+        reference=reference,
+        compensation=compensation,
+        graphs=graphs,
+        batch=batch,
+        check=check,
+    )
 
 
 def open_engines(stack: ExitStack, backend: Backend, segments: Mapping[str, Path]) -> dict[str, Engine]:
@@ -89,7 +104,12 @@ class Pipeline:
         compensation: bool = True,
         graphs: str = "none",
         batch: int | None = None,
+        check: bool = False,
     ) -> None:
+        if reference and check:
+            raise InputError(
+                "the fingerprint is of the compiled program, not of the reference; leave out one of the two"
+            )
         if reference and not bundle.has_reference:
             raise BundleError(f"{bundle.path} was compiled or copied without its FP reference; compile it again")
         self.bundle = bundle
@@ -98,6 +118,7 @@ class Pipeline:
         self._compensated = compensation and not reference
         self._stack = ExitStack()
         self._graphs = graphs
+        self._check = check
         self._batch = self._checked_batch(batch)
         self._executor: Executor | DeviceExecutor | None = None
         self.engines: Mapping[str, Engine | DeviceEngine] = {}
@@ -128,6 +149,8 @@ class Pipeline:
                 self._executor = self._on_device(self.backend, [*names, UPDATE])
             else:
                 self._executor = self._on_host(self.backend, names)
+            if self._check:
+                self._check_once()
         except BaseException:
             self._stack.close()
             raise
@@ -280,6 +303,43 @@ class Pipeline:
                 f"{self.bundle.path} makes latents of {channels} channels and has no decoder; "
                 "compile it with --vae FOLDER, or take pipe.latents()"
             )
+
+    def differences(self) -> list[Difference]:
+        """How far every output of every segment is from what it was where the bundle was compiled, in their order.
+
+        The form that runs here is compared, with what rounding makes of the type that this target computes in. Raises
+        BundleError for a bundle without a fingerprint.
+        """
+        if self.reference:
+            raise InputError("the fingerprint is of the compiled program; open the bundle without reference=True")
+        kept = Fingerprint.of(self.bundle.path)
+        form = TYPED if self.on_device and TYPED in kept.forms else PORTABLE
+        decode = self.decode if DECODE in self.program.epilogue else None
+        found = observer(self._open_executor(), kept.label, decode)(kept.samples)
+        if not self._compensated:  # then the next sample is another one
+            found = {(call, port): values for (call, port), values in found.items() if not call.startswith(UPDATE)}
+        return kept.forms[form].differences(found, self._rest())
+
+    def _rest(self) -> str:
+        """The type that is computed in around the integers."""
+        if self.on_device:
+            return "f16"
+        bits = PRECISIONS.get(self.bundle.manifest.precision) or INT8
+        return self.backend.arithmetic(bits.weights).rest if isinstance(self.backend, SaysArithmetic) else "f32"
+
+    def _check_once(self) -> None:
+        """Raise CheckError where a segment gives something else here than where the bundle was compiled."""
+        key = (self.bundle.digest, repr(self.backend))
+        if key in CHECKED:
+            return
+        for found in self.differences():
+            if not found.is_rounding:
+                raise CheckError(
+                    f"segment {found.segment} of {self.bundle.path} gives something else here than where it was "
+                    f"compiled: {found.port} of {found.call} differs by {found.error:.2g} (relative L2), expected at "
+                    f"most {found.tolerance:.2g}; `ditc doctor {self.bundle.path}` shows all segments"
+                )
+        CHECKED.add(key)
 
     def _requests(
         self, labels: Sequence[int], streams: Sequence[tuple[int, int]], noise: Samples | None

@@ -71,6 +71,26 @@ def test_a_decoder_gets_the_latents_on_the_device(built: Any) -> None:
 
 
 @pytest.mark.any_version
+@pytest.mark.parametrize("name", BUNDLES)
+def test_every_engine_gives_what_the_typed_form_gave_where_it_was_compiled(name: str, built: Any) -> None:
+    with ditc.load(built[name], target="tensorrt", check=True) as pipe:
+        found = pipe.differences()
+        assert {each.segment for each in found} == {*pipe.program.calls, "update"}
+        assert all(each.is_rounding for each in found)
+        assert np.array_equal(pipe.latents(LABELS, seed=3), latents(built[name], "tensorrt"))
+
+
+@pytest.mark.any_version
+def test_an_engine_that_gives_something_else_is_noticed(built: Any) -> None:
+    with ditc.load(built["small"], target="tensorrt") as pipe:
+        executor = pipe._executor
+        assert isinstance(executor, DeviceExecutor)
+        row = executor._update_rows[0]  # as if the engine of `update` took another number
+        executor._device.upload(1.1 * executor._device.download(row), row)
+        assert {each.segment for each in pipe.differences() if not each.is_rounding} == {"update"}
+
+
+@pytest.mark.any_version
 @pytest.mark.parametrize("name", ["small", "learned-noise", "odd-addresses"])
 def test_graphs_change_nothing(name: str, built: Any) -> None:
     plain = latents(built[name], "tensorrt", graphs="none")

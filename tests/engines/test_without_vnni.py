@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
+from ditc.bundle import Bundle
+from ditc.compiler.options import CompileOptions
 from ditc.engines.lowering import lower
 from ditc.engines.qdq import insert_qdq, quantize_weight
 from ditc.engines.scale_table import ScaleTable
@@ -78,6 +81,15 @@ try:
     OpenVinoBackend().open(folder / "full-8.onnx")
 except InputError as e:
     found["refused"] = str(e)
+"""
+
+ON_A_BUNDLE = """
+import ditc.engines.onnxrt as onnxrt
+from ditc.runtime.pipeline import load
+for form, entries in (("opened", onnxrt.exact_entries), ("plain", lambda segment: {})):
+    onnxrt.exact_entries = entries
+    with load(bundle) as pipe:
+        found[form] = [[each.segment, each.error, each.tolerance] for each in pipe.differences()]
 """
 
 
@@ -161,3 +173,14 @@ def test_there_openvino_runs_seven_bits_refuses_eight_and_says_what_it_computes_
     assert found["advice-f32"] == []
     (advice,) = found["advice-bf16"]
     assert "this CPU has no bf16" in advice
+
+
+def test_there_a_fingerprint_passes_what_ditc_opens_and_names_what_saturates(
+    folder: Path, compiled_once: Callable[..., Bundle]
+) -> None:
+    options = CompileOptions(steps=4, policy="fora:2", points=16, pool_images=8, vc_images=8, verify_images=1)
+    bundle = compiled_once("digits", options)
+    found = emulated(f"bundle = {str(bundle.path)!r}\n{ON_A_BUNDLE}", folder)
+    assert {segment for segment, _, _ in found["opened"]} == {*bundle.manifest.program.calls, "update"}
+    assert [segment for segment, error, tolerance in found["opened"] if error > tolerance] == []
+    assert next(segment for segment, error, tolerance in found["plain"] if error > tolerance) == "full"

@@ -32,6 +32,7 @@ with ditc.load(bundle, reference=True) as pipe:
     exact = images(pipe, fp_count)
 with ditc.load(bundle) as pipe:
     found = images(pipe, count)
+    worst = max(pipe.differences(), key=lambda difference: difference.error / difference.tolerance)
     integers = pipe.backend.arithmetic(7 if pipe.bundle.manifest.precision == "w7a8" else 8).text
 loaded = sorted({"torch", "onnx", "onnx_ir"} & sys.modules.keys())
 assert not loaded, f"the runtime loaded {loaded}"
@@ -41,5 +42,6 @@ facts = {
     "onnxruntime": version("onnxruntime"),
     "numpy": version("numpy"),
     "integers": integers,
+    "fingerprint": worst.error / worst.tolerance,
 }
 np.savez(out, exact=exact, found=found, facts=json.dumps(facts))

@@ -1,0 +1,69 @@
+"""The last stage of a compile: what its segments give, for other machines to be held to (`runtime.fingerprint`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.stages import executor
+from ditc.engines.backend import lowered_path
+from ditc.program import DECODE
+from ditc.runtime.executor import Executor, Samples, seeded_noise
+from ditc.runtime.fingerprint import PORTABLE, TYPED, Fingerprint, Observer, expected, observer, steps_to_keep
+
+__all__ = ["fingerprint"]
+
+ON_PROCESSORS, ON_DEVICES = ("f32", "bf16"), ("f16",)  # types around the integers
+NOISE = 4_000_003  # of an image that no other stage has seen
+
+
+def fingerprint(plan: Plan, segments: Segments, tables: Mapping[str, NDArray[Any]], folder: Path) -> None:
+    """Let one image walk the compiled program, and write what the segments give on its way: FINGERPRINT.
+
+    Where they have a form for GPUs beside them, ONNX Runtime runs that too, in the same types.
+    """
+    typed = {name: lowered_path(path, "trt") for name, path in segments.items()}
+    typed = {name: path for name, path in typed.items() if path.is_file()}
+    label = next((label for label in plan.labels(2) if label != plan.guidance_label), 0)
+    with _observing(plan, segments, label, tables) as (runner, observe):
+        samples = _on_its_way(plan, runner, label)
+        rests = ON_PROCESSORS if typed else ON_PROCESSORS + ON_DEVICES
+        forms = {PORTABLE: expected(observe, samples, rests)}
+    if typed:
+        with _observing(plan, typed, label, tables) as (_, observe):
+            forms[TYPED] = expected(observe, samples, ON_DEVICES)
+    Fingerprint(label, samples, forms).save(folder)
+
+
+@contextmanager
+def _observing(
+    plan: Plan, segments: Segments, label: int, tables: Mapping[str, NDArray[Any]]
+) -> Iterator[tuple[Executor, Observer]]:
+    """An executor over one form of the segments, and what observes them."""
+    with executor(plan, plan.program, segments, tables) as runner:
+        yield runner, observer(runner, label, _decoder(plan, segments))
+
+
+def _on_its_way(plan: Plan, runner: Executor, label: int) -> dict[int, Samples]:
+    """The image's samples in front of the steps that are kept, and the finished one under the number of steps."""
+    noise, fresh = seeded_noise(plan.options.seed + NOISE, 0, 1, plan.spec.latent_shape)
+    kept, samples = set(steps_to_keep(plan.program)), dict[int, Samples]()
+    for event in runner.run([label], noise, fresh):
+        plan.progress("fingerprint", event.index, event.steps)
+        if event.index in kept:
+            samples[event.index] = event.before
+    return samples | {event.steps: event.x}
+
+
+def _decoder(plan: Plan, segments: Segments) -> Callable[[Samples], Samples] | None:
+    """From a latent to its image in [-1, 1]; None where nothing is decoded."""
+    if DECODE not in segments:
+        return None
+    session = plan.backend.session(segments[DECODE])
+    return lambda latent: np.asarray(np.clip(session.run(["image"], {"latent": latent})[0], -1, 1))

@@ -1,0 +1,221 @@
+"""Fingerprints: a machine that gives what the compiling one gave passes, one that gives something else is noticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import ditc.runtime.pipeline as pipeline
+from ditc.bundle import Bundle, open_bundle, read_tables, seal_bundle, write_tables
+from ditc.compiler.cli import run
+from ditc.compiler.options import CompileOptions
+from ditc.engines.backend import runnable_path
+from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.errors import BundleError, CheckError, InputError
+from ditc.exporter.dit import DiT
+from ditc.exporter.onnx_files import load_model, save_model
+from ditc.runtime.fingerprint import FINGERPRINT, PORTABLE, TYPED, Fingerprint, observer, steps_to_keep
+from ditc.runtime.pipeline import load
+
+KINDS = ["cached", "per-step", "float-ends", "fp32-cached", "fp32-branches", "fp32-taylor", "fp32-affine", "fp32-none"]
+WEIGHT_AXES = 2
+
+
+@pytest.fixture(autouse=True)
+def _nothing_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "CHECKED", set())
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[Bundle], Path]:
+    def copied(bundle: Bundle) -> Path:
+        return Path(shutil.copytree(bundle.path, tmp_path / "b", dirs_exist_ok=True))
+
+    return copied
+
+
+def weights_of(segment: Path) -> list[str]:
+    """The weights of the linear layers of an ONNX file."""
+    initializers = load_model(segment).graph.initializers
+    return [name for name, value in initializers.items() if len(value.shape or ()) == WEIGHT_AXES]
+
+
+def with_fault(bundle: Bundle, folder: Path, segment: str, weight: str) -> None:
+    """The bundle in `folder`, whose large weights of one layer are cut, as a product that saturates would have it."""
+    source, place = (Bundle(path, bundle.manifest).segment_path(segment) for path in (bundle.path, folder))
+    name = runnable_path(source, "onnxrt").name
+    model = load_model(source.with_name(name))
+    value = model.graph.initializers[weight]
+    assert value.const_value is not None
+    numbers = value.const_value.numpy()
+    bound = np.asarray(np.abs(numbers.astype(np.float32)).max() / 2, numbers.dtype)
+    value.const_value = ir.tensor(np.clip(numbers, -bound, bound), name=weight)
+    save_model(model, place.with_name(name))
+    seal_bundle(folder, bundle.manifest)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_a_bundle_was_compiled_nothing_differs(kind: str, threads: int, bundles: dict[str, Bundle]) -> None:
+    with load(bundles[kind].path, threads=threads, check=True) as pipe:
+        differences = pipe.differences()
+    assert [found for found in differences if not found.is_rounding] == []
+    assert {found.segment for found in differences} == {*bundles[kind].manifest.program.calls, "update"}
+
+
+@pytest.mark.parametrize("kind", ["cached", "float-ends"])
+def test_what_gpus_run_is_held_to_what_that_form_gave(kind: str, bundles: dict[str, Bundle]) -> None:
+    """ONNX Runtime plays the GPU: the typed form in the same types."""
+    kept = Fingerprint.of(bundles[kind].path)
+    with load(bundles[kind].path, backend=OnnxRuntimeBackend(name="trt")) as pipe:
+        found = observer(pipe._open_executor(), kept.label, None)(kept.samples)
+    assert all(difference.error == 0 for difference in kept.forms[TYPED].differences(found, "f16"))
+    assert any(difference.error > 0 for difference in kept.forms[PORTABLE].differences(found, "bf16"))
+
+
+@pytest.mark.parametrize("kind", ["cached", "fp32-cached"])
+def test_a_fault_of_any_one_layer_is_noticed(
+    kind: str, bundles: dict[str, Bundle], copy: Callable[[Bundle], Path]
+) -> None:
+    bundle = bundles[kind]
+    for segment in ("condition", "full", "reuse"):
+        for weight in weights_of(runnable_path(bundle.segment_path(segment), "onnxrt")):
+            folder = copy(bundle)
+            with_fault(bundle, folder, segment, weight)
+            with load(folder) as pipe:
+                first = next(found for found in pipe.differences() if not found.is_rounding)
+            assert first.segment == segment, weight
+
+
+def test_load_with_check_names_the_segment_and_how_much(
+    bundles: dict[str, Bundle], copy: Callable[[Bundle], Path]
+) -> None:
+    bundle, folder = bundles["cached"], copy(bundles["cached"])
+    segment = runnable_path(bundle.segment_path("full"), "onnxrt")
+    with_fault(bundle, folder, "full", weights_of(segment)[-1])
+    words = (
+        r"segment full of .* gives something else here .* differs by 0\.\d+ \(relative L2\), expected at most 0\.\d+"
+    )
+    for _ in range(2):  # one that failed is compared again
+        with pytest.raises(CheckError, match=words), load(folder, check=True):
+            pass
+    with load(folder) as pipe:  # nobody asked
+        assert pipe.images([0]).shape == (1, 3, 8, 8)
+
+
+def test_doctor_compares_a_bundle_and_fails_where_it_differs(
+    bundles: dict[str, Bundle], copy: Callable[[Bundle], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["doctor", str(bundles["cached"].path), "--json"]) == 0
+    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert all(found[f"segment {name}"]["works"] for name in ("condition", "full", "reuse", "update"))
+    assert "(relative L2), expected at most" in found["segment full"]["detail"]
+    folder = copy(bundles["cached"])
+    with_fault(bundles["cached"], folder, "reuse", weights_of(bundles["cached"].segment_path("reuse"))[0])
+    assert run(["doctor", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert "no   segment reuse" in printed.out
+    assert "yes  segment full" in printed.out
+    assert "segment reuse is the first that does" in printed.err
+
+
+def test_a_bundle_without_a_fingerprint_says_so(
+    bundles: dict[str, Bundle], copy: Callable[[Bundle], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(bundles["cached"])
+    (folder / FINGERPRINT).unlink()
+    seal_bundle(folder, bundles["cached"].manifest)
+    assert run(["doctor", str(folder)]) == 2
+    assert "has no fingerprint" in capsys.readouterr().err
+    with pytest.raises(BundleError, match="has no fingerprint"), load(folder, check=True):
+        pass
+    with load(folder) as pipe:
+        assert pipe.images([0]).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda tables: tables.pop("label"), lambda tables: tables.update({"sample/x": np.zeros(1)})]
+)
+def test_a_fingerprint_that_is_none_is_one_line(
+    change: Callable[[Any], Any], bundles: dict[str, Bundle], copy: Callable[[Bundle], Path]
+) -> None:
+    folder = copy(bundles["cached"])
+    tables = dict(read_tables(folder / FINGERPRINT))
+    change(tables)
+    write_tables(folder / FINGERPRINT, tables)
+    seal_bundle(folder, bundles["cached"].manifest)
+    with pytest.raises(BundleError, match="is no fingerprint"), load(folder, check=True):
+        pass
+
+
+def test_a_fingerprint_of_another_bundle_is_refused(bundles: dict[str, Bundle], copy: Callable[[Bundle], Path]) -> None:
+    folder = copy(bundles["cached"])
+    shutil.copyfile(bundles["fp32-taylor"].path / FINGERPRINT, folder / FINGERPRINT)
+    seal_bundle(folder, bundles["cached"].manifest)
+    with pytest.raises(BundleError, match="does not fit its bundle"), load(folder, check=True):
+        pass
+
+
+def test_a_bundle_is_compared_once_per_process_and_backend(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    differences = pipeline.Pipeline.differences
+    monkeypatch.setattr(
+        pipeline.Pipeline, "differences", lambda pipe: (compared.append(pipe.backend.threads), differences(pipe))[1]
+    )
+    for threads in (1, 1, 2, 1):
+        with load(bundles["cached"].path, threads=threads, check=True):
+            pass
+    assert compared == [1, 2]
+
+
+def test_without_the_compensation_the_segments_are_compared_all_the_same(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["cached"].path, compensation=False) as pipe:
+        assert all(found.is_rounding for found in pipe.differences())
+
+
+def test_the_reference_has_no_fingerprint(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(InputError, match="not of the reference"):
+        load(bundles["cached"].path, reference=True, check=True)
+
+
+def test_a_comparison_changes_no_image(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["per-step"].path) as pipe:
+        before = pipe.images([0, 1], seed=4)
+        pipe.differences()
+        assert np.array_equal(pipe.images([0, 1], seed=4), before)
+
+
+def test_every_segment_is_run_at_a_step_whose_caches_are_there(
+    bundles: dict[str, Bundle],
+    partial_schedule: Path,
+    compiled_once: Callable[..., Bundle],
+    quick_options: CompileOptions,
+    make_small_model: Callable[..., DiT],
+) -> None:
+    partial = compiled_once(make_small_model(), quick_options.model_copy(update={"policy": str(partial_schedule)}))
+    for program in [partial.manifest.program, *(bundles[kind].manifest.program for kind in KINDS)]:
+        kept, holds = steps_to_keep(program), dict[int, int]()
+        writers: dict[int, int] = {}
+        for step in program.steps:
+            if step.index in kept:
+                assert all(holds[slot] == writers[slot] for slot in step.reads.values())
+                holds |= dict.fromkeys(step.writes.values(), step.index)
+            writers |= dict.fromkeys(step.writes.values(), step.index)
+        assert {program.steps[index].segment for index in kept} == {plan.name for plan in program.segments}
+
+
+def test_the_digest_is_of_the_manifest(bundles: dict[str, Bundle], copy: Callable[[Bundle], Path]) -> None:
+    folder = copy(bundles["cached"])
+    assert open_bundle(folder).digest == bundles["cached"].digest
+    (folder / FINGERPRINT).unlink()
+    seal_bundle(folder, bundles["cached"].manifest)
+    assert open_bundle(folder).digest != bundles["cached"].digest
