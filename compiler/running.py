@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+import ditc
+from ditc.bundle import Bundle
 from ditc.errors import CheckError
 from ditc.runtime.executor import Samples, StepEvent
 from ditc.runtime.images import grid, save_png
@@ -58,7 +60,8 @@ def run_bundle(
 ) -> dict[str, Any]:
     """Generate one image per label into `out`, with a grid of all; returns file names and times.
 
-    On a GPU the request is queued whole, so there are no times of single steps; `ditc bench` measures those.
+    Each file says in its text chunks what it was made from (`origin_text`). On a GPU the request is queued whole, so
+    there are no times of single steps; `ditc bench` measures those.
     """
     events: list[StepEvent] = []
     with place.load(bundle) as pipe:
@@ -72,12 +75,25 @@ def run_bundle(
             pictures = _watched_images(pipe, labels, seed, watch, events)
         seconds = perf_counter() - start
     names = [f"{number:04d}-class{label}.png" for number, label in enumerate(labels)]
-    for name, picture in zip(names, pictures, strict=True):
-        save_png(picture, out / name)
+    for number, (name, picture) in enumerate(zip(names, pictures, strict=True)):
+        save_png(picture, out / name, origin_text(pipe.bundle, seed, labels[number : number + 1], number))
     columns = int(np.ceil(np.sqrt(len(pictures))))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    save_png(grid(rows, scale=max(1, LEAST_WIDTH // pictures.shape[-1])), out / "grid.png")
+    picture = grid(rows, scale=max(1, LEAST_WIDTH // pictures.shape[-1]))
+    save_png(picture, out / "grid.png", origin_text(pipe.bundle, seed, labels, 0))
     return {"images": names, "grid": "grid.png", "folder": str(out), **timings(events, len(labels), seconds)}
+
+
+def origin_text(bundle: Bundle, seed: int, labels: Sequence[int], first: int) -> dict[str, str]:
+    """What a picture of the images `first` and on of a seed was made from, by keyword of a PNG's text chunks."""
+    return {
+        "Software": f"ditc {ditc.__version__}",
+        "ditc.bundle": bundle.digest,
+        "ditc.model": bundle.manifest.model.name,
+        "ditc.seed": str(seed),
+        "ditc.first": str(first),
+        "ditc.classes": ",".join(map(str, labels)),
+    }
 
 
 def _watched_images(pipe: Pipeline, labels: Sequence[int], seed: int, watch: Watch, events: list[StepEvent]) -> Samples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from ditc.files import writing
 
 __all__ = ["grid", "png_bytes", "save_png", "to_bytes"]
+
+NO_TEXT: Mapping[str, str] = {}
 
 
 def to_bytes(images: NDArray[Any]) -> NDArray[np.uint8]:
@@ -34,17 +36,24 @@ def grid(rows: Sequence[NDArray[Any]], *, scale: int = 1, gap: int = 2) -> NDArr
     return picture
 
 
-def png_bytes(image: NDArray[Any]) -> bytes:
-    """One image (channels, height, width) in [-1, 1]; 1 channel is grey, 3 are RGB, of any other count the first 3."""
-    from PIL import Image
+def png_bytes(image: NDArray[Any], text: Mapping[str, str] = NO_TEXT) -> bytes:
+    """One image (channels, height, width) in [-1, 1]; 1 channel is grey, 3 are RGB, of any other count the first 3.
 
-    pixels, data = to_bytes(image), BytesIO()
-    Image.fromarray(pixels[0] if len(pixels) in (1, 2) else np.moveaxis(pixels[:3], 0, -1)).save(data, "png")
+    `text` goes into the file's text chunks, by keyword.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    pixels, data, chunks = to_bytes(image), BytesIO(), PngInfo()
+    for keyword, words in text.items():
+        chunks.add_text(keyword, words)
+    picture = Image.fromarray(pixels[0] if len(pixels) in (1, 2) else np.moveaxis(pixels[:3], 0, -1))
+    picture.save(data, "png", pnginfo=chunks)
     return data.getvalue()
 
 
-def save_png(image: NDArray[Any], path: Path) -> None:
+def save_png(image: NDArray[Any], path: Path, text: Mapping[str, str] = NO_TEXT) -> None:
     """One image as `png_bytes` makes it, as a file."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png_bytes(image))
+        path.write_bytes(png_bytes(image, text))

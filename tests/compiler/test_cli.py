@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ditc
 from ditc.bundle import Bundle
 from ditc.compiler.cli import cli, run
 from ditc.compiler.live_progress import advice_on_stderr
@@ -46,6 +47,27 @@ def test_every_command_and_option_is_documented(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_speaks_json(name: str) -> None:
     assert "--json" in {flag for option in cli.commands[name].params for flag in option.opts}
+
+
+def test_every_picture_says_which_bundle_seed_class_and_version_made_it(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundles["cached"]
+    assert run(["run", str(bundle.path), "--labels", "3,0", "--seed", "9", "-o", str(tmp_path)]) == 0
+    said = {}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            said[path.name] = picture.text  # type: ignore[attr-defined]
+    for own, first, classes in (("0000-class3.png", "0", "3"), ("0001-class0.png", "1", "0"), ("grid.png", "0", "3,0")):
+        assert said.pop(own) == {
+            "Software": f"ditc {ditc.__version__}",
+            "ditc.bundle": sha256_of(bundle.path / "manifest.json"),
+            "ditc.model": "small",
+            "ditc.seed": "9",
+            "ditc.first": first,
+            "ditc.classes": classes,
+        }
+    assert not said
 
 
 def test_run_writes_a_picture_per_label_and_a_grid(

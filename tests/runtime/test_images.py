@@ -87,6 +87,15 @@ def test_a_latent_of_four_channels_shows_its_first_three(tmp_path: Path) -> None
         np.testing.assert_array_equal(np.asarray(found), to_bytes(gradient(4)[:3]).transpose(1, 2, 0))
 
 
+def test_what_a_png_was_made_from_stands_in_its_text_chunks(tmp_path: Path) -> None:
+    image = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
+    text = {"Software": "ditc 1", "ditc.model": "Größe 千"}
+    save_png(image, tmp_path / "a.png", text)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.text == text  # type: ignore[attr-defined]
+        assert np.array_equal(np.asarray(picture), to_bytes(image)[0])
+
+
 def test_an_image_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match=r"can't write .*image\.png"):
