@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from ditc.compiler.printing import (
     print_trial,
     print_tuning,
 )
-from ditc.errors import CheckError, DitcError, InputError
+from ditc.errors import CheckError, DitcError, InputError, one_line
 
 __all__ = ["cli", "main"]
 
@@ -45,6 +46,9 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 def main() -> None:
     """Run the command line; every error that is ours becomes one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the locale can't write
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -57,10 +61,10 @@ def run(arguments: Sequence[str]) -> int:
         e.show()
         return e.exit_code
     except CheckError as e:
-        click.echo(f"ditc: check failed: {e}", err=True)
+        click.echo(f"ditc: check failed: {one_line(str(e))}", err=True)
         return FAILED
     except DitcError as e:
-        click.echo(f"ditc: {e}", err=True)
+        click.echo(f"ditc: {one_line(str(e))}", err=True)
         return BAD_INPUT
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] == "ditc":
@@ -68,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         click.echo(f"ditc: this command needs {e.name}; install it with: pip install 'ditc[export]'", err=True)
         return BAD_INPUT
     except OSError as e:
-        click.echo(f"ditc: {e.filename or 'a file'}: {e.strerror or e}", err=True)
+        click.echo(one_line(f"ditc: {e.filename or 'a file'}: {e.strerror or e}"), err=True)
         return BAD_INPUT
     except (KeyboardInterrupt, click.Abort):
         click.echo("ditc: interrupted; nothing half-written is left, the same command goes on from here", err=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ditc.bundle import Bundle
 from ditc.engines.scale_table import SCALES_INPUT, ScaleTable, step_inputs
+from ditc.errors import BundleError
 from ditc.precision import quantized
 from ditc.program import Program
 from ditc.spec import ModelSpec
@@ -96,7 +97,16 @@ def model_notes(spec: ModelSpec) -> list[str]:
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, str]:
-    """The headline facts of a bundle, name -> text."""
+    """The headline facts of a bundle, name -> text. Raises BundleError where they aren't there to be told."""
+    try:
+        return _facts(bundle)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise BundleError(
+            f"the `checks` in the manifest of {bundle.path} are not those of a compile ({e!r}); compile it again"
+        ) from e
+
+
+def _facts(bundle: Bundle) -> dict[str, str]:
     m = bundle.manifest
     called = [m.program.segment(step.segment) for step in m.program.steps]
     computed, in_float = sum(any(plan.compute) for plan in called), sum(plan.in_float for plan in called)

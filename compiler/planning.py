@@ -13,7 +13,8 @@ from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import InputError
-from ditc.program import AHEAD, FULL, Caches, NoSumsError, Program, ends_in_float, program_from_schedule
+from ditc.passes import NoSumsError, ends_in_float, program_from_schedule
+from ditc.program import AHEAD, FULL, Caches, Program
 from ditc.progress import Progress, silent
 from ditc.runtime.samplers import adds_noise, sampler_table
 from ditc.schedule import CacheSchedule, Reuse, schedule_for

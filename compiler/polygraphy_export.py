@@ -51,8 +51,9 @@ def export_polygraphy(bundle: Path, out: Path, *, points: int = 4, force: bool =
     with atomic_folder(target) as folder:
         _write_inputs(folder / "inputs", runs)
         _write_loaders(folder, opened, facts)
-        _write_scripts(folder, facts, Path(place).as_posix())
-        (folder / "README.md").write_text(readme(opened, facts))
+        # a script has the bytes of the path, whatever they say in the locale
+        _write_scripts(folder, facts, os.fsencode(Path(place).as_posix()).decode(errors="surrogateescape"))
+        (folder / "README.md").write_text(readme(opened, facts), "utf-8")
         files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     return {
         "folder": str(out),
@@ -172,7 +173,7 @@ def _write_loaders(folder: Path, bundle: Bundle, facts: Sequence[SegmentFacts]) 
             types = {value.name: value.dtype.numpy().name for value in inputs if value.dtype is not None}
             rows = "".join(f"    {name!r}: {kind!r},\n" for name, kind in types.items())
             text = LOADER.format(segment=part.name, form=form, types=rows)
-            (folder / loader_name(part.name, form)).write_text(text)
+            (folder / loader_name(part.name, form)).write_text(text, "utf-8")
 
 
 def _write_scripts(folder: Path, facts: Sequence[SegmentFacts], bundle: str) -> None:
@@ -180,7 +181,7 @@ def _write_scripts(folder: Path, facts: Sequence[SegmentFacts], bundle: str) -> 
         text = script_text(script, facts, bundle)
         if text is not None:
             path = folder / script.name
-            path.write_text(text)
+            path.write_bytes(text.encode(errors="surrogateescape"))
             path.chmod(0o755)
 
 

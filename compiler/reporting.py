@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -22,7 +23,7 @@ from ditc.compiler.report_samples import sample_parts
 from ditc.compiler.running import HERE, Place
 from ditc.compiler.side_by_side import check_not_slower
 from ditc.engines.targets import backend_for
-from ditc.errors import DitcError, InputError
+from ditc.errors import DitcError, InputError, one_line
 from ditc.files import atomic_write
 from ditc.progress import Progress, silent
 from ditc.runtime.latency import Latency
@@ -99,7 +100,7 @@ def report_bundle(path: Path, options: ReportOptions, *, place: Place = HERE, pr
     found = None if evaluated is None else evaluate_bundle(path, evaluated, place=place, progress=progress)
     k = bundle.tables().get("compensation.k")
     return Report(
-        bundle=path.resolve().name,
+        bundle=_shown(path.resolve().name),
         made_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         ditc_version=ditc.__version__,
         machine=machine(),
@@ -116,6 +117,11 @@ def report_bundle(path: Path, options: ReportOptions, *, place: Place = HERE, pr
         calibration=calibration_of(bundle),
         evaluation=found,
     )
+
+
+def _shown(name: str) -> str:
+    """A name out of a path as text for a page: that is UTF-8, and a path any bytes."""
+    return one_line(os.fsencode(name).decode(errors="backslashreplace"))
 
 
 def default_page(bundle: Path) -> Path:
@@ -136,7 +142,7 @@ def write_report(report: Report, page: Path) -> Path:
     """Write the page, and its numbers beside it with the ending .json, whose path is returned."""
     numbers = page.with_suffix(".json")
     atomic_write(numbers, report.model_dump_json(indent=1).encode() + b"\n")
-    atomic_write(page, page_from_report(report, numbers.name).encode())
+    atomic_write(page, page_from_report(report, _shown(numbers.name)).encode())
     return numbers
 
 

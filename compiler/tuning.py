@@ -41,7 +41,7 @@ from ditc.engines.targets import backend_for
 from ditc.errors import CheckError, InputError
 from ditc.exporter.facts import ModelFacts
 from ditc.files import atomic_write, digest_of
-from ditc.program import NoSumsError, NothingQuantizedError
+from ditc.passes import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress, silent
 from ditc.spec import Record
 

@@ -9,30 +9,35 @@
     calib/                the calibration set and the scales made from it; a deployment may leave it out
     reference/*.onnx      the FP segments that `ditc verify` compares with; a deployment may leave them out
 
-There is no pickle anywhere, and nothing is read that the manifest doesn't vouch for.
+There is no pickle anywhere, and nothing is read that the manifest doesn't vouch for. Files may be links, as caches of
+model hubs lay them out: what counts is their names and their bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 
-from ditc.errors import BundleError
+from ditc.bundle_checks import bundle_contradictions, is_graph, manifest_contradictions
+from ditc.errors import BundleError, one_line
 from ditc.files import atomic_write, sha256_of
+from ditc.manifest import MANIFEST, REFERENCE, SCHEMA_VERSION, SEAL, SEGMENTS, TABLES, FileEntry, Manifest
+from ditc.onnx_ports import Ports, read_ports
 from ditc.precision import quantized
-from ditc.program import Program
-from ditc.spec import ModelSpec, Record
+from ditc.tables import read_tables, write_tables
 
 __all__ = [
+    "REFERENCE",
     "SCHEMA_VERSION",
+    "TABLES",
     "Bundle",
     "FileEntry",
     "Manifest",
@@ -42,47 +47,7 @@ __all__ = [
     "write_tables",
 ]
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-SEAL = "manifest.sha256"
-TABLES = "tables.safetensors"
-REFERENCE = "reference/"
 OPTIONAL = (REFERENCE, "calib/")  # a deployment may leave them out, each as a whole
-
-Tables = Mapping[str, NDArray[Any]]
-
-
-class FileEntry(Record):
-    """What a file of a bundle has to be, byte for byte."""
-
-    sha256: str
-    size_bytes: int
-
-
-class Manifest(Record):
-    """What a bundle is and how it was made: `settings` as compiled, `checks` as measured on the way."""
-
-    schema_version: int = SCHEMA_VERSION
-    ditc_version: str
-    model: ModelSpec
-    program: Program
-    reference_program: Program | None = None
-    precision: str
-    guidance: float
-    batch: int
-    settings: dict[str, JsonValue] = {}
-    versions: dict[str, str] = {}
-    checks: dict[str, JsonValue] = {}
-    files: dict[str, FileEntry] = {}
-
-    @property
-    def halves(self) -> int:
-        """Network rows per image: 2 with guidance (conditional, unconditional), else 1."""
-        return 1 if self.guidance == 1 else 2
-
-    def size_bytes(self, *, reference: bool) -> int:
-        """Bytes of the deployed files, or of the reference files that only `verify` needs."""
-        return sum(entry.size_bytes for name, entry in self.files.items() if name.startswith(REFERENCE) == reference)
 
 
 @dataclass(frozen=True)
@@ -98,7 +63,7 @@ class Bundle:
         return (self.path / SEAL).read_text().strip()
 
     def segment_path(self, name: str) -> Path:
-        return self.path / "segments" / f"{name}.onnx"
+        return self.path / SEGMENTS / f"{name}.onnx"
 
     def reference_path(self, name: str) -> Path:
         """The FP form of a segment; the deployed one where both are the same file."""
@@ -116,24 +81,6 @@ class Bundle:
         return read_tables(self.path / TABLES)
 
 
-def write_tables(path: Path, tables: Tables) -> None:
-    """Named arrays as one safetensors file."""
-    from safetensors.numpy import save
-
-    atomic_write(path, save({name: np.ascontiguousarray(table) for name, table in tables.items()}))
-
-
-def read_tables(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file; raises BundleError where it can't be read."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise BundleError(f"can't read the tables {path}: {e}; compile the bundle again") from e
-
-
 def seal_bundle(folder: Path, manifest: Manifest) -> Manifest:
     """Hash every file of a finished folder into its manifest and write that, last."""
     files = {
@@ -148,28 +95,54 @@ def seal_bundle(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """The bundle in a folder, or BundleError naming the file that is missing or changed."""
-    manifest = _read_manifest(path)
-    left_out = tuple(folder for folder in OPTIONAL if not (path / folder).exists())
-    for name, entry in manifest.files.items():
-        if not name.startswith(left_out):
+    """The bundle in a folder.
+
+    Raises BundleError naming the file that is missing, changed or can't be read, or what in it contradicts what else.
+    """
+    with _readable(path):
+        manifest = _read_manifest(path)
+        _refuse(path, manifest_contradictions(manifest))
+        left_out = tuple(folder for folder in OPTIONAL if not (path / folder).exists())
+        present = {name: entry for name, entry in manifest.files.items() if not name.startswith(left_out)}
+        for name, entry in present.items():
             _check_file(path, name, entry)
-    _check_nothing_unlisted(path, manifest)
+        _check_nothing_unlisted(path, manifest)
+        ports = {name: _ports(path, name) for name in filter(is_graph, present)}
+        _refuse(path, bundle_contradictions(manifest, read_tables(path / TABLES), ports))
     return Bundle(path=path, manifest=manifest)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the system refuses becomes one line."""
+    try:
+        yield
+    except OSError as e:
+        raise BundleError(f"can't read the bundle {path}: {e.filename or ''}: {e.strerror or e}") from e
+
+
+def _refuse(path: Path, contradictions: Iterator[str]) -> None:
+    for first in contradictions:
+        raise BundleError(f"{path} contradicts itself: {one_line(first)}; compile it again")
+
+
+def _ports(path: Path, name: str) -> Ports:
+    try:
+        return read_ports(path / name)
+    except ValueError as e:
+        raise BundleError(f"{path} holds {name}, which is no ONNX model: {e}; compile it again") from e
 
 
 def _read_manifest(path: Path) -> Manifest:
     try:
         text = (path / MANIFEST).read_bytes()
-        raw = json.loads(text)
     except FileNotFoundError as e:
         raise BundleError(
             f"{path} is not a bundle: no {MANIFEST} in it; make one with: ditc compile MODEL -o {path}"
         ) from e
     except NotADirectoryError as e:
         raise BundleError(f"{path} is a file, expected the folder of a bundle") from e
-    except (OSError, ValueError) as e:
-        raise BundleError(f"{path / MANIFEST} is damaged ({e}); copy the bundle again") from e
+    raw = _parsed(path, text)
     if not (path / SEAL).is_file() or (path / SEAL).read_bytes() != hashlib.sha256(text).hexdigest().encode() + b"\n":
         raise BundleError(f"{path} is damaged: {MANIFEST} does not match {SEAL}; copy the bundle again")
     found = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -181,20 +154,40 @@ def _read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as e:
         first = e.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path / MANIFEST} is damaged at {where} ({first['msg']}); copy the bundle again") from e
+        where = one_line(".".join(str(part) for part in first["loc"]))
+        reason = one_line(first["msg"])
+        raise BundleError(f"{path / MANIFEST} is damaged at {where} ({reason}); copy the bundle again") from e
+
+
+def _parsed(path: Path, text: bytes) -> Any:
+    """The JSON of a manifest, no name of which may be there twice."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(found)) < len(found):
+            names = [name for name, _ in found]
+            raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
+        return dict(found)
+
+    try:
+        raw = json.loads(text, object_pairs_hook=pairs)
+        json.dumps(raw, ensure_ascii=False).encode()  # halves of characters can't be written, so not shown either
+    except (ValueError, RecursionError) as e:
+        raise BundleError(f"{path / MANIFEST} is damaged ({one_line(str(e))}); copy the bundle again") from e
+    return raw
 
 
 def _check_file(path: Path, name: str, entry: FileEntry) -> None:
     file = path / name
-    if not file.resolve().is_relative_to(path.resolve()):
-        raise BundleError(
-            f"the manifest of {path} names {name!r}, which lies outside the bundle; don't use this bundle"
-        )
     if not file.is_file():
-        raise BundleError(f"{path} is incomplete: {name} is missing; copy the bundle again")
+        raise BundleError(f"{path} is incomplete: {name} is {_why_none(file)}; copy the bundle again")
     if file.stat().st_size != entry.size_bytes or sha256_of(file) != entry.sha256:
         raise BundleError(f"{path} is damaged: {name} does not match the hash in the manifest; copy the bundle again")
+
+
+def _why_none(file: Path) -> str:
+    if file.is_dir():
+        return "a folder, expected a file"
+    return "a link that leads nowhere" if file.is_symlink() else "missing"
 
 
 def _check_nothing_unlisted(path: Path, manifest: Manifest) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "DitcError",
     "DoubtWarning",
     "InputError",
+    "one_line",
     "unknown_name",
 ]
 
@@ -57,3 +58,8 @@ class DoubtWarning(UserWarning):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is in no table: it lists the known ones."""
     return InputError(f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(known))}")
+
+
+def one_line(text: str) -> str:
+    """A text from outside as one printable line: what would break it, or steer a terminal, is written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

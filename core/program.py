@@ -1,17 +1,17 @@
-"""The program: a denoising trajectory as straight-line code, and the passes that compile it.
+"""The program: a denoising trajectory as straight-line code.
 
-The schedule is known before the first step runs, so a trajectory has no branches: it is a list of calls. A pass is a
-pure function from a program to an equal or better one.
+The schedule is known before the first step runs, so a trajectory has no branches: it is a list of calls. `passes` makes
+it, `program_checks` has what holds of every whole one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator
 from typing import Literal
 
-from ditc.errors import InputError
 from ditc.files import digest_of
-from ditc.schedule import APPROXIMATORS, CacheSchedule, Reuse
+from ditc.schedule import Reuse
 from ditc.spec import Record
 
 __all__ = [
@@ -26,18 +26,18 @@ __all__ = [
     "PATH_KEY",
     "REUSE",
     "REUSE_ROWS",
+    "UPDATE",
     "Caches",
-    "NoSumsError",
-    "NothingQuantizedError",
     "Program",
     "SegmentPlan",
     "Step",
     "distance_of",
-    "ends_in_float",
-    "program_from_schedule",
+    "is_sum",
+    "segment_name",
 ]
 
 CONDITION, DECODE = "condition", "decode"
+UPDATE = "update"  # guidance, sampler and compensation of a step, for devices
 FULL, REUSE, EXTRAPOLATE = "full", "reuse", "extrapolate"
 FLOAT = "float"  # `full` as it was before its linear layers became INT8
 
@@ -53,14 +53,6 @@ Caches = Literal["branches", "sums"]
 
 # metadata of every ONNX node of a segment: the branch it belongs to, and the torch module path it came from
 BRANCH_KEY, PATH_KEY = "ditc.branch", "ditc.path"
-
-
-class NoSumsError(InputError):
-    """A reuse that works on sums made ahead, under a schedule or of a model that allows none."""
-
-
-class NothingQuantizedError(InputError):
-    """Steps in floating point under a schedule that has no other step to quantize."""
 
 
 class SegmentPlan(Record):
@@ -141,25 +133,13 @@ class Program(Record):
     def segment(self, name: str) -> SegmentPlan:
         return next(plan for plan in self.segments if plan.name == name)
 
-    def check(self) -> None:
-        """Raise InputError unless every slot is written before it is read: caches live and die with a request."""
-        holds: dict[int, str] = {}
-        writer: dict[int, int] = {}
-        for step in self.steps:
-            for value, slot in step.reads.items():
-                stale = is_sum(value) and writer.get(slot) != step.index - distance_of(value)
-                if holds.get(slot) != value or stale:
-                    made = f" of step {writer[slot]}" if holds.get(slot) == value else ""
-                    raise InputError(
-                        f"step {step.index} reads {value} from slot {slot}, which holds {holds.get(slot)}{made}"
-                    )
-            for value, slot in step.writes.items():
-                holds[slot], writer[slot] = value, step.index
+
+SUM = re.compile(rf"{AHEAD}\.[1-9][0-9]{{0,5}}")
 
 
 def is_sum(value: str) -> bool:
     """Is a cached value a sum made ahead, and not a branch's output?"""
-    return value.startswith(f"{AHEAD}.")
+    return SUM.fullmatch(value) is not None
 
 
 def distance_of(value: str) -> int:
@@ -167,233 +147,8 @@ def distance_of(value: str) -> int:
     return int(value.removeprefix(f"{AHEAD}."))
 
 
-Pass = Callable[[Program], Program]
-
-
-def naive_program(schedule: CacheSchedule, timesteps: Sequence[float], branches: Sequence[str]) -> Program:
-    """One segment per step, each with its own conditioning, every branch output cached in a slot of its own."""
-    slot_of = {branch: slot for slot, branch in enumerate(branches)}
-    steps, segments = [], []
-    for index, (row, t) in enumerate(zip(schedule.compute, timesteps, strict=True)):
-        reads = {b: slot_of[b] for b, computes in zip(branches, row, strict=True) if not computes}
-        writes = {b: slot_of[b] for b, computes in zip(branches, row, strict=True) if computes}
-        name = f"step{index}"
-        segments.append(SegmentPlan(name=name, compute=row, reads=tuple(reads), writes=tuple(writes)))
-        steps.append(Step(index=index, t=t, segment=name, before=(CONDITION,), reads=reads, writes=writes))
-    return Program(
-        branches=tuple(branches),
-        steps=tuple(steps),
-        segments=tuple(segments),
-        slots=len(branches),
-        reuse=schedule.reuse,
-    )
-
-
-def hoist_condition(program: Program) -> Program:
-    """Run the conditioning once for all steps: it depends on timesteps and labels, both known before the loop."""
-    steps = tuple(
-        step.model_copy(update={"before": tuple(c for c in step.before if c != CONDITION)}) for step in program.steps
-    )
-    return program.model_copy(update={"prologue": (CONDITION, *program.prologue), "steps": steps})
-
-
-def drop_unread_caches(program: Program) -> Program:
-    """Forget every write that is overwritten, or the trajectory over, before anything reads it."""
-    wanted: set[str] = set()
-    steps = []
-    for step in reversed(program.steps):
-        kept = {branch: slot for branch, slot in step.writes.items() if branch in wanted}
-        wanted -= step.writes.keys()
-        wanted |= step.reads.keys()
-        steps.append(step.model_copy(update={"writes": kept}))
-    return _with_steps(program, tuple(reversed(steps)))
-
-
-def merge_equal_segments(program: Program) -> Program:
-    """One segment per distinct row of the schedule, returning every cache that any of its steps still needs."""
-    masks: dict[tuple[bool, ...], set[str]] = {}
-    mask_of = {plan.name: plan.compute for plan in program.segments}
-    for step in program.steps:
-        masks.setdefault(mask_of[step.segment], set()).update(step.writes)
-    merged = {}
-    for mask, writes in masks.items():
-        reads = next(plan.reads for plan in program.segments if plan.compute == mask)
-        kept = tuple(branch for branch in program.branches if branch in writes)
-        merged[mask] = SegmentPlan(name=_segment_name(mask), compute=mask, reads=reads, writes=kept)
-    steps = []
-    for step in program.steps:
-        plan = merged[mask_of[step.segment]]
-        writes_all = {branch: step.writes.get(branch, 0) for branch in plan.writes}
-        steps.append(step.model_copy(update={"segment": plan.name, "writes": writes_all}))
-    return program.model_copy(update={"steps": tuple(steps), "segments": tuple(merged.values())})
-
-
-def fold_reuse(program: Program) -> Program:
-    """Let the step that computes add up what each next step will reuse, gates and all: one sum per step is kept.
-
-    The gates of later steps are known before the loop, and a residual stream that nothing else writes to is a sum. A
-    step that extrapolates reads a second one, made by the step that computed before the last. A program with other
-    segments, or with more skips in a row than branches, keeps the outputs of the branches.
-    """
-    if [plan.name for plan in program.segments] != [FULL, REUSE]:
-        return program
-    looks_back = APPROXIMATORS[program.reuse].looks_back
-    steps: list[Step] = []
-    computed: list[int] = []
-    for step in program.steps:
-        computed += [step.index] if step.segment == FULL else []
-        made_by = [] if step.segment == FULL else computed[: -1 - looks_back : -1]  # the last one first
-        name = EXTRAPOLATE if len(made_by) > 1 else step.segment
-        reads = {f"{AHEAD}.{step.index - maker}": 0 for maker in made_by}
-        steps.append(step.model_copy(update={"segment": name, "reads": reads}))
-    if max(min(map(distance_of, step.reads), default=0) for step in steps) > len(program.branches):
-        return program
-    distances = sorted({distance_of(value) for step in steps for value in step.reads})
-    sums = tuple(f"{AHEAD}.{distance}" for distance in distances)
-    return program.model_copy(
-        update={
-            "steps": tuple(
-                step if step.reads else step.model_copy(update={"writes": dict.fromkeys(sums, 0)}) for step in steps
-            ),
-            "segments": (
-                program.segment(FULL).model_copy(update={"writes": sums, "ahead": distances[-1]}),
-                *_reusing_segments(program, {step.segment for step in steps}),
-            ),
-        }
-    )
-
-
-def _reusing_segments(program: Program, called: Collection[str]) -> Iterator[SegmentPlan]:
-    """The segments of steps that read sums, with the rows that the program's approximator takes."""
-    approximator, plan = APPROXIMATORS[program.reuse], program.segment(REUSE)
-    for name, reads in ((REUSE, (AHEAD,)), (EXTRAPOLATE, (AHEAD, BEFORE))):
-        if name in called:
-            rows = approximator.rows if len(reads) == approximator.looks_back else 0
-            yield plan.model_copy(update={"name": name, "reads": reads, "rows": rows})
-
-
-def assign_slots(program: Program) -> Program:
-    """Give each cached value a slot from its step to its last reader; a branch keeps its slot where it can.
-
-    A slot that a step reads is not free for that step's writes: an engine's outputs never alias its inputs.
-    """
-    last_read: dict[tuple[str, int], int] = {}  # of a value, by the step that made it
-    made: dict[str, int] = {}
-    for step in program.steps:
-        for value in step.reads:
-            last_read[value, _maker(value, step.index, made)] = step.index
-        made |= dict.fromkeys(step.writes, step.index)
-    busy_until: list[int] = []
-    slot_of: dict[tuple[str, int], int] = {}
-    made, steps = {}, []
-    for step in program.steps:
-        reads = {value: slot_of[value, _maker(value, step.index, made)] for value in step.reads}
-        writes = {}
-        for value in step.writes:
-            slot = _free_slot(busy_until, step.index, slot_of.get((value, made.get(value, -1))))
-            busy_until[slot] = last_read.get((value, step.index), step.index)
-            writes[value] = slot_of[value, step.index] = slot
-        made |= dict.fromkeys(step.writes, step.index)
-        steps.append(step.model_copy(update={"reads": reads, "writes": writes}))
-    return program.model_copy(update={"steps": tuple(steps), "slots": len(busy_until)})
-
-
-def _maker(value: str, reader: int, made: Mapping[str, int]) -> int:
-    """The step that made what `reader` reads: a sum tells how far back, a branch's output is the last one."""
-    return reader - distance_of(value) if is_sum(value) else made[value]
-
-
-PASSES: tuple[Pass, ...] = (
-    hoist_condition,  # first: afterwards two steps with equal rows are equal calls
-    drop_unread_caches,  # before merging, so that a schedule without reuse has a segment without cache outputs
-    merge_equal_segments,
-)
-FOLDING: dict[Caches, tuple[Pass, ...]] = {
-    "branches": (assign_slots,),
-    "sums": (fold_reuse, assign_slots),  # slots last: they need the final reads and writes
-}
-
-
-def program_from_schedule(
-    schedule: CacheSchedule,
-    timesteps: Sequence[float],
-    branches: Sequence[str],
-    *,
-    decode: bool = False,
-    caches: Caches = "branches",
-) -> Program:
-    """The compiled program of a schedule. With "sums" every branch of the model has to add to the residual stream.
-
-    Raises NoSumsError where a schedule asks for more than to hold what is reused, and can't have sums.
-    """
-    program = naive_program(schedule, timesteps, branches)
-    for transform in (*PASSES, *FOLDING[caches]):
-        program = transform(program)
-    if schedule.reuse != "hold" and not any(AHEAD in plan.reads for plan in program.segments):
-        raise NoSumsError(
-            f"--reuse {schedule.reuse} works on sums made ahead: it needs a policy that reuses, under which steps "
-            "compute everything or nothing, with no more skips in a row than branches, branches that add, and no "
-            "--caches branches; choose another --policy, or --reuse hold"
-        )
-    program = program.model_copy(update={"epilogue": (DECODE,) if decode else ()})
-    program.check()
-    return program
-
-
-def ends_in_float(program: Program, first: int, last: int) -> Program:
-    """Let the first and the last steps that compute everything call FLOAT instead of FULL.
-
-    Steps that reuse have no branch to quantize and stay as they are. Raises InputError where such a step computes only
-    some branches, where none computes, or NothingQuantizedError where no other step is left.
-    """
-    program = program.model_copy(update={"float_ends": (first, last)})
-    ends = program.unquantized
-    quantized = {plan.name for plan in program.segments if plan.quantizes}
-    asked, called = f"--float-steps {first}:{last}", {step.segment for step in program.steps if step.index in ends}
-    if partial := (called & quantized) - {FULL}:
-        index = next(step.index for step in program.steps if step.index in ends and step.segment in partial)
-        raise InputError(f"{asked} needs steps that compute everything or nothing; step {index} computes some branches")
-    if FULL not in called:
-        raise InputError(f"{asked} names no step that computes; name more steps, or leave it out")
-    steps = tuple(
-        step.model_copy(update={"segment": FLOAT}) if step.index in ends and step.segment == FULL else step
-        for step in program.steps
-    )
-    if FULL not in {step.segment for step in steps}:
-        raise NothingQuantizedError(
-            f"{asked} leaves no step that computes everything to quantize; name fewer steps, or compile with "
-            "--precision fp16"
-        )
-    segments = {plan.name: plan for plan in program.segments}
-    segments[FLOAT] = segments[FULL].model_copy(update={"name": FLOAT, "in_float": True})
-    calls = dict.fromkeys(step.segment for step in steps)  # in the order of their first call
-    return program.model_copy(update={"steps": steps, "segments": tuple(segments[name] for name in calls)})
-
-
-def _with_steps(program: Program, steps: tuple[Step, ...]) -> Program:
-    """The program with new steps, each segment's writes following its step's."""
-    by_segment = {step.segment: tuple(step.writes) for step in steps}
-    segments = tuple(
-        plan
-        if set(plan.writes) == set(by_segment[plan.name])
-        else plan.model_copy(update={"writes": by_segment[plan.name]})
-        for plan in program.segments
-    )
-    return program.model_copy(update={"steps": steps, "segments": segments})
-
-
-def _segment_name(mask: tuple[bool, ...]) -> str:
+def segment_name(mask: tuple[bool, ...]) -> str:
+    """The name of the segment that computes these branches: FULL, REUSE, or one with a digest of the row."""
     if all(mask):
         return FULL
     return f"row-{digest_of(mask)[:8]}" if any(mask) else REUSE
-
-
-def _free_slot(busy_until: list[int], step: int, preferred: int | None) -> int:
-    """A slot whose value nobody reads at or after `step`; a new one where all are taken."""
-    if preferred is not None and busy_until[preferred] < step:
-        return preferred
-    for slot, until in enumerate(busy_until):
-        if until < step:
-            return slot
-    busy_until.append(-1)
-    return len(busy_until) - 1

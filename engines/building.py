@@ -39,6 +39,7 @@ from ditc.engines.trt_worker import PLAN, TIMINGS, BuildRequest, MachineDescript
 from ditc.engines.update import UPDATE
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, locked, writing
+from ditc.openable import check_utf8
 from ditc.program import CONDITION
 from ditc.progress import Progress
 
@@ -110,6 +111,9 @@ def plan_build(
         raise InputError(f"{timing_cache} does not exist; --replay needs the timing cache of an earlier build")
     for name in device_segments(bundle):
         segment_file(bundle, name, settings.calibration)
+    engines = EngineStore.of(bundle, store)
+    for path in (bundle.path, engines.folder, timing_cache or engines.folder):
+        check_utf8(path, "TensorRT's builder")
     if settings.calibration != EXPLICIT:
         check_calibratable(bundle)
     memory = memory_plan(bundle, settings.calibration)
@@ -117,7 +121,7 @@ def plan_build(
     if settings.hardware_compatible and machine.platform.system.endswith("-tegra"):
         raise InputError("--hardware-compatible engines don't exist on JetPack; leave the option out")
     memory.check_fits(machine.total_bytes, settings.workspace_bytes, machine.platform.gpu)
-    return BuildPlan(bundle, settings, EngineStore.of(bundle, store), machine, memory, timing_cache)
+    return BuildPlan(bundle, settings, engines, machine, memory, timing_cache)
 
 
 def build_engines(plan: BuildPlan, progress: Progress) -> list[BuiltSegment]:
@@ -143,7 +147,7 @@ def build_file(segment: Path, sizes: Mapping[str, int], settings: BuildSettings)
             parent=os.getpid(),
         )
         path = Path(folder) / "request.json"
-        path.write_text(request.model_dump_json())
+        path.write_bytes(request.model_dump_json().encode())
         _child([str(path)], f"building {segment.name}", lambda *_: None)
         return (Path(folder) / PLAN).read_bytes()
 
@@ -176,7 +180,7 @@ class _BuildRun:
         start = perf_counter()
         with writing(store.folder), tempfile.TemporaryDirectory(prefix=".building-", dir=store.folder) as folder:
             request = Path(folder) / "request.json"
-            request.write_text(self._request(key, Path(folder)).model_dump_json())
+            request.write_bytes(self._request(key, Path(folder)).model_dump_json().encode())
             found = _child([str(request)], f"building segment {name}", self._on_line(name))
             plan = (Path(folder) / PLAN).read_bytes()
             timings = (Path(folder) / TIMINGS).read_bytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ from ditc.engines.cores import CoreGate, core_gate
 from ditc.engines.integer_form import SEVEN_BITS, Arithmetic, Exactness, advise, once_per_process
 from ditc.engines.onnxrt_exactness import SLOWER, probed_exactness, session_entries
 from ditc.errors import BundleError, DitcError, InputError
+from ditc.openable import Links, openable, plain_name
 from ditc.program import CONDITION
 
 __all__ = [
@@ -37,6 +38,8 @@ DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
 
 # of a session: its threads sleep between runs
 SPINNING_STOPS = "session.force_spinning_stop"
+# and the file beside an optimized graph that takes its weights
+OPTIMIZED_WEIGHTS = "session.optimized_model_external_initializers_file_name"
 
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm")
 
@@ -176,12 +179,14 @@ class OnnxRuntimeBackend:
         if profile_prefix is not None:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix
-        if optimized is not None:
-            options.optimized_model_filepath = str(optimized)
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.data")
-        with translated(f"opening {segment.name}"):
+        with ExitStack() as stack:
+            if optimized is not None:
+                options.optimized_model_filepath = stack.enter_context(plain_name(optimized))
+                options.add_session_config_entry(OPTIMIZED_WEIGHTS, "weights.data")
+            name = stack.enter_context(openable(segment, Links.IN_ONE_FOLDER))
+            stack.enter_context(translated(f"opening {segment.name}"))
             return ort.InferenceSession(
-                str(segment), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
+                name, options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
             )
 
     def open(self, segment: Path) -> Engine:

@@ -23,6 +23,7 @@ from ditc.engines.store import ENGINES, files_digest
 from ditc.engines.trt_runtime import profile_sizes
 from ditc.errors import InputError
 from ditc.files import digest_of, writing
+from ditc.openable import Links, check_utf8, openable
 
 __all__ = ["CUDA", "TENSORRT", "OnnxRuntimeDeviceBackend", "Provider"]
 
@@ -95,6 +96,7 @@ class OnnxRuntimeDeviceBackend:
         stream = {"user_compute_stream": str(device.stream)} if self.provider.takes_stream else {}
         chosen = {**stream, **self.provider.options}
         if self.provider.caches_engines:
+            check_utf8(cache, self.provider.name)
             with writing(cache):
                 cache.mkdir(parents=True, exist_ok=True)
             chosen |= {
@@ -103,11 +105,12 @@ class OnnxRuntimeDeviceBackend:
                 "trt_timing_cache_enable": "True",
                 "trt_timing_cache_path": str(cache),
             }
-        with translated(f"opening {segment.name} with {self.provider.name}", GPU_ADVICE):
+        with (
+            openable(segment, Links.IN_ONE_FOLDER) as name,
+            translated(f"opening {segment.name} with {self.provider.name}", GPU_ADVICE),
+        ):
             # without the fallback, which would print and go on with the CPU's memory taken for the GPU's
-            session = ort.InferenceSession(
-                str(segment), options, providers=[(self.provider.name, chosen)], enable_fallback=0
-            )
+            session = ort.InferenceSession(name, options, providers=[(self.provider.name, chosen)], enable_fallback=0)
         if session.get_providers()[0] != self.provider.name:
             raise InputError(f"{self.provider.name} does not take {segment.name}; {GPU_ADVICE}")
         return session

@@ -33,6 +33,7 @@ from ditc.engines.integer_form import (
 from ditc.engines.integer_probes import OUTSIDE, ROUNDING, Feeds, largest_error
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import BundleError, InputError
+from ditc.openable import Links, openable
 from ditc.precision import INT8
 
 __all__ = [
@@ -180,7 +181,8 @@ class OpenVinoBackend:
 
 def _read(segment: Path) -> Any:
     try:
-        return import_openvino().Core().read_model(segment)
+        with openable(segment, Links.NONE) as name:
+            return import_openvino().Core().read_model(name)
     except RuntimeError as e:
         first_line = str(e).strip().splitlines()[0]
         raise BundleError(f"OpenVINO failed opening {segment.name}: {first_line}; run it with --target cpu") from e

@@ -11,8 +11,8 @@ from pydantic import model_validator
 
 from ditc.engines.ranges import LEVELS
 from ditc.precision import INT8, Bits, levels_of
-from ditc.program import REUSE_ROWS
 from ditc.spec import Record
+from ditc.tables import MIDPOINTS_INPUT, MIDPOINTS_TABLE, SCALES_INPUT, SCALES_TABLE, STEP_INPUTS
 
 __all__ = [
     "DYNAMIC",
@@ -25,9 +25,6 @@ __all__ = [
     "step_inputs",
 ]
 
-# inputs of a segment, one row of a bundle's table each
-SCALES_INPUT, SCALES_TABLE = "scales", "scales.activation"  # magnitudes, (steps, columns)
-MIDPOINTS_INPUT, MIDPOINTS_TABLE = "midpoints", "scales.midpoint"  # of the columns that have any, in steps of the scale
 # the binding of scales that are measured at run time, of all images that an engine call holds
 DYNAMIC = "dynamic"
 LEAST_MAGNITUDE = 2.0**-14  # FP16 divides by it with full precision; what is smaller rounds to zero
@@ -93,5 +90,4 @@ class ScaleTable(Record):
 
 def step_inputs(tables: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """What of a bundle's tables the segments take as an input, one row a step: name of the input -> (steps, ...)."""
-    names = {SCALES_INPUT: SCALES_TABLE, MIDPOINTS_INPUT: MIDPOINTS_TABLE, REUSE_ROWS: REUSE_ROWS}
-    return {name: tables[table].astype(np.float32) for name, table in names.items() if table in tables}
+    return {name: tables[table].astype(np.float32) for name, table in STEP_INPUTS.items() if table in tables}

@@ -15,6 +15,7 @@ from typing import Any
 from ditc.engines.store import EXPLICIT, BuildSettings
 from ditc.engines.trt import open_builder
 from ditc.errors import CheckError, InputError
+from ditc.openable import Links, openable
 
 __all__ = ["BuiltPlan", "TimingCache", "build_plan"]
 
@@ -85,8 +86,9 @@ def _network_flags(trt: Any, settings: BuildSettings) -> int:
 
 def _parse(trt: Any, network: Any, segment: Path, log: Any) -> None:
     parser = trt.OnnxParser(network, log)
-    if parser.parse_from_file(str(segment)):  # by name, so that the weights beside it are found
-        return
+    with openable(segment, Links.NONE) as name:
+        if parser.parse_from_file(name):  # by name, so that the weights beside it are found
+            return
     reasons = [parser.get_error(i) for i in range(parser.num_errors)]
     first = f"node {reasons[0].node()}: {reasons[0].desc()}" if reasons else "it gave no reason"
     raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from ditc.errors import InputError
@@ -49,8 +50,27 @@ def bytes_in_memory(value: ir.Value) -> int:
 
 
 def load_model(path: Path) -> ir.Model:
-    """A model from disk; larger tensors stay memory-mapped until they are read."""
+    """A model from disk; larger tensors stay memory-mapped until they are read.
+
+    onnx_ir takes none out of a link, nor out of a file that has two names, as caches of model hubs have them: those are
+    mapped here, and are the model's own from then on.
+    """
     try:
-        return ir.load(path)
+        model = ir.load(path)
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and _is_shared(file := path.parent / tensor.location):
+                value.const_value = _mapped(tensor, file)
     except OSError as e:
         raise InputError(f"can't read {path}: {e.strerror or e}") from e
+    return model
+
+
+def _is_shared(file: Path) -> bool:
+    return file.is_symlink() or file.stat().st_nlink > 1
+
+
+def _mapped(tensor: ir.ExternalTensor, file: Path) -> ir.TensorProtocol:
+    dtype, shape = tensor.dtype.numpy(), tuple(tensor.shape.numpy())
+    array = np.memmap(file, dtype, "r", tensor.offset or 0, shape)
+    return ir.Tensor(array, name=tensor.name, doc_string=tensor.doc_string)

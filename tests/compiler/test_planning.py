@@ -11,7 +11,7 @@ import pytest
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.planning import make_plan
 from ditc.exporter.dit import DiT
-from ditc.program import NoSumsError
+from ditc.passes import NoSumsError
 
 DEFAULTS = CompileOptions(steps=12)
 BRANCHES = 4  # of the small model

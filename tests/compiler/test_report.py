@@ -93,7 +93,9 @@ def test_the_form_in_which_integers_ran_is_on_the_page(cached: Report, page: str
 def test_every_precision_with_integers_shows_its_activations_and_calibration(
     precision: str, bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:
-    found = report_bundle(resealed(bundles["cached"], tmp_path / "b", precision=precision), QUICK)
+    bundle = bundles["cached"]
+    settings = changed_settings(bundle.manifest, precision=precision)
+    found = report_bundle(resealed(bundle, tmp_path / "b", precision=precision, settings=settings), QUICK)
     assert isinstance(found.activations, Activations)
     assert isinstance(found.calibration, Calibration)
     words = "linear layers in INT8" if precision == "w8a8" else f"linear layers in INT8 of fewer bits ({precision})"
@@ -286,10 +288,13 @@ def test_latents_without_a_decoder_have_curves_and_no_images(
     assert "compile it with --vae FOLDER" in page_from_report(found, "x.json")
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy sees it coming
 def test_samples_that_are_not_finite_are_a_failed_check(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     bundle = bundles["cached"]
-    k = np.full_like(bundle.tables()["compensation.k"], np.nan)
-    path = resealed(bundle, tmp_path / "b", tables={"compensation.k": k})
+    largest = 1e38  # of a float32, which twice of is infinite
+    k = np.full_like(bundle.tables()["compensation.k"], largest)
+    checks = bundle.manifest.checks | {"compensation": {"k_mean": largest, "k_min": largest, "k_max": largest}}
+    path = resealed(bundle, tmp_path / "b", tables={"compensation.k": k}, checks=checks)
     with pytest.raises(CheckError, match="NaN or infinite"):
         report_bundle(path, QUICK)
 

@@ -18,7 +18,7 @@ from ditc.compiler.tuning import Budget, Trial, TuneOptions, pareto_front, tune_
 from ditc.engines import onnxrt
 from ditc.engines.integer_form import Exactness
 from ditc.errors import CheckError, InputError
-from ditc.program import NoSumsError, NothingQuantizedError
+from ditc.passes import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress
 
 OPTIONS = TuneOptions(budget=Budget(least_psnr_db=30.0), intervals=(2, 3, 4, 5, 6))

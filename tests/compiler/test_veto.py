@@ -18,7 +18,8 @@ from ditc.compiler.veto import VetoOptions, reuse_sources, veto_of
 from ditc.engines.outputs import branch_outputs
 from ditc.errors import InputError
 from ditc.exporter.onnx_files import load_model
-from ditc.program import CONDITION, Program, program_from_schedule
+from ditc.passes import program_from_schedule
+from ditc.program import CONDITION, Program
 from ditc.runtime.quality import relative_error
 from ditc.schedule import CacheSchedule
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditc.bundle import FileEntry, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.errors import BundleError
-from ditc.program import program_from_schedule
+from ditc.passes import program_from_schedule
+from ditc.runtime.samplers import sampler_table
 from ditc.schedule import schedule_for
 from ditc.spec import ModelSpec
 
@@ -31,12 +34,23 @@ SPEC = ModelSpec(
     height=2,
     width=2,
     num_classes=2,
+    null_label=2,
     cfg_channels=1,
     branches=("0.attn", "0.mlp"),
     branch_shape=(4, 2),
     parameters=7,
 )
-TABLES = {"sampler.t": np.array([2.0, 1.0, 0.0]), "compensation.k": np.ones((3, 1))}
+COLUMNS = sampler_table(SPEC.diffusion, SPEC.sampler, 3)
+TIMES = COLUMNS["t"].tolist()
+TABLES = {f"sampler.{name}": column for name, column in COLUMNS.items()}
+TABLES |= {"compensation.k": np.ones((3, 1)), "compensation.mu": np.zeros((3, 1))}
+CACHES = {f"cache.{name}": ["batch", 4, 2] for name in SPEC.branches}
+X, OUT, MODULATION = {"x": ["batch", 1, 2, 2]}, {"out": ["batch", 2, 2, 2]}, {"modulation": ["batch", 5]}
+PORTS = {
+    "condition": ({"t": ["steps"], "y": ["batch"]}, {"modulation": ["steps", "batch", 5]}),
+    "full": (X | MODULATION, OUT | CACHES),
+    "reuse": (X | MODULATION | CACHES, OUT),
+}
 FILES = (
     "calib/scales.json",
     "manifest.json",
@@ -45,13 +59,14 @@ FILES = (
     "segments/condition.onnx",
     "segments/full.onnx",
     "segments/full.onnx.data",
+    "segments/reuse.onnx",
     "tables.safetensors",
 )
 
 
 def manifest_of(**changes: Any) -> Manifest:
     def program(policy: str) -> Any:
-        return program_from_schedule(schedule_for(policy, SPEC, 3), [2.0, 1.0, 0.0], SPEC.branches)
+        return program_from_schedule(schedule_for(policy, SPEC, 3), TIMES, SPEC.branches)
 
     values = {
         "ditc_version": "0.1.0",
@@ -65,11 +80,22 @@ def manifest_of(**changes: Any) -> Manifest:
     return Manifest(**{**values, **changes})
 
 
+def bytes_of(name: str) -> bytes:
+    """A file's bytes: of a graph one without nodes that has the ports of its segment."""
+    if not name.endswith(".onnx"):
+        return f"bytes of {name}".encode()
+    inputs, outputs = (
+        [onnx.helper.make_tensor_value_info(port, onnx.TensorProto.FLOAT, shape) for port, shape in ports.items()]
+        for ports in PORTS[Path(name).stem]
+    )
+    return bytes(onnx.helper.make_model(onnx.helper.make_graph([], name, inputs, outputs)).SerializeToString())
+
+
 def build(folder: Path) -> Path:
     for name in FILES:
         if name.endswith((".onnx", ".data", "scales.json")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(f"bytes of {name}".encode())
+            (folder / name).write_bytes(bytes_of(name))
     write_tables(folder / "tables.safetensors", TABLES)
     seal_bundle(folder, manifest_of())
     return folder
@@ -125,8 +151,8 @@ def test_a_sealed_bundle_opens_with_all_that_was_put_in(sealed: Path) -> None:
     opened = open_bundle(sealed)
     assert sorted(opened.manifest.files) == sorted(set(FILES) - {"manifest.json", "manifest.sha256"})
     assert opened.manifest.model_copy(update={"files": {}}) == manifest_of()
-    assert opened.segment_path("full").read_bytes() == b"bytes of segments/full.onnx"
-    assert opened.reference_path("full").read_bytes() == b"bytes of reference/full.onnx"
+    assert opened.segment_path("full").read_bytes() == bytes_of("segments/full.onnx")
+    assert opened.reference_path("full").read_bytes() == bytes_of("reference/full.onnx")
     for name, table in opened.tables().items():
         np.testing.assert_array_equal(table, TABLES[name])
 
@@ -138,7 +164,7 @@ def test_a_segment_without_an_fp_form_of_its_own_is_its_own_reference(sealed: Pa
 
 def test_sizes_count_deployed_and_reference_files_apart(sealed: Path) -> None:
     manifest = open_bundle(sealed).manifest
-    reference = len(b"bytes of reference/full.onnx")
+    reference = len(bytes_of("reference/full.onnx"))
     total = sum((sealed / name).stat().st_size for name in manifest.files)
     assert manifest.size_bytes(reference=True) == reference
     assert manifest.size_bytes(reference=False) == total - reference
@@ -258,18 +284,50 @@ def test_a_manifest_that_points_outside_is_refused(bundle: Path, name: str) -> N
         open_bundle(bundle)
 
 
-def test_a_link_that_leads_outside_is_refused(bundle: Path) -> None:
-    outside = bundle.parent / "outside.onnx"
-    shutil.move(bundle / "segments" / "full.onnx", outside)
-    (bundle / "segments" / "full.onnx").symlink_to(outside)
-    with pytest.raises(BundleError, match=r"segments/full\.onnx', which lies outside the bundle"):
+@pytest.mark.parametrize("place", ["other.data", "../calib/scales.json", "/etc/passwd"])
+def test_a_graph_that_keeps_tensors_outside_what_is_listed_is_refused(bundle: Path, place: str) -> None:
+    model = onnx.load_model_from_string(bytes_of("segments/full.onnx"))
+    tensor = model.graph.initializer.add(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="offset", value="0")
+    tensor.external_data.add(key="location", value=place)
+    (bundle / "segments" / "full.onnx").write_bytes(model.SerializeToString())
+    seal_bundle(bundle, manifest_of())
+    with pytest.raises(BundleError, match=r"keeps tensors in .* and `files` doesn't list that beside it"):
+        open_bundle(bundle)
+
+
+def in_blobs(folder: Path) -> Path:
+    """The bundle as a model hub's cache has it: every file a link to a blob that is named by its hash."""
+    snapshot, blobs = folder.with_name("snapshot"), folder.with_name("blobs")
+    blobs.mkdir()
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        blob, link = blobs / sha256(file.read_bytes()).hexdigest(), snapshot / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_a_bundle_may_be_all_links(bundle: Path, tmp_path: Path) -> None:
+    snapshot = in_blobs(bundle)
+    (tmp_path / "named").symlink_to(snapshot)
+    assert open_bundle(snapshot).tables().keys() == open_bundle(tmp_path / "named").tables().keys() == TABLES.keys()
+    (snapshot / "segments" / "full.onnx").resolve().write_bytes(b"changed")
+    assert_refused(snapshot, "segments/full.onnx")
+
+
+def test_a_link_that_leads_nowhere_is_said_to(bundle: Path) -> None:
+    (bundle / "segments" / "full.onnx").unlink()
+    (bundle / "segments" / "full.onnx").symlink_to("full.onnx")
+    with pytest.raises(BundleError, match=r"segments/full\.onnx is a link that leads nowhere"):
         open_bundle(bundle)
 
 
 def test_a_folder_in_place_of_a_file_is_refused(bundle: Path) -> None:
     (bundle / "segments" / "full.onnx").unlink()
     (bundle / "segments" / "full.onnx").mkdir()
-    assert_refused(bundle, "segments/full.onnx")
+    assert_refused(bundle, "segments/full.onnx is a folder, expected a file")
 
 
 @pytest.mark.parametrize("name", ["reference/condition.onnx", "segments/full.onnxrt.onnx"])

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditc.errors import InputError
-from ditc.program import Caches, NothingQuantizedError, Program, SegmentPlan, Step, ends_in_float, program_from_schedule
+from ditc.passes import NothingQuantizedError, ends_in_float, program_from_schedule
+from ditc.program import Caches, Program, SegmentPlan, Step
+from ditc.program_checks import check_program, contradictions, reads_get_the_newest
 from ditc.schedule import CacheSchedule
 
 LAW = settings(deadline=None)  # a busy machine stalls now and then
@@ -275,45 +277,87 @@ def test_what_has_no_sums_is_only_held(schedule: CacheSchedule, caches: Caches) 
 
 
 def hand_made(*steps: Step) -> Program:
-    return Program(branches=("b0", "b1"), steps=steps, segments=(), slots=2)
+    """A program of two branches whose steps call a segment that computes both, one of them, or none."""
+    masks = {"full": (True, True), "first": (True, False), "second": (False, True), "reuse": (False, False)}
+    plans = tuple(SegmentPlan(name=name, compute=mask) for name, mask in masks.items())
+    return Program(branches=("b0", "b1"), steps=steps, segments=plans, slots=2)
 
 
-def test_check_refuses_a_read_before_any_write() -> None:
-    program = hand_made(Step(index=0, t=1, segment="full"), Step(index=1, t=0, segment="reuse", reads={"b0": 0}))
-    with pytest.raises(InputError, match=r"step 1 reads b0 from slot 0, which holds None"):
-        program.check()
+READS_AGAINST_WRITES = [
+    (
+        "step 1 reads b0 from slot 0, which holds nothing",
+        (
+            Step(index=0, t=1, segment="full"),
+            Step(index=1, t=0, segment="reuse", reads={"b0": 0}),
+        ),
+    ),
+    (
+        "step 2 reads b0 from slot 0, which holds b1 of step 1",
+        (
+            Step(index=0, t=2, segment="full", writes={"b0": 0}),
+            Step(index=1, t=1, segment="second", writes={"b1": 0}),
+            Step(index=2, t=0, segment="reuse", reads={"b0": 0}),
+        ),
+    ),
+    (
+        "step 2 reads ahead.2 from slot 0, which holds ahead.2 of step 1",
+        (
+            Step(index=0, t=2, segment="full", writes={"ahead.2": 0}),
+            Step(index=1, t=1, segment="full", writes={"ahead.2": 0}),
+            Step(index=2, t=0, segment="reuse", reads={"ahead.2": 0}),
+        ),
+    ),
+    (
+        "step 0 reads b0 from slot 0, which holds nothing",  # only what it writes itself
+        (Step(index=0, t=0, segment="full", reads={"b0": 0}, writes={"b0": 0}),),
+    ),
+    (
+        "step 2 reads b0 from slot 0, which holds b0 of step 0",  # step 1 has computed a newer one
+        (
+            Step(index=0, t=2, segment="full", writes={"b0": 0}),
+            Step(index=1, t=1, segment="first", writes={"b0": 1}),
+            Step(index=2, t=0, segment="reuse", reads={"b0": 0}),
+        ),
+    ),
+    (
+        "step 2 reads sums of the steps [0], and reuse 'hold' takes [1]",
+        (
+            Step(index=0, t=2, segment="full", writes={"ahead.2": 0}),
+            Step(index=1, t=1, segment="full", writes={"ahead.1": 1}),
+            Step(index=2, t=0, segment="reuse", reads={"ahead.2": 0}),
+        ),
+    ),
+]
 
 
-def test_check_refuses_a_slot_that_another_branch_has_taken() -> None:
-    program = hand_made(
-        Step(index=0, t=2, segment="full", writes={"b0": 0}),
-        Step(index=1, t=1, segment="row", writes={"b1": 0}),
-        Step(index=2, t=0, segment="reuse", reads={"b0": 0}),
-    )
-    with pytest.raises(InputError, match=r"step 2 reads b0 from slot 0, which holds b1"):
-        program.check()
+@pytest.mark.parametrize(("contradiction", "steps"), READS_AGAINST_WRITES)
+def test_a_read_that_does_not_get_the_newest_value_is_named(contradiction: str, steps: tuple[Step, ...]) -> None:
+    assert next(reads_get_the_newest(hand_made(*steps))) == contradiction
 
 
-def test_check_refuses_a_sum_that_was_made_for_another_step() -> None:
-    program = hand_made(
-        Step(index=0, t=2, segment="full", writes={"ahead.2": 0}),
-        Step(index=1, t=1, segment="full", writes={"ahead.2": 0}),
-        Step(index=2, t=0, segment="reuse", reads={"ahead.2": 0}),
-    )
-    with pytest.raises(InputError, match=r"step 2 reads ahead\.2 from slot 0, which holds ahead\.2 of step 1"):
-        program.check()
-
-
-def test_check_refuses_a_step_that_reads_only_what_it_writes_itself() -> None:
-    with pytest.raises(InputError, match=r"step 0 reads b0"):
-        hand_made(Step(index=0, t=0, segment="odd", reads={"b0": 0}, writes={"b0": 0})).check()
-
-
-def test_check_passes_a_program_that_writes_first() -> None:
-    hand_made(
+def test_a_program_that_writes_first_reads_the_newest() -> None:
+    steps = (
         Step(index=0, t=1, segment="full", writes={"b0": 0, "b1": 1}),
         Step(index=1, t=0, segment="reuse", reads={"b1": 1, "b0": 0}),
-    ).check()
+    )
+    assert not list(reads_get_the_newest(hand_made(*steps)))
+
+
+@LAW
+@given(schedules(), st.sampled_from(["branches", "sums"]), st.booleans())
+def test_what_the_passes_make_has_no_contradiction(schedule: CacheSchedule, caches: Caches, decode: bool) -> None:
+    assert not list(contradictions(compiled(schedule, decode=decode, caches=caches)))
+
+
+def test_a_contradiction_is_refused_by_name() -> None:
+    program = compiled(fora(2, 4))
+    with pytest.raises(InputError, match="the program contradicts itself: it says 7 slots, and its steps use "):
+        check_program(program.model_copy(update={"slots": 7}))
+
+
+def test_a_branch_with_the_name_of_a_sum_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a branch is called 'ahead\.1', as sums made ahead are"):
+        program_from_schedule(rows("xx", "xx"), [1.0, 0.0], ("ahead.1", "b1"))
 
 
 def test_both_ends_call_the_unquantized_segment_where_they_compute() -> None:
@@ -336,7 +380,6 @@ def test_a_step_in_floating_point_leaves_what_the_quantized_one_would() -> None:
         (step.reads, step.writes) for step in quantized.steps
     ]
     assert [plan.name for plan in program.segments if plan.quantizes] == ["full"]
-    program.check()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from ditc.exporter.models import builtin_digits
 from ditc.exporter.onnx_export import export_segment, parity_error, whole_graph
 from ditc.exporter.onnx_files import data_path
 from ditc.exporter.segments import Excerpt, Segment, segments_of
-from ditc.program import program_from_schedule
+from ditc.passes import program_from_schedule
 from ditc.schedule import CacheSchedule
 
 OWN_FILE = Path(__file__).parents[1] / "models" / "separate_qkv.py"

@@ -26,7 +26,8 @@ from ditc.exporter.onnx_export import CLEANUP, export_segment, parity_error
 from ditc.exporter.onnx_files import data_path
 from ditc.exporter.segments import Segment, segments_of
 from ditc.exporter.vae import Decoder
-from ditc.program import BRANCH_KEY, CONDITION, DECODE, PATH_KEY, Program, program_from_schedule
+from ditc.passes import program_from_schedule
+from ditc.program import BRANCH_KEY, CONDITION, DECODE, PATH_KEY, Program
 from ditc.schedule import CacheSchedule, schedule_for
 from ditc.spec import ModelSpec
 

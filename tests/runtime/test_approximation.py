@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ditc.program import program_from_schedule
+from ditc.passes import program_from_schedule
 from ditc.runtime.approximation import FITS, Moments, first_rows, fitted_rows, holding_rows
 from ditc.schedule import CacheSchedule
 

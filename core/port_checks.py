@@ -1,0 +1,146 @@
+"""What holds between a bundle's manifest and the graphs that it lists: each has the ports that its calls bind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ditc.manifest import REFERENCE, SEGMENTS, Manifest
+from ditc.onnx_ports import Ports, Shape
+from ditc.program import AHEAD, CONDITION, DECODE, REUSE_ROWS, UPDATE, SegmentPlan
+from ditc.tables import SAMPLER, STEP_INPUTS, Tables
+
+__all__ = ["port_contradictions"]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of a bundle beside what they are held to; `ports` are by name of the file."""
+
+    manifest: Manifest
+    tables: Tables
+    ports: Mapping[str, Ports]
+
+    @property
+    def latent(self) -> Shape:
+        return self.manifest.model.latent_shape
+
+    @property
+    def prediction(self) -> Shape:
+        spec = self.manifest.model
+        return spec.out_channels, spec.height, spec.width
+
+    @property
+    def conditioning(self) -> Mapping[str, Shape]:
+        """What `condition` returns: (steps, rows, ...) by name."""
+        return self.ports[f"{SEGMENTS}{CONDITION}.onnx"].outputs
+
+
+def port_contradictions(manifest: Manifest, tables: Tables, ports: Mapping[str, Ports]) -> Iterator[str]:
+    """A sentence for each port that is missing, that nothing binds, or that has another shape."""
+    graphs = Graphs(manifest, tables, ports)
+    plans = {plan.name: plan for plan in manifest.program.segments}
+    for file, found in ports.items():
+        folder, _, graph = file.rpartition("/")
+        name = graph.split(".")[0]
+        if f"{folder}/" == REFERENCE:
+            problems = _reference(graphs, found)
+        elif name in OTHER_CALLS:
+            problems = OTHER_CALLS[name](graphs, found)
+        else:
+            problems = _step(graphs, plans[name], found)
+        yield from (f"{file}: {text}" for text in (*_unlisted(manifest, folder, found), *problems))
+
+
+def _unlisted(manifest: Manifest, folder: str, found: Ports) -> Iterator[str]:
+    """A graph keeps its larger tensors in files that the manifest vouches for, beside it."""
+    for name in sorted(found.data):
+        if "/" in name or f"{folder}/{name}" not in manifest.files:
+            yield f"it keeps tensors in {name!r}, and `files` doesn't list that beside it"
+
+
+def _condition(graphs: Graphs, found: Ports) -> Iterator[str]:
+    yield from _differences("takes", found.inputs, {"t": ("steps",), "y": ("batch",)})
+    for name, shape in found.outputs.items():
+        if shape[1:2] != ("batch",):
+            yield f"it returns {name!r} of shape {_shown(shape)}, expected a row for each step and label"
+
+
+def _decode(graphs: Graphs, found: Ports) -> Iterator[str]:
+    yield from _differences("takes", found.inputs, {"latent": ("batch", *graphs.latent)})
+    yield from _differences("returns", found.outputs, {"image": ("batch", "channels", "height", "width")})
+
+
+def _update(graphs: Graphs, found: Ports) -> Iterator[str]:
+    images = graphs.manifest.batch
+    rows = images * graphs.manifest.halves
+    noise = {"z": (images, *graphs.latent)} if (graphs.tables[f"{SAMPLER}sigma"] > 0).any() else {}
+    inputs: dict[str, Shape] = {"x": (rows, *graphs.latent), "out": (rows, *graphs.prediction), "row": ("width",)}
+    yield from _differences("takes", found.inputs, inputs | noise)
+    yield from _differences("returns", found.outputs, {"next": (rows, *graphs.latent)})
+
+
+OTHER_CALLS: Mapping[str, Callable[[Graphs, Ports], Iterator[str]]] = {
+    CONDITION: _condition,
+    DECODE: _decode,
+    UPDATE: _update,
+}
+
+
+def _step(graphs: Graphs, plan: SegmentPlan, found: Ports) -> Iterator[str]:
+    """A segment of a step: caches as its plan has them, and of all else what it takes."""
+    cached: Shape = ("batch", *graphs.manifest.model.branch_shape)
+    needed = {"x": ("batch", *graphs.latent), **{f"cache.{name}": cached for name in plan.reads}}
+    needed |= _row_of(graphs, REUSE_ROWS, plan.rows)
+    optional = _tables_of_steps(graphs, plan.ahead) | {
+        name: shape for name in STEP_INPUTS if name != REUSE_ROWS for name, shape in _row_of(graphs, name).items()
+    }
+    yield from _differences("takes", found.inputs, needed, optional)
+    returned = {"out": ("batch", *graphs.prediction), **{f"cache.{name}": cached for name in plan.writes}}
+    yield from _differences("returns", found.outputs, returned)
+
+
+def _reference(graphs: Graphs, found: Ports) -> Iterator[str]:
+    """The FP form of a segment that computes everything; what it leaves for steps that reuse, nobody takes."""
+    optional = _tables_of_steps(graphs, None)
+    yield from _differences("takes", found.inputs, {"x": ("batch", *graphs.latent)}, optional)
+    out = {"out": ("batch", *graphs.prediction)}
+    yield from _differences("returns", {name: shape for name, shape in found.outputs.items() if name in out}, out)
+
+
+def _tables_of_steps(graphs: Graphs, ahead: int | None) -> dict[str, Shape]:
+    """A step's rows of the conditioning, and those of so many later ones; None for any number of them."""
+    own = {name: shape[1:] for name, shape in graphs.conditioning.items()}
+    if ahead == 0:
+        return own
+    return own | {f"{AHEAD}.{name}": ("ahead" if ahead is None else ahead, *rest) for name, rest in own.items()}
+
+
+def _row_of(graphs: Graphs, name: str, rows: int = 1) -> dict[str, Shape]:
+    """The input that takes a row of a table; none where a bundle has no such table, or it takes no rows."""
+    table = graphs.tables.get(STEP_INPUTS[name])
+    return {} if table is None or not rows else {name: table.shape[1:]}
+
+
+def _differences(
+    does: str, found: Mapping[str, Shape], needed: Mapping[str, Shape], optional: Mapping[str, Shape] | None = None
+) -> Iterator[str]:
+    """Where ports differ from what is needed, and what else may be there."""
+    known = {**(optional or {}), **needed}
+    for name in (name for name in needed if name not in found):
+        yield f"it {does} no {name!r}, which the manifest asks for"
+    for name, shape in found.items():
+        if name not in known:
+            yield f"it {does} {name!r}, which nothing in the bundle gives or takes"
+        elif not _fits(shape, known[name]):
+            yield f"it {does} {name!r} of shape {_shown(shape)}, and the manifest asks for {_shown(known[name])}"
+
+
+def _fits(shape: Shape, wanted: Shape) -> bool:
+    """Equal, but that a named dimension stands for any number."""
+    pairs = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)
+
+
+def _shown(shape: Shape) -> str:
+    return f"({', '.join(map(str, shape))})"

@@ -1,0 +1,63 @@
+"""What holds of a sampler's columns, whichever it is: given the exact prediction, a step leads to the mix of the next.
+
+    x = signal * x0 + noise * e,  signal^2 + noise^2 = 1        (a process that keeps the variance)
+
+`x0_x` and `x0_out` tell signal and noise of a step; the other columns take x and the prediction to the next x, whose
+signal must be the next step's, and whose noise, with what is drawn afresh, must make up the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["sampler_contradictions"]
+
+Array = NDArray[Any]
+
+ROUNDING = 1e-6
+
+
+class Mix(NamedTuple):
+    """Shares of the clean sample and of noise, each (steps,): in x, and in what the network predicts."""
+
+    signal: Array
+    noise: Array
+    predicted_signal: Array
+    predicted_noise: Array
+
+
+def _of_noise(x0_x: Array, x0_out: Array) -> Mix:
+    return Mix(1 / x0_x, -x0_out / x0_x, np.zeros_like(x0_x), np.ones_like(x0_x))
+
+
+def _of_v(x0_x: Array, x0_out: Array) -> Mix:
+    return Mix(x0_x, -x0_out, x0_out, x0_x)
+
+
+MIXES: Mapping[str, Callable[[Array, Array], Mix]] = {"epsilon": _of_noise, "v": _of_v}
+
+
+def sampler_contradictions(columns: Mapping[str, Array], prediction: str) -> Iterator[str]:
+    """A sentence for each step whose columns don't fit; none for predictions that say nothing of signal and noise."""
+    if prediction not in MIXES:
+        return
+    with np.errstate(all="ignore"):
+        mix = MIXES[prediction](columns["x0_x"], columns["x0_out"])
+        left = columns["prev_x0"] + columns["prev_x"] * mix.signal + columns["prev_out"] * mix.predicted_signal
+        noise = columns["prev_x"] * mix.noise + columns["prev_out"] * mix.predicted_noise
+        spread, rest, fresh = noise**2 + columns["sigma"] ** 2, 1 - left**2, columns["sigma"] > 0
+        # what is drawn afresh may be more than what is missing: the larger of DDPM's fixed variances
+        fits = np.isclose(spread, rest, atol=ROUNDING) | (fresh & (spread > rest))
+        whole = np.isclose(mix.signal**2 + mix.noise**2, 1, atol=ROUNDING) & (mix.signal >= 0)
+        landed = np.append(np.isclose(left[:-1], mix.signal[1:], atol=ROUNDING), 0 < left[-1] <= 1 + ROUNDING)
+    for wrong, what in (
+        (~whole, "'x0_x' and 'x0_out' are of no mix of sample and noise"),
+        (~landed, "what it leaves of the clean sample is not what the next step starts from"),
+        (~fits, "what it leaves of the noise, with what it adds, is not the rest"),
+    ):
+        for step in np.flatnonzero(wrong):
+            yield f"the sampler's columns of step {step} don't fit: {what}"

@@ -1,0 +1,64 @@
+"""The tables of a bundle: every number that a step takes, by name, each with a row for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.errors import BundleError
+from ditc.files import atomic_write
+from ditc.program import REUSE_ROWS
+
+__all__ = [
+    "COMPENSATION",
+    "LOG_VARIANCES",
+    "MIDPOINTS_INPUT",
+    "MIDPOINTS_TABLE",
+    "SAMPLER",
+    "SAMPLER_COLUMNS",
+    "SCALES_INPUT",
+    "SCALES_TABLE",
+    "STEP_INPUTS",
+    "Tables",
+    "read_tables",
+    "write_tables",
+]
+
+Tables = Mapping[str, NDArray[Any]]
+
+SAMPLER = "sampler."  # in front of a column of the sampler's, (steps,)
+SAMPLER_COLUMNS = ("t", "clip", "x0_x", "x0_out", "prev_x0", "prev_x", "prev_out", "sigma")
+LOG_VARIANCES = ("log_var_min", "log_var_max")  # only where the sampler takes a learned variance
+COMPENSATION = ("compensation.k", "compensation.mu")  # (steps, channels)
+# inputs of a segment, one row of a table each
+SCALES_INPUT, SCALES_TABLE = "scales", "scales.activation"  # magnitudes, (steps, columns)
+MIDPOINTS_INPUT, MIDPOINTS_TABLE = "midpoints", "scales.midpoint"  # of the columns that have any, in steps of the scale
+STEP_INPUTS = {SCALES_INPUT: SCALES_TABLE, MIDPOINTS_INPUT: MIDPOINTS_TABLE, REUSE_ROWS: REUSE_ROWS}
+
+
+def write_tables(path: Path, tables: Tables) -> None:
+    """Named arrays as one safetensors file."""
+    from safetensors.numpy import save
+
+    atomic_write(path, save({name: np.ascontiguousarray(table) for name, table in tables.items()}))
+
+
+def read_tables(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file; raises BundleError where it can't be read."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(path.read_bytes())  # not by its name, which may be none in this locale
+    except OSError as e:
+        raise BundleError(f"can't read the tables {path}: {e.strerror or e}; copy the bundle again") from e
+    except (SafetensorError, KeyError, TypeError, ValueError) as e:  # of a type that NumPy lacks, a KeyError
+        raise BundleError(f"can't read the tables {path}: {_first_line(e)}; compile the bundle again") from e
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
