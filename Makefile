@@ -43,7 +43,7 @@ train: $(STAMP)
 	$(BIN)/python -m ditc.exporter.train_digits --out exporter/digits.safetensors
 
 # torch is pinned in constraints.txt: without the pin pip may pull gigabytes of CUDA packages
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py core/folders.py constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -53,7 +53,8 @@ $(STAMP): pyproject.toml constraints.txt
 lint-tree:
 	rm -rf .lint && mkdir -p .lint/ditc
 	ln -s $(CURDIR)/core/* .lint/ditc/
-	for folder in exporter calib_data engines runtime compiler; do ln -s $(CURDIR)/$$folder .lint/ditc/$$folder; done
+	for folder in $$($(PYTHON) -c 'import runpy; print(*runpy.run_path("core/folders.py")["FOLDERS"])'); do \
+		ln -s $(CURDIR)/$$folder .lint/ditc/$$folder; done
 
 clean:
 	rm -rf $(VENV) .lint build out *.egg-info

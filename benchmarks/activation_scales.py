@@ -22,20 +22,20 @@ import numpy as np
 
 from ditc.bundle import Bundle, read_tables
 from ditc.compiler.driver import compile_model
-from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
 from ditc.compiler.stages import executor, quantize
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
-from ditc.engines.scale_table import ScaleTable
-from ditc.engines.scales import activation_probe
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.onnx_files import load_model, save_sharing_data
+from ditc.machine import machine
+from ditc.quantize.scale_table import ScaleTable
+from ditc.quantize.scales import activation_probe
+from ditc.runtime.closeness import psnr_db
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.pipeline import load
-from ditc.runtime.quality import psnr_db
 
 HERE = Path(__file__).parent
 SETTINGS = [*product(("static", "per-step"), ("zero", "bounded")), ("dynamic", "zero")]

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ditc.compiler.eager import eager_images
-from ditc.compiler.features import digit_quality, open_extractor
-from ditc.compiler.machine import machine
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.train_digits import digits_split
-from ditc.runtime.distributions import frechet_distance
+from ditc.machine import machine
+from ditc.quality.distributions import frechet_distance
+from ditc.quality.features import digit_quality, open_extractor
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.samplers import sampler_table
+from ditc.speed.eager import eager_images
 
 HERE = Path(__file__).parent
 BATCH = 100

@@ -24,14 +24,14 @@ from typing import Any
 
 import ditc
 from ditc.bundle import open_bundle
-from ditc.compiler.bench_options import ModelChoice
-from ditc.compiler.machine import machine
-from ditc.compiler.match import Match, match_of
-from ditc.compiler.peers import ReadyPeer, peer_names, ready_peer
-from ditc.compiler.side_by_side import bundle_turn, peer_turn, take_turns
+from ditc.machine import machine
 from ditc.progress import silent
 from ditc.runtime.executor import seeded_noise
-from ditc.runtime.latency import latency_of
+from ditc.speed.bench_options import ModelChoice
+from ditc.speed.latency import latency_of
+from ditc.speed.match import Match, match_of
+from ditc.speed.peers import ReadyPeer, peer_names, ready_peer
+from ditc.speed.side_by_side import bundle_turn, peer_turn, take_turns
 
 HERE = Path(__file__).parent
 STEPS, POINTS = 50, 64
@@ -63,7 +63,7 @@ print(json.dumps({
 def compile_cost(size: str, interval: int, out: Path) -> dict[str, float]:
     """Wall seconds of the compile, and the peak resident bytes of this and earlier ones."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "ditc.compiler", "compile", "--random", size, "--policy", f"fora:{interval}"]
+    command = [sys.executable, "-m", "ditc.cli", "compile", "--random", size, "--policy", f"fora:{interval}"]
     images = math.ceil(POINTS / len(range(0, STEPS, interval)))  # whose computing steps hold that many points
     subprocess.run([*command, "-o", str(out), "--force", "--pool", str(images), *SETTINGS], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

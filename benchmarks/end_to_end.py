@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ditc.compiler.demo import run_demo
-from ditc.compiler.machine import machine
+from ditc.cli.output import print_demo
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.printing import print_demo
+from ditc.machine import machine
 from ditc.progress import silent
+from ditc.quality.demo import run_demo
 
 HERE = Path(__file__).parent
 

@@ -26,19 +26,19 @@ import numpy as np
 
 import ditc
 from ditc.bundle import Bundle, open_bundle, seal_bundle
-from ditc.compiler.ceilings import measured_rates
+from ditc.cli.output import print_table
 from ditc.compiler.driver import compile_model
-from ditc.compiler.estimating import MEASURED, Rates, segment_seconds
-from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.printing import print_table
-from ditc.compiler.roofline import footprints_here
-from ditc.compiler.side_by_side import bundle_turn, take_turns
 from ditc.exporter.dit import DiTConfig
 from ditc.exporter.models import random_dit
+from ditc.machine import machine
 from ditc.program import CONDITION
 from ditc.progress import silent
-from ditc.runtime.latency import latency_of
+from ditc.speed.ceilings import measured_rates
+from ditc.speed.estimating import MEASURED, Rates, segment_seconds
+from ditc.speed.latency import latency_of
+from ditc.speed.roofline import footprints_here
+from ditc.speed.side_by_side import bundle_turn, take_turns
 
 HERE = Path(__file__).parent
 WIDTH, HEADS, PATCH = 192, 3, 2  # heads of 64, as in the released sizes but the largest

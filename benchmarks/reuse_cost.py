@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import ditc
+from ditc.cli.output import print_table
 from ditc.compiler.driver import compile_model
-from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.printing import print_table
-from ditc.compiler.side_by_side import bundle_turn, take_turns
 from ditc.exporter.models import builtin_digits, random_model
+from ditc.machine import machine
 from ditc.progress import silent
-from ditc.runtime.latency import latency_of
+from ditc.speed.latency import latency_of
+from ditc.speed.side_by_side import bundle_turn, take_turns
 
 HERE = Path(__file__).parent
 OPTIONS = CompileOptions(points=8, pool_images=4, smooth="none", vc="none", verify_images=1, reference=False)

@@ -19,16 +19,16 @@ from typing import Any
 from unittest import mock
 
 import ditc
+from ditc.cli.output import print_table
 from ditc.compiler.driver import compile_model
-from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.printing import print_table
-from ditc.compiler.side_by_side import bundle_turn, take_turns
 from ditc.engines.onnxrt import SPINNING_STOPS, OnnxRuntimeBackend
 from ditc.exporter.dit import DiTConfig
 from ditc.exporter.models import builtin_digits, random_dit
+from ditc.machine import machine
 from ditc.progress import silent
-from ditc.runtime.latency import latency_of
+from ditc.speed.latency import latency_of
+from ditc.speed.side_by_side import bundle_turn, take_turns
 
 HERE = Path(__file__).parent
 OPTIONS = CompileOptions(points=8, pool_images=4, reuse="hold", smooth="none", vc="none", verify_images=1)

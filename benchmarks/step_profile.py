@@ -17,15 +17,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.compiler.ceilings import WIDEST, product_seconds
-from ditc.compiler.machine import machine
-from ditc.compiler.printing import print_table
-from ditc.compiler.roofline import footprints_here
-from ditc.compiler.running import HERE as THIS_MACHINE
-from ditc.compiler.tracing import trace_bundle
-from ditc.engines.linears import linears_of
+from ditc.cli.output import print_table
 from ditc.engines.onnxrt import INTEGER_KERNELS
 from ditc.exporter.onnx_files import load_model
+from ditc.machine import machine
+from ditc.quantize.linears import linears_of
+from ditc.runtime.running import HERE as THIS_MACHINE
+from ditc.speed.ceilings import WIDEST, product_seconds
+from ditc.speed.roofline import footprints_here
+from ditc.speed.tracing import trace_bundle
 
 HERE = Path(__file__).parent
 Shape = tuple[int, int, int]

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 
 import ditc
+from ditc.cli.output import print_table
 from ditc.compiler.driver import compile_model
-from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.printing import print_table
 from ditc.engines.cores import CoreGate, core_gate
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.runtime.latency import latency_of
+from ditc.machine import machine
+from ditc.speed.latency import latency_of
 
 HERE = Path(__file__).parent
 THREADS = 8

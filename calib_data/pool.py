@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ditc.calibset import CalibSet
 from ditc.errors import InputError
 
 __all__ = ["Pool", "Visit", "pool_from_visits"]
@@ -61,6 +62,10 @@ class Pool:
     def take(self, index: NDArray[Any]) -> Pool:
         peaks = None if self.peaks is None else self.peaks[index]
         return Pool(self.x[index], self.sample[index], self.step[index], self.t[index], self.label[index], peaks)
+
+    def calibration_set(self) -> CalibSet:
+        """Every point, equally weighted."""
+        return CalibSet(self.x, self.sample, self.step, self.t, self.label, np.ones(len(self)))
 
     def with_peaks(self, seen: Mapping[tuple[int, int], NDArray[Any]]) -> Pool:
         """The same points with what was seen of each, (sample, step) -> (tensors,)."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.calib_data.calibset import CalibSet
 from ditc.calib_data.pool import Pool
 from ditc.calib_data.tap import TapSettings, tap_embedding
+from ditc.calibset import CalibSet
 from ditc.errors import InputError, unknown_name
 
 __all__ = [
@@ -137,7 +137,7 @@ def select_points(name: str, pool: Pool, options: SelectionOptions) -> CalibSet:
         )
     canonical = pool.ordered()
     picked = np.sort(SELECTORS[name].pick(canonical, options))
-    return CalibSet.from_pool(canonical.take(picked))
+    return canonical.take(picked).calibration_set()
 
 
 def cluster_quotas(sizes: NDArray[np.int64], points: int, least: int, most: int) -> NDArray[np.int64]:

@@ -1,1 +1,1 @@
-"""The driver that runs the stages, and the command line."""
+"""The driver, the stages that it runs in order, and what they keep."""

@@ -16,12 +16,12 @@ from ditc.bundle import write_tables
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.stages import Tables, exact_trajectory, start_requests
 from ditc.engines.recording import RecordedRun, RecordingBackend
-from ditc.engines.scale_table import step_inputs
 from ditc.files import atomic_write
 from ditc.program import AHEAD, CONDITION, DECODE, FULL, REUSE_ROWS
 from ditc.runtime.approximation import Moments, Rows, fitted_rows
 from ditc.runtime.executor import Executor, Samples
 from ditc.runtime.pipeline import open_engines
+from ditc.tables import step_inputs
 
 __all__ = ["approximate"]
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from ditc.calib_data.calibset import CalibSet
+from ditc.bundle import Bundle
 from ditc.calib_data.selection import SELECTORS
-from ditc.compiler.plan import Plan, Segments
-from ditc.engines.midpoints import lower_bounds
-from ditc.engines.observing import (
+from ditc.calibset import CalibSet
+from ditc.compiler.observing import (
     ObservedPool,
     Observer,
     ObservingBackend,
@@ -22,10 +23,16 @@ from ditc.engines.observing import (
     histogram_bytes,
     show_activations,
 )
-from ditc.engines.ranges import Histogram
-from ditc.engines.scale_binding import BINDINGS
-from ditc.engines.scale_table import ScaleTable
-from ditc.engines.scales import (
+from ditc.compiler.plan import Plan, Segments
+from ditc.errors import BundleError, InputError
+from ditc.files import sha256_of
+from ditc.precision import INT8, levels_of
+from ditc.program import CONDITION, FULL
+from ditc.quantize.midpoints import lower_bounds
+from ditc.quantize.ranges import Histogram
+from ditc.quantize.scale_binding import BINDINGS
+from ditc.quantize.scale_table import ScaleTable
+from ditc.quantize.scales import (
     Origin,
     RunProbe,
     activation_probe,
@@ -34,10 +41,6 @@ from ditc.engines.scales import (
     scale_table,
     uncalibrated_table,
 )
-from ditc.errors import InputError
-from ditc.files import sha256_of
-from ditc.precision import INT8, levels_of
-from ditc.program import CONDITION, FULL
 
 __all__ = [
     "OBSERVED",
@@ -45,8 +48,11 @@ __all__ = [
     "activation_scales",
     "calibration_feeds",
     "check_selector_sees",
+    "chosen_points",
     "observation",
     "open_probe",
+    "scales_of",
+    "spread_points",
 ]
 
 OBSERVED = "observed.npz"  # beside the calibration set
@@ -224,3 +230,39 @@ def run_histograms(plan: Plan, segments: Segments, parts: Sequence[CalibSet]) ->
         feeds = calibration_feeds(condition, part, plan.guidance_label, probe.points_at_once)
         yield histograms_of(probe.run, watched(plan, feeds, done, points), probe.bounds)
         done += len(part)
+
+
+def spread_points(steps: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Places of `count` points, spread evenly over the distinct steps and sorted by step; all where there are fewer.
+
+    `steps` is (n,), the step of each point. Within a step the first points are taken.
+    """
+    distinct = np.unique(steps)
+    if count < len(distinct):
+        distinct = distinct[np.linspace(0, len(distinct) - 1, count).round().astype(np.int64)]
+    queues = [np.flatnonzero(steps == step) for step in distinct]
+    taken: list[int] = []
+    for turn in range(max(map(len, queues), default=0)):
+        taken += [int(queue[turn]) for queue in queues if turn < len(queue)]
+    chosen = np.array(taken[:count], np.int64)
+    return chosen[np.argsort(steps[chosen], kind="stable")]
+
+
+def chosen_points(bundle: Bundle, count: int) -> CalibSet:
+    """`count` points of the bundle's calibration set, spread over the steps that quantize and sorted by step."""
+    program = bundle.manifest.program
+    quantizing = [step.index for step in program.steps if program.segment(step.segment).quantizes]
+    calib = CalibSet.load(bundle.path / "calib" / "calib.npz")
+    calib = calib.take(np.flatnonzero(np.isin(calib.step, quantizing)))
+    if len(calib) == 0:
+        raise BundleError(f"{bundle.path} has no calibration point at a step that quantizes; compile it again")
+    return calib.take(spread_points(calib.step, count))
+
+
+def scales_of(bundle: Bundle) -> ScaleTable:
+    """The activation scales a bundle was quantized with."""
+    path = bundle.path / "calib" / "scales.json"
+    try:
+        return ScaleTable.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as e:
+        raise BundleError(f"{path} is not a table of scales; compile the bundle again") from e

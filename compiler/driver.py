@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,24 @@ from typing import Any
 from numpy.typing import NDArray
 
 import ditc
-from ditc import calib_data, compiler, engines, exporter, runtime
 from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.compiler import stages
 from ditc.compiler.approximating import approximate
 from ditc.compiler.fingerprinting import fingerprint
-from ditc.compiler.listing import model_notes
-from ditc.compiler.machine import package_versions
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
-from ditc.compiler.released import release_weights, return_free_memory
 from ditc.compiler.smoothing import smooth
 from ditc.compiler.work import WorkFolder, shared, work_folder
 from ditc.engines.backend import lowered_path
-from ditc.engines.lowering import LOWERINGS
 from ditc.errors import DoubtWarning, InputError
 from ditc.exporter.facts import ModelFacts
 from ditc.exporter.onnx_files import data_path
 from ditc.files import atomic_folder, digest_of, sha256_of
+from ditc.folders import FOLDERS
+from ditc.host_memory import release_weights, return_free_memory
+from ditc.lowering.forms import LOWERINGS
+from ditc.machine import package_versions
 from ditc.program import Program
 from ditc.progress import Progress, silent
 from ditc.runtime.approximation import FITS
@@ -139,7 +139,7 @@ def _tell(spec: ModelSpec, on_note: Callable[[str], None] | None) -> None:
         for line in spec.doubts:
             warnings.warn(f"{spec.name}: {line}", DoubtWarning, stacklevel=3)
         return
-    for note in model_notes(spec):
+    for note in spec.notes:
         on_note(note)
 
 
@@ -272,9 +272,9 @@ def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:
 
 def _source_digest() -> str:
     """A digest of ditc's own code: a stage that other code made is not taken up."""
-    home = Path(ditc.__file__).parent
-    folders = [home, *(Path(module.__path__[0]) for module in (calib_data, compiler, engines, exporter, runtime))]
-    return digest_of([sha256_of(path) for folder in folders for path in sorted(folder.glob("*.py"))])
+    packages = [ditc, *(import_module(f"ditc.{name}") for name in FOLDERS)]
+    places = [Path(package.__path__[0]) for package in packages]
+    return digest_of([sha256_of(path) for place in places for path in sorted(place.glob("*.py"))])
 
 
 def _shapes(program: Program) -> list[Any]:

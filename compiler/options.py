@@ -8,13 +8,13 @@ from pydantic import ValidationError
 
 from ditc.calib_data.selection import SelectionOptions, check_selector
 from ditc.calib_data.tap import TapSettings
-from ditc.engines.midpoints import MIDPOINTS
-from ditc.engines.ranges import RANGES
-from ditc.engines.scale_binding import BINDINGS
 from ditc.engines.targets import TARGETS
-from ditc.engines.transforms import TRANSFORMS
 from ditc.errors import InputError, unknown_name
 from ditc.precision import INT8, PRECISIONS, Bits
+from ditc.quantize.midpoints import MIDPOINTS
+from ditc.quantize.ranges import RANGES
+from ditc.quantize.scale_binding import BINDINGS
+from ditc.quantize.transforms import TRANSFORMS
 from ditc.runtime.compensation import ESTIMATORS
 from ditc.schedule import APPROXIMATORS
 from ditc.spec import Record, SamplerSpec

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.calib_data.calibset import CalibSet
+from ditc.calibset import CalibSet
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.engines.scale_binding import BINDINGS, Groups
-from ditc.engines.scale_table import DYNAMIC
 from ditc.program import REUSE_ROWS, Program
 from ditc.progress import Progress
+from ditc.quantize.scale_binding import BINDINGS, Groups
 from ditc.runtime.approximation import first_rows
 from ditc.spec import ModelSpec
+from ditc.tables import DYNAMIC
 
 __all__ = ["LARGEST_BATCH", "Plan", "Segments"]
 

@@ -11,20 +11,20 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ditc.calib_data.calibset import CalibSet
+from ditc.calibset import CalibSet
 from ditc.compiler.calibrating import calibration_feeds, open_probe
 from ditc.compiler.plan import Plan, Segments
-from ditc.compiler.released import return_free_memory
-from ditc.engines.folding import Site, common_sites, fold_into_segment, table_factors
-from ditc.engines.linears import linears_of
-from ditc.engines.moves import row_shape
-from ditc.engines.output_factors import multiply_output
-from ditc.engines.transforms import ChannelStatistics, Choice, choose_factors
 from ditc.errors import CheckError
 from ditc.files import atomic_write
+from ditc.host_memory import return_free_memory
 from ditc.precision import INT8
 from ditc.program import AHEAD, CONDITION, REUSE_ROWS
-from ditc.runtime.quality import relative_error
+from ditc.quantize.folding import Site, common_sites, fold_into_segment, table_factors
+from ditc.quantize.linears import linears_of
+from ditc.quantize.moves import row_shape
+from ditc.quantize.output_factors import multiply_output
+from ditc.quantize.transforms import ChannelStatistics, Choice, choose_factors
+from ditc.runtime.closeness import relative_error
 
 __all__ = ["smooth"]
 

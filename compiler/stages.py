@@ -16,27 +16,27 @@ from ditc.bundle import write_tables
 from ditc.calib_data.pool import Pool, Visit, pool_from_visits
 from ditc.calib_data.selection import select_points
 from ditc.compiler.calibrating import OBSERVED, activation_scales, observation
+from ditc.compiler.observing import ObservedPool, Observer, PeakObserver
 from ditc.compiler.plan import LARGEST_BATCH, Plan, Segments
-from ditc.compiler.released import return_free_memory
 from ditc.engines.backend import Backend, lowered_path, runnable_path
-from ditc.engines.linears import linear_count
-from ditc.engines.liveness import footprint_of
-from ditc.engines.lowering import lower
-from ditc.engines.observing import ObservedPool, Observer, PeakObserver
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
-from ditc.engines.qdq import insert_qdq
-from ditc.engines.scale_table import step_inputs
-from ditc.engines.storage import half_storage
-from ditc.engines.tensorrt_rules import violations_of
-from ditc.engines.update import UPDATE, UpdateForm
-from ditc.engines.update_graph import update_model
 from ditc.errors import CheckError
 from ditc.files import atomic_write
+from ditc.host_memory import return_free_memory
+from ditc.lowering.forms import lower
+from ditc.lowering.half_storage import half_storage
+from ditc.lowering.liveness import footprint_of
+from ditc.lowering.tensorrt_rules import violations_of
+from ditc.lowering.update_graph import update_model
 from ditc.program import CONDITION, DECODE, FULL, Program
+from ditc.quantize.linears import linear_count
+from ditc.quantize.qdq import insert_qdq
+from ditc.runtime.closeness import relative_error, trajectory_comparison
 from ditc.runtime.compensation import TableCompensation, fit_closed_loop
 from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
 from ditc.runtime.pipeline import open_engines
-from ditc.runtime.quality import relative_error, trajectory_comparison
+from ditc.tables import step_inputs
+from ditc.update_form import UPDATE, UpdateForm
 
 __all__ = ["export", "fit", "model_digest", "quantize", "record_pool", "replaced", "select", "verify"]
 

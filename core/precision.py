@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["INT8", "PRECISIONS", "Bits", "levels_of", "quantized"]
+__all__ = ["INT8", "LEVELS", "PRECISIONS", "WEIGHT_BITS_KEY", "Bits", "levels_of", "quantized"]
+
+WEIGHT_BITS_KEY = "ditc.weight_bits"  # metadata of a segment with integers; eight where it is not there
 
 
 class Bits(NamedTuple):
@@ -37,3 +39,6 @@ def quantized(precision: str) -> bool:
 def levels_of(bits: int) -> int:
     """The largest integer of a symmetric range: 127 of 8 bits."""
     return int(2 ** (bits - 1)) - 1
+
+
+LEVELS = levels_of(INT8.weights)  # largest magnitude of symmetric INT8

@@ -87,6 +87,11 @@ class ModelSpec(Record):
     assumptions: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
 
+    @property
+    def notes(self) -> list[str]:
+        """A line for each assumption, and for each doubt."""
+        return [f"assumed: {line}" for line in self.assumptions] + [f"warning: {line}" for line in self.doubts]
+
     @model_validator(mode="after")
     def _channels_fit(self) -> ModelSpec:
         if self.cfg_channels > self.in_channels:

@@ -15,6 +15,7 @@ from ditc.program import REUSE_ROWS
 
 __all__ = [
     "COMPENSATION",
+    "DYNAMIC",
     "LOG_VARIANCES",
     "MIDPOINTS_INPUT",
     "MIDPOINTS_TABLE",
@@ -25,6 +26,7 @@ __all__ = [
     "STEP_INPUTS",
     "Tables",
     "read_tables",
+    "step_inputs",
     "write_tables",
 ]
 
@@ -37,6 +39,8 @@ COMPENSATION = ("compensation.k", "compensation.mu")  # (steps, channels)
 # inputs of a segment, one row of a table each
 SCALES_INPUT, SCALES_TABLE = "scales", "scales.activation"  # magnitudes, (steps, columns)
 MIDPOINTS_INPUT, MIDPOINTS_TABLE = "midpoints", "scales.midpoint"  # of the columns that have any, in steps of the scale
+# the binding of scales that are measured at run time, of all images that an engine call holds
+DYNAMIC = "dynamic"
 STEP_INPUTS = {SCALES_INPUT: SCALES_TABLE, MIDPOINTS_INPUT: MIDPOINTS_TABLE, REUSE_ROWS: REUSE_ROWS}
 
 
@@ -62,3 +66,8 @@ def read_tables(path: Path) -> dict[str, NDArray[Any]]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def step_inputs(tables: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    """What of a bundle's tables the segments take as an input, one row a step: name of the input -> (steps, ...)."""
+    return {name: tables[table].astype(np.float32) for name, table in STEP_INPUTS.items() if table in tables}

@@ -1,1 +1,1 @@
-"""Scales, graph passes, Q/DQ, and the backends that run segments."""
+"""How a segment is opened, built, stored and run: the backends."""

@@ -36,12 +36,12 @@ from ditc.engines.store import (
 )
 from ditc.engines.trt_runtime import calibration_cache, wanted_key
 from ditc.engines.trt_worker import PLAN, TIMINGS, BuildRequest, MachineDescription
-from ditc.engines.update import UPDATE
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, locked, writing
 from ditc.openable import check_utf8
 from ditc.program import CONDITION
 from ditc.progress import Progress
+from ditc.update_form import UPDATE
 
 __all__ = [
     "BuildPlan",

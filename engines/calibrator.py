@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ditc.bundle import Bundle
-from ditc.calib_data.calibset import CalibSet
+from ditc.calibset import CalibSet
 from ditc.engines.device import Device, DeviceTensor, open_device
 from ditc.engines.store import EngineStore
 from ditc.engines.trt import open_runtime

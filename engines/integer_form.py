@@ -17,19 +17,19 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
-from ditc.engines.cpu_features import integer_features
+from ditc.cpu_features import integer_features
 from ditc.errors import AdviceWarning, BundleError
-from ditc.precision import INT8
+from ditc.precision import INT8, PRECISIONS, WEIGHT_BITS_KEY
 from ditc.spec import Record
 
 __all__ = [
     "SEVEN_BITS",
-    "WEIGHT_BITS_KEY",
     "Arithmetic",
     "Exactness",
     "IntegerForm",
     "SaysArithmetic",
     "advise",
+    "arithmetic_of",
     "find_exactness",
     "once_per_process",
     "weight_bits",
@@ -41,7 +41,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SEVEN_BITS = 7  # of weights: two products with them fit in 16 bits
-WEIGHT_BITS_KEY = "ditc.weight_bits"  # metadata of a segment with integers; eight where it is not there
 # key and value as protobuf writes an entry of the metadata: field 2, one byte long
 _WEIGHT_BITS = re.compile(re.escape(WEIGHT_BITS_KEY.encode()) + rb"\x12\x01(\d)")
 _ROUNDS_ACTIVATIONS = b"QuantizeLinear"
@@ -135,6 +134,12 @@ class SaysArithmetic(Protocol):
     def arithmetic(self, bits: int) -> Arithmetic:
         """What segments with weights of `bits` are computed in here; probes this machine the first time."""
         ...
+
+
+def arithmetic_of(backend: object, precision: str) -> Arithmetic | None:
+    """What a backend computes a bundle of some precision in here; None for one without integers, and on a GPU."""
+    bits = PRECISIONS.get(precision)
+    return backend.arithmetic(bits.weights) if bits is not None and isinstance(backend, SaysArithmetic) else None
 
 
 def once_per_process(make: Callable[P, T]) -> Callable[P, T]:

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.engines.ranges import LEVELS
-from ditc.engines.scale_table import MIDPOINTS_INPUT, SCALES_INPUT
-from ditc.precision import levels_of
+from ditc.precision import LEVELS, levels_of
+from ditc.tables import MIDPOINTS_INPUT, SCALES_INPUT
 
 __all__ = [
     "CASES",

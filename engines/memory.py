@@ -8,10 +8,10 @@ from pydantic import ValidationError
 
 from ditc.bundle import Bundle
 from ditc.engines.device import ALIGNMENT
-from ditc.engines.footprint import Footprint, PortShape
 from ditc.engines.store import EXPLICIT
 from ditc.engines.trt_runtime import profile_sizes
 from ditc.errors import InputError
+from ditc.footprint import Footprint, PortShape
 from ditc.program import CONDITION, DECODE
 from ditc.spec import Record
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from ditc.bundle import REFERENCE, Bundle
-from ditc.engines.update import UPDATE
 from ditc.errors import InputError
 from ditc.files import atomic_write, digest_of, sha256_of
 from ditc.spec import Record
+from ditc.update_form import UPDATE
 
 __all__ = [
     "EXPLICIT",

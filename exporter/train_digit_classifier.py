@@ -3,7 +3,7 @@
     python -m ditc.exporter.train_digit_classifier --out exporter/digit_classifier.safetensors
 
 Three linear layers with ReLU between, 64 pixels to 128 to 64 to 10 classes, trained on four fifths of the digits with
-noise, shifts by a pixel and smoothed labels. The weights, rounded to float16, are what `ditc.runtime.classifier` runs
+noise, shifts by a pixel and smoothed labels. The weights, rounded to float16, are what `ditc.quality.classifier` runs
 without torch; digit_classifier.md beside them is its card.
 """
 

@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from ditc.bundle import Manifest
 from ditc.engines.backend import DeviceEngine
 from ditc.engines.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor
-from ditc.engines.scale_table import step_inputs
-from ditc.engines.update import COLUMNS, UPDATE
 from ditc.errors import CheckError, InputError
 from ditc.program import AHEAD, CONDITION, DECODE, Step
 from ditc.runtime.compensation import TableCompensation
@@ -35,6 +33,8 @@ from ditc.runtime.executor import (
     closed_while_running,
     written_ports,
 )
+from ditc.tables import step_inputs
+from ditc.update_form import COLUMNS, UPDATE
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
 

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.engines.backend import Binding, Buffer, Engine
-from ditc.engines.update import UPDATE
 from ditc.errors import DitcError, InputError
 from ditc.program import AHEAD, CONDITION, Program, Step
 from ditc.runtime.conditioning import Conditioning, steps_ahead
 from ditc.runtime.samplers import Row, needs_noise, update
 from ditc.spec import ModelSpec
+from ditc.update_form import UPDATE
 
 __all__ = [
     "Compensation",

@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 from ditc.bundle import Bundle, open_bundle
 from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, runnable_path
 from ditc.engines.integer_form import SaysArithmetic
-from ditc.engines.scale_table import DYNAMIC, step_inputs
 from ditc.engines.targets import backend_for
-from ditc.engines.update import UPDATE
 from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_name
 from ditc.precision import INT8, PRECISIONS
 from ditc.program import DECODE, Program
@@ -30,6 +28,8 @@ from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer
+from ditc.tables import DYNAMIC, step_inputs
+from ditc.update_form import UPDATE
 
 __all__ = ["Pipeline", "load", "open_engines"]
 

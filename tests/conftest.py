@@ -12,6 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,6 +23,7 @@ from ditc.bundle import Bundle, open_bundle
 from ditc.compiler import driver, stages
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
+from ditc.engines.onnxrt import import_onnxruntime
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.files import atomic_write, digest_of, in_turn
 from ditc.runtime.pipeline import Pipeline, load
@@ -53,6 +57,8 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "fp32-none": {"policy": "none", "precision": "fp32", "vc": "none"},
     "fp32-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none"},
 }
+# of the constants of a graph that is written as text
+KINDS = {"float32": "float", "int64": "int64"}
 COMPILER = {module: dict(vars(module)) for module in (driver, stages)}  # as it is before a test plays a fault in it
 
 
@@ -209,3 +215,33 @@ def pipes(bundles: dict[str, Bundle]) -> Iterator[dict[str, Pipeline]]:
 @pytest.fixture(scope="session")
 def cached_bundle_path(bundles: dict[str, Bundle]) -> Path:
     return bundles["cached"].path
+
+
+def graph_from_text(inputs: str, outputs: str, body: str, **constants: np.ndarray) -> ir.Model:
+    """A model with inferred shapes; `constants` are its initializers, by name."""
+    declared = [f"{KINDS[str(v.dtype)]}[{', '.join(map(str, v.shape))}] {name}" for name, v in constants.items()]
+    head = '<ir_version: 10, opset_import: ["" : 20]>'
+    proto = onnx.parser.parse_model(f"{head} g ({', '.join([inputs, *declared])}) => ({outputs}) {{ {body} }}")
+    for name, value in constants.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        proto.graph.input.remove(next(port for port in proto.graph.input if port.name == name))
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+
+
+def run_graph(model: ir.Model, feeds: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Every output, by ONNX Runtime."""
+    session = import_onnxruntime().InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [port.name for port in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+@pytest.fixture
+def make_graph() -> Callable[..., ir.Model]:
+    return graph_from_text
+
+
+@pytest.fixture
+def run_model() -> Callable[..., dict[str, np.ndarray]]:
+    return run_graph

@@ -26,17 +26,17 @@ from numpy.typing import NDArray
 import ditc
 from ditc.bundle import Bundle
 from ditc.compiler.driver import compile_model
-from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.engines.outputs import keep_outputs
 from ditc.engines.recording import RecordingBackend
 from ditc.exporter.onnx_files import load_model, save_model
+from ditc.machine import machine
 from ditc.program import FULL
-from ditc.runtime.bootstrap import LEVEL, bootstrapped, estimates
+from ditc.quality.bootstrap import LEVEL, bootstrapped, estimates
+from ditc.quantize.outputs import keep_outputs
+from ditc.runtime.closeness import psnr_db, relative_error
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.quality import psnr_db, relative_error
 from ditc.schedule import APPROXIMATORS
 
 HERE = Path(__file__).parent

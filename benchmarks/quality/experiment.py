@@ -22,8 +22,8 @@ from typing import Any
 from cells import BASE, CELLS, Cell
 from trial import digest_of_trial, trial
 
-from ditc.compiler.machine import machine
 from ditc.files import atomic_write
+from ditc.machine import machine
 
 HERE = Path(__file__).parent
 GROUPS = tuple(dict.fromkeys(cell.group for cell in CELLS))

@@ -24,12 +24,12 @@ from cells import BASE, SAMPLERS
 from numpy.typing import NDArray
 
 from ditc.compiler import stages
-from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
 from ditc.exporter.models import builtin_digits
 from ditc.files import atomic_write
+from ditc.machine import machine
 from ditc.program import AHEAD, CONDITION, EXTRAPOLATE, FULL, distance_of
 from ditc.runtime.executor import Samples
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ditc.calib_data.calibset import CalibSet
+from ditc.calibset import CalibSet
 from ditc.compiler import stages
 from ditc.compiler.calibrating import calibration_feeds
-from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
@@ -31,8 +30,9 @@ from ditc.engines.backend import runnable_path
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.stress import Stress, stressed
+from ditc.machine import machine
 from ditc.program import CONDITION
-from ditc.runtime.quality import relative_error
+from ditc.runtime.closeness import relative_error
 
 HERE = Path(__file__).parent
 MODELS: dict[str, Callable[[], DiT]] = {"plain": builtin_digits, "stressed": lambda: stressed(builtin_digits())}
@@ -45,7 +45,7 @@ EVALUATION_POINTS = 200
 def evaluation_points(plan: Plan, segments: Segments) -> CalibSet:
     """Points of FP trajectories, drawn evenly from all steps."""
     held_out = replace(plan, options=plan.options.model_copy(update={"seed": EVALUATION_SEED}))
-    points = CalibSet.from_pool(stages.record_pool(held_out, segments))
+    points = stages.record_pool(held_out, segments).calibration_set()
     chosen = np.random.default_rng(0).permutation(len(points))[:EVALUATION_POINTS]
     return points.take(np.sort(chosen))
 

@@ -17,16 +17,16 @@ import numpy as np
 import onnx_ir as ir
 from smoothing import OPTIONS, compiled, errors, evaluation_points, predictions
 
-from ditc.calib_data.calibset import CalibSet
+from ditc.calibset import CalibSet
 from ditc.compiler import stages
-from ditc.compiler.machine import machine
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
 from ditc.compiler.smoothing import choose, smooth, statistics_of
-from ditc.engines.folding import Site, WeightFold
-from ditc.engines.linears import linears_of
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.onnx_files import load_model, save_model
+from ditc.machine import machine
+from ditc.quantize.folding import Site, WeightFold
+from ditc.quantize.linears import linears_of
 
 HERE = Path(__file__).parent
 NOWHERE = WeightFold("", ())

@@ -19,8 +19,6 @@ from cells import Cell
 from ditc.bundle import read_tables
 from ditc.compiler import stages
 from ditc.compiler.approximating import approximate
-from ditc.compiler.features import DIGITS_SHAPE, open_extractor, real_digits
-from ditc.compiler.generating import classes_in_turn
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
@@ -30,10 +28,12 @@ from ditc.exporter.models import builtin_digits
 from ditc.exporter.stress import stressed
 from ditc.files import digest_of, in_turn
 from ditc.program import Program
+from ditc.quality.distributions import Generated, RealSet, distribution_values
+from ditc.quality.features import DIGITS_SHAPE, open_extractor, real_digits
+from ditc.quality.generating import classes_in_turn
 from ditc.runtime.approximation import FITS
-from ditc.runtime.distributions import Generated, RealSet, distribution_values
+from ditc.runtime.closeness import psnr_db, ssim, step_drift
 from ditc.runtime.executor import Samples, seeded_noise
-from ditc.runtime.quality import psnr_db, ssim, step_drift
 
 __all__ = ["MODELS", "compiled_segments", "digest_of_trial", "exported", "trial"]
 

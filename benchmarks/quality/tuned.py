@@ -19,10 +19,10 @@ from typing import Any
 from cells import BASE, SAMPLERS, TUNED
 from trial import MODELS
 
-from ditc.compiler.machine import machine
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.tuning import Budget, Trial, TuneOptions, described, tune_model
 from ditc.files import atomic_write
+from ditc.machine import machine
+from ditc.quality.tuning import Budget, Trial, TuneOptions, described, tune_model
 
 SEED = 100  # no trial has it
 BUDGET = Budget(worse_by=0.05)

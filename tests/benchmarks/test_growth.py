@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.compiler.roofline import footprints_here
 from ditc.runtime.pipeline import load
+from ditc.speed.roofline import footprints_here
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from ditc.bundle import Bundle
-from ditc.compiler.report import Report
-from ditc.compiler.reporting import ReportOptions, report_bundle, write_report
+from ditc.report.facts import Report
+from ditc.report.gathering import ReportOptions, report_bundle, write_report
 
 if TYPE_CHECKING:
     from tests.browser.conftest import Tab

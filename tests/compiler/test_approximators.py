@@ -10,19 +10,19 @@ import pytest
 
 import ditc
 from ditc.bundle import Bundle
-from ditc.compiler.branch_probe import condition_tables, open_branch_probe
-from ditc.compiler.cli import run
+from ditc.cli.listing import bundle_facts
+from ditc.cli.main import run
 from ditc.compiler.driver import compile_model
-from ditc.compiler.listing import bundle_facts
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.exporter.onnx_files import load_model
 from ditc.program import CONDITION, REUSE_ROWS
+from ditc.quality.branch_probe import condition_tables, open_branch_probe
 from ditc.runtime.approximation import holding_rows
+from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import StepEvent
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.quality import relative_error
 
 LABELS = [0, 3, 1, 4]
 NAMES = ["fp32-affine", "fp32-taylor"]

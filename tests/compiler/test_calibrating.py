@@ -8,18 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ditc.calib_data.calibset import CalibSet
 from ditc.calib_data.pool import Pool
 from ditc.compiler import calibrating, stages
 from ditc.compiler.calibrating import OBSERVED, activation_scales
+from ditc.compiler.observing import ObservedPool
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
 from ditc.compiler.work import shared
-from ditc.engines.observing import ObservedPool
-from ditc.engines.scale_table import ScaleTable
 from ditc.errors import BundleError, InputError
 from ditc.files import digest_of
+from ditc.quantize.scale_table import ScaleTable
 
 Selected = Callable[..., tuple[Plan, Segments, Path]]
 
@@ -155,7 +154,7 @@ def test_the_selector_sees_the_largest_magnitude_of_every_layer_at_every_point(
     assert pool.peaks is not None
     probe, condition = calibrating.open_probe(plan, segments), plan.backend.session(segments["condition"])
     assert pool.peaks.shape == (len(pool), len(probe.readers))
-    calib = CalibSet.from_pool(pool.take(np.array([0, 5, len(pool) - 1])))
+    calib = pool.take(np.array([0, 5, len(pool) - 1])).calibration_set()
     for feeds, expected in zip(
         calibrating.calibration_feeds(condition, calib, plan.guidance_label, 1),
         pool.peaks[[0, 5, len(pool) - 1]][np.argsort(calib.step, kind="stable")],

@@ -45,7 +45,7 @@ def file_hashes(bundle: Bundle) -> dict[str, str]:
 
 def ditc_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ditc.compiler", *arguments], capture_output=True, text=True, check=False, **options
+        [sys.executable, "-m", "ditc.cli", *arguments], capture_output=True, text=True, check=False, **options
     )
 
 
@@ -113,7 +113,7 @@ def test_changed_settings_do_not_resume_stale_stages(
 STUCK = """
 import sys, time
 from ditc.compiler import stages
-from ditc.compiler.cli import run
+from ditc.cli.main import run
 
 def stuck(*_):
     print("quantize: begun", file=sys.stderr, flush=True)
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_bundle(tmp_path: Path, checkpoint
     """A file size limit stands in for a full disk: every write beyond it fails in the same place."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
-        "from ditc.compiler.cli import run\n"
+        "from ditc.cli.main import run\n"
         f"sys.exit(run(['compile', {str(checkpoint)!r}, '-o', {str(tmp_path / 'b')!r}, *{QUICK_FLAGS!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -283,7 +283,7 @@ def test_the_reference_can_be_left_out(
 
 
 def test_calibration_points_come_from_steps_that_compute(bundles: dict[str, Bundle]) -> None:
-    from ditc.calib_data.calibset import CalibSet
+    from ditc.calibset import CalibSet
 
     calib = CalibSet.load(bundles["cached"].path / "calib" / "calib.npz")
     assert len(calib) == 24
@@ -291,7 +291,7 @@ def test_calibration_points_come_from_steps_that_compute(bundles: dict[str, Bund
 
 
 def test_steps_in_floating_point_calibrate_nothing_and_have_fp_weights(bundles: dict[str, Bundle]) -> None:
-    from ditc.calib_data.calibset import CalibSet
+    from ditc.calibset import CalibSet
 
     bundle = bundles["float-ends"]
     assert [step.segment for step in bundle.manifest.program.steps] == [

@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import ditc
 from ditc.bundle import Bundle, Manifest
-from ditc.compiler import driver, tuning
-from ditc.compiler.cli import run
+from ditc.cli.main import run
+from ditc.compiler import driver
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
-from ditc.compiler.tuning import Budget, Trial, TuneOptions
 from ditc.errors import DoubtWarning, InputError
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.models import load_model
+from ditc.quality import tuning
+from ditc.quality.tuning import Budget, Trial, TuneOptions
 
 QUICK = ["--steps", "4", "--precision", "fp32", "--vc", "none", "--verify-images", "1"]
 HEADS = "6 attention heads, as the released DiT of width 384 has (--heads)"

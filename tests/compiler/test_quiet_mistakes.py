@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import ditc
 from ditc.bundle import Bundle
+from ditc.cli.main import run
 from ditc.compiler import stages
-from ditc.compiler.cli import run
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.engines.backend import lowered_path
 from ditc.errors import BundleError, InputError
 from ditc.exporter.dit import DiT, DiTConfig
-from ditc.runtime.quality import relative_error
+from ditc.runtime.closeness import relative_error
 
 LATENT = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=1, num_heads=4, num_classes=5)
 
@@ -141,7 +141,7 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(bundles: dict[str, Bu
 
 
 def test_the_time_per_image_is_the_whole_request(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    from ditc.compiler.running import run_bundle
+    from ditc.runtime.running import run_bundle
 
     found = run_bundle(bundles["cached"].path, [0, 1, 2], tmp_path / "i", seed=0, watch=lambda _: None)
     steps = sum(times["total_seconds"] for times in found["segments"].values()) / 3

@@ -12,24 +12,24 @@ import torch
 
 import ditc
 from ditc.bundle import Bundle
-from ditc.calib_data.calibset import CalibSet
+from ditc.calibset import CalibSet
+from ditc.cli.listing import bundle_facts
 from ditc.compiler import smoothing, stages
 from ditc.compiler.calibrating import calibration_feeds
 from ditc.compiler.driver import compile_model
-from ditc.compiler.eager import eager_images
-from ditc.compiler.listing import bundle_facts
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
-from ditc.engines.linears import linears_of
-from ditc.engines.transforms import TRANSFORMS
 from ditc.errors import CheckError, InputError
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.onnx_files import load_model
 from ditc.exporter.stress import stressed
 from ditc.program import CONDITION
+from ditc.quantize.linears import linears_of
+from ditc.quantize.transforms import TRANSFORMS
+from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import seeded_noise
-from ditc.runtime.quality import relative_error
+from ditc.speed.eager import eager_images
 
 PATHS = {"blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1"}
 

@@ -13,13 +13,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 import ditc
 from ditc.bundle import Bundle
 from ditc.compiler.driver import compile_model
-from ditc.compiler.eager import eager_images
 from ditc.compiler.options import CompileOptions
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits, load_model
+from ditc.runtime.closeness import psnr_db, relative_error
 from ditc.runtime.executor import seeded_noise
-from ditc.runtime.quality import psnr_db, relative_error
 from ditc.runtime.samplers import sampler_table
+from ditc.speed.eager import eager_images
 
 LABELS = [3, 999, 207]
 

@@ -45,7 +45,7 @@ class Built(dict[str, Path]):
         self.folder = folder
 
     def __missing__(self, name: str) -> Path:
-        from ditc.compiler.cli import run
+        from ditc.cli.main import run
 
         bundle = Path(shutil.copytree(Path(os.environ["DITC_BUNDLES"]) / name, self.folder / name))
         assert run(["build", str(bundle)]) == 0

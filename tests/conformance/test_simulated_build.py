@@ -17,7 +17,7 @@ from tensorrt.building import Config  # type: ignore[import-not-found]
 from tensorrt.interface import MAGIC, Played  # type: ignore[import-not-found]
 from tensorrt.running import Engine  # type: ignore[import-not-found]
 
-from ditc.compiler.cli import run
+from ditc.cli.main import run
 from ditc.engines.store import BuildSettings
 from ditc.engines.trt_builder import build_plan
 from ditc.errors import InputError
@@ -273,7 +273,7 @@ def test_what_a_killed_build_left_is_removed(bundle: Path) -> None:
 @pytest.mark.any_version
 def test_two_builds_of_one_store_do_not_meet(bundle: Path, play: Any, capsys: pytest.CaptureFixture[str]) -> None:
     play(fault="hang", segment="condition")
-    first = subprocess.Popen([sys.executable, "-m", "ditc.compiler", "build", str(bundle)], stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([sys.executable, "-m", "ditc.cli", "build", str(bundle)], stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: list((bundle / "engines").glob(".building-*/request.json")))
         assert "another build is writing" in refused(capsys, "build", bundle)
@@ -286,7 +286,7 @@ def test_two_builds_of_one_store_do_not_meet(bundle: Path, play: Any, capsys: py
 @pytest.mark.any_version
 def test_a_child_whose_parent_is_killed_stops_by_itself(bundle: Path, play: Any) -> None:
     play(fault="hang", segment="condition")
-    parent = subprocess.Popen([sys.executable, "-m", "ditc.compiler", "build", str(bundle)], stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen([sys.executable, "-m", "ditc.cli", "build", str(bundle)], stderr=subprocess.DEVNULL)
     wait_for(lambda: children_of(parent.pid))
     wait_for(lambda: list((bundle / "engines").glob(".building-*/request.json")))
     wait_for(lambda: children_of(parent.pid))

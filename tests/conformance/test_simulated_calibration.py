@@ -14,7 +14,7 @@ import tensorrt
 from tensorrt.interface import MAGIC  # type: ignore[import-not-found]
 
 import ditc
-from ditc.compiler.cli import run
+from ditc.cli.main import run
 from ditc.engines.calibrator import make_calibrator, scales_from_cache
 from ditc.errors import DitcError, InputError
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ditc.compiler.cli import cli, run
+from ditc.cli.main import cli, run
 
 ROOT = Path(__file__).parents[2]
 RECIPES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(), flags=re.DOTALL)

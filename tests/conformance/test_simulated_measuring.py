@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ditc.compiler.cli import run
+from ditc.cli.main import run
 
 
 def test_a_trace_has_the_files_of_tensorrts_own_tools(

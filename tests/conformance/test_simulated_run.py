@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import ditc
 from ditc.bundle import Bundle, open_bundle
-from ditc.compiler.cli import run
+from ditc.cli.main import run
 from ditc.engines.device import open_device
 from ditc.engines.store import EngineStore, embedded_host_code
 from ditc.engines.targets import backend_for

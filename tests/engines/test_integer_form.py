@@ -22,13 +22,13 @@ from ditc.engines.integer_form import (
     once_per_process,
     weight_bits,
 )
-from ditc.engines.qdq import insert_qdq
-from ditc.engines.scale_table import ScaleTable
 from ditc.errors import AdviceWarning, BundleError
 from ditc.exporter.onnx_files import save_model
 from ditc.precision import Bits
 from ditc.precision import quantized as quantized_precision
 from ditc.program import BRANCH_KEY, PATH_KEY
+from ditc.quantize.qdq import insert_qdq
+from ditc.quantize.scale_table import ScaleTable
 
 PLAIN, SWITCHED = IntegerForm.PLAIN, IntegerForm.SWITCHED
 

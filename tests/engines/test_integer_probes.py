@@ -14,6 +14,7 @@ import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ditc.bundle import Bundle
+from ditc.compiler.probe_graphs import FOLDER, KINDS, write_probes
 from ditc.engines import integer_probes
 from ditc.engines.backend import runnable_path
 from ditc.engines.integer_form import SEVEN_BITS, IntegerForm
@@ -27,16 +28,15 @@ from ditc.engines.integer_probes import (
     probe_name,
     probe_weight,
 )
-from ditc.engines.lowering import lower
-from ditc.engines.midpoints import MIDPOINTS
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend
-from ditc.engines.probe_graphs import FOLDER, KINDS, write_probes
-from ditc.engines.qdq import insert_qdq
-from ditc.engines.scale_binding import BINDINGS
-from ditc.engines.scale_table import ScaleTable
 from ditc.exporter.onnx_files import save_model
+from ditc.lowering.forms import lower
 from ditc.precision import PRECISIONS, Bits
 from ditc.program import BRANCH_KEY, PATH_KEY
+from ditc.quantize.midpoints import MIDPOINTS
+from ditc.quantize.qdq import insert_qdq
+from ditc.quantize.scale_binding import BINDINGS
+from ditc.quantize.scale_table import ScaleTable
 
 UNSIGNED_ZERO = 128
 LAYERS = """
@@ -55,7 +55,7 @@ PATHS = ("q", "k", "p", "f")
 
 
 def test_the_files_are_what_the_generator_writes(tmp_path: Path) -> None:
-    """After a change: python -m ditc.engines.probe_graphs."""
+    """After a change: python -m ditc.compiler.probe_graphs."""
     written = {path.name: path.read_bytes() for path in write_probes(tmp_path)}
     assert written == {path.name: path.read_bytes() for path in FOLDER.iterdir()}
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from ditc.bundle import Bundle
+from ditc.compiler.probe_graphs import FOLDER
 from ditc.engines import onnxrt
 from ditc.engines.backend import runnable_path
 from ditc.engines.integer_form import Exactness, advise
 from ditc.engines.onnxrt import OnnxRuntimeBackend, exact_entries
-from ditc.engines.probe_graphs import FOLDER
 from ditc.errors import AdviceWarning, InputError
 
 WITH_VNNI, WITHOUT, NOTHING, SEVEN_ONLY = Exactness(8), Exactness(7, 8), Exactness(0), Exactness(7)

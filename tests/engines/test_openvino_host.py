@@ -28,8 +28,8 @@ from ditc.engines.openvino_host import (
 from ditc.errors import AdviceWarning, BundleError, InputError
 from ditc.exporter.dit import DiT
 from ditc.exporter.onnx_files import save_model
+from ditc.runtime.closeness import relative_error
 from ditc.runtime.pipeline import Pipeline, load
-from ditc.runtime.quality import relative_error
 
 pytest.importorskip("openvino")
 

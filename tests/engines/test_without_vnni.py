@@ -23,12 +23,12 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from ditc.bundle import Bundle
 from ditc.compiler.options import CompileOptions
-from ditc.engines.lowering import lower
-from ditc.engines.qdq import insert_qdq, quantize_weight
-from ditc.engines.scale_table import ScaleTable
 from ditc.exporter.onnx_files import save_model
+from ditc.lowering.forms import lower
 from ditc.precision import Bits
 from ditc.program import BRANCH_KEY, PATH_KEY
+from ditc.quantize.qdq import insert_qdq, quantize_weight
+from ditc.quantize.scale_table import ScaleTable
 
 QEMU = shutil.which("qemu-x86_64")
 pytestmark = [

@@ -18,7 +18,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ditc.engines.linears import linears_of
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, CheckpointError
 from ditc.exporter.dit import DiT, DiTConfig
@@ -28,6 +27,7 @@ from ditc.exporter.segments import Segment, segments_of
 from ditc.exporter.vae import Decoder
 from ditc.passes import program_from_schedule
 from ditc.program import BRANCH_KEY, CONDITION, DECODE, PATH_KEY, Program
+from ditc.quantize.linears import linears_of
 from ditc.schedule import CacheSchedule, schedule_for
 from ditc.spec import ModelSpec
 

@@ -15,7 +15,7 @@ import pytest
 from graph_text import graph_text
 
 from ditc.bundle import Bundle
-from ditc.compiler.cli import cli, run
+from ditc.cli.main import cli, run
 from ditc.engines.backend import lowered_path
 
 EXPECTED = Path(__file__).parent / "expected"

@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from ditc.runtime.quality import psnr_db
+from ditc.runtime.closeness import psnr_db
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("images.py")
@@ -131,7 +131,7 @@ def compiled(folder: Path) -> dict[str, Path]:
     bundles = {precision: folder / precision for precision in PRECISIONS}
     for precision, bundle in bundles.items():
         options = ("--precision", precision, "--exports", folder / "exports", "--force")
-        called(sys.executable, "-m", "ditc.compiler", "compile", "digits", "-o", bundle, *options)
+        called(sys.executable, "-m", "ditc.cli", "compile", "digits", "-o", bundle, *options)
     return bundles
 
 

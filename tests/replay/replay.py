@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from difflib import unified_diff
 from io import BytesIO
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import click
@@ -54,7 +55,7 @@ def sources(commit: str, folder: Path) -> Path:
 
 def package(source: Path, folder: Path) -> Path:
     """A folder to import `ditc` from, laid out as pyproject.toml says it is installed."""
-    places = tomllib.loads((source / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    places = _places(source)
     for name in sorted(places, key=lambda name: name.count(".")):
         target = folder.joinpath(*name.split("."))
         if "." in name:
@@ -64,6 +65,14 @@ def package(source: Path, folder: Path) -> Path:
             for path in (source / places[name]).iterdir():
                 (target / path.name).symlink_to(path)
     return folder
+
+
+def _places(source: Path) -> dict[str, str]:
+    """The folder of each package."""
+    folders = source / "core" / "folders.py"
+    if not folders.exists():  # older commits have them in pyproject.toml
+        return dict(tomllib.loads((source / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"])
+    return {"ditc": "core"} | {f"ditc.{name}": name for name in run_path(str(folders))["FOLDERS"]}
 
 
 def python(packages: Path, *command: object) -> None:

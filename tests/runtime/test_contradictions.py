@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from ditc.bundle import Bundle, Manifest, open_bundle, read_tables, write_tables
-from ditc.compiler.cli import run
+from ditc.cli.main import run
 from ditc.errors import BundleError
 from ditc.runtime.pipeline import load
 

@@ -14,7 +14,7 @@ import pytest
 
 import ditc.runtime.pipeline as pipeline
 from ditc.bundle import Bundle, open_bundle, read_tables, seal_bundle, write_tables
-from ditc.compiler.cli import run
+from ditc.cli.main import run
 from ditc.compiler.options import CompileOptions
 from ditc.engines.backend import runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend

@@ -11,9 +11,9 @@ from ditc.bundle import Bundle
 from ditc.errors import DitcError, InputError
 from ditc.exporter.onnx_files import load_model
 from ditc.program import Program
+from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import Executor, seeded_noise
 from ditc.runtime.pipeline import Pipeline, load
-from ditc.runtime.quality import relative_error
 
 LABELS = [0, 3, 1, 4]
 

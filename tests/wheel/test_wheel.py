@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from ditc.folders import FOLDERS
+
 ROOT = Path(__file__).parents[2]
 COMPILE_ONLY = ("torch", "onnx", "onnx_ir", "onnxscript", "sklearn", "scipy", "diffusers")
 # where the sources of a folder lie in the wheel
-PLACES = {"core": "ditc"} | {
-    name: f"ditc/{name}" for name in ("exporter", "calib_data", "engines", "runtime", "compiler")
-}
+PLACES = {"core": "ditc"} | {name: f"ditc/{name}" for name in FOLDERS}
 NOT_SHIPPED = {"digits.training.json", "digit_classifier.training.json"}  # a training's record, which no code reads
 QUICK = "--steps 10 --points 40 --pool 20 --vc-images 4 --verify-images 2"
 
@@ -39,7 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     for name in PLACES:
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "tree")
     pip = [sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-deps"]
     output_of(*pip, "--wheel-dir", folder, folder / "tree", cwd=folder)
@@ -67,7 +67,7 @@ def bundle(wheel: Path) -> Path:
 
 def here(cwd: Path, *arguments: str | Path) -> str:
     """A command of the tree under test."""
-    return output_of(sys.executable, "-m", "ditc.compiler", *arguments, cwd=cwd)
+    return output_of(sys.executable, "-m", "ditc.cli", *arguments, cwd=cwd)
 
 
 def test_the_wheel_holds_every_file_of_the_folders(wheel: Path) -> None:

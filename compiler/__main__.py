@@ -1,5 +1,0 @@
-"""`python -m ditc.compiler` is the `ditc` command."""
-
-from ditc.compiler.cli import main
-
-main()

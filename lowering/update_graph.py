@@ -1,0 +1,170 @@
+"""The graph of the `update` segment: guidance, the sampler's update and the compensation of one step.
+
+On a GPU this keeps the sample on the device between steps. It is the arithmetic of `runtime.samplers.update` and
+`runtime.compensation` in the same order, FP32; the coefficients of a step are an input, one row of a table.
+
+    inputs   x    (rows, channels, height, width)      the sample, once per guidance half
+             out  (rows, out_channels, height, width)  what the network returned
+             row  (width,)                             COLUMNS, then K and mu per channel
+             z    (images, channels, height, width)    fresh noise, only where the sampler adds any
+    output   next (rows, channels, height, width)      the next sample, once per guidance half
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import ShapeInferencePass
+
+from ditc.spec import ModelSpec
+from ditc.update_form import COLUMNS, UPDATE, UpdateForm
+
+__all__ = ["update_model"]
+
+
+@dataclass
+class _Writer:
+    """Appends nodes to a graph; values are named after what they hold."""
+
+    nodes: list[ir.Node] = field(default_factory=list)
+    constants: list[ir.Value] = field(default_factory=list)
+
+    def node(self, kind: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
+        return self.many(kind, inputs, [name], **attributes)[0]
+
+    def many(self, kind: str, inputs: list[ir.Value], names: list[str], **attributes: int) -> list[ir.Value]:
+        made = ir.node(kind, inputs, attributes=attributes, num_outputs=len(names), name=f"{UPDATE}/{names[0]}")
+        for value, name in zip(made.outputs, names, strict=True):
+            value.name, value.dtype = name, ir.DataType.FLOAT
+        self.nodes.append(made)
+        return list(made.outputs)
+
+    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.constants.append(value)
+        return value
+
+    def pieces(self, value: ir.Value, sizes: list[int], names: list[str], axis: int) -> list[ir.Value]:
+        """A value cut along an axis."""
+        if len(sizes) == 1:
+            return [value]
+        lengths = self.constant(f"{names[0]}.sizes", np.array(sizes, np.int64))
+        return self.many("Split", [value, lengths], names, axis=axis)
+
+    def times(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+        return self.node("Mul", [a, b], name)
+
+    def plus(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+        return self.node("Add", [a, b], name)
+
+
+def _input(name: str, shape: list[int | str]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
+    """The segment for a batch of `images`."""
+    channels = spec.in_channels
+    halves = 1 if form.guidance == 1 else 2
+    plane: list[int | str] = [spec.height, spec.width]
+    x = _input("x", [images * halves, channels, *plane])
+    out = _input("out", [images * halves, spec.out_channels, *plane])
+    row = _input("row", [len(COLUMNS) + 2 * channels])
+    z = _input("z", [images, channels, *plane])
+    write = _Writer()
+    sizes = [1] * len(COLUMNS) + [channels, channels]
+    parts = dict(zip((*COLUMNS, "k", "mu"), write.pieces(row, sizes, [*COLUMNS, "k", "mu"], 0), strict=True))
+    sample = write.pieces(x, [images] * halves, ["sample", "sample_again"][:halves], 0)[0]
+    prediction, raw_variance = _guided(write, spec, form, out, images)
+    after = _stepped(write, form, parts, sample, prediction)
+    if form.adds_noise:
+        after = _noised(write, form, parts, after, raw_variance, z)
+    after = _compensated(write, parts, after, channels)
+    if halves == 2:
+        after = write.node("Concat", [after, after], "next", axis=0)
+    else:
+        after = write.node("Identity", [after], "next")
+    after.shape = ir.Shape([images * halves, channels, *plane])
+    graph = ir.Graph(
+        [x, out, row, *([z] if form.adds_noise else [])],
+        [after],
+        nodes=write.nodes,
+        initializers=write.constants,
+        opset_imports={"": 20},
+        name=UPDATE,
+    )
+    model = ir.Model(graph, ir_version=10, producer_name="ditc")
+    ShapeInferencePass()(model)  # inner values need shapes where memory is planned
+    return model
+
+
+def _guided(
+    write: _Writer, spec: ModelSpec, form: UpdateForm, out: ir.Value, images: int
+) -> tuple[ir.Value, ir.Value | None]:
+    """(prediction after guidance, raw variance or None)."""
+    channels, guided = spec.in_channels, spec.cfg_channels
+    if form.guidance == 1:
+        conditional, unconditional = out, None
+    else:
+        conditional, unconditional = write.pieces(out, [images, images], ["conditional", "unconditional"], 0)
+    variance = [spec.out_channels - channels] if spec.out_channels > channels else []
+    rest = [channels - guided] if channels > guided else []
+    sizes = [guided, *rest, *variance]
+    names = ["guided", *(["unguided"] if rest else []), *(["raw_variance"] if variance else [])]
+    own = write.pieces(conditional, sizes, [f"conditional.{name}" for name in names], 1)
+    raw_variance = own[-1] if variance else None
+    prediction = own[0]
+    if unconditional is not None:
+        free = write.pieces(unconditional, sizes, [f"unconditional.{name}" for name in names], 1)[0]
+        weight = write.constant("guidance", np.array(form.guidance, np.float32))
+        difference = write.node("Sub", [own[0], free], "difference")
+        prediction = write.plus(free, write.times(weight, difference, "weighted"), "prediction.guided")
+    if rest:
+        prediction = write.node("Concat", [prediction, own[1]], "prediction", axis=1)
+    return prediction, raw_variance
+
+
+def _stepped(write: _Writer, form: UpdateForm, parts: Mapping[str, ir.Value], x: ir.Value, out: ir.Value) -> ir.Value:
+    """The sampler's update without its noise."""
+    clean = write.plus(write.times(parts["x0_x"], x, "x0.x"), write.times(parts["x0_out"], out, "x0.out"), "x0")
+    if form.clips:
+        low = write.node("Neg", [parts["clip"]], "clip.low")
+        clean = write.node("Max", [write.node("Min", [clean, parts["clip"]], "x0.below"), low], "x0.clipped")
+    near = write.plus(write.times(parts["prev_x0"], clean, "prev.x0"), write.times(parts["prev_x"], x, "prev.x"), "mix")
+    return write.plus(near, write.times(parts["prev_out"], out, "prev.out"), "prev")
+
+
+def _noised(
+    write: _Writer,
+    form: UpdateForm,
+    parts: Mapping[str, ir.Value],
+    x: ir.Value,
+    raw_variance: ir.Value | None,
+    z: ir.Value,
+) -> ir.Value:
+    """Fresh noise added, with the sampler's own or the learned variance."""
+    strength = parts["sigma"]
+    if form.learned_variance and raw_variance is not None:
+        one, half = (write.constant(name, np.array(v, np.float32)) for name, v in (("one", 1.0), ("half", 0.5)))
+        share = write.times(write.plus(raw_variance, one, "variance.up"), half, "share")
+        rest = write.node("Sub", [one, share], "share.rest")
+        log_var = write.plus(
+            write.times(share, parts["log_var_max"], "log_var.max"),
+            write.times(rest, parts["log_var_min"], "log_var.min"),
+            "log_var",
+        )
+        strength = write.node("Exp", [write.times(half, log_var, "log_sigma")], "sigma.learned")
+        strength = write.times(parts["noise"], strength, "sigma.used")
+    return write.plus(x, write.times(strength, z, "noise.scaled"), "noised")
+
+
+def _compensated(write: _Writer, parts: Mapping[str, ir.Value], x: ir.Value, channels: int) -> ir.Value:
+    """mu + K (x - mu), per channel."""
+    shape = write.constant("per_channel", np.array([1, channels, 1, 1], np.int64))
+    k, mu = (write.node("Reshape", [parts[name], shape], f"{name}.channels") for name in ("k", "mu"))
+    return write.plus(mu, write.times(k, write.node("Sub", [x, mu], "centred"), "scaled"), "compensated")

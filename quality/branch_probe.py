@@ -1,0 +1,67 @@
+"""The outputs of single branches at any step: what a segment that computes all of them makes before the gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.exporter.onnx_files import load_model, save_model
+from ditc.files import writing
+from ditc.lowering.forms import lower
+from ditc.quantize.outputs import branch_outputs, keep_outputs
+from ditc.runtime.executor import Samples
+from ditc.tables import step_inputs
+
+__all__ = ["BranchProbe", "condition_tables", "open_branch_probe"]
+
+Tables = Mapping[str, NDArray[Any]]
+NO_TABLES: Tables = {}
+
+
+@dataclass(frozen=True)
+class BranchProbe:
+    """A `full` segment with nothing but the outputs of its branches, on the CPU. `rows` are one for every step."""
+
+    session: Any
+    rows: Mapping[str, Samples]
+
+    def run(self, step: int, x: Samples, conditioning: Tables) -> list[Samples]:
+        """Every branch's output, (rows, *branch_shape), in the order of branches.
+
+        `x` is (rows, channels, height, width), all guidance halves; `conditioning` has the tables of all steps.
+        """
+        every = {**conditioning, **self.rows}
+        feeds = {port.name: every[port.name][step] for port in self.session.get_inputs() if port.name != "x"}
+        return list(self.session.run(None, {"x": x, **feeds}))
+
+
+@contextmanager
+def open_branch_probe(segment: Path, branches: tuple[str, ...], tables: Tables = NO_TABLES) -> Iterator[BranchProbe]:
+    """The probe of a portable segment, FP or INT8, that computes all `branches`; `tables` are the bundle's.
+
+    The weights are copied to a temporary folder (in TMPDIR) for as long as the block lasts.
+    """
+    backend, model = OnnxRuntimeBackend(), load_model(segment)
+    outputs = branch_outputs(model)
+    keep_outputs(model, [outputs[branch] for branch in branches])
+    lower(model, backend.name)
+    with TemporaryDirectory(prefix="ditc-branches-") as folder:
+        path = Path(folder).resolve() / "full.onnx"  # resolved: ONNX Runtime takes no weights through a link
+        with writing(path):
+            save_model(model, path)
+        yield BranchProbe(backend.session(path), step_inputs(tables))
+
+
+def condition_tables(segment: Path, t: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """What a `condition` segment makes of timesteps (steps,) and the labels of all rows: each (steps, rows, ...)."""
+    session = OnnxRuntimeBackend().session(segment)
+    names = [port.name for port in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"t": t.astype(np.float32), "y": labels}), strict=True))

@@ -1,0 +1,101 @@
+"""`ditc demo`: compile the reference model, and hold it against plain torch in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.compiler.driver import compile_model
+from ditc.compiler.options import CompileOptions
+from ditc.engines.integer_form import arithmetic_of
+from ditc.progress import Progress, silent
+from ditc.quality.features import digit_quality
+from ditc.runtime.closeness import psnr_db
+from ditc.runtime.executor import Samples, seeded_noise
+from ditc.runtime.images import grid, save_png
+from ditc.runtime.pipeline import Pipeline, load
+from ditc.speed.eager import eager_images
+from ditc.speed.side_by_side import RUN, take_turns
+
+__all__ = ["run_demo"]
+
+QUALITY_IMAGES = 1000
+QUALITY_BATCH = 50
+TIMED_BATCHES = (1, 32)
+ROUNDS = 5
+SEED = 7
+Images = Callable[[list[int], int], Samples]  # those of some labels, counted from the first
+
+
+def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str, Any]:
+    """Compile "digits" into `out`/bundle, draw `out`/grid.png (rows of FP, the compiled row below each), and measure.
+
+    Speed: both sides in turn, median of `ROUNDS`. Quality: `QUALITY_IMAGES` images of each on the same noise, their
+    Frechet distances to the real digits, and how many show the class that was asked for (`digit_quality`).
+    """
+    from ditc.exporter.models import builtin_digits
+
+    bundle = compile_model("digits", out / "bundle", options, progress=progress, force=True)
+    model = builtin_digits()
+    with load(bundle.path) as pipe:
+        columns, arithmetic = _columns(pipe), arithmetic_of(pipe.backend, bundle.manifest.precision)
+
+        def plain(labels: list[int], first: int) -> Samples:
+            noise, fresh = seeded_noise(SEED, first, len(labels), model.spec.latent_shape)
+            return eager_images(model, columns, labels, noise, fresh, options.cfg)
+
+        def compiled(labels: list[int], first: int) -> Samples:
+            return list(pipe.generate(labels, seed=SEED, first=first))[-1].x
+
+        speed = {}
+        for batch in TIMED_BATCHES:
+            progress("time", TIMED_BATCHES.index(batch), len(TIMED_BATCHES))
+            speed[str(batch)] = _side_by_side(plain, compiled, batch)
+        progress("time", 1, 1)
+        fp, int8 = [], []
+        for first in range(0, QUALITY_IMAGES, QUALITY_BATCH):
+            progress("quality", first, QUALITY_IMAGES)
+            labels = [number % 10 for number in range(first, first + QUALITY_BATCH)]
+            fp.append(plain(labels, first))
+            int8.append(compiled(labels, first))
+    exact, found = np.concatenate(fp), np.concatenate(int8)
+    picture = out / "grid.png"
+    save_png(grid([exact[:10], found[:10], exact[10:20], found[10:20]], scale=10, gap=4), picture)
+    labels_all = np.arange(QUALITY_IMAGES) % 10
+    progress("quality", 1, 1)
+    return {
+        "grid": str(picture),
+        "bundle": str(bundle.path),
+        "seconds_per_image": speed,
+        "arithmetic": None if arithmetic is None else arithmetic.model_dump(),
+        "images": QUALITY_IMAGES,
+        "torch": digit_quality(exact, labels_all) | {"size_bytes": sum(p.numel() * 4 for p in model.parameters())},
+        "compiled": digit_quality(found, labels_all)
+        | {"size_bytes": bundle.manifest.size_bytes(reference=False), "psnr_db": float(psnr_db(found, exact).mean())},
+        "settings": bundle.manifest.settings,
+    }
+
+
+def _columns(pipe: Pipeline) -> dict[str, NDArray[np.float64]]:
+    tables = pipe.bundle.tables()
+    return {name.removeprefix("sampler."): table for name, table in tables.items() if name.startswith("sampler.")}
+
+
+def _side_by_side(plain: Images, compiled: Images, batch: int) -> dict[str, float]:
+    """Median seconds per image of both sides, run in turn after one turn each that warms up."""
+    labels = [number % 10 for number in range(batch)]
+
+    def turn(run: Images) -> Iterator[tuple[str, float]]:
+        start = perf_counter()
+        run(labels, 0)
+        yield RUN, (perf_counter() - start) / batch
+
+    times = take_turns([partial(turn, run) for run in (plain, compiled)], ROUNDS, 1, silent)
+    torch, bundle = (float(np.median(found[RUN])) for found in times)
+    return {"torch": torch, "compiled": bundle, "ratio": torch / bundle}

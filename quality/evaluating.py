@@ -1,0 +1,341 @@
+"""`ditc evaluate` as a function: how good a bundle's images are, against FP on the same noise and against real ones."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.bundle import Bundle, open_bundle
+from ditc.errors import CheckError, InputError
+from ditc.files import atomic_write
+from ditc.machine import machine
+from ditc.progress import Progress, silent
+from ditc.quality.bootstrap import LEVEL, bootstrapped, estimates
+from ditc.quality.distributions import (
+    Generated,
+    MeasuredSet,
+    RealSet,
+    compare_sets,
+    distribution_values,
+    measure_set,
+)
+from ditc.quality.features import (
+    Extractor,
+    RealFeatures,
+    check_sources,
+    default_extractor,
+    default_real,
+    open_extractor,
+    real_features,
+)
+from ditc.quality.generating import ImageSource, classes_in_turn, stored_images
+from ditc.quality.manifolds import K
+from ditc.quality.pretrained import lpips_distance
+from ditc.runtime.closeness import PAIRED, ssim_window, step_drift
+from ditc.runtime.executor import Samples
+from ditc.runtime.running import HERE, Place
+from ditc.spec import Record
+
+__all__ = ["EvaluateOptions", "check_not_worse", "evaluate_bundle"]
+
+Array = NDArray[Any]
+
+LEAST_IMAGES = K + 1  # of a seed; fewer have no neighbourhoods
+BOOTSTRAP_SEED = 0
+FEATURES_AT_ONCE = 64  # images
+LOWER_IS_BETTER = ("lpips",)
+REPORTED = ("policy", "reuse", "select", "ranges", "smooth", "vc", "seed")  # settings of the compile
+
+
+class EvaluateOptions(Record):
+    """The settings of `ditc evaluate`.
+
+    `images` are made for each of `seeds`. `features` and `real` of None are the model's own (`quality/features.py`);
+    "fp" as `real` is FP images of other noise. `step_images` are walked step by step; at `veto_images` of them the
+    branches are looked at (`quality/veto.py`). `rounds` is of the bootstrap. `fail_if_worse` is the bound of
+    `check_not_worse`. Where it or `features` is given, or `require_features`, distribution measures have to be
+    possible; else they are left out with the reason.
+    """
+
+    images: int = 1000
+    seeds: tuple[int, ...] = (0, 1, 2)
+    features: str | None = None
+    real: str | None = None
+    step_images: int = 64
+    veto_images: int = 0
+    rounds: int = 1000
+    fail_if_worse: float | None = None
+    require_features: bool = False
+
+    def checked(self) -> EvaluateOptions:
+        """Self, or InputError naming the setting that makes no sense."""
+        for name, number, least in (
+            ("--images", self.images, LEAST_IMAGES),
+            ("--step-images", self.step_images, 1),
+            ("--veto", self.veto_images, 0),
+            ("--rounds", self.rounds, 2),
+        ):
+            if number < least:
+                raise InputError(f"{name} must be at least {least}, found {number}")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"--seeds must be different numbers from 0 on, like 0,1,2; found {self.seeds}")
+        if self.fail_if_worse is not None and not np.isfinite(self.fail_if_worse):
+            raise InputError(f"--fail-if-worse must be a number, found {self.fail_if_worse}")
+        check_sources(self.features, self.real)
+        return self
+
+    @property
+    def needs_features(self) -> bool:
+        """Is it an error to have no features?"""
+        return self.require_features or self.features is not None or self.fail_if_worse is not None
+
+
+def evaluate_bundle(
+    bundle: Path,
+    options: EvaluateOptions,
+    *,
+    place: Place = HERE,
+    save: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Paired measures, drifts per step, and distribution measures with intervals, as JSON has them.
+
+    `save` is a folder for the report, the features, and FP's images; those that lie there already are taken again.
+    Raises BundleError for a bundle without its FP reference, CheckError where images are NaN, and InputError where the
+    veto is asked of a bundle that is not quantized.
+    """
+    if options.checked().veto_images:
+        from ditc.quality.veto import check_has_noise
+
+        check_has_noise(open_bundle(bundle))  # before anything takes its time
+    with TemporaryDirectory(prefix="ditc-evaluate-") if save is None else nullcontext(save) as folder:
+        work = _Work(options.checked(), place, Path(folder), progress)
+        pairs = _pairs(bundle, work)
+        found = _report(pairs, work)
+    if options.veto_images:
+        from ditc.quality.veto import VetoOptions, veto_of
+
+        settings = VetoOptions(images=options.veto_images, seed=options.seeds[0])
+        found["veto"] = veto_of(bundle, settings, progress=progress).model_dump(mode="json")
+    if save is not None:
+        _save(found, pairs, save)
+    return found
+
+
+def check_not_worse(found: dict[str, Any], most: float) -> None:
+    """Raise CheckError where the whole interval of the difference in Frechet distance lies above `most`."""
+    difference = found["distribution"]["difference"]["frechet_distance"]
+    if difference["low"] > most:
+        raise CheckError(
+            f"the Frechet distance is worse than FP's by {difference['value']:.4g}, {LEVEL:.0%} interval "
+            f"{difference['low']:.4g} to {difference['high']:.4g}, all above {most:g} (--fail-if-worse)"
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One evaluation: its settings, where the bundle runs, where FP's images lie."""
+
+    options: EvaluateOptions
+    place: Place
+    folder: Path
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """What images are measured by: `paired` by name, and the extractor or the reason why there is none."""
+
+    paired: dict[str, Callable[[Array, Array], NDArray[np.float64]]]
+    extractor: Extractor | None
+    no_extractor: str
+    no_lpips: str
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What was measured of all images of all seeds, in order: every pair, and the features of both sides."""
+
+    bundle: Bundle
+    judges: _Judges
+    image_shape: tuple[int, ...]
+    real: RealFeatures | None
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    paired: dict[str, list[Array]] = field(default_factory=lambda: defaultdict(list))
+    found: list[Array] = field(default_factory=list)
+    exact: list[Array] = field(default_factory=list)
+
+    def add(self, images: Samples, twins: Samples) -> None:
+        """Measure some images and their FP twins."""
+        for name, measure in self.judges.paired.items():
+            self.paired[name].append(measure(images, twins))
+        if self.judges.extractor is not None:
+            self.found.append(self.judges.extractor.features(images))
+            self.exact.append(self.judges.extractor.features(twins))
+
+
+def _pairs(path: Path, work: _Work) -> _Pairs:
+    """Run FP, the bundle, and the bundle without its compensation, one after the other."""
+    options, watched = work.options, (work.options.seeds[0], min(work.options.step_images, work.options.images))
+    source = ImageSource(work.place.load(path), work.progress)  # refused before FP takes its time
+    with work.place.load(path, reference=True) as pipe:
+        fp = ImageSource(pipe, work.progress)
+        judges = _judges(fp, options)
+        real = _real(fp, work, judges)
+        exact_steps = fp.trajectory("steps-fp", *watched)
+        exact = [stored_images(fp, work.folder, f"fp-{seed}", seed, 0, options.images) for seed in options.seeds]
+        pairs = _Pairs(pipe.bundle, judges, exact[0].shape[1:], real)
+    with source.pipe:
+        pairs.steps["bundle"] = step_drift(source.trajectory("steps", *watched), exact_steps).model_dump(mode="json")
+        for seed, stored in zip(options.seeds, exact, strict=True):
+            for places, images in source.images(f"bundle-{seed}", seed, 0, options.images):
+                pairs.add(images, np.asarray(stored[places]))
+    if "compensation.k" in pairs.bundle.tables():
+        with work.place.load(path, compensation=False) as pipe:
+            bare = ImageSource(pipe, work.progress).trajectory("steps-without-vc", *watched)
+            pairs.steps["uncompensated"] = step_drift(bare, exact_steps).model_dump(mode="json")
+    return pairs
+
+
+def _judges(source: ImageSource, options: EvaluateOptions) -> _Judges:
+    """What fits the model's images. Features that were asked for by name have to be there."""
+    if not source.pipe.makes_images:
+        reason = "the bundle makes latents and has no decoder; compile it with --vae FOLDER"
+        if options.needs_features:
+            raise InputError(f"features need images, but {reason}")
+        return _Judges(PAIRED, None, reason, reason)
+    shape = source.image_shape
+    paired, extractor, no_extractor, no_lpips = PAIRED, None, "", ""
+    try:
+        paired = PAIRED | {"lpips": lpips_distance(*shape[1:])}
+    except InputError as e:
+        no_lpips = str(e)
+    name = options.features or default_extractor(source.pipe.bundle.manifest.model.name, shape)
+    try:
+        extractor = open_extractor(name, shape)
+    except InputError as e:
+        if options.needs_features:
+            raise
+        no_extractor = str(e)
+    return _Judges(paired, extractor, no_extractor, no_lpips)
+
+
+def _real(fp: ImageSource, work: _Work, judges: _Judges) -> RealFeatures | None:
+    """The real features; with "fp" those of the same seeds' next FP images, which no pair has."""
+    options, extractor = work.options, judges.extractor
+    if extractor is None:
+        return None
+    shape = fp.image_shape
+    source = options.real or default_real(fp.pipe.bundle.manifest.model.name, shape)
+    if source != "fp":
+        return real_features(source, extractor, shape)
+    parts = []
+    for seed in options.seeds:
+        images = stored_images(fp, work.folder, f"fp-real-{seed}", seed, options.images, options.images)
+        for start in range(0, len(images), FEATURES_AT_ONCE):
+            parts.append(extractor.features(np.asarray(images[start : start + FEATURES_AT_ONCE])))
+    features = np.concatenate(parts)
+    return RealFeatures(f"{len(features):,} FP images of other noise", features)
+
+
+def _report(pairs: _Pairs, work: _Work) -> dict[str, Any]:
+    options, manifest = work.options, pairs.bundle.manifest
+    settings = {name: manifest.settings.get(name) for name in REPORTED}
+    return {
+        "machine": machine(),
+        "bundle": {
+            "model": manifest.model.name,
+            "precision": manifest.precision,
+            "steps": len(manifest.program.steps),
+            "guidance": manifest.guidance,
+            **settings,
+        },
+        "images": options.images,
+        "seeds": list(options.seeds),
+        "n": options.images * len(options.seeds),
+        "bootstrap": {"rounds": options.rounds, "level": LEVEL, "seed": BOOTSTRAP_SEED},
+        "paired": _paired_report(pairs, options.rounds),
+        "steps": pairs.steps,
+        "distribution": _distribution_report(pairs, work),
+    }
+
+
+def _paired_report(pairs: _Pairs, rounds: int) -> dict[str, Any]:
+    values = np.stack([np.concatenate(parts) for parts in pairs.paired.values()], axis=1)  # (n, measures)
+    n = len(values)
+    means = bootstrapped(lambda counts: counts @ values / n, n, rounds, BOOTSTRAP_SEED)
+    found: dict[str, Any] = {}
+    for name, row, column in zip(pairs.paired, estimates(values.mean(axis=0), means), values.T, strict=True):
+        worst = column.max() if name in LOWER_IS_BETTER else column.min()
+        found[name] = {"mean": row.value, "low": row.low, "high": row.high, "worst": float(worst)}
+    found["ssim"]["window"] = ssim_window(*pairs.image_shape[1:])
+    if pairs.judges.no_lpips:
+        found["lpips"] = {"skipped": pairs.judges.no_lpips}
+    return found
+
+
+def _distribution_report(pairs: _Pairs, work: _Work) -> dict[str, Any]:
+    extractor, real, options = pairs.judges.extractor, pairs.real, work.options
+    if extractor is None or real is None:
+        return {"skipped": pairs.judges.no_extractor}
+    classes = classes_in_turn(pairs.bundle.manifest.model.num_classes, 0, options.images)
+    asked = np.tile(classes, len(options.seeds))
+    found, exact = (_generated(parts, extractor, asked) for parts in (pairs.found, pairs.exact))
+    against = RealSet(real.features)
+
+    def measured(stage: str, side: Generated) -> MeasuredSet:
+        def watch(done: int, total: int) -> None:
+            work.progress(f"bootstrap-{stage}", done, total)
+
+        return measure_set(side, against, rounds=options.rounds, seed=BOOTSTRAP_SEED, watch=watch)
+
+    comparison = compare_sets(measured("bundle", found), measured("fp", exact))
+    return {
+        "features": {"name": extractor.name, "about": extractor.about, "dimensions": comparison.dimensions},
+        "real": {"n": comparison.real, "about": real.about},
+        "bundle": comparison.found.model_dump(mode="json"),
+        "fp": comparison.exact.model_dump(mode="json"),
+        "difference": comparison.difference.model_dump(mode="json"),
+        "per_seed": [
+            {"seed": seed, "n": options.images}
+            | {name: distribution_values(side.part(rows), against) for name, side in (("bundle", found), ("fp", exact))}
+            for seed, rows in zip(options.seeds, _rows_of_seeds(options), strict=True)
+        ],
+    }
+
+
+def _rows_of_seeds(options: EvaluateOptions) -> Iterator[slice]:
+    for number in range(len(options.seeds)):
+        yield slice(number * options.images, (number + 1) * options.images)
+
+
+def _generated(parts: Sequence[Array], extractor: Extractor, asked: Array) -> Generated:
+    features = np.concatenate(parts)
+    return Generated(features, None if extractor.classes is None else extractor.classes(features) == asked)
+
+
+def _save(found: dict[str, Any], pairs: _Pairs, folder: Path) -> None:
+    """The report, the numbers of every pair, and the real features in the form that --real takes."""
+    atomic_write(folder / "evaluate.json", json.dumps(found, indent=1).encode() + b"\n")
+    arrays = {name: np.concatenate(parts) for name, parts in pairs.paired.items()}
+    if pairs.judges.extractor is not None and pairs.real is not None:
+        arrays |= {"bundle": np.concatenate(pairs.found), "fp": np.concatenate(pairs.exact)}
+        name = np.array(pairs.judges.extractor.name)
+        _save_arrays(folder / "real.npz", {"features": pairs.real.features, "extractor": name})
+    _save_arrays(folder / "pairs.npz", arrays)
+
+
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    data = BytesIO()
+    np.savez(data, **arrays)
+    atomic_write(path, data.getvalue())

@@ -1,0 +1,1 @@
+"""All of a bundle on one page."""

@@ -1,0 +1,341 @@
+"""A report as one page: HTML, CSS and SVG in one text that loads nothing and runs no script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+
+from ditc.precision import INT8, PRECISIONS
+from ditc.report.facts import (
+    Drift,
+    Fidelity,
+    Picture,
+    Pictures,
+    Report,
+    Skipped,
+    Speed,
+)
+from ditc.report.figures import activation_figures, calibration_figures, trajectory_figures
+from ditc.report.markup import Markup, element, joined
+from ditc.report.tables import (
+    activation_table,
+    counted,
+    evaluation_tables,
+    file_table,
+    flattened,
+    pairs_table,
+    peer_table,
+    segment_table,
+    step_table,
+)
+from ditc.report.wording import megabytes
+
+__all__ = ["page_from_report", "program_sentence"]
+
+# the page loads nothing from anywhere and runs nothing, and the browser holds it to that
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+TINY = 64  # pixels; smaller images are enlarged with their pixels kept square
+FLOAT32_BYTES = 4
+PLANNED = "footprints"  # what devices will need: planned, not measured, and long
+
+Figure = tuple[str, str, str]  # a number, its unit, what it is
+
+
+def page_from_report(report: Report, numbers: str) -> str:
+    """The page; `numbers` is the name of the JSON file beside it."""
+    title = f"{report.manifest.model.name}: ditc report"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("link", rel="icon", href="data:,"),
+        element("title", title),
+        element("style", Markup(files("ditc.report").joinpath("report.css").read_text("utf-8"))),
+    )
+    sections = (
+        pictures_section,
+        trajectory_section,
+        activations_section,
+        calibration_section,
+        speed_section,
+        evaluation_section,
+        making_section,
+    )
+    main = element("main", header(report), *(section(report) for section in sections))
+    body = element("body", main, footer(report, numbers))
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def header(report: Report) -> Markup:
+    """Model, program and the figures that matter."""
+    manifest = report.manifest
+    model = manifest.model
+    latent = " \N{MULTIPLICATION SIGN} ".join(str(size) for size in model.latent_shape)
+    figures = [
+        element("div", element("dt", about), element("dd", value, " ", element("small", unit)))
+        for value, unit, about in key_figures(report)
+    ]
+    return element(
+        "header",
+        element("p", f"ditc report on the bundle {report.bundle}", class_="eyebrow"),
+        element("h1", model.name),
+        element("p", program_sentence(report), class_="sentence"),
+        element(
+            "p",
+            f"{model.family}, {model.parameters / 1e6:,.2f} M parameters, samples of {latent}, "
+            f"{model.num_classes:,} classes. Measured on {report.place}.{_integers(report)}",
+            class_="soft",
+        ),
+        element("dl", *figures, class_="figures"),
+    )
+
+
+def program_sentence(report: Report) -> str:
+    """The whole program in one sentence."""
+    manifest = report.manifest
+    program, settings = manifest.program, manifest.settings
+    branches, rows = len(program.branches), [program.segment(step.segment).compute for step in program.steps]
+    whole, none = sum(all(row) for row in rows), sum(not any(row) for row in rows)
+    some = len(rows) - whole - none
+    sampler = settings.get("sampler")
+    name = str(sampler.get("name", "")).upper() if isinstance(sampler, dict) else ""
+    guided = f" with guidance {manifest.guidance:g}" if manifest.halves == 2 else ""
+    in_float = sum(program.segment(step.segment).in_float for step in program.steps)
+    unquantized = f", {in_float} of them in floating point" if in_float else ""
+    work = [f"{whole} compute all {branches} branches{unquantized}"]
+    work += [f"{some} compute some of them"] if some else []
+    left = "extrapolate from what those left" if program.reuse == "taylor" else "reuse what those left"
+    work += [f"{none} {left}"] if none else []
+    return (
+        f"{len(rows)} {name} steps{guided}, of which {_and(work)}; {_arithmetic(report)}"
+        f"{', variance compensated after each step' if report.compensation is not None else ''}."
+    ).replace("  ", " ")
+
+
+def _integers(report: Report) -> str:
+    """How integer products ran, where there were any."""
+    return "" if report.arithmetic is None else f" INT8 there: {report.arithmetic.text}."
+
+
+def _arithmetic(report: Report) -> str:
+    precision, settings = report.manifest.precision, report.manifest.settings
+    bits = PRECISIONS.get(precision)
+    if bits is None:
+        return {"fp32": "everything in float32", "fp16": "float16 where the target has it"}.get(precision, precision)
+    linear = "linear layers in INT8" if bits == INT8 else f"linear layers in INT8 of fewer bits ({precision})"
+    if settings.get("scales") == "dynamic":
+        return f"{linear} with scales of the tensor as it comes"
+    binding = "scales of their own at each step" if settings.get("scales") == "per-step" else "one scale for all steps"
+    ranges, select = proper_name(settings.get("ranges")), proper_name(settings.get("select"))
+    points = f"{settings.get('points')} points that {select} chose"
+    return f"{linear} with {binding}, {ranges} ranges over {points}"
+
+
+def proper_name(setting: object) -> str:
+    """How a setting is written in a sentence."""
+    return {"tap": "TAP", "mse": "MSE", "kmeans": "k-means"}.get(str(setting), str(setting))
+
+
+def _and(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def key_figures(report: Report) -> Iterator[Figure]:
+    """Speed, closeness, size and what is left to compute, as far as they are known."""
+    manifest = report.manifest
+    if isinstance(report.speed, Speed):
+        for name, peer in list(report.speed.peers.items())[:1]:
+            yield f"{peer.ratio_run:.2f}\N{MULTIPLICATION SIGN}", "", f"the speed of {name}, whole runs in turn"
+        each = report.speed.seconds_per_image * 1e3
+        yield f"{each:,.3g}", "ms", f"per image, {report.speed.batch} at a time"
+    yield from _closeness_figure(report)
+    size, floats = manifest.size_bytes(reference=False), manifest.model.parameters * FLOAT32_BYTES
+    yield f"{size / 1e6:,.3g}", "MB", f"deployed; its parameters in float32 take {megabytes(floats)}"
+    rows = [manifest.program.segment(step.segment).compute for step in manifest.program.steps]
+    computed = sum(map(sum, rows)) / (len(rows) * len(rows[0]))
+    yield f"{computed:.0%}", "", "of all branches in all steps are computed"
+
+
+def _closeness_figure(report: Report) -> Iterator[Figure]:
+    verified = report.manifest.checks.get("verify")
+    if isinstance(report.fidelity, Fidelity):
+        psnr = report.fidelity.measures["psnr_db"]
+        about = f"PSNR against FP over {report.fidelity.images} {report.fidelity.of}, worst {psnr.worst:.1f}"
+        yield f"{psnr.mean:.1f}", "dB", about
+    elif isinstance(verified, dict) and isinstance(mean := verified.get("psnr_db_mean"), float):
+        yield f"{mean:.1f}", "dB", f"PSNR against FP, measured at the compile over {verified['images']} latents"
+
+
+def section(title: str, *content: str) -> Markup:
+    return element("section", element("h2", title), *content)
+
+
+def note(part: Skipped, what: str) -> Markup:
+    """Why something is not there."""
+    return element("p", f"{what}: {part.skipped}.", class_="note")
+
+
+def pictures_section(report: Report) -> Markup:
+    """Images of FP and of the bundle on the same noise."""
+    found = report.pictures
+    if isinstance(found, Skipped):
+        return section("Images", note(found, "No images"))
+    paired = found.pictures[0].exact is not None
+    text = "Images of the bundle."
+    if paired:
+        text = (
+            "The same noise three times: by the FP program that computes every step, by the bundle, and the difference "
+            f"of the two, {found.gain:g} times as large, about grey."
+        )
+    pairs = [_picture(picture, found) for picture in found.pictures]
+    missing = [note(report.fidelity, "Nothing to compare with")] if isinstance(report.fidelity, Skipped) else []
+    return section("Images", element("p", text), *missing, element("ul", *pairs, class_="pictures"))
+
+
+def _picture(picture: Picture, found: Pictures) -> Markup:
+    tiny = "tiny" if max(found.height, found.width) < TINY else None
+    label = f"class {picture.label}"
+    sides = (
+        (picture.exact, f"{label} by the FP program"),
+        (picture.found, f"{label} by the bundle"),
+        (picture.difference, f"difference of the two, {found.gain:g} times"),
+    )
+    images = [
+        element(
+            "img", src=f"data:image/png;base64,{data}", alt=alt, width=found.width, height=found.height, class_=tiny
+        )
+        for data, alt in sides
+        if data is not None
+    ]
+    psnr = f"{picture.psnr_db:.1f} dB" if picture.psnr_db is not None else ""
+    caption = element("div", element("span", label), element("span", psnr), class_="label")
+    return element("li", element("div", *images, class_="row"), caption)
+
+
+def trajectory_section(report: Report) -> Markup:
+    """The program and everything that lines up with its steps."""
+    notes = [
+        note(part, what)
+        for part, what in ((report.speed, "Not timed"), (report.drift, "No errors"))
+        if isinstance(part, Skipped)
+    ]
+    numbers = element("details", element("summary", "Every number of these charts"), step_table(report))
+    lead = element("p", trajectory_sentence(report))
+    return section("Step by step", lead, *notes, *trajectory_figures(report), numbers)
+
+
+def trajectory_sentence(report: Report) -> str:
+    """What the curves end in."""
+    if not isinstance(report.drift, Drift):
+        return "The charts share their steps: what stands under one another happens in the same step."
+    drift, bare = report.drift.bundle, report.drift.uncompensated
+    variance = max(drift.variance_drift[-1], key=abs)
+    text = (
+        f"After the last step the samples of {drift.images} images lie {drift.relative_error[-1]:.2%} from FP's, and "
+        f"their variance {abs(variance):.2%} {'below' if variance < 0 else 'above'} it"
+    )
+    if bare is None:
+        return f"{text}."
+    without = max(bare.variance_drift[-1], key=abs)
+    return (
+        f"{text}. Without the compensation it would be {bare.relative_error[-1]:.2%} and {abs(without):.2%} "
+        f"{'below' if without < 0 else 'above'}."
+    )
+
+
+def activations_section(report: Report) -> Markup:
+    """How far activations fill their ranges."""
+    found = report.activations
+    if isinstance(found, Skipped):
+        return section("Activation ranges", note(found, "Not recorded"))
+    text = (
+        "The largest magnitude that linear layers read at each step, as a share of what INT8 reaches there. Above 100% "
+        "it clips; far below, most levels stay unused. A line for each block."
+    )
+    if not found.activations[0].limits:
+        text = (
+            "The largest magnitude that linear layers read at each step. Scales are those of the tensor as it comes, "
+            "so there is no range to keep to; lines are relative to their own largest value."
+        )
+    scales = f"{proper_name(found.method)} ranges, {found.binding} scales"
+    origin = f"Recorded at {found.points} calibration points of the FP program; {scales}."
+    return section(
+        "Activation ranges",
+        element("p", text, " ", element("span", origin, class_="soft")),
+        activation_figures(found, len(report.manifest.program.steps)),
+        element("details", element("summary", "Every activation"), activation_table(found)),
+    )
+
+
+def calibration_section(report: Report) -> Markup:
+    """What the ranges were made from."""
+    found = report.calibration
+    if isinstance(found, Skipped):
+        return section("Calibration set", note(found, "None"))
+    text = f"{found.points} points of {found.images} images, chosen by {proper_name(found.selector)}. "
+    notes = []
+    if isinstance(found.clusters, Skipped):
+        notes = [note(found.clusters, "No clusters")]
+    else:
+        text += (
+            "Below, how TAP sees them: points that look alike and lie near in time fall into one cluster. The clusters "
+            "are found again among the chosen points, since a bundle keeps no pool."
+        )
+    return section("Calibration set", element("p", text), *notes, *calibration_figures(found))
+
+
+def speed_section(report: Report) -> Markup:
+    """Sizes and times of every segment, and of what was timed beside the bundle."""
+    if isinstance(report.speed, Skipped):
+        sizes = segment_table(report.manifest, None)
+        return section("Speed and size", note(report.speed, "Not timed"), sizes)
+    request, images = report.speed.request, counted(report.speed.batch, "image")
+    text = (
+        f"A request of {images} takes {request.median * 1e3:,.4g} ms, the median of {request.n}; "
+        f"{request.least * 1e3:,.4g} to {request.most * 1e3:,.4g} ms. {_machine_text(report)}"
+    )
+    beside = [peer_table(report.speed)] if report.speed.peers else []
+    reasons = report.speed.against.get("skipped", {})
+    skipped = [note(Skipped(skipped=reason), f"{name} not measured") for name, reason in reasons.items()]
+    return section(
+        "Speed and size", element("p", text), segment_table(report.manifest, report.speed), *beside, *skipped
+    )
+
+
+def _machine_text(report: Report) -> str:
+    machine = report.machine
+    return f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['features']) or 'no INT8 features'})."
+
+
+def evaluation_section(report: Report) -> Markup:
+    """Against FP and real images, where `ditc evaluate` was asked to run too."""
+    if report.evaluation is None:
+        return Markup()
+    return section("Many images", *evaluation_tables(report.evaluation))
+
+
+def making_section(report: Report) -> Markup:
+    """Settings, versions, checks and files."""
+    manifest = report.manifest
+    checks = {name: found for name, found in manifest.checks.items() if name != PLANNED}
+    parts = {
+        "Settings": pairs_table("Settings of the compile", dict(flattened(manifest.settings))),
+        "Checks": pairs_table("Measured at the compile", dict(flattened(checks))),
+        "Versions": pairs_table("Versions at the compile", manifest.versions),
+        "Machine of this report": pairs_table("Machine of this report", dict(flattened(report.machine))),
+        "Files and digests": file_table(manifest),
+    }
+    size = megabytes(manifest.size_bytes(reference=False))
+    text = f"Compiled by ditc {manifest.ditc_version}: {len(manifest.files)} files, {size} without the FP reference."
+    return section(
+        "How it was made",
+        element("p", text),
+        *(element("details", element("summary", name), content) for name, content in parts.items()),
+    )
+
+
+def footer(report: Report, numbers: str) -> Markup:
+    settings = ", ".join(f"{name} {value}" for name, value in report.settings.items())
+    made = f"Made by ditc {report.ditc_version} at {report.made_at} ({settings}). All numbers are in "
+    return element("footer", joined((made, element("code", numbers), ".")))

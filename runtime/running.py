@@ -1,0 +1,170 @@
+"""`ditc run` and `ditc verify` as functions: a bundle in, images and numbers out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+import ditc
+from ditc.bundle import Bundle
+from ditc.errors import CheckError
+from ditc.runtime.closeness import trajectory_comparison
+from ditc.runtime.executor import Samples, StepEvent
+from ditc.runtime.images import grid, save_png
+from ditc.runtime.pipeline import Pipeline, load
+
+__all__ = ["Place", "run_bundle", "verify_bundle"]
+
+Watch = Callable[[StepEvent], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a bundle runs: target, folder of engines, how much one CUDA graph holds; and on a processor how
+    many threads an engine call has and how many images walk together.
+    """
+
+    target: str | None = None
+    engines: Path | None = None
+    graphs: str = "trajectory"
+    threads: int | None = None
+    batch: int | None = None
+
+    def load(self, bundle: Path, *, reference: bool = False, compensation: bool = True) -> Pipeline:
+        return load(
+            bundle,
+            target=self.target,
+            engines=self.engines,
+            graphs=self.graphs,
+            reference=reference,
+            compensation=compensation,
+            threads=self.threads,
+            batch=self.batch,
+        )
+
+
+HERE = Place()
+UNWATCHED_TOLERANCE = 1e-3  # of a request queued whole against its steps one by one, of the largest value
+LEAST_WIDTH = 64  # pixels an image takes in the grid at least
+
+
+def run_bundle(
+    bundle: Path, labels: Sequence[int], out: Path, *, seed: int, watch: Watch, place: Place = HERE
+) -> dict[str, Any]:
+    """Generate one image per label into `out`, with a grid of all; returns file names and times.
+
+    Each file says in its text chunks what it was made from (`origin_text`). On a GPU the request is queued whole, so
+    there are no times of single steps; `ditc bench` measures those.
+    """
+    events: list[StepEvent] = []
+    with place.load(bundle) as pipe:
+        pipe.bundle.manifest.model.check_labels(tuple(labels))
+        pipe.check_makes_images()
+        out.mkdir(parents=True, exist_ok=True)
+        start = perf_counter()
+        if pipe.on_device:
+            pictures = pipe.images(labels, seed=seed)
+        else:
+            pictures = _watched_images(pipe, labels, seed, watch, events)
+        seconds = perf_counter() - start
+    names = [f"{number:04d}-class{label}.png" for number, label in enumerate(labels)]
+    for number, (name, picture) in enumerate(zip(names, pictures, strict=True)):
+        save_png(picture, out / name, origin_text(pipe.bundle, seed, labels[number : number + 1], number))
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    picture = grid(rows, scale=max(1, LEAST_WIDTH // pictures.shape[-1]))
+    save_png(picture, out / "grid.png", origin_text(pipe.bundle, seed, labels, 0))
+    return {"images": names, "grid": "grid.png", "folder": str(out), **timings(events, len(labels), seconds)}
+
+
+def origin_text(bundle: Bundle, seed: int, labels: Sequence[int], first: int) -> dict[str, str]:
+    """What a picture of the images `first` and on of a seed was made from, by keyword of a PNG's text chunks."""
+    return {
+        "Software": f"ditc {ditc.__version__}",
+        "ditc.bundle": bundle.digest,
+        "ditc.model": bundle.manifest.model.name,
+        "ditc.seed": str(seed),
+        "ditc.first": str(first),
+        "ditc.classes": ",".join(map(str, labels)),
+    }
+
+
+def _watched_images(pipe: Pipeline, labels: Sequence[int], seed: int, watch: Watch, events: list[StepEvent]) -> Samples:
+    """The images, every step watched and kept in `events`."""
+    for part, first in _parts(pipe, labels):
+        for event in pipe.generate(part, seed=seed, first=first):
+            watch(event)
+            events.append(event)
+    return np.concatenate([event.images for event in events if event.images is not None])
+
+
+def timings(events: Sequence[StepEvent], images: int, seconds: float) -> dict[str, Any]:
+    """Wall seconds per image, conditioning and decoding included; per step segment the calls, median and total."""
+    by_segment: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        by_segment[event.segment].append(event.seconds)
+    return {
+        "seconds_per_image": seconds / images,
+        "seconds_per_image_outside_steps": (seconds - sum(event.seconds for event in events)) / images,
+        "segments": {
+            name: {"calls": len(seconds), "median_seconds": median(seconds), "total_seconds": sum(seconds)}
+            for name, seconds in by_segment.items()
+        },
+        "steps": [{"index": e.index, "t": e.t, "segment": e.segment, "seconds": e.seconds} for e in events],
+    }
+
+
+def verify_bundle(
+    bundle: Path, *, images: int, seed: int, least_psnr_db: float | None, watch: Watch, place: Place = HERE
+) -> dict[str, Any]:
+    """Run FP and compiled program on the same noise and compare after every step.
+
+    Raises CheckError where the mean PSNR of the finished latents is below `least_psnr_db`.
+    """
+
+    def trajectory(reference: bool) -> list[Samples]:
+        steps: dict[int, list[Samples]] = defaultdict(list)
+        with place.load(bundle, reference=reference) as pipe:
+            labels = [number % pipe.bundle.manifest.model.num_classes for number in range(images)]
+            for part, first in _parts(pipe, labels):
+                for event in pipe.generate(part, seed=seed, first=first):
+                    watch(event)
+                    steps[event.index].append(event.x)
+            samples = [np.concatenate(parts) for _, parts in sorted(steps.items())]
+            if pipe.on_device:
+                check_unwatched(pipe, labels, samples[-1], seed)
+        return samples
+
+    exact, found = trajectory(True), trajectory(False)
+    result = trajectory_comparison(found, exact)
+    if not np.isfinite(result["psnr_db_mean"]):
+        raise CheckError("the finished latents are NaN or infinite; the model diverges on this sampler")
+    if least_psnr_db is not None and not result["psnr_db_mean"] >= least_psnr_db:
+        raise CheckError(
+            f"mean PSNR against FP is {result['psnr_db_mean']:.2f} dB over {images} images, expected at least "
+            f"{least_psnr_db:g}; compile with a shorter cache interval or another precision"
+        )
+    return result
+
+
+def check_unwatched(pipe: Pipeline, labels: Sequence[int], watched: Samples, seed: int) -> None:
+    """Serving on a GPU queues a request whole; raise CheckError unless that gives what the watched steps gave."""
+    pipe.latents(labels, seed=seed)  # graphs are captured by the second request
+    found = pipe.latents(labels, seed=seed)
+    if not np.allclose(found, watched, rtol=0, atol=UNWATCHED_TOLERANCE * float(np.abs(watched).max())):
+        raise CheckError(
+            "requests queued whole differ from the same steps watched one by one; "
+            "run with --graphs none, and report this with what `ditc doctor` prints"
+        )
+
+
+def _parts(pipe: Pipeline, labels: Sequence[int]) -> list[tuple[Sequence[int], int]]:
+    size = pipe.at_once
+    return [(labels[first : first + size], first) for first in range(0, len(labels), size)]

@@ -1,0 +1,128 @@
+"""`ditc bench` as a function: a bundle's latency per request, step and segment, beside its peers and its limits."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ditc.engines.integer_form import arithmetic_of
+from ditc.errors import CheckError, InputError
+from ditc.files import atomic_write
+from ditc.machine import machine
+from ditc.program import CONDITION, DECODE
+from ditc.progress import Progress
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.running import HERE, Place
+from ditc.speed.bench_options import BenchOptions
+from ditc.speed.latency import Latency, latency_of
+from ditc.speed.match import bench_labels
+from ditc.speed.side_by_side import against_peers
+from ditc.speed.tracing import trace_bundle
+
+__all__ = ["bench_bundle"]
+
+Times = Mapping[str, list[float]]
+
+
+def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, progress: Progress) -> dict[str, Any]:
+    """Measure a bundle. `side_by_side.check_not_slower` holds what is found to `options.least_ratio`.
+
+    Raises CheckError where the median request takes longer than `options.most_seconds`.
+    """
+    pipe = place.load(bundle)
+    if place.threads is not None and (options.roofline or options.against):
+        raise InputError("peers and ceilings are measured on all cores; leave --threads out")
+    if pipe.on_device and (options.roofline or options.against):
+        raise InputError("peers and ceilings are measured on the processor; measure there too: --target cpu")
+    with pipe:
+        found = _measured(pipe, options, progress)
+    if options.roofline:
+        found["roofline"] = _roofline(pipe, found)
+    if options.against:
+        found["against"] = against_peers(pipe, options, progress)
+    if options.trace is not None:
+        found["trace"] = trace_bundle(bundle, options.trace, place)
+        atomic_write(options.trace / "bench.json", json.dumps(found, indent=1).encode() + b"\n")
+    median, most = found["request"]["median"], options.most_seconds
+    if most is not None and median > most:
+        raise CheckError(f"the median request takes {median:.4f} s, allowed are {most:g} s (--max-seconds)")
+    return found
+
+
+def _measured(pipe: Pipeline, options: BenchOptions, progress: Progress) -> dict[str, Any]:
+    manifest, labels = pipe.bundle.manifest, bench_labels(pipe.bundle.manifest)
+    for number in range(options.warmup):
+        pipe.latents(labels, seed=number)
+    seconds = []
+    for number in range(options.requests):
+        progress("requests", number, options.requests)
+        start = perf_counter()
+        pipe.latents(labels, seed=number)
+        seconds.append(perf_counter() - start)
+    progress("requests", options.requests, options.requests)
+    request, arithmetic = latency_of(seconds), arithmetic_of(pipe.backend, manifest.precision)
+    return {
+        "machine": machine(),
+        "bundle": {"model": manifest.model.name, "precision": manifest.precision, "steps": len(manifest.program.steps)},
+        "arithmetic": None if arithmetic is None else arithmetic.model_dump(),
+        "batch": manifest.batch,
+        "warmup": options.warmup,
+        "request": _spread(request),
+        "seconds_per_image": request.median / manifest.batch,
+        **_call_times(pipe, labels, options.requests),
+        "host_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> dict[str, Any]:
+    """Observed requests: every call by itself, and the share of them that is not inside an engine.
+
+    The conditioning is what comes before the first step, decoding what comes after the last, NumPy around them and all.
+    `steps` has the median of each step.
+    """
+    engine: dict[str, list[float]] = defaultdict(list)
+    outside: list[float] = []
+    steps: dict[tuple[int, float, str], list[tuple[float, float]]] = defaultdict(list)
+    for number in range(requests):
+        asked = perf_counter()
+        for event in pipe.generate(labels, seed=number):
+            around = perf_counter() - asked - event.seconds
+            if event.index == 0:
+                engine[CONDITION].append(around)
+            elif event.index == event.steps - 1 and DECODE in pipe.program.epilogue:
+                engine[DECODE].append(around)
+            engine[event.segment].append(event.engine_seconds)
+            outside.append(event.seconds - event.engine_seconds)
+            steps[event.index, event.t, event.segment].append((event.seconds, event.engine_seconds))
+            asked = perf_counter()
+    total = sum(sum(times) for times in engine.values()) + sum(outside)
+    return {
+        "segments": {name: _spread(latency_of(times), share=sum(times) / total) for name, times in engine.items()},
+        "outside_engines": _spread(
+            latency_of(outside), share=sum(outside) / total, seconds_per_step=sum(outside) / len(outside)
+        ),
+        "steps": [
+            {"index": index, "t": t, "segment": segment, "seconds": whole, "engine_seconds": inside}
+            for (index, t, segment), times in steps.items()
+            for whole, inside in [np.median(times, axis=0).tolist()]
+        ],
+    }
+
+
+def _spread(latency: Latency, **more: float) -> dict[str, Any]:
+    return latency.model_dump() | {"spread": latency.spread} | more
+
+
+def _roofline(pipe: Pipeline, found: Mapping[str, Any]) -> dict[str, Any]:
+    from ditc.speed.ceilings import measured_rates
+    from ditc.speed.roofline import roofline
+
+    medians = {name: times["median"] for name, times in found["segments"].items()}
+    return roofline(pipe.bundle, medians, measured_rates())

@@ -1,0 +1,117 @@
+"""`ditc estimate` as a function: what a bundle would take on a device, from its work and the device's rates.
+
+    products   operations / rate, or weights / bandwidth where that is longer (they stream in while the products run)
+    the rest   bytes that all other operators move / bandwidth, each operator by itself
+
+So a segment's time is the sum of the two. Fusion makes it less, launches and scheduling make it more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ditc.bundle import Bundle, open_bundle
+from ditc.engines.memory import footprints, memory_plan
+from ditc.errors import InputError, unknown_name
+from ditc.footprint import Footprint
+from ditc.program import CONDITION
+from ditc.spec import Record
+from ditc.update_form import UPDATE
+
+__all__ = ["DEVICES", "HERE", "Rates", "estimate_bundle", "segment_seconds"]
+
+HERE = "here"
+# shares of the published rates that kernels reach: assumptions, but for `here`, whose rates are measured ones
+REACHED = {"products": 0.5, "bandwidth": 0.7}
+MEASURED = {"products": 1.0, "bandwidth": 1.0}
+
+
+class Rates(Record):
+    """What a device does per second: dense INT8 and float operations, bytes of memory traffic; and its memory."""
+
+    name: str
+    int8_operations: float
+    float_operations: float
+    bandwidth: float
+    memory_bytes: float
+    source: str
+    float_bytes: int = 2  # of an activation between two operators
+
+
+DENSE = "dense figures (half the sparse ones)"
+# name, dense INT8 operations/s (FP16 has half of them on all of these), bytes/s, bytes of memory, where from
+PUBLISHED = (
+    ("orin-nx", 30e12, 102.4e9, 16e9, "Jetson Orin NX 16 GB: GPU without DLA, 8 SMs at 918 MHz, per SM as AGX Orin"),
+    ("agx-orin", 85e12, 204.8e9, 64e9, f"Jetson AGX Orin 64 GB data sheet: GPU without DLA, {DENSE}"),
+    ("l4", 242e12, 300e9, 24e9, f"NVIDIA L4 data sheet: {DENSE}"),
+    ("h100", 1979e12, 3350e9, 80e9, f"NVIDIA H100 SXM data sheet: {DENSE}"),
+    ("h200", 1979e12, 4800e9, 141e9, f"NVIDIA H200 SXM data sheet: {DENSE}"),
+)
+DEVICES = {
+    name: Rates(
+        name=name,
+        int8_operations=int8,
+        float_operations=int8 / 2,
+        bandwidth=bandwidth,
+        memory_bytes=memory,
+        source=source,
+    )
+    for name, int8, bandwidth, memory, source in PUBLISHED
+}
+
+
+def segment_seconds(work: Footprint, rates: Rates, shares: Mapping[str, float]) -> float:
+    """Seconds of one call."""
+    products = work.int8_operations / rates.int8_operations + work.float_operations / rates.float_operations
+    bandwidth = rates.bandwidth * shares["bandwidth"]
+    return max(products / shares["products"], work.weight_bytes / bandwidth) + work.moved_bytes / bandwidth
+
+
+def estimate_bundle(path: Path, device: str) -> dict[str, Any]:
+    """Time per segment and per image, and memory, on a device. Raises InputError for one that is not known."""
+    bundle = open_bundle(path)
+    works = footprints(bundle)
+    if not any(work.int8_operations + work.float_operations for work in works.values()):
+        raise InputError(f"{path} was compiled by a ditc that counted no operations; compile it again")
+    rates, shares = _rates(device)
+    segments = {}
+    for name, counted_work in works.items():
+        work = _as_run(counted_work, bundle.manifest.precision, rates)
+        counted = work.model_dump(include={"int8_operations", "float_operations", "weight_bytes", "moved_bytes"})
+        times = {"bound": segment_seconds(work, rates, MEASURED), "expected": segment_seconds(work, rates, shares)}
+        segments[name] = counted | times
+    memory = memory_plan(bundle).total
+    return {
+        "device": rates.model_dump(),
+        "shares": shares,
+        "segments": segments,
+        "seconds_per_image": {kind: _per_image(bundle, segments, kind) for kind in ("bound", "expected")},
+        "memory_bytes": memory,
+        "fits": memory < rates.memory_bytes,
+    }
+
+
+def _as_run(work: Footprint, precision: str, rates: Rates) -> Footprint:
+    """The work with floats as wide as the device has them; the typed form, where that was counted, has two bytes."""
+    factor = 1 if precision == "fp32" else rates.float_bytes / 2
+    return work.model_copy(update={"moved_bytes": round(work.moved_bytes * factor)})
+
+
+def _rates(device: str) -> tuple[Rates, Mapping[str, float]]:
+    if device == HERE:
+        from ditc.speed.ceilings import measured_rates
+
+        return measured_rates(), MEASURED
+    if device not in DEVICES:
+        raise unknown_name("device", device, (HERE, *DEVICES))
+    return DEVICES[device], REACHED
+
+
+def _per_image(bundle: Bundle, segments: Mapping[str, Any], kind: str) -> float:
+    """A whole request over its images: conditioning once, every step with its update, the decoder."""
+    program = bundle.manifest.program
+    steps = sum(segments[step.segment][kind] + segments[UPDATE][kind] for step in program.steps)
+    around = segments[CONDITION][kind] + sum(segments[name][kind] for name in program.epilogue)
+    return float(steps + around) / bundle.manifest.batch

@@ -1,0 +1,185 @@
+"""What a bundle and its peers are held to: the same network, samples, timesteps, labels and guidance.
+
+They are compared at one step that computes, in the middle of the bundle's own run; the bundle's samples at its other
+computing steps calibrate the peers that quantize.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.bundle import Bundle, Manifest
+from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.engines.recording import RecordingBackend
+from ditc.errors import InputError
+from ditc.program import CONDITION, FULL
+from ditc.runtime.closeness import relative_error
+from ditc.runtime.executor import Samples
+from ditc.runtime.guidance import GuidedRun
+from ditc.runtime.pipeline import Pipeline
+from ditc.speed.bench_options import ModelChoice
+
+if TYPE_CHECKING:
+    from ditc.exporter.facts import ModelFacts
+
+__all__ = ["Match", "bench_labels", "match_of"]
+
+CALIBRATION_POINTS = 16  # at most, of the bundle's own run, for peers that quantize
+# relative error of a torch model's output against the bundle's FP reference, whose conditioning may be stored as FP16
+SAME_MODEL = 3e-3
+
+
+@dataclass(frozen=True)
+class Match:
+    """The common ground of a bundle and its peers.
+
+    `reference` is the FP segment of a computing step, with nothing but the prediction as output. `expected` is what it
+    gives for the samples `x` at step `index`, (rows, channels, height, width), and `found` what the bundle gives.
+    `labels` are those of all rows, `tables` the bundle's conditioning, each (steps, rows, ...). `points` are (step,
+    samples) to calibrate with. Peers write files to `scratch`.
+    """
+
+    bundle: Bundle
+    reference: Path
+    run: GuidedRun
+    labels: NDArray[np.int64]
+    tables: Mapping[str, NDArray[Any]]
+    index: int
+    x: Samples
+    expected: Samples
+    found: Samples
+    points: tuple[tuple[int, Samples], ...]
+    scratch: Path
+    choice: ModelChoice
+
+    def feeds(self, index: int, rows: Samples) -> dict[str, NDArray[Any]]:
+        """Inputs of the FP segment at a step, for all rows of the network."""
+        return _feeds(self.tables, index, rows)
+
+    def calibration(self) -> list[dict[str, NDArray[Any]]]:
+        """The same at every calibration point."""
+        return [self.feeds(index, self.run.rows(x)) for index, x in self.points]
+
+    def error(self, out: Samples) -> float:
+        """How far an output is from the FP one at the step that is compared."""
+        return relative_error(out, self.expected)
+
+    @cached_property
+    def model(self) -> Any:
+        """The torch model, held to the FP reference with one forward pass. Raises InputError for another one."""
+        return _checked_model(self)
+
+
+def bench_labels(manifest: Manifest) -> list[int]:
+    """A full batch of classes."""
+    return [number % manifest.model.num_classes for number in range(manifest.batch)]
+
+
+def match_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> Match:
+    """The match of a bundle that has its FP reference. Raises InputError where a named model is another one."""
+    run = GuidedRun.of(bundle)
+    labels = run.labels(bench_labels(bundle.manifest))
+    before, found = _own_run(bundle)
+    computing = sorted(before)
+    index = computing[len(computing) // 2]
+    tables = _tables(bundle, run, labels)
+    reference = _bare_reference(bundle, scratch)
+    expected = OnnxRuntimeBackend().session(reference).run(["out"], _feeds(tables, index, run.rows(before[index])))[0]
+    match = Match(
+        bundle=bundle,
+        reference=reference,
+        run=run,
+        labels=labels,
+        tables=tables,
+        index=index,
+        x=before[index],
+        expected=np.asarray(expected),
+        found=found,
+        points=tuple((i, before[i]) for i in computing[:: -(-len(computing) // CALIBRATION_POINTS)]),
+        scratch=scratch,
+        choice=choice,
+    )
+    if choice.name is not None:
+        _ = match.model  # a wrong one is refused before anything is measured
+    return match
+
+
+def _own_run(bundle: Bundle) -> tuple[dict[int, Samples], Samples]:
+    """(samples before every call of `full`, what the bundle's network gave at the middle one of them)."""
+    program = bundle.manifest.program
+    calls = sum(step.segment == FULL for step in program.steps)
+    recorder = RecordingBackend(OnnxRuntimeBackend(), {FULL: {calls // 2}})
+    with Pipeline(bundle, backend=recorder) as pipe:
+        events = pipe.generate(bench_labels(bundle.manifest), seed=0)
+        before = {event.index: event.before for event in events if event.segment == FULL}
+    return before, np.asarray(recorder.runs[FULL][0].outputs["out"])
+
+
+def _tables(bundle: Bundle, run: GuidedRun, labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    session = OnnxRuntimeBackend().session(bundle.reference_path(CONDITION))
+    names = [port.name for port in session.get_outputs()]
+    found = session.run(names, {"t": run.table["t"].astype(np.float32), "y": labels})
+    return dict(zip(names, found, strict=True))
+
+
+def _feeds(tables: Mapping[str, NDArray[Any]], index: int, rows: Samples) -> dict[str, NDArray[Any]]:
+    return {"x": rows, **{name: table[index] for name, table in tables.items()}}
+
+
+def _bare_reference(bundle: Bundle, scratch: Path) -> Path:
+    """The FP segment of a computing step, its prediction the only output: a peer leaves nothing for later steps."""
+    from ditc.exporter.onnx_files import load_model, save_model
+    from ditc.quantize.outputs import keep_outputs
+
+    path = scratch / "reference.onnx"
+    model = load_model(bundle.reference_path(bundle.manifest.program.steps[0].segment))
+    keep_outputs(model, [value for value in model.graph.outputs if value.name == "out"])
+    save_model(model, path)
+    return path
+
+
+def known_model(manifest: Manifest) -> str:
+    """The name of the model that a bundle was compiled from, where its manifest tells. Raises InputError elsewhere."""
+    name = manifest.model.name
+    if name == "digits":
+        return name
+    if found := re.fullmatch(r"(dit-\w+-\d+-\d+)-random", name):
+        return f"random:{found[1]}:{manifest.settings.get('seed', 0)}"
+    raise InputError(f"a torch model is needed, and the bundle tells only its name, {name}; give it with --model")
+
+
+def _class_facts(manifest: Manifest) -> ModelFacts:
+    """The classes that a bundle's checkpoint was read with; the rest of its facts changes no forward pass."""
+    from ditc.exporter.facts import ModelFacts
+
+    return ModelFacts(classes=manifest.model.num_classes, null_class=manifest.model.null_label is not None)
+
+
+def _checked_model(match: Match) -> Any:
+    from ditc.exporter.models import load_model
+    from ditc.speed.eager import eager_forward
+
+    manifest, choice = match.bundle.manifest, match.choice
+    name = choice.name or known_model(manifest)
+    model = load_model(name, num_heads=choice.heads, facts=_class_facts(manifest) if Path(name).is_file() else None)
+    advice = f"name the one that {match.bundle.path} was compiled from with --model"
+    for kind in ("latent_shape", "out_channels", "num_classes", "branches"):
+        own, wanted = getattr(model.spec, kind), getattr(manifest.model, kind)
+        if own != wanted:
+            raise InputError(f"{name} is another model: its {kind} is {own}, expected {wanted}; {advice}")
+    forward = eager_forward(model, match.run.table["t"], match.labels, next(model.parameters()).dtype)
+    error = match.error(forward(match.index, match.run.rows(match.x)))
+    if not error < SAME_MODEL:
+        raise InputError(
+            f"{name} is another model: its output is {error:.2g} from the bundle's FP reference (relative), "
+            f"expected below {SAME_MODEL:g}; {advice}"
+        )
+    return model

@@ -1,0 +1,76 @@
+"""The peers of `ditc bench --against`: a table, and how one is made ready or skipped with its reason."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+
+from ditc.errors import DitcError, unknown_name
+from ditc.speed import onnx_peers, torch_peers
+from ditc.speed.match import Match
+from ditc.speed.peer import Peer
+
+__all__ = ["ALL", "PEERS", "ReadyPeer", "peer_names", "ready_peer"]
+
+ALL = "all"
+
+# what is measured -> how it is made; it raises where this machine or this bundle has no such peer
+PEERS: dict[str, Callable[[Match], Peer]] = {
+    "torch-f32": torch_peers.torch_f32,
+    "torch-bf16": torch_peers.torch_bf16,
+    "torch-compile": torch_peers.torch_compile,
+    "cache-dit": torch_peers.cached_by_cache_dit,
+    "onnxruntime-f32": onnx_peers.onnxruntime_f32,
+    "onnxruntime-quant": onnx_peers.onnxruntime_quant,
+    "openvino-f32": onnx_peers.openvino_f32,
+    "openvino-bf16": onnx_peers.openvino_bf16,
+    "openvino-int8": onnx_peers.openvino_int8,
+}
+
+
+@dataclass(frozen=True)
+class ReadyPeer:
+    """A peer that has run once: how far its output is from the FP one (relative error)."""
+
+    peer: Peer
+    relative_error: float
+
+
+def peer_names(given: Iterable[str]) -> tuple[str, ...]:
+    """The peers that were asked for, each once, in the table's order. An item may be a comma list, or "all"."""
+    names = {part.strip() for item in given for part in item.split(",")}
+    unknown = sorted(names - {ALL, *PEERS})
+    if unknown:
+        raise unknown_name("peer", unknown[0], (ALL, *PEERS))
+    return tuple(name for name in PEERS if name in names or ALL in names)
+
+
+def ready_peer(name: str, match: Match) -> ReadyPeer | str:
+    """The peer after its first forward pass, or the reason why there is none here."""
+    try:
+        with _quiet():
+            peer = PEERS[name](match)
+            if peer.begin is not None:
+                peer.begin()
+        return ReadyPeer(peer, match.error(peer.forward(match.index, match.run.rows(match.x))))
+    except DitcError as e:
+        return str(e)
+    except ModuleNotFoundError as e:
+        return f"{e.name} is not installed: pip install {str(e.name).replace('_', '-')}"
+    except Exception as e:  # what is no part of ditc may fail in any way, and the others can still be measured
+        return f"it failed: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Quantizers and caches tell their progress to the log and to stdout, where our JSON goes."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,73 @@
+"""A bundle's segments against this machine's ceilings, measured in the same run.
+
+    limit = max(INT8 operations / INT8 rate + float operations / float rate,  bytes / bandwidth)
+
+The two kinds of products share the cores, so their times add. `bytes` are those that nothing can save, weights, inputs
+and outputs, each once; they stream while the products run, so the longer of the two decides. `unfused` is what it takes
+where every other operator reads and writes memory by itself, one after another, as `ditc estimate` counts; fused or in
+a cache those bytes cost less, which is why they are no limit. Element-wise arithmetic is counted nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ditc.bundle import Bundle
+from ditc.footprint import Footprint
+from ditc.program import CONDITION, DECODE
+from ditc.speed.estimating import MEASURED, Rates, segment_seconds
+from ditc.speed.match import bench_labels
+
+__all__ = ["footprints_here", "limit_of", "roofline"]
+
+
+def roofline(bundle: Bundle, seconds: Mapping[str, float], rates: Rates) -> dict[str, Any]:
+    """The limit of every measured segment (name -> seconds of one call), and how much of it is reached."""
+    works = footprints_here(bundle)
+    lines = {
+        name: limit_of(works[name], _sizes(bundle, name), rates) | {"measured": measured}
+        for name, measured in seconds.items()
+    }
+    shares = {name: {"share_of_limit": line["limit"] / line["measured"]} for name, line in lines.items()}
+    return {"rates": rates.model_dump(), "segments": {name: lines[name] | shares[name] for name in lines}}
+
+
+def limit_of(work: Footprint, sizes: Mapping[str, int], rates: Rates) -> dict[str, Any]:
+    """Work of one call, the seconds that no implementation goes below, and what bounds it."""
+    ports = (*work.inputs.values(), *work.outputs.values())
+    least_bytes = work.weight_bytes + sum(port.size_bytes(sizes) for port in ports)
+    times = {
+        "INT8 products": work.int8_operations / rates.int8_operations,
+        "float products": work.float_operations / rates.float_operations,
+        "memory": least_bytes / rates.bandwidth,
+    }
+    products = times["INT8 products"] + times["float products"]
+    longest = max(("INT8 products", "float products"), key=times.__getitem__)
+    return {
+        "int8_operations": work.int8_operations,
+        "float_operations": work.float_operations,
+        "least_bytes": least_bytes,
+        "limit": max(products, times["memory"]),
+        "unfused": segment_seconds(work, rates, MEASURED),
+        "bound_by": "memory" if times["memory"] > products else longest,
+    }
+
+
+def footprints_here(bundle: Bundle) -> dict[str, Footprint]:
+    """The work of every segment in the types that a CPU computes in; the manifest has the form for GPUs."""
+    from ditc.exporter.onnx_files import load_model
+    from ditc.lowering.liveness import footprint_of
+
+    names = bundle.manifest.program.calls
+    return {name: footprint_of(load_model(bundle.segment_path(name)), _sizes(bundle, name)) for name in names}
+
+
+def _sizes(bundle: Bundle, name: str) -> dict[str, int]:
+    """Rows that a segment is given here: an image each, two with guidance; of the conditioning each label once."""
+    manifest = bundle.manifest
+    rows = {
+        CONDITION: len(set(bench_labels(manifest))) + manifest.halves - 1,
+        DECODE: manifest.batch,
+    }.get(name, manifest.batch * manifest.halves)
+    return {"batch": rows, "steps": len(manifest.program.steps)}

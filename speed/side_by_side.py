@@ -1,0 +1,182 @@
+"""A bundle and its peers in turn, in one run: guided steps that compute, and whole runs.
+
+A peer without a cache does the same at every step. It is measured in bursts whose first step is not counted, since the
+bundle's own steps follow one another too, and its whole run is as many of a burst's mean steps as the bundle has: the
+mean, so that what disturbs some of the steps counts in both. A peer with a cache is measured over whole runs, as the
+bundle is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter, sleep
+from typing import Any
+
+from ditc.errors import CheckError, InputError
+from ditc.program import FULL
+from ditc.progress import Progress
+from ditc.runtime.executor import seeded_noise
+from ditc.runtime.pipeline import Pipeline
+from ditc.speed.bench_options import BenchOptions
+from ditc.speed.latency import latency_of
+from ditc.speed.match import Match, bench_labels, match_of
+from ditc.speed.peer import Peer
+from ditc.speed.peers import ReadyPeer, ready_peer
+
+__all__ = ["RUN", "Turn", "against_peers", "bundle_turn", "check_not_slower", "peer_turn", "take_turns"]
+
+STEP, RUN = "step", "run"
+BURST_SECONDS = 0.1
+REST_SECONDS = 0.15  # before each turn: the threads of the side before it spin on for up to a tenth of a second
+
+NO_REFERENCE = "the bundle has no FP reference to make it from and hold it to; compile it again with --reference"
+
+Turn = Callable[[], Iterator[tuple[str, float]]]  # one turn of one side: (what, seconds), as often as measured
+Times = Mapping[str, list[float]]
+
+
+def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> dict[str, Any]:
+    """Measure a bundle and its peers, `options.requests` turns of each after `options.warmup` others.
+
+    `pipe` is the bundle's pipeline, not open. Raises InputError for a chosen model that is not the bundle's, and where
+    no peer is left to hold a ratio against.
+    """
+    if not pipe.bundle.has_reference:
+        return _none_measured(dict.fromkeys(options.against, NO_REFERENCE), options)
+    with TemporaryDirectory(prefix="ditc-bench-") as scratch:
+        match = match_of(pipe.bundle, options.model, Path(scratch).resolve())
+        ready: dict[str, ReadyPeer | str] = {}
+        for done, name in enumerate(options.against):
+            progress("peers", done, len(options.against))
+            ready[name] = ready_peer(name, match)
+        progress("peers", len(ready), len(ready))
+        peers = {name: found for name, found in ready.items() if isinstance(found, ReadyPeer)}
+        skipped = {name: found for name, found in ready.items() if isinstance(found, str)}
+        if not peers:
+            return _none_measured(skipped, options)
+        with pipe:
+            turns = [bundle_turn(pipe), *(peer_turn(found.peer, match) for found in peers.values())]
+            own, *others = take_turns(turns, options.requests, options.warmup, progress)
+    return {
+        "guidance": match.run.guidance,
+        "step": match.index,
+        "bundle": _summary(own) | {"relative_error": match.error(match.found)},
+        "peers": {
+            name: _compared(found, times, own) for (name, found), times in zip(peers.items(), others, strict=True)
+        },
+        "skipped": skipped,
+    }
+
+
+def _none_measured(skipped: dict[str, str], options: BenchOptions) -> dict[str, Any]:
+    if options.least_ratio is not None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise InputError(f"--fail-if-slower needs a peer that can be measured here, found none ({reasons})")
+    return {"peers": {}, "skipped": skipped}
+
+
+def take_turns(turns: list[Turn], rounds: int, warmup: int, progress: Progress) -> list[Times]:
+    """Every side once in each round; what the first `warmup` rounds measure is forgotten."""
+    times: list[dict[str, list[float]]] = [defaultdict(list) for _ in turns]
+    for number in range(warmup + rounds):
+        progress("turns", number, warmup + rounds)
+        for turn, found in zip(turns, times, strict=True):
+            sleep(REST_SECONDS)
+            measured = list(turn())
+            for kind, seconds in measured if number >= warmup else ():
+                found[kind].append(seconds)
+    progress("turns", warmup + rounds, warmup + rounds)
+    return [dict(found) for found in times]
+
+
+def bundle_turn(pipe: Pipeline) -> Turn:
+    """One request of a full batch: its whole run up to the latents, steps that compute all, others by segment."""
+    labels = bench_labels(pipe.bundle.manifest)
+
+    def turn() -> Iterator[tuple[str, float]]:
+        start, until = perf_counter(), 0.0
+        for event in pipe.generate(labels, seed=0):
+            yield STEP if event.segment == FULL else event.segment, event.seconds
+            if event.index == event.steps - 1:  # what comes after it is decoding, which no peer does
+                yield RUN, until + event.seconds
+            until = perf_counter() - start
+
+    return turn
+
+
+def peer_turn(peer: Peer, match: Match) -> Turn:
+    """A burst of steps; one whole run of a peer with a cache of its own."""
+    return _steps_in_a_burst(peer, match) if peer.begin is None else _whole_run(peer, peer.begin, match)
+
+
+def _steps_in_a_burst(peer: Peer, match: Match) -> Turn:
+    _, fresh = seeded_noise(0, 0, len(match.x), match.run.spec.latent_shape)
+
+    def timed() -> float:
+        start = perf_counter()
+        match.run.step(peer.forward, match.index, match.x, fresh)
+        return perf_counter() - start
+
+    def turn() -> Iterator[tuple[str, float]]:
+        first, burst = timed(), [timed()]
+        while first + sum(burst) < BURST_SECONDS:
+            burst.append(timed())
+        yield from ((STEP, seconds) for seconds in burst)
+        yield RUN, match.run.steps * sum(burst) / len(burst)
+
+    return turn
+
+
+def _whole_run(peer: Peer, begin: Callable[[], None], match: Match) -> Turn:
+    program, shape = match.bundle.manifest.program, match.run.spec.latent_shape
+
+    def turn() -> Iterator[tuple[str, float]]:
+        x, fresh = seeded_noise(0, 0, len(match.x), shape)
+        begin()
+        whole = 0.0
+        for step in program.steps:
+            start = perf_counter()
+            x = match.run.step(peer.forward, step.index, x, fresh)
+            seconds = perf_counter() - start
+            whole += seconds
+            if all(program.segment(step.segment).compute):
+                yield STEP, seconds
+        yield RUN, whole
+
+    return turn
+
+
+def _summary(times: Times) -> dict[str, Any]:
+    """Latencies of a step and of a whole run."""
+    found = {kind: latency_of(seconds) for kind, seconds in times.items()}
+    return {kind: latency.model_dump() | {"spread": latency.spread} for kind, latency in found.items()}
+
+
+def _compared(found: ReadyPeer, times: Times, own: Times) -> dict[str, Any]:
+    """A peer's latencies, and how many times as long as the bundle it takes, by medians."""
+    theirs, ours = _summary(times), _summary(own)
+    return {
+        "what": found.peer.what,
+        "relative_error": found.relative_error,
+        "run_measured": found.peer.begin is not None,
+        **theirs,
+        **{f"ratio_{kind}": theirs[kind]["median"] / ours[kind]["median"] for kind in (STEP, RUN)},
+    }
+
+
+def check_not_slower(found: Mapping[str, Any], least_ratio: float) -> None:
+    """Raise CheckError unless the bundle's whole run is `least_ratio` times as fast as every measured peer's."""
+    slow = [
+        f"{name} takes {peer[RUN]['median']:.4g} s, {peer['ratio_run']:.2f}x"
+        for name, peer in found["peers"].items()
+        if not peer["ratio_run"] >= least_ratio
+    ]
+    if slow:
+        own = found["bundle"][RUN]["median"]
+        raise CheckError(
+            f"a whole run of the bundle takes {own:.4g} s, of {'; of '.join(slow)}; "
+            f"expected at least {least_ratio:g}x (--fail-if-slower)"
+        )

@@ -1,0 +1,85 @@
+"""Peers in torch: the model that was compiled, run eagerly, in bfloat16, compiled by torch, and cached by cache-dit.
+
+They compute the conditioning at every step, as a user's loop does.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from ditc.errors import InputError
+from ditc.speed.match import Match
+from ditc.speed.peer import Peer
+
+__all__ = ["cached_by_cache_dit", "torch_bf16", "torch_compile", "torch_f32"]
+
+
+def torch_f32(match: Match) -> Peer:
+    """Eager float32."""
+    return _torch_peer(match, match.model, "eager float32")
+
+
+def torch_bf16(match: Match) -> Peer:
+    """Eager, with weights and products in bfloat16."""
+    return _torch_peer(match, in_bfloat16(copy.deepcopy(match.model)), "eager bfloat16")
+
+
+def torch_compile(match: Match) -> Peer:
+    """float32 through torch.compile with its defaults; it needs a C++ compiler on a CPU."""
+    import torch
+
+    return _torch_peer(match, torch.compile(match.model, dynamic=False), "torch.compile float32")
+
+
+def cached_by_cache_dit(match: Match) -> Peer:
+    """diffusers' DiT, eager float32, with cache-dit computing at the bundle's own steps and reusing in between."""
+    import cache_dit
+    import diffusers
+    import torch
+
+    from ditc.exporter.diffusers_copy import diffusers_from_dit
+
+    program = match.bundle.manifest.program
+    computes = [program.segment(step.segment).compute for step in program.steps]
+    if any(any(row) and not all(row) for row in computes):
+        raise InputError("cache-dit computes all blocks or reuses all; this bundle's schedule mixes them in a step")
+    model = diffusers_from_dit(match.model)
+    settings = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,  # the fewest it takes
+        Bn_compute_blocks=0,
+        max_warmup_steps=1,
+        num_inference_steps=len(computes),
+        steps_computation_mask=[int(all(row)) for row in computes],
+        steps_computation_policy="static",
+        enable_separate_cfg=False,  # both guidance halves are one batch
+    )
+    cache_dit.enable_cache(model, cache_config=settings)
+    what = f"cache-dit {cache_dit.__version__} (F1B0, {sum(map(all, computes))} steps computed)"
+    peer = _torch_peer(match, lambda x, t, y: model(x, t, y, return_dict=False)[0], "eager float32", torch.float32)
+    return Peer(
+        forward=peer.forward,
+        what=f"{what}, diffusers {diffusers.__version__}, {peer.what}",
+        begin=lambda: cache_dit.refresh_context(model, cache_config=settings),
+    )
+
+
+def in_bfloat16(model: Any) -> Any:
+    """The model with bfloat16 weights and products; what float32 arithmetic is left between them is cast back."""
+    import torch
+
+    model = model.to(torch.bfloat16)
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(torch.bfloat16),))
+    return model
+
+
+def _torch_peer(match: Match, model: Any, what: str, kind: Any = None) -> Peer:
+    import torch
+
+    from ditc.speed.eager import eager_forward
+
+    kind = kind or next(model.parameters()).dtype
+    forward = eager_forward(model, match.run.table["t"], match.labels, kind)
+    return Peer(forward=forward, what=f"torch {torch.__version__}, {what}")

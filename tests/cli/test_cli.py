@@ -1,0 +1,281 @@
+"""The command line: documented, one line for every bad input, JSON where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ditc
+from ditc.bundle import Bundle
+from ditc.cli.main import cli, run
+from ditc.cli.output import print_demo
+from ditc.cli.progress import advice_on_stderr
+from ditc.engines import onnxrt
+from ditc.engines.integer_form import Arithmetic, Exactness, advise
+from ditc.files import sha256_of
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(cli.commands)
+
+
+def test_the_commands_are_the_ones_announced() -> None:
+    assert {"demo", "compile", "run", "inspect", "verify", "bisect", "doctor"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_is_documented(name: str) -> None:
+    text = (ROOT / "docs" / "cli.md").read_text()
+    assert f"## ditc {name}\n" in text
+    own = text.split(f"## ditc {name}\n")[1].split("\n## ")[0]
+    if "as for `compile`, all options" in own:
+        own += text.split("## ditc compile\n")[1].split("\n## ")[0]
+    command = cli.commands[name]
+    assert command.help
+    for option in command.params:
+        for flag in (*option.opts, *option.secondary_opts):
+            if flag.startswith("--"):
+                assert f"`{flag}" in own, f"docs/cli.md lacks {flag} of ditc {name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_speaks_json(name: str) -> None:
+    assert "--json" in {flag for option in cli.commands[name].params for flag in option.opts}
+
+
+def test_every_picture_says_which_bundle_seed_class_and_version_made_it(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundles["cached"]
+    assert run(["run", str(bundle.path), "--labels", "3,0", "--seed", "9", "-o", str(tmp_path)]) == 0
+    said = {}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            said[path.name] = picture.text  # type: ignore[attr-defined]
+    for own, first, classes in (("0000-class3.png", "0", "3"), ("0001-class0.png", "1", "0"), ("grid.png", "0", "3,0")):
+        assert said.pop(own) == {
+            "Software": f"ditc {ditc.__version__}",
+            "ditc.bundle": sha256_of(bundle.path / "manifest.json"),
+            "ditc.model": "small",
+            "ditc.seed": "9",
+            "ditc.first": first,
+            "ditc.classes": classes,
+        }
+    assert not said
+
+
+def test_run_writes_a_picture_per_label_and_a_grid(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "images"
+    assert run(["run", str(bundles["cached"].path), "--labels", "0,3,4", "-o", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["images"] == ["0000-class0.png", "0001-class3.png", "0002-class4.png"]
+    assert printed["segments"]["full"]["calls"] == 3
+    assert len(printed["steps"]) == 6
+    assert size_of(out / "0001-class3.png") == (8, 8)
+    assert size_of(out / "grid.png") == (2 * 66 + 2, 2 * 66 + 2)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("cached", ("full: 8 of 8 linear layers", "blocks.0.attn  #.#.#.", "segments/full.onnx", '"fora:2"')),
+        (
+            "float-ends",
+            (
+                "6 steps, 3 computed (2 of them in floating point), guidance 1.5",
+                "schedule (# computed, f computed in floating point, . reused)",
+                "blocks.0.attn  f.#.f.",
+            ),
+        ),
+    ],
+)
+def test_inspect_shows_program_schedule_and_settings(
+    name: str, texts: tuple[str, ...], bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(bundles[name].path)]) == 0
+    shown = capsys.readouterr().out
+    assert [text for text in texts if text not in shown] == []
+
+
+def test_inspect_says_how_scales_are_bound(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("cached", "static scales"), ("per-step", "per-step scales, 3 for each of 8 tensors, up to")):
+        assert run(["inspect", str(bundles[name].path)]) == 0
+        assert text in capsys.readouterr().out
+
+
+def test_inspect_json_is_the_manifest(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(bundles["cached"].path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["program"]["slots"] == 1
+
+
+def test_verify_of_an_uncached_fp_bundle_finds_no_difference(
+    bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(bundles["fp32-none"].path), "--images", "2", "--json"]) == 0
+    assert max(json.loads(capsys.readouterr().out)["relative_error"]) == 0
+
+
+def test_verify_fails_below_the_quality_asked_for(
+    bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(bundles["cached"].path), "--images", "2", "--min-psnr", "200"]) == 1
+    assert "check failed: mean PSNR against FP is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("exactness", "words"),
+    [
+        (Exactness(8), "INT8 on this CPU: exact as it is"),
+        (Exactness(7, 8), "INT8 on this CPU: exact with unsigned weights, which is slower"),
+        (None, ""),
+    ],
+)
+def test_the_demo_says_in_which_form_integers_ran(
+    exactness: Exactness | None, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side = {
+        "frechet_distance": 1,
+        "frechet_distance_classifier": 1,
+        "class_agreement": 1,
+        "size_bytes": 1,
+        "psnr_db": 1,
+    }
+    arithmetic = None if exactness is None else Arithmetic.of(exactness, 8).model_dump()
+    found = {"torch": side, "compiled": side, "seconds_per_image": {}, "images": 1, "grid": "", "bundle": ""}
+    print_demo(found | {"arithmetic": arithmetic})
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert ("INT8" in printed) == bool(words)
+
+
+def test_advice_is_one_line_on_stderr_and_json_stays_json(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle of 8-bit weights on a machine whose exact form for them is a slower one."""
+    monkeypatch.setattr(onnxrt, "onnxruntime_exactness", lambda: Exactness(7, 8))
+    advise.cache_clear()
+    command = f"run {bundles['cached'].path} --labels 1,2 -o {tmp_path} --json"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert [run(command.split()), run(command.split())] == [0, 0]
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("ditc: INT8 products with 8-bit weights would saturate on this CPU")
+    assert line.endswith("compile with --precision w7a8, which is exact here and faster")
+
+
+def test_warnings_that_are_not_ours_are_shown_as_ever() -> None:
+    with pytest.warns(UserWarning, match="something else"), advice_on_stderr():
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+
+def test_doctor_says_what_works_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--json"]) == 0
+    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert found["target cpu"]["works"]
+    assert "INT8 exact" in found["target cpu"]["detail"]
+    assert not found["target tensorrt"]["works"]
+    assert "TensorRT can't be imported" in found["target tensorrt"]["detail"]
+
+
+@pytest.fixture
+def bad_files(tmp_path: Path) -> Path:
+    """One file or folder for every way a model or bundle can be wrong."""
+    (tmp_path / "truncated.pt").write_bytes(b"PK\x03\x04 and then nothing")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(print))
+    torch.save({"something.else": torch.zeros(3)}, tmp_path / "foreign.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text("{")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("compile {bad}/missing.pt -o {bad}/b", "no such checkpoint"),
+        ("compile {bad}/truncated.pt -o {bad}/b", "not a whole torch checkpoint"),
+        ("compile {bad}/evil.pt -o {bad}/b", "pickle"),
+        ("compile {bad}/foreign.pt -o {bad}/b", "x_embedder.proj.weight is missing"),
+        ("compile {bad}/empty -o {bad}/b", "no such file"),
+        ("compile nosuch.module:build -o {bad}/b", "can't import nosuch.module:build"),
+        ("compile -o {bad}/b", "name one model"),
+        ("compile digits --random dit-s-2-256 -o {bad}/b", "name one model"),
+        ("compile --random dit-xxl-2-256 -o {bad}/b", "unknown size"),
+        ("compile digits -o {bad}/b --policy toca", "unknown policy 'toca'; choose one of: FILE.json, fora, none"),
+        ("compile digits -o {bad}/b --policy fora:0", "interval N >= 1"),
+        ("compile digits -o {bad}/b --policy {bad}/broken.json", "is not a schedule"),
+        ("compile digits -o {bad}/b --steps 1", "--steps must be at least 2"),
+        ("compile digits -o {bad}/b --select best", "unknown selector"),
+        (
+            "compile digits -o {bad}/b --scales often",
+            "'often'; choose one of: dynamic, per-step, static",
+        ),
+        ("compile digits -o {bad}/b --scales per-step --precision fp16", "--precision fp16 has none; leave it out"),
+        ("compile digits -o {bad}/b --midpoint low", "unknown midpoint 'low'; choose one of: bounded, zero"),
+        (
+            "compile digits -o {bad}/b --midpoint bounded --precision fp32",
+            "--midpoint bounded is for activations",
+        ),
+        ("compile digits -o {bad}/b --scales dynamic --midpoint bounded", "leave one of them out"),
+        ("compile digits -o {bad}/b --precision w8a6 --scales per-step", "simulated with --scales static only"),
+        ("compile digits -o {bad}/b --precision w2a8", "choose one of: fp16, fp32, w4a8, w7a8, w8a6, w8a8"),
+        ("compile digits -o {bad}/b --batch 0", "--batch must be at least 1"),
+        ("run {bad}/empty --labels 1 -o {bad}/i", "is not a bundle"),
+        ("run {bundle} --labels 9 -o {bad}/i", "label 9 is not a class"),
+        ("run {bundle} --labels a,b -o {bad}/i", "--labels must be whole numbers"),
+        ("verify {bundle} --images 0", "--images must be at least 1"),
+        ("inspect {bad}/nowhere", "is not a bundle"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: str, message: str, bad_files: Path, bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = arguments.format(bad=bad_files, bundle=bundles["cached"].path).split()
+    assert run(filled) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not (bad_files / "b").exists()
+    assert not (bad_files / "i").exists()
+
+
+def test_a_bundle_with_a_changed_byte_is_refused_naming_the_file(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bundles["cached"].path, tmp_path / "b")
+    weights = tmp_path / "b" / "segments" / "full.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert run(["run", str(tmp_path / "b"), "--labels", "1", "-o", str(tmp_path / "i")]) == 2
+    assert "segments/full.onnx.data does not match" in capsys.readouterr().err
+
+
+def test_a_bundle_from_a_newer_schema_is_refused(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bundles["cached"].path, tmp_path / "b")
+    manifest = tmp_path / "b" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    (tmp_path / "b" / "manifest.sha256").write_text(f"{sha256_of(manifest)}\n")
+    assert run(["inspect", str(tmp_path / "b")]) == 2
+    assert "schema 99, this ditc reads up to 1; update ditc" in capsys.readouterr().err
+
+
+def test_bad_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compile", "digits"]) == 2
+    assert "Missing option" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Lowerings for ONNX Runtime: same numbers, and integer kernels where the portable graph has none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from ditc.bundle import Bundle
+from ditc.engines.backend import lowered_path
+from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
+from ditc.exporter.onnx_files import load_model, save_model
+from ditc.lowering.forms import lower
+
+SHARED_PAIR = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[batch, 32] x) => (float[batch, 32] q, float[batch, 32] k)
+<float scale = {0.05}, int8 zero = {0}, int8[32, 32] wq = {WQ}, int8[32, 32] wk = {WK}, float[32] ws = {WS},
+ int8[32] wz = {WZ}> {
+    xq = QuantizeLinear (x, scale, zero)
+    xd = DequantizeLinear (xq, scale, zero)
+    wqd = DequantizeLinear <axis = 1> (wq, ws, wz)
+    wkd = DequantizeLinear <axis = 1> (wk, ws, wz)
+    q = MatMul (xd, wqd)
+    k = MatMul (xd, wkd)
+}
+"""
+
+
+@pytest.fixture
+def shared_pair(tmp_path: Path) -> Path:
+    """Two linear layers that read one Q/DQ pair, as separate q and k do."""
+    rng = np.random.default_rng(0)
+    text = SHARED_PAIR.replace("WS", ", ".join(["0.01"] * 32)).replace("WZ", ", ".join(["0"] * 32))
+    for name in ("WQ", "WK"):
+        text = text.replace(name, ", ".join(map(str, rng.integers(-127, 128, 32 * 32))))
+    model = ir.from_onnx_text(text)
+    save_model(model, tmp_path / "shared.onnx")
+    return tmp_path / "shared.onnx"
+
+
+def lowered(segment: Path) -> Path:
+    model = load_model(segment)
+    assert lower(model, "onnxrt")
+    path = lowered_path(segment, "onnxrt")
+    save_model(model, path)
+    return path
+
+
+def test_layers_that_share_a_pair_run_integer_kernels_when_lowered(shared_pair: Path) -> None:
+    census = kernel_census(OnnxRuntimeBackend(), lowered(shared_pair))
+    assert census["MatMulIntegerToFloat"] == 2
+    assert census["MatMul"] == 0
+
+
+def test_lowering_keeps_the_numbers(shared_pair: Path) -> None:
+    x = np.random.default_rng(1).uniform(-9, 9, (7, 32)).astype(np.float32)
+    plain, changed = (
+        OnnxRuntimeBackend().session(path).run(None, {"x": x}) for path in (shared_pair, lowered(shared_pair))
+    )
+    for before, after in zip(plain, changed, strict=True):
+        np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-4)
+
+
+def test_lowering_twice_changes_nothing(shared_pair: Path) -> None:
+    model = load_model(shared_pair)
+    assert lower(model, "onnxrt")
+    assert not lower(model, "onnxrt")
+
+
+def test_another_backend_gets_the_portable_graph(shared_pair: Path) -> None:
+    assert not lower(load_model(shared_pair), "fake")
+
+
+def test_the_portable_segment_of_a_bundle_stays_symmetric(bundles: dict[str, Bundle]) -> None:
+    model = load_model(bundles["cached"].segment_path("full"))
+    zeros = [node.inputs[2] for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(zeros) == 24
+    for zero in zeros:
+        assert zero is not None
+        assert zero.const_value is not None
+        assert zero.const_value.dtype == ir.DataType.INT8
+        assert not zero.const_value.numpy().any()
+
+
+def test_the_lowered_graph_holds_no_second_copy_of_the_weights(bundles: dict[str, Bundle]) -> None:
+    segment = bundles["cached"].segment_path("full")
+    path = lowered_path(segment, "onnxrt")
+    assert path.stat().st_size < segment.with_name("full.onnx.data").stat().st_size
+    assert not path.with_name(f"{path.name}.data").exists()

@@ -1,0 +1,49 @@
+"""The documents name files that are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ditc.folders import FOLDERS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "docs/adr/*.md")
+    for path in ROOT.glob(pattern)
+    if path.name != "CHANGELOG.md"  # which tells of what was
+)
+PLACES = ("core", *FOLDERS, "tests", "benchmarks", "docs")
+NAMED = re.compile(rf"`((?:{'|'.join(PLACES)})/[\w/.-]+\.(?:py|md|json|css|onnx|svg|png))`")
+LINKED = re.compile(r"\]\((?!https?:)([^)#\s]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_is_named_or_linked_is_there(document: Path) -> None:
+    text = document.read_text()
+    named = {name for name in NAMED.findall(text) if not (ROOT / name).exists()}
+    linked = {name for name in LINKED.findall(text) if not (document.parent / name).exists()}
+    assert named | linked == set()
+
+
+def test_modules_that_are_named_can_be_found() -> None:
+    modules = set()
+    for document in DOCUMENTS:
+        modules |= set(re.findall(rf"`ditc\.((?:{'|'.join(FOLDERS)})\.\w+)", document.read_text()))
+        modules |= set(re.findall(r"-m ditc\.([\w.]+)", document.read_text()))
+    places = {name: ROOT / name.replace(".", "/") for name in modules}
+    missing = {name for name, place in places.items() if not (place.with_suffix(".py").exists() or place.is_dir())}
+    assert missing == set()
+
+
+def test_the_readme_has_every_folder() -> None:
+    readme = (ROOT / "README.md").read_text()
+    listed = re.findall(r"^\| `(\w+)/` \|", readme, re.MULTILINE)
+    assert listed == ["core", *FOLDERS]
+
+
+def test_every_package_at_the_top_is_in_the_list_of_folders() -> None:
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == {"core", *FOLDERS}
