@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import ditc
-from ditc.bundle import Bundle, open_bundle, seal_bundle
+from ditc.bundle import Bundle, open_bundle
 from ditc.cli.output import print_table
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
@@ -60,9 +59,9 @@ FULL = Grid((4, 8, 16, 28), (64, 144, 256, 576, 1024), (1, 2, 4, 8), (1, 2, 3, 4
 QUICK = Grid((1, 2, 4), (16, 64, 256), (1, 2, 4), (1, 2, 4), (2, 64, 2))
 
 
-def compiled(work: Path, blocks: int, tokens: int, interval: int) -> Bundle:
-    """The bundle of a size, compiled unless it is there."""
-    path = work / f"blocks{blocks}-tokens{tokens}-fora{interval}"
+def compiled(work: Path, blocks: int, tokens: int, interval: int, batch: int = 1) -> Bundle:
+    """The bundle of a size, for so many images at a time, compiled unless it is there."""
+    path = work / f"blocks{blocks}-tokens{tokens}-fora{interval}-batch{batch}"
     if not path.exists():
         start = perf_counter()
         config = DiTConfig(
@@ -73,29 +72,19 @@ def compiled(work: Path, blocks: int, tokens: int, interval: int) -> Bundle:
             num_heads=HEADS,
             num_classes=10,
         )
-        compile_model(random_dit(config, path.name), path, OPTIONS.model_copy(update={"policy": f"fora:{interval}"}))
+        options = OPTIONS.model_copy(update={"policy": f"fora:{interval}", "batch": batch})
+        compile_model(random_dit(config, path.name), path, options)
         print(f"{path.name}: compiled in {perf_counter() - start:.0f} s", flush=True)
     return open_bundle(path)
-
-
-def at_batch(bundle: Bundle, batch: int) -> Path:
-    """The same files, hard-linked beside the bundle, for another number of images at a time."""
-    out = bundle.path.with_name(f"{bundle.path.name}-batch{batch}")
-    for file in bundle.manifest.files:
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        os.link(bundle.path / file, out / file)
-    seal_bundle(out, bundle.manifest.model_copy(update={"batch": batch}))
-    return out
 
 
 def sweeps(work: Path, grid: Grid) -> dict[str, dict[int, Path]]:
     """Size -> bundle, for each of the four."""
     blocks, tokens, interval = grid.base
-    base = compiled(work, *grid.base)
     return {
         "blocks": {n: compiled(work, n, tokens, interval).path for n in grid.blocks},
         "tokens": {n: compiled(work, blocks, n, interval).path for n in grid.tokens},
-        "batch": {n: base.path if n == 1 else at_batch(base, n) for n in grid.batch},
+        "batch": {n: compiled(work, *grid.base, n).path for n in grid.batch},
         "interval": {n: compiled(work, blocks, tokens, n).path for n in grid.interval},
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditc.bundle import Bundle, open_bundle
-from ditc.runtime.pipeline import load
+from ditc.bundle import Bundle
 from ditc.speed.roofline import footprints_here
 
 ROOT = Path(__file__).parents[2]
@@ -33,17 +31,11 @@ def test_an_exponent_is_the_slope_of_logarithms(growth: Any) -> None:
     assert bent["residual"] == pytest.approx(np.log(2) / np.sqrt(18))
 
 
-def test_a_bundle_runs_at_another_batch_with_that_much_more_work(
-    growth: Any, bundles: dict[str, Bundle], tmp_path: Path
-) -> None:
-    shutil.copytree(bundles["cached"].path, tmp_path / "b")
-    bundle = open_bundle(tmp_path / "b")
-    twice = open_bundle(growth.at_batch(bundle, 8))
-    assert twice.manifest.batch == 8
-    operations = [footprints_here(b)["full"].int8_operations for b in (bundle, twice)]
+def test_a_bundle_for_more_images_at_a_time_has_that_much_more_work(growth: Any, tmp_path: Path) -> None:
+    one, twice = (growth.compiled(tmp_path, 1, 16, 2, batch) for batch in (1, 2))
+    assert [bundle.manifest.batch for bundle in (one, twice)] == [1, 2]
+    operations = [footprints_here(bundle)["full"].int8_operations for bundle in (one, twice)]
     assert operations[1] == 2 * operations[0]
-    with load(twice.path) as pipe:
-        assert len(pipe.latents([1] * 8)) == 8
 
 
 def test_operations_of_a_run_are_those_of_its_calls(growth: Any, bundles: dict[str, Bundle]) -> None:

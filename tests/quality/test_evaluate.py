@@ -47,7 +47,7 @@ def with_compensation(bundle: Path, path: Path, k: float) -> Path:
     table[-1] = k
     added = {"compensation.k": table, "compensation.mu": 0 * table}
     write_tables(path / "tables.safetensors", opened.tables() | added)
-    seal_bundle(path, opened.manifest)
+    seal_bundle(path, opened.manifest.model_copy(update={"settings": opened.manifest.settings | {"vc": "auto"}}))
     return path
 
 
