@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ditc.cli.output import print_demo
+from ditc.cli.compiling import print_demo
 from ditc.compiler.options import CompileOptions
 from ditc.machine import machine
 from ditc.progress import silent

@@ -14,8 +14,8 @@ from PIL import Image
 
 import ditc
 from ditc.bundle import Bundle
+from ditc.cli.compiling import print_demo
 from ditc.cli.main import cli, run
-from ditc.cli.output import print_demo
 from ditc.cli.progress import advice_on_stderr
 from ditc.engines import onnxrt
 from ditc.engines.integer_form import Arithmetic, Exactness, advise

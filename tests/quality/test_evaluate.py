@@ -13,8 +13,8 @@ import pytest
 
 import ditc.runtime.pipeline as pipeline
 from ditc.bundle import Bundle, open_bundle, seal_bundle, write_tables
+from ditc.cli.judging import print_evaluation
 from ditc.cli.main import run
-from ditc.cli.output import print_evaluation
 from ditc.compiler.options import CompileOptions
 from ditc.errors import CheckError, InputError
 from ditc.quality.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle

@@ -11,8 +11,8 @@ from onnx_ir import Model
 
 import ditc
 from ditc.bundle import Bundle
+from ditc.cli.judging import print_veto
 from ditc.cli.main import run
-from ditc.cli.output import print_veto
 from ditc.errors import InputError
 from ditc.exporter.onnx_files import load_model
 from ditc.passes import program_from_schedule

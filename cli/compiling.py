@@ -1,0 +1,158 @@
+"""The commands that make something: compile, demo, build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ditc.cli.options import (
+    ModelSettings,
+    as_json,
+    compile_options,
+    echo_note,
+    model_options,
+)
+from ditc.cli.output import print_arithmetic, print_facts, print_json
+from ditc.cli.progress import progress_on_stderr
+
+__all__ = ["build_command", "compile_command", "demo_command", "print_demo"]
+
+
+@click.command("compile")
+@model_options
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
+@click.option(
+    "--exports", type=click.Path(path_type=Path), help="Folder that keeps FP segments for compiles with other settings."
+)
+@compile_options
+@as_json
+def compile_command(out: Path, force: bool, exports: Path | None, json_: bool, **settings: Any) -> None:
+    """Compile MODEL into a bundle.
+
+    MODEL is "digits" (built in), a .pt or .safetensors file with the keys of the original DiT release, a diffusers
+    folder, or MODULE:FUNCTION that returns a model of your own.
+    """
+    from ditc.compiler.driver import compile_model
+    from ditc.compiler.options import CompileOptions
+
+    model = ModelSettings.of(settings)
+    options = CompileOptions(**settings).checked()
+    with progress_on_stderr() as progress:
+        bundle = compile_model(
+            model.name,
+            out,
+            options,
+            progress=progress,
+            force=force,
+            exports=exports,
+            on_note=echo_note,
+            **model.reading,
+        )
+    if json_:
+        print_json({"bundle": str(out), "manifest": bundle.manifest.model_dump(mode="json")})
+    else:
+        print_facts(out, bundle)
+
+
+@click.command("demo")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
+@compile_options
+@as_json
+def demo_command(out: Path, json_: bool, **settings: Any) -> None:
+    """Compile the built-in reference model and hold it against plain torch: a picture and a table."""
+    from ditc.compiler.options import CompileOptions
+    from ditc.quality.demo import run_demo
+
+    with progress_on_stderr() as progress:
+        found = run_demo(out, CompileOptions(**settings).checked(), progress)
+    if json_:
+        print_json(found)
+        return
+    print_demo(found)
+
+
+@click.command("build")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", metavar="tensorrt", default="tensorrt", show_default=True, help="What to build for.")
+@click.option("--engines", type=click.Path(path_type=Path), help="Folder for the engines; default is the bundle's own.")
+@click.option(
+    "--optimization-level", type=int, default=3, show_default=True, help="How long TensorRT searches, 0 to 5."
+)
+@click.option("--workspace", type=int, default=1024, show_default=True, help="MiB of scratch memory TensorRT may take.")
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    help="Timing cache to use and extend; default lies by the engines.",
+)
+@click.option("--replay", is_flag=True, help="Build from the timing cache alone, and leave it as it is.")
+@click.option("--version-compatible", is_flag=True, help="Plans that a later TensorRT's lean runtime takes.")
+@click.option("--hardware-compatible", is_flag=True, help="Plans for every GPU from Ampere on, at some cost in speed.")
+@click.option(
+    "--calibration",
+    metavar="explicit|entropy|minmax",
+    default="explicit",
+    show_default=True,
+    help="Scales of the bundle, or those of a calibrator of TensorRT 10.",
+)
+@click.option("--dla", type=int, help="Refused: says why a diffusion transformer does not run on a DLA core.")
+@click.option("--dry-run", is_flag=True, help="Print the engines' keys and the memory plan, and build nothing.")
+@as_json
+def build_command(bundle: Path, json_: bool, dry_run: bool, **settings: Any) -> None:
+    """Build a bundle's TensorRT engines on this machine.
+
+    Every segment is built in a process of its own; what is built stays, and a second build does nothing.
+    """
+    from ditc.cli.building import build_bundle, planned_build
+
+    if dry_run:
+        planned = planned_build(bundle, **settings)
+        print_json(planned) if json_ else print_plan(planned)
+        return
+    with progress_on_stderr() as progress:
+        found = build_bundle(bundle, progress=progress, on_plan=None if json_ else print_plan, **settings)
+    if json_:
+        print_json(found)
+        return
+    for engine in found["engines"]:
+        state = f"built in {engine['build_seconds']:.1f} s" if engine["built"] else "built earlier"
+        click.echo(f"  {engine['segment']:<14} {engine['size_bytes'] / 1e6:>10,.2f} MB  {state:<18} {engine['file']}")
+
+
+def print_demo(found: dict[str, Any]) -> None:
+    """The comparison with plain torch."""
+    from ditc.report.wording import megabytes
+
+    torch, ours = found["torch"], found["compiled"]
+    click.echo(f"\n{'':<30}{'torch float32':>16}{'bundle':>16}{'ratio':>9}")
+    for batch, times in found["seconds_per_image"].items():
+        name = f"ms per image, batch {batch}"
+        numbers = f"{times['torch'] * 1e3:>16.2f}{times['compiled'] * 1e3:>16.2f}{times['ratio']:>8.1f}x"
+        click.echo(f"{name:<30}{numbers}")
+    for name, key in (("pixels", "frechet_distance"), ("classifier", "frechet_distance_classifier")):
+        click.echo(f"{f'Frechet distance ({name})':<30}{torch[key]:>16.3f}{ours[key]:>16.3f}")
+    click.echo(f"{'class agreement':<30}{torch['class_agreement']:>16.1%}{ours['class_agreement']:>16.1%}")
+    click.echo(f"{'PSNR against torch':<30}{'':>16}{ours['psnr_db']:>13.1f} dB")
+    ratio = torch["size_bytes"] / ours["size_bytes"]
+    click.echo(f"{'size':<30}{megabytes(torch['size_bytes']):>16}{megabytes(ours['size_bytes']):>16}{ratio:>8.1f}x")
+    click.echo(f"\nquality over {found['images']} images of each, same noise")
+    print_arithmetic(found["arithmetic"])
+    click.echo(f"picture: {found['grid']} (torch above, bundle below)\nbundle:  {found['bundle']}")
+
+
+def print_plan(planned: dict[str, Any]) -> None:
+    """What a build will make: platform, memory, keys."""
+    click.echo(f"{planned['platform']}\n")
+    for name, size_bytes in planned["memory"].items():
+        click.echo(f"  {name:<24} {size_bytes / 1e6:>12,.2f} MB")
+    click.echo(
+        f"  {'device':<24} {planned['total_bytes'] / 1e6:>12,.2f} MB, {planned['free_bytes'] / 1e6:,.2f} MB free\n"
+    )
+    click.echo(f"  cache key  {planned['cache_key']}")
+    for engine in planned["engines"]:
+        click.echo(
+            f"  {engine['segment']:<14} {engine['file']}  {'built earlier' if engine['present'] else ''}".rstrip()
+        )
+    click.echo("")
