@@ -36,7 +36,13 @@ class InputError(DitcError):
 
 
 class CheckpointError(InputError):
-    """A model that can't be read as the diffusion transformer it claims to be."""
+    """A model that can't be read as the diffusion transformer it claims to be.
+
+    Its message quotes foreign files, and is one line whatever they hold.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class BundleError(InputError):

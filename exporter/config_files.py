@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ class Config:
     def number(self, key: str, above: float = -math.inf, below: float = math.inf) -> float:
         """A finite number between two bounds, neither included."""
         found = self.values[key]
-        if type(found) not in (int, float) or not math.isfinite(found) or not above < found < below:
+        if type(found) not in (int, float) or abs(found) > sys.float_info.max or not above < found < below:
             bounds = [f"above {above:g}"] * (above > -math.inf) + [f"below {below:g}"] * (below < math.inf)
             raise self.error(key, " ".join(["a number", " and ".join(bounds)]).rstrip())
         return float(found)
@@ -94,7 +95,7 @@ def spelled(value: Any) -> str:
 def read_json(path: Path, expected: str) -> dict[str, Any]:
     """A JSON object; `expected` says of what it is a part. Raises CheckpointError."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())  # in UTF-8, whatever the locale
     except FileNotFoundError as e:
         raise CheckpointError(f"no such file: {path}; expected {expected}") from e
     except (OSError, ValueError, RecursionError) as e:
@@ -105,8 +106,9 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
 
 
 def class_named(found: Mapping[str, Any]) -> str:
-    """The class that a configuration names, as text."""
-    return str(found.get("_class_name", "no class"))
+    """The class that a configuration names; what can be the name of none as a message has it."""
+    name = found.get("_class_name", "no class")
+    return name if isinstance(name, str) and len(name) <= LONGEST_VALUE else spelled(name)
 
 
 def config_of(path: Path, found: Mapping[str, Any], keys: Keys, elsewhere: Collection[str] = ()) -> Config:
@@ -123,7 +125,9 @@ def config_of(path: Path, found: Mapping[str, Any], keys: Keys, elsewhere: Colle
             f"{path}: {unknown[0]} ({spelled(given[unknown[0]])}) is no key of a {kind} that ditc knows; remove it if "
             "it changes nothing"
         )
-    defaulted = found.get(DEFAULTED) or ()
+    defaulted = found.get(DEFAULTED) or []
+    if not isinstance(defaulted, list):
+        raise CheckpointError(f"{path}: {DEFAULTED} is {spelled(defaulted)}, expected a list of keys")
     defaults = {**keys.read, **{key: default for key, (default, _) in keys.fixed.items()}}
     own = {key: value for key, value in given.items() if key in defaults and key not in defaulted}
     config = Config(path, kind, {**defaults, **own}, defaults.keys() - own.keys())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ditc.errors import CheckpointError
 from ditc.exporter.config_files import read_json
-from ditc.exporter.weights import StateDict, check_floating, read_tensors
+from ditc.exporter.weights import StateDict, about_counters, check_floating, read_tensors, without_counters
 
 __all__ = ["found_there", "read_folder_weights"]
 
@@ -30,29 +30,47 @@ def read_folder_weights(home: Path) -> tuple[StateDict, tuple[str, ...]]:
         raise CheckpointError(
             f"{home} holds weights in the variants {', '.join(sorted(variants))} only; keep the files of one of them"
         )
-    path = next(sources[variant, suffix] for suffix in SUFFIXES if (variant, suffix) in sources)
-    tensors = _sharded(path) if path.suffix == ".json" else read_tensors(path)
+    path, about = _preferred(next(sources[variant, suffix] for suffix in SUFFIXES if (variant, suffix) in sources))
+    tensors, counters = without_counters(_sharded(path) if path.suffix == ".json" else read_tensors(path))
     check_floating(tensors, path)
-    return tensors, (
-        f"the weights of the variant {variant} are meant, no others are in {home.name}",
-    ) if variant else ()
+    if variant:
+        about = (*about, f"the weights of the variant {variant} are meant, no others are in {home.name}")
+    return tensors, (*about, *about_counters(counters))
 
 
-def _sources(home: Path) -> dict[tuple[str, str], Path]:
-    """(variant or "", suffix) -> file of weights, or index of shards where there is no such file."""
-    sources: dict[tuple[str, str], Path] = {}
-    for form in (INDEX, SINGLE):  # a single file takes the place of an index
+def _sources(home: Path) -> dict[tuple[str, str], list[Path]]:
+    """(variant or "", suffix) -> an index of shards, a file of weights, or both in this order."""
+    sources: dict[tuple[str, str], list[Path]] = {}
+    for form in (INDEX, SINGLE):
         for path in sorted(home.iterdir()):
             if (match := form.fullmatch(path.name)) is not None:
-                sources[match["variant"] or "", match["suffix"]] = path
-    return {key: path for key, path in sources.items() if not _is_shard(key[0])}
+                sources.setdefault((match["variant"] or "", match["suffix"]), []).append(path)
+    return {key: paths for key, paths in sources.items() if not _is_shard(key[0])}
 
 
 def _is_shard(variant: str) -> bool:
     return re.fullmatch(r"(?:[\w-]+)?\d{5}-of-\d{5}", variant) is not None
 
 
-def _sharded(index: Path) -> StateDict:
+def _preferred(paths: list[Path]) -> tuple[Path, tuple[str, ...]]:
+    """(index or single file, the line about the choice): of the two one is left from another save.
+
+    diffusers takes the index wherever it is; one without its shards can't be meant.
+    """
+    index = paths[0]
+    if len(paths) == 1:
+        return index, ()
+    single = paths[1]
+    missing = [shard for shard in _shards(index) if not index.with_name(shard).is_file()]
+    if missing:
+        return single, (f"{single.name} holds the weights that are meant: of {index.name} {missing[0]} is missing",)
+    return index, (
+        f"the shards of {index.name} hold the weights that are meant, as diffusers has it, not {single.name}",
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
     weight_map = read_json(index, "the index of shards").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from keys to files; copy the folder again")
@@ -60,7 +78,17 @@ def _sharded(index: Path) -> StateDict:
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
         raise CheckpointError(f"{index} names {outside[0]!r}, which lies outside the folder; copy the folder again")
-    return {key: value for shard in shards for key, value in read_tensors(index.with_name(shard)).items()}
+    return shards
+
+
+def _sharded(index: Path) -> StateDict:
+    tensors: StateDict = {}
+    for shard in _shards(index):
+        path = index.with_name(shard)
+        if not path.is_file():
+            raise CheckpointError(f"{index} names {shard}, which is not there; copy the folder again, with every shard")
+        tensors |= read_tensors(path)
+    return tensors
 
 
 def found_there(folder: Path) -> str:

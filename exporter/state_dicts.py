@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ditc.errors import CheckpointError
-from ditc.exporter.weights import StateDict, check_floating, read_mapping
+from ditc.exporter.weights import StateDict, about_counters, check_floating, read_mapping, without_counters
 
 __all__ = ["Checkpoint", "fitting_prefix", "read_checkpoint", "without_prefix"]
 
 # names under which a model is saved, the one to take first: a moving average makes the better images
 HOLDERS = ("ema", "model_ema", "ema_model", "state_dict_ema", "model", "state_dict", "module", "net")
+AVERAGED = re.compile(r"(?:^|[._])ema(?:[._\d]|$)")
 OUTERMOST = ""  # the name of the tensors that lie in a file without any holder
 DEEPEST = 3  # levels of mappings that are looked into
 
@@ -35,10 +37,11 @@ def read_checkpoint(path: Path, anchor: str) -> Checkpoint:
     Raises CheckpointError naming what the file holds instead, or a tensor that is of no floating type.
     """
     loaded = read_mapping(path)
-    sets = dict(_tensor_sets(loaded))
+    found = {name: without_counters(tensors) for name, tensors in _tensor_sets(loaded)}
+    sets = {name: tensors for name, (tensors, _) in found.items()}
     if not any(sets.values()):
         raise CheckpointError(f"{path} holds no tensors; expected the weights of a diffusion transformer")
-    fits = {name: prefix for name, found in sets.items() if (prefix := fitting_prefix(found, anchor)) is not None}
+    fits = {name: prefix for name in sets if (prefix := fitting_prefix(sets[name], anchor)) is not None}
     if not fits:
         raise CheckpointError(f"{path} is not an original DiT checkpoint: {_misfit(sets, anchor)}")
     chosen = _chosen(fits, path)
@@ -46,14 +49,18 @@ def read_checkpoint(path: Path, anchor: str) -> Checkpoint:
     return Checkpoint(
         tensors=without_prefix(sets[chosen], fits[chosen]),
         args=_arguments(loaded.get("args")),
-        assumptions=(*_about_sets(sets, fits, chosen), *about_prefix(fits[chosen])),
+        assumptions=(
+            *_about_sets(sets, fits, chosen, loaded),
+            *about_prefix(fits[chosen]),
+            *about_counters(found[chosen][1]),
+        ),
     )
 
 
 def _tensor_sets(found: Mapping[Any, Any], name: str = OUTERMOST, depth: int = 0) -> Iterable[tuple[str, StateDict]]:
     """Every mapping with tensors right in it by its dotted name, and those named as holders that are empty."""
     tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
-    if tensors or (name in HOLDERS and not found):
+    if tensors or (_rank(name) is not None and not found):
         yield name, tensors
     if depth < DEEPEST:
         for key, value in found.items():
@@ -81,26 +88,58 @@ def about_prefix(prefix: str) -> tuple[str, ...]:
     return (f"the prefix {prefix!r} of every key belongs to a wrapper around the model",) if prefix else ()
 
 
+def _rank(name: str) -> int | None:
+    """How good a set of this name is to take, 0 the best; None for a name that tells nothing.
+
+    A moving average is told by the word "ema" wherever it stands (`ema.state_dict`, `ema_0.9999`), a model by the
+    first part of the dotted name.
+    """
+    if name in HOLDERS:
+        return HOLDERS.index(name)
+    if AVERAGED.search(name):
+        return HOLDERS.index("model") - 1  # behind the plain names of a moving average, before those of a model
+    first = name.split(".", maxsplit=1)[0]
+    return HOLDERS.index(first) if first in HOLDERS else len(HOLDERS) if name == OUTERMOST else None
+
+
 def _chosen(fits: Mapping[str, str], path: Path) -> str:
-    """The name of the set to take."""
+    """The name of the set to take. Raises CheckpointError where no name is better than the others."""
     if len(fits) == 1:
         return next(iter(fits))
-    named = [holder for holder in (*HOLDERS, OUTERMOST) if holder in fits]
-    if not named:
+    ranks = {name: rank for name in fits if (rank := _rank(name)) is not None}
+    best = [name for name, rank in ranks.items() if rank == min(ranks.values())]
+    if len(best) != 1:
         raise CheckpointError(
-            f"{path} holds several models, {', '.join(fits)}; save the state dict of one of them alone"
+            f"{path} holds several models, {', '.join(best or fits)}; save the state dict of one of them alone"
         )
-    return named[0]
+    return best[0]
 
 
-def _about_sets(sets: Mapping[str, StateDict], fits: Mapping[str, str], chosen: str) -> tuple[str, ...]:
+def _about_sets(
+    sets: Mapping[str, StateDict], fits: Mapping[str, str], chosen: str, loaded: Mapping[str, Any]
+) -> tuple[str, ...]:
     """The line about which of several sets was taken, and why not a better one; none where there is one."""
-    better = HOLDERS[: HOLDERS.index(chosen)] if chosen in HOLDERS else ()
-    passed = [f"{name!r} {'has other keys' if sets[name] else 'is empty'}" for name in better if name in sets]
-    if passed:
-        return (f"{chosen!r} holds the weights that are meant: {', '.join(passed)}",)
+    rank = _rank(chosen)
+    reasons = {name: "has other keys" if found else "is empty" for name, found in sets.items()}
+    reasons |= dict.fromkeys(_without_sets(loaded, sets), "holds no tensors by name")
+    if rank is not None:
+        better = {name: _rank(name) for name in reasons if name not in fits and not chosen.startswith(f"{name}.")}
+        passed = [f"{name!r} {reasons[name]}" for name, other in better.items() if other is not None and other < rank]
+        if passed:
+            return (f"{_label(chosen)} holds the weights that are meant: {', '.join(passed)}",)
     others = [_label(name) for name in fits if name != chosen]
     return (f"{_label(chosen)} holds the weights that are meant, not {' or '.join(others)}",) if others else ()
+
+
+def _without_sets(loaded: Mapping[str, Any], sets: Mapping[str, StateDict]) -> list[str]:
+    """Names that hold something, but no tensors by name: a list of them, say."""
+    return [
+        name
+        for name, value in loaded.items()
+        if isinstance(value, (Mapping, list, tuple))
+        and value
+        and not any(other == name or other.startswith(f"{name}.") for other in sets)
+    ]
 
 
 def _label(name: str) -> str:

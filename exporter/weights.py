@@ -14,13 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditc.errors import CheckpointError
+from ditc.errors import CheckpointError, one_line
 from ditc.exporter.file_formats import download_advice, weight_format
 
-__all__ = ["StateDict", "check_floating", "listed", "load_weights", "read_mapping", "read_tensors"]
+__all__ = [
+    "StateDict",
+    "about_counters",
+    "check_floating",
+    "listed",
+    "load_weights",
+    "read_mapping",
+    "read_tensors",
+    "without_counters",
+]
 
 StateDict = dict[str, Tensor]
 
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SAFETENSORS_FLOATING = ("F16", "BF16", "F32", "F64")
 TAKEN = "expected float16, bfloat16, float32 or float64: give the weights as they were before they were quantized"
@@ -30,9 +40,14 @@ INERT: list[Any] = [argparse.Namespace]
 
 def read_tensors(path: Path) -> StateDict:
     """The tensors of a file that holds one state dict, on the CPU. Raises CheckpointError where there are none."""
-    tensors = {name: value for name, value in read_mapping(path).items() if isinstance(value, Tensor)}
+    found = read_mapping(path)
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path} holds no tensors; expected the weights of a diffusion transformer")
+        nested = ", ".join([name for name, value in found.items() if isinstance(value, Mapping)][:3])
+        instead = f" right in it, it holds {nested}; save the state dict in there alone" if nested else ""
+        raise CheckpointError(
+            f"{path} holds no tensors{instead or '; expected the weights of a diffusion transformer'}"
+        )
     return tensors
 
 
@@ -93,6 +108,17 @@ def _read_torch(path: Path) -> Any:
     except Exception as e:  # what a foreign file raises inside torch's unpickler has no common class
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise CheckpointError(f"{path} is not a whole torch checkpoint ({reason}); copy the checkpoint again") from e
+
+
+def without_counters(tensors: StateDict) -> tuple[StateDict, tuple[str, ...]]:
+    """(the tensors that may be weights, names of the others): a single whole number counts steps or updates."""
+    counters = tuple(name for name, tensor in tensors.items() if tensor.ndim == 0 and tensor.dtype in WHOLE)
+    return {name: tensor for name, tensor in tensors.items() if name not in counters}, counters
+
+
+def about_counters(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The line about counters that were passed over, if any were."""
+    return (f"single whole numbers are no weights: {', '.join(map(one_line, names[:3]))}",) if names else ()
 
 
 def check_floating(tensors: Mapping[str, Tensor], source: Path) -> None:

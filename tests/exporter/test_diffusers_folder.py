@@ -210,7 +210,47 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = saved(transformer(), tmp_path / "tiny", max_shard_size="100KB")
     shard = sorted(folder.glob("*-00002-of-*"))[0]
     shard.unlink()
-    assert shard.name in refusal(folder)
+    assert f"index.json names {shard.name}, which is not there; copy the folder again" in refusal(folder)
+
+
+def saved_twice(folder: Path, **second: Any) -> tuple[DiTTransformer2DModel, DiTTransformer2DModel]:
+    """Two models saved into one folder, the first whole, the second in shards beside it."""
+    first, other = transformer(), transformer(norm_eps=0.1)
+    with torch.no_grad():
+        other.proj_out_2.bias += 1
+    saved(first, folder, **second)
+    kept = {path.name: path.read_bytes() for path in folder.glob("diffusion_pytorch_model*")}
+    saved(other, folder, max_shard_size="100KB", **second)
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    saved(first, folder.with_name("first"), **second)
+    return first, other
+
+
+@pytest.mark.parametrize("second", [{}, {"variant": "fp16"}, {"safe_serialization": False}])
+def test_of_an_index_and_a_single_file_the_index_is_meant_as_diffusers_has_it(second: Settings, tmp_path: Path) -> None:
+    _, other = saved_twice(tmp_path / "tiny", **second)
+    safe = {"use_safetensors": second.get("safe_serialization", True), "variant": second.get("variant")}
+    theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "tiny", low_cpu_mem_usage=False, **safe).eval()
+    assert torch.equal(theirs.proj_out_2.bias, other.proj_out_2.bias)
+    own = dit_from_diffusers(tmp_path / "tiny")
+    assert error_against(theirs, own) < 1e-5
+    assert any("as diffusers has it, not diffusion_pytorch_model." in line for line in own.spec.assumptions)
+
+
+def test_an_index_whose_shards_are_gone_is_not_meant_and_that_is_said(tmp_path: Path) -> None:
+    first, _ = saved_twice(tmp_path / "tiny")
+    gone = sorted((tmp_path / "tiny").glob("*-of-*"))[0]
+    gone.unlink()
+    own = dit_from_diffusers(tmp_path / "tiny")
+    assert torch.equal(own.final_layer.linear.bias, first.proj_out_2.bias)
+    assert any(f"index.json {gone.name} is missing" in line for line in own.spec.assumptions)
+
+
+def test_a_state_dict_deeper_in_a_file_of_a_folder_is_named(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    torch.save({"state_dict": transformer().state_dict()}, folder / "diffusion_pytorch_model.bin")
+    assert "holds no tensors right in it, it holds state_dict; save the state dict in there alone" in refusal(folder)
 
 
 def test_an_index_without_a_weight_map_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import pathlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,78 @@ def test_a_checkpoint_of_the_training_script_loads_by_its_moving_average(tmp_pat
     path = save(training_checkpoint(model="DiT-S/2", num_classes=2, data_path="/data", global_seed=0), tmp_path)
     assert taken(path, state(2)) == ("'ema' holds the weights that are meant, not 'model'",)
     assert read_checkpoint(path, ANCHOR).args["model"] == "DiT-S/2"
+
+
+AVERAGES = [
+    "ema",
+    "ema.state_dict",
+    "ema.module",
+    "ema_state_dict",
+    "ema_model.state_dict",
+    "model_ema",
+    "model_ema.module",
+    "state_dict_ema",
+    "ema_0.9999",
+    "ema_0.9999.state_dict",
+    "ema1",
+    "state.ema",
+]
+MODELS = ["model", "model.state_dict", "state_dict", "module", "net", ""]
+
+
+def nested(name: str, tensors: State) -> dict[str, Any]:
+    """A mapping that holds the tensors under a dotted name; a number in it keeps its dot."""
+    content: dict[str, Any] = dict(tensors)
+    for part in reversed(re.split(r"\.(?!\d)", name) if name else []):
+        content = {part: content, "decay": 0.999} if part.startswith("ema") else {part: content}
+    return content
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_moving_average_is_taken_however_it_is_kept(average: str, model: str, tmp_path: Path) -> None:
+    path = save(nested(model, {ANCHOR: torch.zeros(1)}) | nested(average, {ANCHOR: torch.ones(1)}), tmp_path)
+    (line,) = taken(path, {ANCHOR: torch.ones(1)})
+    assert line == f"{average!r} holds the weights that are meant, not {repr(model) if model else 'the file itself'}"
+
+
+def test_of_two_moving_averages_none_is_taken(tmp_path: Path) -> None:
+    both = {"model": state(1), "ema_0.999": state(2), "ema_0.9999": state(3)}
+    assert "holds several models, ema_0.999, ema_0.9999; save the state dict of one" in refusal(save(both, tmp_path))
+
+
+@pytest.mark.parametrize("held", [[torch.ones(2)], {"shadow_params": [torch.ones(2)], "decay": 0.99}])
+def test_a_moving_average_without_names_is_passed_over_and_said(held: Any, tmp_path: Path) -> None:
+    path = save({"model": state(1), "ema": held}, tmp_path)
+    assert taken(path, state(1)) == ("'model' holds the weights that are meant: 'ema' holds no tensors by name",)
+
+
+def test_a_name_that_only_contains_the_letters_is_no_moving_average(tmp_path: Path) -> None:
+    path = save({"model": state(1), "schema": state(2)}, tmp_path)
+    assert taken(path, state(1)) == ("'model' holds the weights that are meant, not 'schema'",)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("name", ["num_updates", "n_averaged", "step"])
+def test_a_counter_beside_the_weights_is_passed_over_and_said(name: str, kind: torch.dtype, tmp_path: Path) -> None:
+    path = save({name: torch.tensor(1, dtype=kind), **state(1)}, tmp_path)
+    assert taken(path, state(1)) == (f"single whole numbers are no weights: {name}",)
+
+
+def test_a_model_that_torch_averaged_loads(tmp_path: Path) -> None:
+    """`torch.optim.swa_utils.AveragedModel` keeps a counter beside the keys that it prefixes."""
+    torch.manual_seed(1)
+    model = DiT(DiTConfig(input_size=4, hidden_size=384, depth=1, num_heads=6, num_classes=2))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    lines = taken(save(averaged.state_dict(), tmp_path), dict(model.state_dict()))
+    assert "the prefix 'module.'" in lines[0]
+    assert lines[1] == "single whole numbers are no weights: n_averaged"
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "esc\x1b[31m", "sep\u2028arated"])
+def test_a_refusal_is_one_printable_line_whatever_the_names_in_a_file(name: str, tmp_path: Path) -> None:
+    for content in (state(1) | {name: torch.zeros(2)}, {name: torch.zeros(2)}, {name: {"a": torch.zeros(2)}}):
+        assert refusal(save(content, tmp_path)).isprintable()
 
 
 def test_an_empty_moving_average_is_passed_over_and_said(tmp_path: Path) -> None:
