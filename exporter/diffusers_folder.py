@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.facts import ModelFacts, TrainingArgs, given_options
 from ditc.exporter.folder_weights import found_there, read_folder_weights
 from ditc.exporter.original import process_from_facts
+from ditc.exporter.pipeline_index import INDEX_FILE, class_in_index
 from ditc.exporter.schedulers import process_from_scheduler
 from ditc.exporter.state_dicts import about_prefix, fitting_prefix, without_prefix
-from ditc.exporter.vae import decoder_from_vae
+from ditc.exporter.vae import check_decodes, decoder_from_vae
 from ditc.exporter.weights import StateDict, listed, load_weights
 from ditc.spec import DiffusionSpec, SamplerSpec
 
@@ -104,12 +106,14 @@ def dit_from_diffusers(folder: Path, facts: ModelFacts | None = None) -> DiT:
     prefix = fitting_prefix(tensors, ANCHOR) or ""
     tensors = without_prefix(tensors, prefix)
     config = _config(config_file, tensors, home)
-    model = DiT(config, name=folder.resolve().name)
+    model = DiT(config, name=_name_of(folder))
     load_weights(model, _renamed(tensors, model, home), home)
     model.diffusion, model.sampler, about_process = _process(folder, facts, config)
     model.assumptions = (*about_weights, *about_prefix(prefix), *about_process)
     if (folder / "vae").is_dir():
+        _check_class(folder, "vae", "AutoencoderKL")
         model.decoder, about_vae = decoder_from_vae(folder / "vae")
+        check_decodes(model.decoder, folder / "vae", config.in_channels, model.name)
         model.latent_scale, model.latent_shift = model.decoder.latent_scale, model.decoder.latent_shift
         model.assumptions += about_vae
     return model.eval()
@@ -124,7 +128,25 @@ def read_config(home: Path, folder: Path) -> Config:
     kind = class_named(found)
     if kind not in TRANSFORMER_KEYS:
         raise CheckpointError(f"{path} describes {kind}, expected DiTTransformer2DModel")
-    return config_of(path, found, TRANSFORMER_KEYS[kind])
+    _check_class(folder, "transformer", *TRANSFORMER_KEYS)
+    # a released file that today's diffusers read and saved again has the new class and keys of the old one, ignored
+    return config_of(path, found, TRANSFORMER_KEYS[kind], TRANSFORMER_KEYS["Transformer2DModel"].known)
+
+
+def _check_class(folder: Path, part: str, *known: str) -> None:
+    """Raise CheckpointError where a pipeline loads a part with a class that is not known here."""
+    kind = class_in_index(folder, part)
+    if kind is not None and kind not in known:
+        raise CheckpointError(f"{folder / INDEX_FILE} makes the {part} a {kind}, expected {known[0]}")
+
+
+def _name_of(folder: Path) -> str:
+    """A model's name: its folder's, and in a cache of the hub, where that is a hash, the repository's."""
+    path = folder.resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.split("--")[-1]
+    return path.name
 
 
 def _check_no_class_facts(facts: ModelFacts, config: Config) -> None:
@@ -141,11 +163,18 @@ def _no_config(path: Path, folder: Path) -> str:
     """What to say of a folder without a transformer's configuration: what it holds, and where to look."""
     snapshots = sorted((folder / "snapshots").glob("*/"))
     if snapshots:
-        return f"{folder} is a cache of the hub, not a model; give the folder in it: {snapshots[-1]}"
+        current = [snapshot for snapshot in snapshots if snapshot.name == _current_snapshot(folder)]
+        return f"{folder} is a cache of the hub, not a model; give the folder in it: {(current or snapshots)[-1]}"
     return (
-        f"no such file: {path}; expected a diffusers folder with a DiT transformer, {folder} holds "
-        f"{found_there(folder)}"
+        f"no such file: {path}; expected a diffusers folder with a DiT transformer, {path.parent} holds "
+        f"{found_there(path.parent)}"
     )
+
+
+def _current_snapshot(cache: Path) -> str | None:
+    """The hash that a cache of the hub has as its main revision; of several snapshots the others are older."""
+    path = cache / "refs" / "main"
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
 
 
 def _config(found: Config, tensors: Mapping[str, Tensor], home: Path) -> DiTConfig:
@@ -216,8 +245,31 @@ def _renamed(tensors: Mapping[str, Tensor], model: DiT, home: Path) -> StateDict
             f"{home} does not fit its config.json: {listed('missing', missing)}{listed('unexpected', extra)}"
             "expected the keys of DiTTransformer2DModel"
         )
-    fixed = {"pos_embed": tensors["pos_embed.pos_embed"]} if "pos_embed.pos_embed" in tensors else {}
-    return fixed | {name: _joined([tensors[key] for key in keys], keys, home) for name, keys in sources.items()}
+    if "pos_embed.pos_embed" in tensors:
+        sources["pos_embed"] = ["pos_embed.pos_embed"]
+    for name, keys in sources.items():
+        rows, *rest = model.get_parameter(name).shape
+        for key in keys:
+            _check_shape(tensors[key], (rows // len(keys), *rest), key, home)
+    return {name: _joined([tensors[key] for key in keys]) for name, keys in sources.items()}
+
+
+# keys of the weights -> those of config.json that say their shapes
+SHAPED_BY = (
+    (r"pos_embed\.pos_embed", "sample_size and patch_size"),
+    (r"proj_out_2\..*", "out_channels, in_channels and patch_size"),
+    (r".*\.class_embedder\..*", "num_embeds_ada_norm"),
+    (r".*", "num_attention_heads and attention_head_dim"),
+)
+
+
+def _check_shape(tensor: Tensor, expected: tuple[int, ...], key: str, home: Path) -> None:
+    if tuple(tensor.shape) != expected:
+        settings = next(names for pattern, names in SHAPED_BY if re.fullmatch(pattern, key))
+        raise CheckpointError(
+            f"{home} does not fit its config.json: {key} has shape {tuple(tensor.shape)}, expected {expected} from "
+            f"{settings}"
+        )
 
 
 def _copied_embedders(tensors: Mapping[str, Tensor], config: DiTConfig) -> set[str]:
@@ -228,10 +280,7 @@ def _copied_embedders(tensors: Mapping[str, Tensor], config: DiTConfig) -> set[s
     return {key for key in tensors for i in numbers if key.startswith(f"transformer_blocks.{i}.norm1.emb.")}
 
 
-def _joined(parts: list[Tensor], keys: list[str], home: Path) -> Tensor:
-    if len({tuple(part.shape) for part in parts}) > 1:
-        found = ", ".join(f"{key} {tuple(part.shape)}" for key, part in zip(keys, parts, strict=True))
-        raise CheckpointError(f"{home}: q, k and v must have one shape, found {found}")
+def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -243,7 +292,8 @@ def _process(folder: Path, facts: ModelFacts, config: DiTConfig) -> tuple[Diffus
     if home.is_dir():
         if given:
             raise InputError(f"{path} states the noise process; leave out {' and '.join(given)}")
-        return process_from_scheduler(path, learned_sigma=config.learn_sigma)
+        loaded_as = class_in_index(folder, "scheduler")
+        return process_from_scheduler(path, learned_sigma=config.learn_sigma, loaded_as=loaded_as)
     diffusion, assumed = process_from_facts(facts, TrainingArgs(), learned_sigma=config.learn_sigma)
     beside = folder.parent / "scheduler" / "scheduler_config.json"
     if assumed and beside.is_file():

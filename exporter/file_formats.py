@@ -86,13 +86,24 @@ def _described(head: bytes) -> str:
     return f"no file of weights, it begins with the bytes {head[:8].hex(' ')}"
 
 
+# a name on the hub, as people type it: with its address or without, with a revision, with a folder or file in it
+HUB_ADDRESS = r"(?P<address>hf:/+(?:models/)?|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
+HUB_NAME = re.compile(
+    HUB_ADDRESS + r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w.-]+))?"
+    r"(?:/(?:tree|blob|resolve)/(?P<branch>[\w.-]+))?(?P<inside>(?:/\w[\w.-]*)*)/?"
+)
+
+
 def download_advice(name: str) -> str:
     """What to add to "no such file" where a name looks like one on the Hugging Face hub; empty elsewhere."""
-    hub_name = r"(?:https?:/+(?:www\.)?huggingface\.co/)?([\w-][\w.-]*/[\w.-]+?)(?:/tree/\w+)?/?"
-    found = re.fullmatch(hub_name, name)
-    if found is not None and not name.endswith(WEIGHT_SUFFIXES):
-        folder = found[1].split("/")[1]
+    found = HUB_NAME.fullmatch(name)
+    if found is not None and (found["address"] or not name.endswith(WEIGHT_SUFFIXES)):
+        folder = found["name"].split("/")[1]
+        revision = found["revision"] or found["branch"] or "main"
+        at = f" --revision {revision}" if revision != "main" else ""
+        then = f" and give {folder}{found['inside']}" if found["inside"] else ""
         return (
-            f"; nothing is downloaded: if that is a name on the hub, run: hf download {found[1]} --local-dir {folder}"
+            f"; nothing is downloaded: if that is a name on the hub, run: hf download {found['name']}{at} --local-dir "
+            f"{folder}{then}"
         )
     return "; nothing is downloaded: fetch the file first" if re.match(r"\w+:/", name) else ""

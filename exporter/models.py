@@ -20,7 +20,7 @@ from ditc.exporter.facts import FACT_OPTIONS, ModelFacts, given_options
 from ditc.exporter.noise_check import doubts_about
 from ditc.exporter.original import dit_from_checkpoint
 from ditc.exporter.protocol import check_decomposition
-from ditc.exporter.vae import decoder_from_vae
+from ditc.exporter.vae import check_decodes, decoder_from_vae
 from ditc.spec import SamplerSpec
 
 __all__ = ["builtin_digits", "load_model", "random_dit", "random_model", "with_vae"]
@@ -105,9 +105,7 @@ def with_vae(model: Any, folder: Path | None) -> Any:
     if model.decoder is not None:
         raise InputError(f"{model.spec.name} has a decoder of its own; leave out --vae")
     decoder, assumed = decoder_from_vae(folder)
-    channels = decoder.vae.config.latent_channels
-    if channels != model.spec.in_channels:
-        raise CheckpointError(f"{folder} decodes {channels} channels, {model.spec.name} makes {model.spec.in_channels}")
+    check_decodes(decoder, folder, model.spec.in_channels, model.spec.name)
     with suppress(AttributeError):
         model.decoder = decoder
     if model.decoder is not decoder:  # a property of a class of the user's

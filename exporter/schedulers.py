@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ditc.errors import CheckpointError
-from ditc.exporter.config_files import Config, Keys, class_named, config_of, read_json
+from ditc.exporter.config_files import Config, Keys, class_named, config_of, read_json, spelled
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 __all__ = ["REFUSED", "SCHEDULERS", "SchedulerClass", "process_from_scheduler"]
@@ -199,15 +199,27 @@ REFUSED: dict[str, str] = {
 ABSENT = {"timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
 # every key of a class that is taken: diffusers leaves out those that are not the named class's own
 ANY_CLASS = {key for row in SCHEDULERS.values() for key in row.keys.known} | {"tensor_format"}
+# keys that classes had once -> the value that changes nothing, and what to do about another one
+FORMER: dict[str, tuple[Any, str]] = {
+    "predict_epsilon": (True, 'of a model that predicts the clean sample write "prediction_type": "sample" instead'),
+    "timestep_values": (None, "diffusers left them out of the sampling"),
+}
 
 
-def process_from_scheduler(path: Path, *, learned_sigma: bool) -> tuple[DiffusionSpec, SamplerSpec, tuple[str, ...]]:
+def process_from_scheduler(
+    path: Path, *, learned_sigma: bool, loaded_as: str | None = None
+) -> tuple[DiffusionSpec, SamplerSpec, tuple[str, ...]]:
     """(diffusion process, default sampler, what was assumed) of a scheduler's configuration file.
 
-    Raises CheckpointError for a class, a key or a value that can't be had.
+    `loaded_as` is the class that a pipeline's index names: diffusers takes it, whatever the file says. Raises
+    CheckpointError for a class, a key or a value that can't be had.
     """
-    found = read_json(path, "the scheduler's configuration")
+    found = _without_former(path, read_json(path, "the scheduler's configuration"))
     kind = class_named(found)
+    about: tuple[str, ...] = ()
+    if loaded_as not in (None, kind):
+        about = (f"the scheduler is of {loaded_as}, as model_index.json has it, not of {kind} ({path.name})",)
+        kind, found = str(loaded_as), {**found, "_class_name": loaded_as}
     if kind not in SCHEDULERS:
         reason = REFUSED.get(kind, "no scheduler that ditc knows")
         raise CheckpointError(
@@ -216,7 +228,16 @@ def process_from_scheduler(path: Path, *, learned_sigma: bool) -> tuple[Diffusio
     row = SCHEDULERS[kind]
     config = config_of(path, found, row.keys, ANY_CLASS)
     diffusion, sampler = _diffusion(config, learned_sigma), _sampler(config, row)
-    return diffusion, sampler, _assumed(kind, row, sampler)
+    return diffusion, sampler, (*about, *_assumed(kind, row, sampler))
+
+
+def _without_former(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without keys of FORMER. Raises CheckpointError for one that changes something."""
+    for key, (harmless, advice) in FORMER.items():
+        value = found.get(key, harmless)
+        if type(value) is not type(harmless) or value != harmless:
+            raise CheckpointError(f"{path}: {key} is {spelled(value)}, expected {spelled(harmless)}; {advice}")
+    return {key: value for key, value in found.items() if key not in FORMER}
 
 
 def _diffusion(config: Config, learned_sigma: bool) -> DiffusionSpec:

@@ -15,7 +15,7 @@ from ditc.exporter.file_formats import download_advice
 from ditc.exporter.folder_weights import found_there, read_folder_weights
 from ditc.exporter.weights import StateDict, listed
 
-__all__ = ["VAE_KEYS", "Decoder", "decoder_from_vae"]
+__all__ = ["VAE_KEYS", "Decoder", "check_decodes", "decoder_from_vae"]
 
 # handed to the class as they are: it builds the decoder from them
 ARCHITECTURE = {
@@ -38,6 +38,7 @@ VAE_KEYS = Keys(
     fixed={"latents_mean": (None, None), "latents_std": (None, None)},
     harmless={"sample_size": "for decoding in tiles only", "force_upcast": "decoded in float32 anyway"},
 )
+PICTURES = (1, 3)  # channels that a picture can have
 ENCODING = ("encoder.", "quant_conv.")  # keys of what is not needed
 # names of the attention's layers in files before 2023 -> today's
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -64,16 +65,15 @@ def decoder_from_vae(folder: Path) -> tuple[Decoder, tuple[str, ...]]:
 
     Raises CheckpointError naming the file, key or setting that does not fit.
     """
-    if not (folder / "config.json").is_file():
-        held = f"it holds {found_there(folder)}" if folder.is_dir() else "there is no such folder"
-        raise CheckpointError(
-            f"{folder} is no AutoencoderKL folder with a config.json, {held}{download_advice(str(folder))}"
-        )
     path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no AutoencoderKL folder with a config.json, {_held(folder)}")
     found = read_json(path, "the configuration of a VAE")
     if class_named(found) != "AutoencoderKL":
         raise CheckpointError(f"{path} describes {class_named(found)}, expected AutoencoderKL")
     config = config_of(path, found, VAE_KEYS)
+    if config.whole("out_channels") not in PICTURES:
+        raise config.error("out_channels", "1 or 3, of gray or coloured pictures")
     scale = config.number("scaling_factor", above=0)
     shift = 0.0 if config.values["shift_factor"] is None else config.number("shift_factor")
     tensors, assumed = read_folder_weights(folder)
@@ -81,6 +81,27 @@ def decoder_from_vae(folder: Path) -> tuple[Decoder, tuple[str, ...]]:
     _load(vae, tensors, folder)
     about = tuple(f"of the VAE {line}" for line in assumed)
     return Decoder(vae, scale, shift).eval(), about
+
+
+def _held(folder: Path) -> str:
+    """What is there in place of a VAE's folder, and what to do."""
+    if (folder / "vae" / "config.json").is_file():
+        return f"it is a pipeline's; give the VAE in it: {folder / 'vae'}"
+    if folder.is_dir():
+        return f"it holds {found_there(folder)}"
+    if folder.exists():
+        return "it is a file; give the folder that it lies in"
+    return f"there is no such folder{download_advice(str(folder))}"
+
+
+def check_decodes(decoder: Decoder, folder: Path, channels: int, name: str) -> None:
+    """Raise CheckpointError where a VAE's latents are not those of a model called `name`, which makes `channels`."""
+    found = decoder.vae.config.latent_channels
+    if found != channels:
+        raise CheckpointError(
+            f"{folder} decodes {found} channels (latent_channels), {name} makes {channels}; give the VAE that it was "
+            "trained with"
+        )
 
 
 def _vae_of(config: Config) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, Transformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -288,10 +288,29 @@ def test_a_depth_that_the_weights_do_not_have_is_refused(layers: int, word: str,
     assert word in refusal(folder)
 
 
-@pytest.mark.parametrize("key", ["ff.net.2.bias", "attn1.to_k.weight"])
-def test_a_wrong_shape_is_refused(key: str, folder: Path) -> None:
-    change_weights(folder, **{f"transformer_blocks.1.{key}": torch.zeros(7, 5)})
-    assert "shape" in refusal(folder)
+SHAPED = sorted(transformer().state_dict().keys())
+
+
+@pytest.mark.parametrize("key", SHAPED)
+def test_a_wrong_shape_is_named_as_the_folder_names_it(key: str, folder: Path) -> None:
+    change_weights(folder, **{key: torch.zeros(7, 5)})
+    assert f"does not fit its config.json: {key} has shape (7, 5), expected (" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "settings"),
+    [
+        ({"num_embeds_ada_norm": 11}, "norm1.emb.class_embedder.embedding_table.weight", "num_embeds_ada_norm"),
+        ({"out_channels": 4}, "proj_out_2.", "out_channels, in_channels and patch_size"),
+    ],
+)
+def test_a_setting_that_the_weights_contradict_is_named(
+    changes: Settings, key: str, settings: str, folder: Path
+) -> None:
+    change_config(folder, **changes)
+    message = refusal(folder)
+    assert key in message
+    assert message.endswith(f"from {settings}")
 
 
 def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
@@ -362,6 +381,85 @@ def test_a_released_folder_is_what_diffusers_makes_of_it(tmp_path: Path) -> None
     assert own.spec.diffusion == DiffusionSpec(learned_sigma=True)
     assert own.spec.sampler == SamplerSpec(name="ddim", spacing="leading")
     assert own.spec.assumptions == ()
+
+
+def released_pipeline(folder: Path) -> Path:
+    """A pipeline with files of 2022 in every part."""
+    released_folder(folder / "transformer")
+    for part, file, content in (
+        ("vae", "config.json", None),
+        ("scheduler", "scheduler_config.json", RELEASED_SCHEDULER),
+    ):
+        (folder / part).mkdir()
+        if content is not None:
+            (folder / part / file).write_text(json.dumps(content))
+    saved(autoencoder(), folder / "vae")
+    write_index(folder, transformer="Transformer2DModel", scheduler="DDIMScheduler", vae="AutoencoderKL")
+    return folder
+
+
+def write_index(folder: Path, **classes: Any) -> None:
+    entries = {part: ["diffusers", kind] if isinstance(kind, str) else kind for part, kind in classes.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", **entries}))
+
+
+def test_a_released_pipeline_that_today_s_diffusers_saves_again_is_the_same_model(tmp_path: Path) -> None:
+    """What diffusers loads from an old file keeps the old keys in the new one, under the new class."""
+    folder, again = released_pipeline(tmp_path / "old"), tmp_path / "again"
+    DiTPipeline.from_pretrained(folder, low_cpu_mem_usage=False).save_pretrained(again)
+    resaved = json.loads((again / "transformer" / "config.json").read_text())
+    assert resaved["_class_name"] == "DiTTransformer2DModel"
+    assert resaved.keys() >= {"cross_attention_dim", "num_vector_embeds", "use_linear_projection"}
+    old, new = dit_from_diffusers(folder), dit_from_diffusers(again)
+    assert old.spec.model_copy(update={"name": ""}) == new.spec.model_copy(update={"name": ""})
+    assert old.config == new.config
+    weights = {name: value for name, value in new.named_parameters() if not name.startswith("decoder.")}
+    assert all(torch.equal(old.get_parameter(name), value) for name, value in weights.items())
+
+
+@torch.no_grad()
+def test_keys_of_the_old_class_are_ignored_under_the_new_one_as_diffusers_does(folder: Path) -> None:
+    old, new = (TRANSFORMER_KEYS[kind].known for kind in ("Transformer2DModel", "DiTTransformer2DModel"))
+    change_config(folder, **dict.fromkeys(old - new, 7))
+    theirs = DiTTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    assert error_against(theirs, dit_from_diffusers(folder)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "said"),
+    [
+        ("transformer", "SanaTransformer2DModel", "makes the transformer a SanaTransformer2DModel, expected DiT"),
+        ("vae", "AutoencoderDC", "makes the vae a AutoencoderDC, expected AutoencoderKL"),
+        ("scheduler", "EDMEulerScheduler", "is of EDMEulerScheduler: "),
+        ("scheduler", "MyScheduler", "is of MyScheduler: no scheduler that ditc knows"),
+        ("scheduler", 7, "scheduler is 7, expected a library and a class"),
+        ("vae", ["diffusers"], "vae is ['diffusers'], expected a library and a class"),
+    ],
+)
+def test_a_class_that_only_the_index_names_is_looked_at(part: str, kind: Any, said: str, tmp_path: Path) -> None:
+    folder = released_pipeline(tmp_path / "old")
+    write_index(folder, **{part: kind})
+    assert said in refusal(folder)
+
+
+def test_the_scheduler_is_of_the_class_that_the_index_names_as_diffusers_has_it(tmp_path: Path) -> None:
+    folder = released_pipeline(tmp_path / "old")
+    write_index(folder, transformer="DiTTransformer2DModel", scheduler="DDPMScheduler", vae="AutoencoderKL")
+    theirs = DiTPipeline.from_pretrained(folder, low_cpu_mem_usage=False).scheduler
+    assert type(theirs).__name__ == "DDPMScheduler"
+    spec = dit_from_diffusers(folder).spec
+    assert spec.sampler.name == "ddpm"
+    assert spec.sampler.variance.replace("-", "_") == theirs.config.variance_type
+    assert spec.assumptions == (
+        "the scheduler is of DDPMScheduler, as model_index.json has it, not of DDIMScheduler (scheduler_config.json)",
+    )
+
+
+@pytest.mark.parametrize("content", [{}, {"scheduler": [None, None]}, {"scheduler": None}])
+def test_an_index_that_says_nothing_of_a_part_changes_nothing(content: Settings, tmp_path: Path) -> None:
+    folder = released_pipeline(tmp_path / "old")
+    (folder / "model_index.json").write_text(json.dumps(content))
+    assert dit_from_diffusers(folder).spec.assumptions == ()
 
 
 def own_signature(kind: Any) -> Settings:
@@ -557,6 +655,28 @@ def test_a_cache_of_the_hub_is_pointed_into(folder: Path) -> None:
     assert f"give the folder in it: {cache / 'snapshots' / '0123abc'}" in str(caught.value)
 
 
+def test_of_several_snapshots_the_main_revision_s_is_named(folder: Path) -> None:
+    cache = folder.parent / "models--me--tiny"
+    for name in ("0123abc", "9999fff"):
+        (cache / "snapshots" / name).mkdir(parents=True)
+    (cache / "refs").mkdir()
+    for current in ("0123abc", "9999fff"):
+        (cache / "refs" / "main").write_text(current)
+        assert f"give the folder in it: {cache / 'snapshots' / current}" in refusal(cache)
+
+
+def test_a_snapshot_in_a_cache_of_the_hub_has_its_repository_s_name(folder: Path) -> None:
+    snapshot = folder.parent / "models--me--DiT-Tiny" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    assert dit_from_diffusers(snapshot).spec.name == "DiT-Tiny"
+
+
+def test_an_empty_transformer_folder_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    assert f"{tmp_path / 'transformer'} holds nothing" in refusal(tmp_path)
+
+
 def test_a_folder_without_a_transformer_says_what_it_holds(tmp_path: Path) -> None:
     for name in ("unet", "vae", "scheduler"):
         (tmp_path / name).mkdir()
@@ -638,6 +758,14 @@ def test_without_a_vae_there_is_no_decoder(folder: Path) -> None:
     model = dit_from_diffusers(folder)
     assert model.decoder is None
     assert model.spec.latent_scale is None
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_a_vae_of_other_latents_is_refused_by_both_numbers(channels: int, tmp_path: Path) -> None:
+    transformer().save_pretrained(tmp_path / "transformer")
+    autoencoder(latent_channels=channels).save_pretrained(tmp_path / "vae")
+    message = refusal(tmp_path)
+    assert f"decodes {channels} channels (latent_channels), {tmp_path.name} makes 4" in message
 
 
 def test_a_vae_of_another_class_is_refused(tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ def test_an_unknown_class_is_refused(kind: Any, tmp_path: Path) -> None:
     assert "no scheduler that ditc knows" in refusal(written(tmp_path / "scheduler_config.json", kind))
 
 
+@pytest.mark.parametrize("kind", sorted(SCHEDULERS))
+def test_keys_of_former_releases_are_harmless_at_one_value_and_else_named(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "scheduler_config.json"
+    expected = read(written(path, kind))
+    assert read(written(path, kind, predict_epsilon=True, timestep_values=None)) == expected
+    for value in (False, 1, None, "true"):
+        assert 'write "prediction_type": "sample" instead' in refusal(written(path, kind, predict_epsilon=value))
+    assert "timestep_values is [1]" in refusal(written(path, kind, timestep_values=[1]))
+
+
 def prediction_of(x: Tensor, t: float, channels: int) -> Tensor:
     """A smooth stand-in for a network, (n, 3, h, w) -> (n, channels, h, w)."""
     out = torch.tanh(1.3 * x + 0.1 * torch.sin(torch.arange(x.numel(), dtype=x.dtype)).reshape(x.shape) + t / 700)

@@ -239,5 +239,20 @@ def test_a_folder_that_is_not_there_says_so(name: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_a_pipeline_s_folder_in_place_of_its_vae_says_what_it_holds(folder: Path) -> None:
-    assert "it holds vae/" in refusal(folder.parent)
+def test_a_pipeline_s_folder_in_place_of_its_vae_is_pointed_into(folder: Path) -> None:
+    assert f"it is a pipeline's; give the VAE in it: {folder.parent / 'vae'}" in refusal(folder.parent)
+
+
+def test_what_is_there_in_place_of_a_folder_is_named_and_no_download_advised(tmp_path: Path) -> None:
+    (tmp_path / "owner" / "empty").mkdir(parents=True)
+    (tmp_path / "owner" / "vae.safetensors").write_bytes(b"")
+    for name, said in (("empty", "it holds nothing"), ("vae.safetensors", "it is a file; give the folder")):
+        message = refusal(tmp_path / "owner" / name)
+        assert said in message
+        assert "download" not in message
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_vae_whose_output_is_no_picture_is_refused(channels: int, folder: Path) -> None:
+    change_config(folder, out_channels=channels)
+    assert f"out_channels is {channels}, expected 1 or 3" in refusal(folder)
