@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DIT_SIZES, DiT, DiTConfig
-from ditc.exporter.facts import BetaSchedule, ModelFacts, TrainingArgs, training_args
+from ditc.exporter.facts import BetaSchedule, ModelFacts
 from ditc.exporter.state_dicts import read_checkpoint
+from ditc.exporter.training_args import TrainingArgs, training_args
 from ditc.exporter.weights import load_weights
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 __all__ = ["dit_from_checkpoint", "process_from_facts"]
 
 ANCHOR = "x_embedder.proj.weight"  # a key that every such checkpoint has
-VAE_STRIDE = 8  # pixels for one latent, in the release
+VAE_STRIDES = (1, 4, 8, 16, 32)  # pixels for one latent, 8 in the release; 1 where pixels are the latents
 RELEASED_STEPS = 1000
 RELEASED_BETAS = (1e-4, 2e-2)  # of 1,000 steps; fewer steps have larger ones
 LATENT_DIFFUSION_BETAS = (8.5e-4, 1.2e-2)
@@ -37,7 +38,7 @@ def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: Mode
     """
     facts = facts or ModelFacts()
     checkpoint = read_checkpoint(path, ANCHOR)
-    shapes, told = shapes_of(checkpoint.tensors, path), training_args(checkpoint.args, path)
+    shapes, told = shapes_of(checkpoint.tensors, path), training_args(checkpoint.args, path, facts)
     _check_told(told, shapes, path)
     heads, about_heads = _heads(shapes, num_heads, told, path)
     classes, null_class, about_classes = _classes(shapes.label_rows, facts, told, path)
@@ -57,7 +58,7 @@ def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: Mode
     diffusion, about_process = process_from_facts(facts, told, learned_sigma=config.learn_sigma)
     model = DiT(config, name=path.stem, diffusion=diffusion)
     load_weights(model, checkpoint.tensors, path)
-    model.assumptions = (*checkpoint.assumptions, *about_heads, *about_classes, *about_process)
+    model.assumptions = (*checkpoint.assumptions, *about_heads, *about_classes, *about_process, *_about_args(told))
     model.cfg_channels = min(3, config.in_channels)  # the release's choice "for exact reproducibility"
     model.sampler = SamplerSpec(variance="learned" if config.learn_sigma else "fixed-small")
     return model.eval()
@@ -111,12 +112,17 @@ def shapes_of(tensors: dict[str, Tensor], source: Path) -> Shapes:
 def _check_told(told: TrainingArgs, shapes: Shapes, source: Path) -> None:
     """Raise CheckpointError where the training script's arguments tell of a model of other shapes."""
     hidden, depth, _ = DIT_SIZES[told.size] if told.size else (None, None, None)
-    pixels = (shapes.input_size * VAE_STRIDE, shapes.input_size)  # of latents, or of pixels themselves
+    pixels = [shapes.input_size * stride for stride in VAE_STRIDES]
     for name, said, fits, found in (
         ("width", hidden, hidden == shapes.hidden, shapes.hidden),
         ("blocks", depth, depth == shapes.depth, shapes.depth),
         ("patch size", told.patch, told.patch == shapes.patch_size, shapes.patch_size),
-        ("image_size", told.image_size, told.image_size in pixels, pixels[0]),
+        (
+            "image_size",
+            told.image_size,
+            told.image_size in pixels,
+            f"{', '.join(map(str, pixels[:-1]))} or {pixels[-1]} pixels",
+        ),
         ("learn_sigma", told.learn_sigma, told.learn_sigma == shapes.learn_sigma, shapes.learn_sigma),
     ):
         if said is not None and not fits:
@@ -124,6 +130,17 @@ def _check_told(told: TrainingArgs, shapes: Shapes, source: Path) -> None:
                 f"{source}: its training script's arguments say {name} {said}, its weights {found}; if the arguments "
                 "are another model's, save the state dict alone"
             )
+
+
+def _about_args(told: TrainingArgs) -> Assumed:
+    """The line about the training script's arguments that were not understood, if any were."""
+    if not told.unread:
+        return ()
+    more = f" and {len(told.unread) - 3} more" if len(told.unread) > 3 else ""
+    return (
+        f"the training script's arguments also say {', '.join(told.unread[:3])}{more}, which ditc does not read (state "
+        "what it means: --classes, --no-null, --prediction, --beta-schedule, --train-steps)",
+    )
 
 
 def _heads(shapes: Shapes, given: int | None, told: TrainingArgs, source: Path) -> tuple[int, Assumed]:
@@ -183,9 +200,10 @@ def process_from_facts(facts: ModelFacts, told: TrainingArgs, *, learned_sigma: 
     prediction = facts.prediction or told.prediction
     schedule = facts.beta_schedule or told.beta_schedule
     steps = facts.train_steps or told.train_steps
-    first, last = facts.beta_range or _usual_betas(schedule or "linear", steps or RELEASED_STEPS)
+    stated_range = facts.beta_range or told.beta_range
+    first, last = stated_range or _usual_betas(schedule or "linear", steps or RELEASED_STEPS)
     assumed = [] if prediction else ["noise prediction (--prediction)"]
-    if schedule != "squared-cosine" and facts.beta_range is None:
+    if schedule != "squared-cosine" and not (stated_range and schedule):
         assumed.append(f"{schedule or 'linear'} betas from {first:g} to {last:g} (--beta-schedule)")
     if not steps:
         assumed.append(f"{RELEASED_STEPS} training steps (--train-steps)")

@@ -127,9 +127,10 @@ def test_betas_that_the_release_would_stretch_too_far_are_refused(tmp_path: Path
     [
         ({"prediction": "noise"}, "unknown prediction 'noise'; choose one of: epsilon, sample, v"),
         ({"beta_schedule": "cosine"}, "unknown beta schedule 'cosine'"),
-        ({"classes": 0}, "--classes must be a whole number from 1 on, found 0"),
+        ({"classes": 0}, "--classes must be a whole number from 1 to 65536, found 0"),
         ({"classes": 2.5}, "--classes must be a whole number"),
-        ({"train_steps": 1}, "--train-steps must be a whole number from 2 on, found 1"),
+        ({"train_steps": 1}, "--train-steps must be a whole number from 2 to 65536, found 1"),
+        ({"train_steps": 10**9}, "--train-steps must be a whole number from 2 to 65536, found 1000000000"),
         ({"beta_range": (0.1, 0.2)}, "belong to a schedule"),
         ({"beta_schedule": "squared-cosine", "beta_range": (0.1, 0.2)}, "belong to a schedule"),
         ({"beta_schedule": "linear", "beta_range": (0.2, 0.1)}, "0 < START <= END < 1, found 0.2 and 0.1"),
@@ -191,6 +192,51 @@ def test_arguments_about_the_process_are_read(tmp_path: Path) -> None:
     assert spec.assumptions == ()
 
 
+@pytest.mark.parametrize(
+    ("args", "expected", "said"),
+    [
+        ({"noise_schedule": "cosine"}, DiffusionSpec(beta_schedule="squared-cosine"), ""),
+        ({"prediction": "v_prediction", "predict_xstart": False}, DiffusionSpec(prediction="v"), "linear betas"),
+        (
+            {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.01},
+            DiffusionSpec(beta_schedule="scaled-linear", beta_start=0.001, beta_end=0.01),
+            "",
+        ),
+        (
+            {"beta_start": 0.001, "beta_end": 0.01},
+            DiffusionSpec(beta_start=0.001, beta_end=0.01),
+            "linear betas from 0.001 to 0.01 (--beta-schedule)",
+        ),
+        ({"num_train_timesteps": 400}, DiffusionSpec(train_steps=400, beta_start=2.5e-4, beta_end=0.05), "linear"),
+    ],
+)
+@pytest.mark.usefixtures("shallow")
+def test_other_scripts_arguments_about_the_process_are_read(
+    args: dict[str, Any], expected: DiffusionSpec, said: str, tmp_path: Path
+) -> None:
+    spec = dit_from_checkpoint(s_2(tmp_path, **args)).spec
+    assert spec.diffusion == expected
+    assert ("betas" in str(spec.assumptions)) == bool(said)
+    assert said in str(spec.assumptions)
+
+
+@pytest.mark.usefixtures("shallow")
+def test_arguments_that_are_not_understood_are_named_in_one_line(tmp_path: Path) -> None:
+    odd = {"diffusion_kind": "odd", "sigma_data": 0.5, "timestep_shift": 3.0, "noise_kind": "b"}
+    (*_, line) = dit_from_checkpoint(s_2(tmp_path, **odd)).spec.assumptions
+    assert line == (
+        "the training script's arguments also say diffusion_kind 'odd', sigma_data 0.5, timestep_shift 3.0 and 1 more, "
+        "which ditc does not read (state what it means: --classes, --no-null, --prediction, --beta-schedule, "
+        "--train-steps)"
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8, 16, 32])
+@pytest.mark.usefixtures("shallow")
+def test_the_image_size_fits_latents_of_any_usual_vae(stride: int, tmp_path: Path) -> None:
+    assert dit_from_checkpoint(s_2(tmp_path, image_size=4 * stride)).spec.latent_shape == (4, 4, 4)
+
+
 @pytest.mark.parametrize(("dropout", "null"), [(0.1, 4), (0.0, None), (0, None)])
 @pytest.mark.usefixtures("shallow")
 def test_label_dropout_tells_whether_there_is_a_null_class(dropout: float, null: int | None, tmp_path: Path) -> None:
@@ -204,7 +250,7 @@ def test_label_dropout_tells_whether_there_is_a_null_class(dropout: float, null:
     [
         ({"model": "DiT-B/2"}, "arguments say width 768, its weights 384"),
         ({"model": "DiT-S/4"}, "arguments say patch size 4, its weights 2"),
-        ({"image_size": 256}, "arguments say image_size 256, its weights 32"),
+        ({"image_size": 256}, "arguments say image_size 256, its weights 4, 16, 32, 64 or 128 pixels"),
         ({"num_classes": 1000}, "its label table has 5 rows, its training script's arguments say 1000 classes"),
         ({"class_dropout_prob": 0.0}, "say 4 classes and no null class"),
         ({"learn_sigma": False}, "arguments say learn_sigma False, its weights True"),
@@ -236,15 +282,6 @@ def test_arguments_of_a_flow_matching_model_are_refused_by_name(args: dict[str, 
 def test_options_go_before_arguments(tmp_path: Path) -> None:
     spec = dit_from_checkpoint(s_2(tmp_path, num_classes=9), facts=ModelFacts(classes=4, prediction="v")).spec
     assert (spec.num_classes, spec.diffusion.prediction) == (4, "v")
-
-
-@pytest.mark.parametrize(
-    "args", [dict.fromkeys((*ARGS, "class_dropout_prob", "learn_sigma", "predict_xstart"), odd) for odd in ("4", 4.5)]
-)
-def test_arguments_of_odd_types_tell_nothing(args: dict[str, Any], tmp_path: Path) -> None:
-    odd = args | {"class_dropout_prob": "0.1"}
-    path = checkpoint(tmp_path, 5, argparse.Namespace(**odd, noise_schedule=["linear"], diffusion_steps=None))
-    assert len(dit_from_checkpoint(path).spec.assumptions) == 3
 
 
 @torch.no_grad()
