@@ -62,12 +62,23 @@ def sampler_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) ->
     t = timesteps(sampler, steps, diffusion.train_steps)
     products = alphas_cumprod(diffusion)
     kept = products[t]
-    final = 1.0 if sampler.final_alpha_one or sampler.name == "ddpm" else products[0]  # DDPM always ends clean
-    before = np.append(kept[1:], final)
+    before = np.append(kept[1:], _final_product(sampler, t, products))
     table = {"t": t.astype(np.float64), "clip": np.full(steps, sampler.clip or np.inf)}
     table.update(_clean_sample_columns(diffusion, kept))
     table.update(UPDATES[sampler.name](sampler, kept, before, _noise_columns(diffusion, kept)))
     return table
+
+
+def _final_product(sampler: SamplerSpec, t: NDArray[np.int64], products: Array) -> float:
+    """The cumulative product that the last step goes to."""
+    if sampler.name == "ddpm":
+        return 1.0  # always ends clean
+    after = 2 * t[-1] - t[-2]
+    if (
+        sampler.spacing == "leading" and after >= 0
+    ):  # an offset of a whole stride leaves room for one, as diffusers has it
+        return float(products[after])
+    return 1.0 if sampler.final_alpha_one else float(products[0])
 
 
 def _clean_sample_columns(diffusion: DiffusionSpec, kept: Array) -> dict[str, Array]:

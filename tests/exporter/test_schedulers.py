@@ -23,7 +23,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ditc.errors import CheckpointError
+from ditc.errors import CheckpointError, InputError
 from ditc.exporter.schedulers import ABSENT, REFUSED, SCHEDULERS, process_from_scheduler
 from ditc.runtime.samplers import alphas_cumprod, needs_noise, sampler_table, update
 from ditc.spec import DiffusionSpec, SamplerSpec
@@ -230,6 +230,25 @@ def test_every_key_that_a_file_leaves_out_is_read_as_diffusers_reads_it(kind: st
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max(), err_msg=key)
         if key not in ("timestep_spacing", "clip_sample", "variance_type"):  # those have their default's value
             assert np.abs(found - complete).max() > 1e-4, key
+
+
+@pytest.mark.parametrize("alpha_one", [True, False])
+@pytest.mark.parametrize("kind", EXACT)
+def test_an_offset_of_a_stride_or_more_ends_where_diffusers_ends(kind: str, alpha_one: bool, tmp_path: Path) -> None:
+    """From so many steps on that the offset leaves room for one more; `clip_sample` off, so that each end shows."""
+    own = {"set_alpha_to_one": alpha_one} if "set_alpha_to_one" in SCHEDULERS[kind].keys.read else {}
+    for offset, steps in ((1, 26), (1, 30), (2, 25), (2, 24), (2, 17), (5, 10), (5, 9), (0, 50)):
+        settings = {"num_train_timesteps": 50, "steps_offset": offset, "clip_sample": False, **own}
+        diffusion, sampler, assumed = read(written(tmp_path / "s.json", kind, **settings))
+        try:
+            found = own_run(diffusion, sampler, steps, 3)
+        except InputError:  # the offset moves the first timestep out of the process
+            with pytest.raises(IndexError):
+                diffusers_run(getattr(diffusers, kind).from_config(settings), steps, 3)
+            continue
+        expected = diffusers_run(getattr(diffusers, kind).from_config(settings), steps, 3)
+        assert assumed == ()
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_config_without_clip_sample_clips_as_diffusers_does(tmp_path: Path) -> None:
