@@ -1,8 +1,12 @@
-"""One look at what a model predicts: weights and their keys can't tell noise from velocity.
+"""Two looks at what a model predicts: weights and their keys can't tell noise from velocity.
 
 At the largest timestep the sample is noise and little else, so a predictor of noise returns nearly what it is given.
 One of v returns nearly the negated clean sample there, one of samples the clean sample: neither resembles the noise.
 What a flow-matching model gives for a timestep far outside of its [0, 1] resembles nothing.
+
+A flow-matching model whose timesteps are scaled to the same range returns noise minus a clean sample there, which does
+resemble the noise. It is told by its size further down: where nine tenths of a sample are noise a predictor of noise
+returns about as much as it is given, and one of a flow divides that by its time, and takes a sample off.
 """
 
 from __future__ import annotations
@@ -10,38 +14,84 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["doubts_about", "noise_resemblance"]
+from ditc.spec import DiffusionSpec
+
+__all__ = ["doubts_about", "noise_gain", "noise_resemblance", "noisy_timestep"]
 
 ALIKE = 0.5  # cosine: a trained predictor of noise has nearly 1, unrelated outputs have 0 +- 0.03
-NUMBERS = 1024  # in all rows of the one forward pass, at least
+LOUD = 1.4  # gain: trained predictors of noise had 0.9 to 1.2, models of flows 1.7 to 3.3
+LEVEL = 0.1  # cumulative product of 1 - beta where the gain is looked at
+STRENGTH = 0.5  # of the noise there, so that a predictor of noise can't take it for what it was trained on
+NUMBERS = 1024  # in all rows of a forward pass, at least
 
 
 @torch.no_grad()
 def noise_resemblance(model: Any) -> float:
     """The cosine between noise and what the model makes of it at the largest timestep; NaN where that is not finite."""
+    noise, out = _answer(model, model.spec.diffusion.train_steps - 1, 1.0)
+    return float(torch.nn.functional.cosine_similarity(out.flatten(), noise.flatten(), dim=0))
+
+
+@torch.no_grad()
+def noise_gain(model: Any) -> float | None:
+    """How many times as large what the model makes of weak noise is; None for a process that hardly adds any."""
+    t = noisy_timestep(model.spec.diffusion)
+    if t is None:
+        return None
+    noise, out = _answer(model, t, STRENGTH)
+    return float(out.norm() / noise.norm())
+
+
+def _answer(model: Any, timestep: int, strength: float) -> tuple[Tensor, Tensor]:
+    """(noise, what the model predicts for it), both (rows, channels, height, width)."""
     spec = model.spec
     rows = -(-NUMBERS // (spec.in_channels * spec.height * spec.width))
-    noise = torch.randn(rows, *spec.latent_shape, generator=torch.Generator().manual_seed(0))
-    t = torch.full((rows,), float(spec.diffusion.train_steps - 1))
-    out = model(noise, t, torch.arange(rows) % spec.num_classes)[:, : spec.in_channels]
-    return float(torch.nn.functional.cosine_similarity(out.flatten(), noise.flatten(), dim=0))
+    noise = strength * torch.randn(rows, *spec.latent_shape, generator=torch.Generator().manual_seed(0))
+    out = model(noise, torch.full((rows,), float(timestep)), torch.arange(rows) % spec.num_classes)
+    return noise, out[:, : spec.in_channels]
+
+
+def noisy_timestep(diffusion: DiffusionSpec) -> int | None:
+    """The first timestep where no more than LEVEL of a sample's power is signal; None where there is none."""
+    if diffusion.beta_schedule == "squared-cosine":
+        times = torch.arange(1, diffusion.train_steps + 1) / diffusion.train_steps
+        products = torch.cos((times + 0.008) / 1.008 * torch.pi / 2) ** 2
+    else:
+        power = 0.5 if diffusion.beta_schedule == "scaled-linear" else 1.0
+        ends = diffusion.beta_start**power, diffusion.beta_end**power
+        betas = torch.linspace(*ends, diffusion.train_steps, dtype=torch.float64) ** (1 / power)
+        products = torch.cumprod(1 - betas, 0)
+    noisy = (products <= LEVEL).nonzero()
+    return int(noisy[0]) if len(noisy) else None
 
 
 def doubts_about(model: Any, corrected_by: str) -> tuple[str, ...]:
     """A line where the model does not do what its spec says that it predicts; `corrected_by` is where that is said."""
     prediction, found = model.spec.diffusion.prediction, noise_resemblance(model)
     if prediction == "epsilon":
-        if found > ALIKE:
-            return ()
-        return (
-            f"given noise at the largest timestep the model returns nothing like it (cosine {found:.2f}, a predictor "
-            f"of noise has nearly 1): it may predict something else ({corrected_by}), or be made for flow matching, "
-            "which ditc does not know",
-        )
+        return _doubts_of_gain(noise_gain(model)) if found > ALIKE else (_unlike_noise(found, corrected_by),)
     if abs(found) <= ALIKE:
         return ()
     return (
         f"given noise at the largest timestep the model returns much like it (cosine {found:.2f}): it seems to predict "
         f"noise, not {'v' if prediction == 'v' else 'the clean sample'} ({corrected_by})",
+    )
+
+
+def _unlike_noise(found: float, corrected_by: str) -> str:
+    return (
+        f"given noise at the largest timestep the model returns nothing like it (cosine {found:.2f}, a predictor of "
+        f"noise has nearly 1): it may predict something else ({corrected_by}), or be made for flow matching, which "
+        "ditc does not know"
+    )
+
+
+def _doubts_of_gain(gain: float | None) -> tuple[str, ...]:
+    if gain is None or gain <= LOUD:
+        return ()
+    return (
+        f"given weak noise at a middle timestep the model returns {gain:.1f} times as much (a predictor of noise about "
+        "as much): it may be made for flow matching with timesteps of the same range, which ditc does not know",
     )

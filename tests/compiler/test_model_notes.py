@@ -185,7 +185,7 @@ def test_the_last_class_of_a_model_without_a_null_class_is_a_class(checkpoint: P
         ("{file} --beta-schedule cosine", "unknown beta schedule 'cosine'"),
         ("{file} --beta-schedule linear:1", "NAME or NAME:START:END, found 'linear:1'"),
         ("{file} --beta-schedule linear:0.5:0.1", "0 < START <= END < 1, found 0.5 and 0.1"),
-        ("{file} --train-steps 1", "--train-steps must be a whole number from 2 on"),
+        ("{file} --train-steps 1", "--train-steps must be a whole number from 2 to 65536"),
         ("{file} --classes 7", "its label table has 5 rows, the options say 7 classes"),
         ("{file} --heads 5", "which 5 heads don't divide"),
         ("{file} --vae nowhere", "there is no such folder"),
