@@ -99,8 +99,7 @@ def check_decodes(decoder: Decoder, folder: Path, channels: int, name: str) -> N
     found = decoder.vae.config.latent_channels
     if found != channels:
         raise CheckpointError(
-            f"{folder} decodes {found} channels (latent_channels), {name} makes {channels}; give the VAE that it was "
-            "trained with"
+            f"{folder} decodes {found} channels, {name} makes {channels}; give the VAE that the model was trained with"
         )
 
 
