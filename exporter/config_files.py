@@ -88,7 +88,10 @@ class Config:
 
 def spelled(value: Any) -> str:
     """A value as a message has it: JSON's words, and of long ones the beginning."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    try:
+        text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    except (ValueError, RecursionError):  # Python prints no numbers of more than 4,300 digits
+        text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ __all__ = ["Checkpoint", "fitting_prefix", "read_checkpoint", "without_prefix"]
 # names under which a model is saved, the one to take first: a moving average makes the better images
 HOLDERS = ("ema", "model_ema", "ema_model", "state_dict_ema", "model", "state_dict", "module", "net")
 AVERAGED = re.compile(r"(?:^|[._])ema(?:[._\d]|$)")
+# names under which training scripts keep their arguments, the one to believe first
+ARGUMENTS = ("args", "hparams", "hyper_parameters", "config", "cfg")
 OUTERMOST = ""  # the name of the tensors that lie in a file without any holder
 DEEPEST = 3  # levels of mappings that are looked into
 
@@ -48,7 +51,7 @@ def read_checkpoint(path: Path, anchor: str) -> Checkpoint:
     check_floating(sets[chosen], path)
     return Checkpoint(
         tensors=without_prefix(sets[chosen], fits[chosen]),
-        args=_arguments(loaded.get("args")),
+        args=_arguments(loaded),
         assumptions=(
             *_about_sets(sets, fits, chosen, loaded),
             *about_prefix(fits[chosen]),
@@ -161,7 +164,12 @@ def _misfit(sets: Mapping[str, StateDict], anchor: str) -> str:
     return f"{anchor} is missing; {held}{where}"
 
 
-def _arguments(found: Any) -> dict[str, Any]:
-    """What a training script kept of its command line: an argparse.Namespace, or a mapping."""
-    values = found if isinstance(found, Mapping) else getattr(found, "__dict__", {})
-    return {str(name): value for name, value in values.items()}
+def _arguments(loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training script kept of its command line or settings: an argparse.Namespace, or a mapping."""
+    arguments: dict[str, Any] = {}
+    for holder in ARGUMENTS:
+        found = loaded.get(holder)
+        values = vars(found) if isinstance(found, argparse.Namespace) else found
+        if isinstance(values, Mapping):
+            arguments = {**{str(name): value for name, value in values.items()}, **arguments}
+    return arguments

@@ -6,6 +6,7 @@ Silence about one that speaks of the noise process would be another model's proc
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ READ = {
     ),
     *(name for names in RANGE_NAMES for name in names),
 }
+DEEPEST = 3  # levels of arguments in arguments that are looked into
 # names that speak of the noise process, and the words in names that only look so
 SPEAKS = re.compile(
     r"beta|schedule|predict|objective|parameteri[sz]ation|diffusion|timestep|snr|sigma|flow|shift|edm|noise|sde"
@@ -99,7 +101,7 @@ def training_args(args: Mapping[str, Any], source: object, facts: ModelFacts | N
     """
     facts = facts or ModelFacts()
     said = _Said({name: value for name, value in args.items() if value is not None}, source, given_options(facts))
-    model = str(args.get("model", ""))
+    model = args["model"] if isinstance(args.get("model"), str) else ""
     _check_diffusion(model, said)
     size = re.fullmatch(r"DiT-(S|B|L|XL)/(\d+)", model)
     steps = said.one(dict.fromkeys(STEP_NAMES, _steps), "--train-steps", f"a whole number from 2 to {LARGEST}")
@@ -238,7 +240,10 @@ def _check_diffusion(model: str, said: _Said) -> None:
     flags = [name for name in FLOW_FLAGS if name in said.args and said.perhaps(name, _flag) is not False]
     flows = ["path_type"] * ("path_type" in said.args) + words + flags
     if flows or model.startswith("SiT"):
-        told = ", ".join(f"{name} {said.args[name]}" for name in ("model", *flows) if name in said.args)
+        values = {name: said.args[name] for name in ("model", *flows) if name in said.args}
+        told = ", ".join(
+            f"{name} {value if isinstance(value, str) else spelled(value)}" for name, value in values.items()
+        )
         raise CheckpointError(
             f"{said.source} was trained for flow matching, its training script's arguments say: {told}; ditc knows "
             "diffusion over betas, not flows"
@@ -264,9 +269,16 @@ def _unread(said: _Said) -> tuple[str, ...]:
         "learn_sigma": _flag,
     }
     odd = [name for name, read in readers.items() if name in said.args and said.perhaps(name, read) is None]
-    other = [
-        name
-        for name, value in said.args.items()
-        if value and name not in READ and SPEAKS.search(name) and not LOOKS_SO.search(name)
-    ]
+    other = [name for name, value in said.args.items() if name not in READ and _speaks(name, value)]
     return tuple(one_line(f"{name} {spelled(said.args[name])}") for name in (*odd, *other))
+
+
+def _speaks(name: str, value: Any, depth: int = 0) -> bool:
+    """Does an argument say something of the noise process, itself or by one that is nested in it?"""
+    empty = value is None or (isinstance(value, (bool, int, float, str, list, tuple, Mapping)) and not value)
+    if empty or LOOKS_SO.search(name):
+        return False
+    nested = vars(value) if isinstance(value, argparse.Namespace) else value
+    if isinstance(nested, Mapping) and depth < DEEPEST:
+        return any(_speaks(str(inner), said, depth + 1) for inner, said in nested.items())
+    return SPEAKS.search(name) is not None

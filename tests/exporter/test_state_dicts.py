@@ -234,6 +234,13 @@ def test_inert_arguments_do_not_stand_in_the_way(inert: Any, tmp_path: Path) -> 
     taken(save({"ema": state(1), "args": inert}, tmp_path), state(1))
 
 
+@pytest.mark.parametrize("holder", ["args", "hparams", "hyper_parameters", "config", "cfg"])
+@pytest.mark.parametrize("form", [dict, argparse.Namespace])
+def test_arguments_are_read_under_every_usual_name(holder: str, form: Any, tmp_path: Path) -> None:
+    path = save({"ema": state(1), holder: form(prediction_type="v_prediction")}, tmp_path)
+    assert dit_from_checkpoint(path).spec.diffusion.prediction == "v"
+
+
 @pytest.mark.parametrize("live", [pathlib.PurePosixPath("/data"), DiTConfig(), print])
 def test_arguments_of_other_classes_are_refused_by_their_name(live: Any, tmp_path: Path) -> None:
     message = refusal(save({"ema": state(1), "args": argparse.Namespace(value=live)}, tmp_path))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from itertools import product
 from typing import Any
 
 import pytest
+import torch
 
 from ditc.errors import CheckpointError
 from ditc.exporter.facts import ModelFacts
@@ -116,7 +118,25 @@ def test_the_ends_of_the_betas_are_read(first: str, last: str) -> None:
 
 
 STATED = ModelFacts(prediction="v", beta_schedule="linear", beta_range=(0.001, 0.01), train_steps=400)
-ODD = ("odd", "", 2.5, -1, 10**9, 10**400, float("nan"), float("inf"), ["linear"], {"a": 1}, "two\nlines", "x" * 500)
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+ODD = (
+    CYCLE,
+    torch.ones(2),
+    10**5000,
+    "odd",
+    "",
+    2.5,
+    -1,
+    10**9,
+    10**400,
+    float("nan"),
+    float("inf"),
+    ["linear"],
+    {"a": 1},
+    "two\nlines",
+    "x" * 500,
+)
 
 
 @pytest.mark.parametrize("name", [*PREDICTION_NAMES, *SCHEDULE_NAMES, *STEP_NAMES, *PREDICTION_FLAGS])
@@ -155,7 +175,9 @@ def test_a_prediction_of_a_flow_is_refused_under_every_name(args: dict[str, str]
 
 @pytest.mark.parametrize("name", FLOW_FLAGS)
 def test_a_flag_of_flow_matching_is_refused(name: str) -> None:
-    assert f"was trained for flow matching, its training script's arguments say: {name} True" in refusal({name: True})
+    for value in ODD[:3]:
+        assert "was trained for flow matching" in refusal({"path_type": value, name: value})
+    assert f"was trained for flow matching, its training script's arguments say: {name} true" in refusal({name: True})
     assert told(**{name: False}) == TrainingArgs()
 
 
@@ -172,6 +194,20 @@ def test_rescaled_timesteps_are_refused_where_they_differ() -> None:
 def test_what_else_speaks_of_the_process_is_named(name: str) -> None:
     assert told(**{name: "odd"}).unread == (f"{name} 'odd'",)
     assert told(**{name: None}).unread == told(**{name: False}).unread == ()
+
+
+@pytest.mark.parametrize("nested", [{"prediction_type": "v"}, argparse.Namespace(kind={"beta_schedule": "linear"})])
+def test_what_is_nested_in_an_argument_and_speaks_of_the_process_is_named(nested: Any) -> None:
+    (line,) = told(settings=nested, optimizer={"betas": [0.9, 0.99]}, data={"workers": 4}).unread
+    assert line.startswith("settings ")
+    assert line.isprintable()
+
+
+def test_arguments_of_any_kind_that_say_nothing_of_the_process_are_left_alone() -> None:
+    loop: dict[str, Any] = {"workers": torch.ones(2)}
+    loop["again"] = loop
+    assert told(model=10**5000) == told(model=torch.ones(2)) == TrainingArgs()
+    assert told(tensor=torch.ones(2), number=10**5000, loop=loop, cycle=CYCLE) == TrainingArgs()
 
 
 PROCESS_KEYS = {
