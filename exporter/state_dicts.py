@@ -67,7 +67,7 @@ def _tensor_sets(found: Mapping[Any, Any], name: str = OUTERMOST, depth: int = 0
         yield name, tensors
     if depth < DEEPEST:
         for key, value in found.items():
-            if isinstance(key, str) and isinstance(value, Mapping):
+            if isinstance(key, str) and isinstance(value, Mapping) and key not in ARGUMENTS:
                 yield from _tensor_sets(value, f"{name}.{key}" if name else key, depth + 1)
 
 

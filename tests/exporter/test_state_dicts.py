@@ -241,6 +241,11 @@ def test_arguments_are_read_under_every_usual_name(holder: str, form: Any, tmp_p
     assert dit_from_checkpoint(path).spec.diffusion.prediction == "v"
 
 
+def test_settings_about_a_moving_average_are_none(tmp_path: Path) -> None:
+    path = save({"model": state(1), "config": {"ema": {}, "model": {"depth": 1}}}, tmp_path)
+    assert taken(path, state(1)) == ()
+
+
 @pytest.mark.parametrize("live", [pathlib.PurePosixPath("/data"), DiTConfig(), print])
 def test_arguments_of_other_classes_are_refused_by_their_name(live: Any, tmp_path: Path) -> None:
     message = refusal(save({"ema": state(1), "args": argparse.Namespace(value=live)}, tmp_path))
