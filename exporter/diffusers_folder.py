@@ -138,7 +138,7 @@ def _check_class(folder: Path, part: str, *known: str) -> None:
     """Raise CheckpointError where a pipeline loads a part with a class that is not known here."""
     kind = class_in_index(folder, part)
     if kind is not None and kind not in known:
-        raise CheckpointError(f"{folder / INDEX_FILE} makes the {part} a {kind}, expected {known[0]}")
+        raise CheckpointError(f"{folder / INDEX_FILE} names {kind} as the {part}, expected {known[0]}")
 
 
 def _name_of(folder: Path) -> str:

@@ -428,8 +428,8 @@ def test_keys_of_the_old_class_are_ignored_under_the_new_one_as_diffusers_does(f
 @pytest.mark.parametrize(
     ("part", "kind", "said"),
     [
-        ("transformer", "SanaTransformer2DModel", "makes the transformer a SanaTransformer2DModel, expected DiT"),
-        ("vae", "AutoencoderDC", "makes the vae a AutoencoderDC, expected AutoencoderKL"),
+        ("transformer", "SanaTransformer2DModel", "names SanaTransformer2DModel as the transformer, expected DiT"),
+        ("vae", "AutoencoderDC", "names AutoencoderDC as the vae, expected AutoencoderKL"),
         ("scheduler", "EDMEulerScheduler", "is of EDMEulerScheduler: "),
         ("scheduler", "MyScheduler", "is of MyScheduler: no scheduler that ditc knows"),
         ("scheduler", 7, "scheduler is 7, expected a library and a class"),
