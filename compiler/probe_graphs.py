@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from ditc import engines
 from ditc.engines.integer_form import SEVEN_BITS
 from ditc.engines.integer_probes import CASES, INSIDE, OUTSIDE, STEP, Case, bias, probe_name, probe_weight
 from ditc.exporter.onnx_files import save_sharing_data
@@ -23,7 +24,7 @@ __all__ = ["KINDS", "probe_graph", "write_probes"]
 
 PORTABLE = "portable"
 KINDS = (PORTABLE, "onnxrt")
-FOLDER = Path(__file__).parent / "probes"
+FOLDER = Path(engines.__path__[0]) / "probes"
 
 
 def write_probes(folder: Path = FOLDER) -> list[Path]:
