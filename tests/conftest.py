@@ -172,22 +172,29 @@ def _described(model: Any) -> list[Any]:
     return [model.spec.model_dump(mode="json"), stages.model_digest(model), stages.behaviour_digest(model)]
 
 
-class Bundles(dict[str, Bundle]):
+class Bundles(Mapping[str, Bundle]):
     """The small model under each of some settings, by name, compiled when it is first asked for."""
 
     def __init__(self, compiled_once: Callable[..., Bundle], settings: Mapping[str, Mapping[str, Any]]) -> None:
-        super().__init__()
         self._compiled_once = compiled_once
         self._settings = settings
+        self._made: dict[str, Bundle] = {}
 
-    def __missing__(self, name: str) -> Bundle:
-        options = QUICK.model_copy(update=dict(self._settings[name]))
-        self[name] = self._compiled_once(small_model(), options)
-        return self[name]
+    def __getitem__(self, name: str) -> Bundle:
+        if name not in self._made:
+            options = QUICK.model_copy(update=dict(self._settings[name]))
+            self._made[name] = self._compiled_once(small_model(), options)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
 
 
 @pytest.fixture(scope="session")
-def bundles(compiled_once: Callable[..., Bundle]) -> dict[str, Bundle]:
+def bundles(compiled_once: Callable[..., Bundle]) -> Mapping[str, Bundle]:
     """The small model compiled under several policies and precisions, by name; not to be changed."""
     return Bundles(compiled_once, BUNDLES)
 
@@ -195,7 +202,7 @@ def bundles(compiled_once: Callable[..., Bundle]) -> dict[str, Bundle]:
 class Pipes(dict[str, Pipeline]):
     """Open pipelines of bundles, by name, each opened when it is first asked for."""
 
-    def __init__(self, bundles: dict[str, Bundle], stack: ExitStack) -> None:
+    def __init__(self, bundles: Mapping[str, Bundle], stack: ExitStack) -> None:
         super().__init__()
         self._bundles = bundles
         self._stack = stack
@@ -206,7 +213,7 @@ class Pipes(dict[str, Pipeline]):
 
 
 @pytest.fixture
-def pipes(bundles: dict[str, Bundle]) -> Iterator[dict[str, Pipeline]]:
+def pipes(bundles: Mapping[str, Bundle]) -> Iterator[dict[str, Pipeline]]:
     """An open pipeline of every bundle."""
     with ExitStack() as stack:
         yield Pipes(bundles, stack)

@@ -10,8 +10,8 @@ import os
 import re
 from pathlib import Path
 
-import click
 import pytest
+from click.testing import CliRunner
 from graph_text import graph_text
 
 from ditc.bundle import Bundle
@@ -68,9 +68,9 @@ def test_the_program(name: str, bundles: dict[str, Bundle]) -> None:
 
 @pytest.mark.parametrize("name", ["ditc", *sorted(cli.commands)])
 def test_the_help_of_every_command(name: str) -> None:
-    command = cli if name == "ditc" else cli.commands[name]
-    context = click.Context(command, info_name=name, terminal_width=100, max_content_width=100)
-    check_golden(f"help/{name}.txt", command.get_help(context) + "\n")
+    arguments = ["--help"] if name == "ditc" else [name, "--help"]
+    shown = CliRunner(env={"COLUMNS": "100"}).invoke(cli, arguments, prog_name="ditc")
+    check_golden(f"help/{name}.txt", shown.output)
 
 
 def test_there_is_no_golden_file_of_a_command_that_is_gone() -> None:
