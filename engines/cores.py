@@ -11,45 +11,78 @@ import functools
 import math
 import os
 import threading
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 __all__ = ["CoreGate", "available_cores", "core_gate"]
 
+T = TypeVar("T")
 
-class CoreGate:
-    """Cores that are taken and given back; who asked first is served first."""
+MOST_ASLEEP = 0.05  # seconds until who waits looks again, should whoever was to wake it have been interrupted
+
+
+class _Turn:
+    """Someone in line. `running` is locked for as long as the block that holds the cores, or waits for them, runs."""
 
     def __init__(self, cores: int) -> None:
         self.cores = cores
-        self._free = cores
-        self._waiting: deque[object] = deque()
-        self._changed = threading.Condition()
+        self.running = threading.Lock()
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
+        self._process = os.getpid()
 
-    @contextmanager
-    def taken(self, wanted: int) -> Iterator[None]:
-        """Hold `wanted` cores inside the block, or all of them where that is more than there are."""
-        count = min(wanted, self.cores)
-        self._take(count)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += count
-                self._changed.notify_all()
+    @property
+    def is_over(self) -> bool:
+        """Has its block ended? In a fork nobody is left to end one that ran in another thread."""
+        return not self.running.locked() or self._process != os.getpid()
 
-    def _take(self, count: int) -> None:
-        turn = object()
-        with self._changed:
-            self._waiting.append(turn)
+    def sleep(self) -> None:
+        """Wait to be woken."""
+        self._asleep.acquire(timeout=MOST_ASLEEP)
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # it is awake already, and looks once more
+            self._asleep.release()
+
+
+class CoreGate:
+    """Cores that are taken and given back; who asked first is served first.
+
+    Ctrl-C may come between any two steps of the interpreter, and a fork at any time. So nothing is counted up and down:
+    what is held is read off those in line whose blocks still run, and a plain lock begins and ends a block in one step.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self.cores = cores
+        self._line: dict[_Turn, None] = {}  # who has cores or waits for them, in order; each access is one whole step
+
+    def run(self, wanted: int, work: Callable[[], T]) -> T:
+        """What `work` returns, which has `wanted` cores meanwhile, or all of them where that is more than there are."""
+        turn = _Turn(min(wanted, self.cores))
+        with turn.running:
             try:
-                self._changed.wait_for(lambda: self._waiting[0] is turn and self._free >= count)
-                self._free -= count
-            finally:  # an interrupted wait must not hold up those behind it
-                self._waiting.remove(turn)
-                self._changed.notify_all()
+                self._line[turn] = None
+                while not self._has_cores(turn):
+                    turn.sleep()
+                return work()
+            finally:
+                self._line.pop(turn, None)
+                for other in list(self._line):
+                    other.wake()
+
+    def _has_cores(self, turn: _Turn) -> bool:
+        """Are there cores for it beside those of everyone before it?"""
+        taken = 0
+        for other in list(self._line):
+            if other.is_over:
+                self._line.pop(other, None)
+                continue
+            taken += other.cores
+            if other is turn:
+                break
+        return taken <= self.cores
 
 
 @functools.cache

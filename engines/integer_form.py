@@ -8,6 +8,7 @@ numbers (`integer_probes`), once per process.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -143,8 +144,18 @@ def arithmetic_of(backend: object, precision: str) -> Arithmetic | None:
 
 
 def once_per_process(make: Callable[P, T]) -> Callable[P, T]:
-    """Keep what a function returns for each of its arguments. Threads that ask at the same time wait for one call."""
+    """Keep what a function returns for each of its arguments. Threads that ask at the same time wait for one call.
+
+    A fork keeps it too, with a lock of its own: the thread that held this one may not be there.
+    """
     lock, kept = Lock(), dict[Any, T]()
+
+    def unlocked() -> None:
+        nonlocal lock
+        lock = Lock()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=unlocked)
 
     @wraps(make)
     def called(*arguments: P.args, **named: P.kwargs) -> T:

@@ -100,8 +100,8 @@ class OnnxRuntimeBinding:
 
     def run(self) -> None:
         engine = self._engine
-        with engine.cores.taken(engine.threads), translated(f"running segment {engine.name}"):
-            engine.session.run_with_iobinding(self._binding)
+        with translated(f"running segment {engine.name}"):
+            engine.cores.run(engine.threads, lambda: engine.session.run_with_iobinding(self._binding))
 
 
 class OnnxRuntimeEngine:

@@ -92,8 +92,7 @@ class OpenVinoBinding:
             for name in self._stale:
                 self._request.set_tensor(name, openvino.Tensor(self._bound[name], shared_memory=True))
             self._stale.clear()
-            with engine.cores.taken(engine.threads):
-                self._request.infer()
+            engine.cores.run(engine.threads, self._request.infer)
         except RuntimeError as e:
             first_line = str(e).strip().splitlines()[0]
             raise BundleError(

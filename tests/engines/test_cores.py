@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -11,71 +15,163 @@ from pathlib import Path
 
 import pytest
 
+from ditc.engines import cores
 from ditc.engines.cores import CoreGate, available_cores, core_gate
 
 
-@pytest.mark.parametrize(("cores", "wanted", "most"), [(4, 1, 4), (4, 2, 2), (4, 3, 1), (4, 9, 1), (1, 2, 1)])
-def test_no_more_threads_compute_at_once_than_there_are_cores(cores: int, wanted: int, most: int) -> None:
-    gate, running, seen, counting = CoreGate(cores), 0, [], threading.Lock()
+@pytest.mark.parametrize(("there", "wanted", "most"), [(4, 1, 4), (4, 2, 2), (4, 3, 1), (4, 9, 1), (1, 2, 1)])
+def test_no_more_threads_compute_at_once_than_there_are_cores(there: int, wanted: int, most: int) -> None:
+    gate, running, seen, counting = CoreGate(there), 0, [], threading.Lock()
 
-    def work(_: int) -> None:
+    def work() -> None:
         nonlocal running
-        with gate.taken(wanted):
-            with counting:
-                running += 1
-                seen.append(running)
-            time.sleep(0.002)
-            with counting:
-                running -= 1
+        with counting:
+            running += 1
+            seen.append(running)
+        time.sleep(0.002)
+        with counting:
+            running -= 1
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(40)))
+        list(pool.map(lambda _: gate.run(wanted, work), range(40)))
     assert max(seen) <= most
     assert len(seen) == 40
 
 
 def test_who_asked_first_is_served_first_however_much_it_wants() -> None:
     """A run with many threads is not held up for ever by runs with few."""
-    gate, order = CoreGate(2), []
-    with gate.taken(1):
-        threads = []
+    gate, order, threads = CoreGate(2), list[str](), list[threading.Thread]()
+
+    def line_up() -> None:
         for name, wanted in (("many", 2), ("few", 1)):
-            thread = threading.Thread(target=lambda n=name, w=wanted: note(gate, w, n, order))
-            thread.start()
-            threads.append(thread)
-            while len(gate._waiting) < len(threads):
+            threads.append(threading.Thread(target=gate.run, args=(wanted, lambda n=name: order.append(n))))
+            threads[-1].start()
+            while len(gate._line) < 1 + len(threads):
                 time.sleep(0.001)
         assert order == []
+
+    gate.run(1, line_up)
     for thread in threads:
         thread.join()
     assert order == ["many", "few"]
 
 
-def note(gate: CoreGate, wanted: int, name: str, order: list[str]) -> None:
-    with gate.taken(wanted):
-        order.append(name)
+def test_who_waits_is_woken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "MOST_ASLEEP", 60)
+    gate, waiting = CoreGate(1), threading.Event()
+    thread = threading.Thread(target=gate.run, args=(1, waiting.set))
+
+    def while_one_waits() -> None:
+        thread.start()
+        while len(gate._line) < 2:
+            time.sleep(0.001)
+        time.sleep(0.01)
+
+    gate.run(1, while_one_waits)
+    assert waiting.wait(10)
+    thread.join()
 
 
-def test_a_failed_run_gives_its_cores_back() -> None:
+def fail(kind: type[BaseException]) -> None:
+    raise kind
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_run_gives_its_cores_back(kind: type[BaseException]) -> None:
     gate = CoreGate(2)
-    with pytest.raises(RuntimeError), gate.taken(2):
-        raise RuntimeError
-    with gate.taken(2):
-        pass
+    with pytest.raises(kind):
+        gate.run(2, lambda: fail(kind))
+    assert gate.run(2, lambda: "has them") == "has them"
 
 
 def test_an_interrupted_wait_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = CoreGate(1)
 
-    def interrupted(_: object) -> None:
+    def interrupted() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(cores._Turn, "sleep", lambda _: fail(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                gate.run(1, lambda: None)
+
+    gate.run(1, interrupted)
+    assert gate.run(1, lambda: "has it") == "has it"
+
+
+def test_no_interrupt_costs_cores_wherever_it_comes() -> None:
+    """Ctrl-C between any two steps, while another thread wants the cores too; what was raised is kept, as shells do."""
+    gate, ended, kept = CoreGate(2), threading.Event(), list[BaseException]()
+
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with gate.taken(1), monkeypatch.context() as patch:
-        patch.setattr(gate._changed, "wait_for", interrupted)
-        with pytest.raises(KeyboardInterrupt), gate.taken(1):
-            pass
-    with gate.taken(1):
-        pass
+    def other() -> None:
+        while not ended.is_set():
+            gate.run(1, lambda: time.sleep(1e-5))
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    pauses, rival = random.Random(0), threading.Thread(target=other, daemon=True)
+    rival.start()
+    try:
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, pauses.uniform(1e-5, 5e-4))
+                while True:
+                    gate.run(2, lambda: None)
+            except KeyboardInterrupt as e:
+                kept.append(e)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        ended.set()
+        rival.join(10)
+    assert not rival.is_alive()
+    assert len(kept) > 50
+    last = threading.Thread(target=gate.run, args=(2, lambda: None), daemon=True)
+    last.start()
+    last.join(10)
+    assert not last.is_alive()
+
+
+FORKED = """
+import os, signal, threading
+from ditc.engines import cores
+from ditc.engines.cores import core_gate
+from ditc.engines.integer_form import once_per_process
+
+begun, ended = [threading.Event(), threading.Event()], threading.Event()
+
+@once_per_process
+def answer(name):
+    if name == "slow":
+        begun[0].set()
+        ended.wait()
+    return name
+
+def computing():
+    begun[1].set()
+    ended.wait()
+
+gate = core_gate()
+threads = [threading.Thread(target=answer, args=("slow",)), threading.Thread(target=gate.run, args=(99, computing))]
+for thread in threads:
+    thread.start()
+for event in begun:
+    event.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    gate.run(99, lambda: None)
+    os._exit(0 if answer("quick") == "quick" else 1)
+status = os.waitpid(child, 0)[1]
+ended.set()
+os._exit(status != 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_waits_for_no_thread_that_it_does_not_have() -> None:
+    assert subprocess.run([sys.executable, "-c", FORKED], check=False, timeout=60).returncode == 0
 
 
 def machine(root: Path, files: Mapping[str, str]) -> Path:
