@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ditc.engines.backend import Binding, Buffer, Engine
 from ditc.errors import DitcError, InputError
-from ditc.program import AHEAD, CONDITION, Program, Step
+from ditc.program import AHEAD, CONDITION, DECODE, Program, Step
 from ditc.runtime.conditioning import Conditioning, steps_ahead
 from ditc.runtime.samplers import Row, needs_noise, update
 from ditc.spec import ModelSpec
@@ -145,6 +145,11 @@ class Executor:
         values = self.halves * ((self.program.slots + BLOCK_INSIDES) * branch + 3 * latent)
         one = np.dtype(np.float32).itemsize * (values + self._table_values())
         return int(np.clip(REQUEST_BYTES // one, 1, MOST_AT_ONCE))
+
+    @property
+    def decoder(self) -> Engine | None:
+        """The engine from latents to images; None where nothing is decoded."""
+        return self._engines.get(DECODE)
 
     def close(self) -> None:
         """Let the buffers go. Requests under way end at their next step with an error of ours."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -186,8 +187,9 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._executor is not None:
-            self._executor.close()
+        executor = self._executor
+        if executor is not None:
+            executor.close()
         self._stack.close()  # before anything is let go: a device may still work on it
         self._executor = None
         self.engines = {}
@@ -199,7 +201,9 @@ class Pipeline:
         On a processor as many as a buffer of REQUEST_BYTES holds, and no fewer than the bundle was compiled for; one
         where activation scales are measured as they come, since a scale is then that of all images of a call.
         """
-        executor = self._open_executor()
+        return self._at_once(self._open_executor())
+
+    def _at_once(self, executor: Executor | DeviceExecutor) -> int:
         if isinstance(executor, DeviceExecutor):
             return executor.batch
         least = self.bundle.manifest.batch if executor.together is None else executor.together
@@ -227,7 +231,7 @@ class Pipeline:
         drawn, fresh = streamed_noise(streams, self.bundle.manifest.model.latent_shape)
         for event in executor.run(labels, drawn if noise is None else noise, fresh):
             last = event.index == event.steps - 1
-            yield replace(event, images=self.decode(event.x)) if last and self.makes_images else event
+            yield replace(event, images=self._decoded(executor, event.x)) if last and self.makes_images else event
 
     def latents(
         self,
@@ -240,7 +244,7 @@ class Pipeline:
     ) -> Samples:
         """Finished samples before decoding, (n, channels, height, width), `at_once` of them at a time."""
         executor = self._open_executor()
-        requests = self._requests(labels, image_streams(len(labels), seed, seeds, first), noise)
+        requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
         return np.concatenate([executor.last(*request) for request in requests])
 
     def images(
@@ -258,10 +262,10 @@ class Pipeline:
         """
         self.check_makes_images()
         executor = self._open_executor()
-        requests = self._requests(labels, image_streams(len(labels), seed, seeds, first), noise)
+        requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
         if isinstance(executor, DeviceExecutor) and executor.decodes:  # the latents stay on the device
             return np.concatenate([np.clip(executor.last_images(*request), -1, 1) for request in requests])
-        return np.concatenate([self.decode(executor.last(*request)) for request in requests])
+        return np.concatenate([self._decoded(executor, executor.last(*request)) for request in requests])
 
     def decode(self, latents: Samples) -> Samples:
         """Latents to images in [-1, 1]. A model of 1 or 3 channels without a decoder works on pixels already.
@@ -269,17 +273,19 @@ class Pipeline:
         Raises InputError where the latents are of another kind and the bundle has no decoder.
         """
         self.check_makes_images()
-        executor = self._open_executor()
-        decoder = self.engines.get(DECODE)
-        if decoder is None:
+        return self._decoded(self._open_executor(), latents)
+
+    def _decoded(self, executor: Executor | DeviceExecutor, latents: Samples) -> Samples:
+        """Images in [-1, 1], by what an executor has open: another thread may close the pipeline meanwhile."""
+        if DECODE not in self.program.epilogue:
             images = latents
         elif isinstance(executor, DeviceExecutor):
             images = executor.decode(latents)
         else:
-            images = self._decoded(decoder, latents)
+            images = self._through(executor.decoder, latents)
         return np.asarray(np.clip(images, -1, 1))
 
-    def _decoded(self, decoder: Any, latents: Samples) -> Samples:
+    def _through(self, decoder: Any, latents: Samples) -> Samples:
         """As many at a time as the bundle was compiled for: a decoder's insides are many times what it takes."""
         port, binding, size = decoder.outputs["image"], decoder.binding(), self.bundle.manifest.batch
         shape = (len(latents), *(length for length in port.shape[1:] if isinstance(length, int)))
@@ -314,8 +320,9 @@ class Pipeline:
             raise InputError("the fingerprint is of the compiled program; open the bundle without reference=True")
         kept = Fingerprint.of(self.bundle.path)
         form = TYPED if self.on_device and TYPED in kept.forms else PORTABLE
-        decode = self.decode if DECODE in self.program.epilogue else None
-        found = observer(self._open_executor(), kept.label, decode)(kept.samples)
+        executor = self._open_executor()
+        decode = partial(self._decoded, executor) if DECODE in self.program.epilogue else None
+        found = observer(executor, kept.label, decode)(kept.samples)
         if not self._compensated:  # then the next sample is another one
             found = {(call, port): values for (call, port), values in found.items() if not call.startswith(UPDATE)}
         return kept.forms[form].differences(found, self._rest())
@@ -342,10 +349,14 @@ class Pipeline:
         CHECKED.add(key)
 
     def _requests(
-        self, labels: Sequence[int], streams: Sequence[tuple[int, int]], noise: Samples | None
+        self,
+        executor: Executor | DeviceExecutor,
+        labels: Sequence[int],
+        streams: Sequence[tuple[int, int]],
+        noise: Samples | None,
     ) -> Iterator[tuple[Sequence[int], Samples, NoiseSource]]:
         """Labels, x_T and the source of fresh noise, `at_once` images at a time."""
-        size = self.at_once
+        size = self._at_once(executor)
         if noise is not None and len(noise) != len(labels):
             raise InputError(f"noise must have one sample per label: {len(labels)} labels, found {len(noise)}")
         self.bundle.manifest.model.check_labels(tuple(labels))
@@ -355,9 +366,10 @@ class Pipeline:
             yield labels[part], drawn if noise is None else noise[part], fresh
 
     def _open_executor(self) -> Executor | DeviceExecutor:
-        if self._executor is None:
+        executor = self._executor  # one look: another thread may close the pipeline right after it
+        if executor is None:
             raise DitcError("the pipeline is not open; use it in a block: with ditc.load(path) as pipe: ...")
-        return self._executor
+        return executor
 
 
 def image_streams(count: int, seed: int | None, seeds: Sequence[int] | None, first: int) -> list[tuple[int, int]]:

@@ -6,18 +6,23 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
-from ditc.bundle import Bundle
+from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
+from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import DitcError, InputError
 from ditc.exporter.dit import DiT
+from ditc.exporter.models import with_vae
 from ditc.runtime.executor import KEPT_BUFFERS, Executor
 from ditc.runtime.pipeline import Pipeline, load
 
@@ -44,6 +49,21 @@ def dynamic(
     folder = tmp_path_factory.mktemp("dynamic") / "dynamic"
     changes = {"scales": "dynamic", "policy": "fora:2", "vc": "none"}
     return compile_model(make_small_model(), folder, quick_options.model_copy(update=changes)).path
+
+
+@pytest.fixture(scope="module")
+def vae(
+    tmp_path_factory: pytest.TempPathFactory,
+    compiled_once: Callable[..., Bundle],
+    make_small_model: Callable[..., DiT],
+    quick_options: CompileOptions,
+) -> Path:
+    """A bundle with a decoder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8, sample_size=8).save_pretrained(folder)
+    options = quick_options.model_copy(update={"policy": "fora:2", "precision": "fp32", "vc": "none"})
+    return compiled_once(with_vae(make_small_model(in_channels=4), folder), options).path
 
 
 def in_turn(pipe: Pipeline) -> list[Images]:
@@ -210,6 +230,45 @@ def test_closing_beside_requests_ends_them_with_our_error_or_their_images(bundle
         assert False not in outcomes
         texts = [text for text in outcomes if isinstance(text, str)]
         assert all("pipeline" in text for text in texts)
+
+
+class ClosedMeanwhile(Pipeline):
+    """Closed, as by another thread, right after what it has open is looked at for the `closes_at`th time."""
+
+    closes_at = -1
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in ("_executor", "engines") and self.closes_at > 0:
+            self.closes_at -= 1
+            if self.closes_at == 0:
+                self.__exit__(None, None, None)
+        return value
+
+
+ASKS: dict[str, Callable[[Pipeline], Any]] = {
+    "images": lambda pipe: pipe.images([1, 3], seed=2),
+    "latents": lambda pipe: pipe.latents([1, 3], seed=2),
+    "generate": lambda pipe: list(pipe.generate([1, 3], seed=2))[-1].images,
+    "decode": lambda pipe: pipe.decode(np.ones((2, *pipe.bundle.manifest.model.latent_shape), np.float32)),
+    "differences": lambda pipe: np.array([found.error for found in pipe.differences()]),
+    "at_once": lambda pipe: np.array([pipe.at_once]),
+}
+
+
+@pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
+def test_closing_between_any_two_looks_gives_the_same_or_our_error(ask: Callable[[Pipeline], Any], vae: Path) -> None:
+    bundle, backend = open_bundle(vae), OnnxRuntimeBackend(1)
+    with Pipeline(bundle, backend=backend) as pipe:
+        expected = ask(pipe)
+    for look in range(1, 20):
+        with ClosedMeanwhile(bundle, backend=backend) as pipe:
+            pipe.closes_at = look
+            with suppress(DitcError):
+                assert np.array_equal(ask(pipe), expected)
+            if pipe.closes_at > 0:  # it does not look that often
+                return
+    raise AssertionError("never done")
 
 
 @pytest.mark.parametrize(
