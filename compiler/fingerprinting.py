@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.stages import executor
 from ditc.engines.backend import lowered_path
+from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.precision import quantized
 from ditc.program import DECODE
 from ditc.runtime.executor import Executor, Samples, seeded_noise
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Fingerprint, Observer, expected, observer, steps_to_keep
@@ -26,27 +29,39 @@ NOISE = 4_000_003  # of an image that no other stage has seen
 def fingerprint(plan: Plan, segments: Segments, tables: Mapping[str, NDArray[Any]], folder: Path) -> None:
     """Let one image walk the compiled program, and write what the segments give on its way: FINGERPRINT.
 
-    Where they have a form for GPUs beside them, ONNX Runtime runs that too, in the same types.
+    ONNX Runtime's own form of them is kept apart where it gives something else than the portable one: scales that are
+    measured at run time are those of its own operator. A form for GPUs is run too where there is one, in its types.
     """
+    integers = quantized(plan.options.precision)
+    apart = replace(plan.backend, name=PORTABLE)  # there is no form of that name, so it takes the portable one
     typed = {name: lowered_path(path, "trt") for name, path in segments.items()}
     typed = {name: path for name, path in typed.items() if path.is_file()}
     label = next((label for label in plan.labels(2) if label != plan.guidance_label), 0)
+    rests = ON_PROCESSORS if typed else ON_PROCESSORS + ON_DEVICES
     with _observing(plan, segments, label, tables) as (runner, observe):
         samples = _on_its_way(plan, runner, label)
-        rests = ON_PROCESSORS if typed else ON_PROCESSORS + ON_DEVICES
-        forms = {PORTABLE: expected(observe, samples, rests)}
+        own = expected(observe, samples, rests, integers=integers)
+    forms = {PORTABLE: own}
+    if any(lowered_path(path, plan.backend.name).is_file() for path in segments.values()):
+        with _observing(plan, segments, label, tables, apart) as (_, observe):
+            if not own.holds(observe(samples)):
+                forms = {plan.backend.name: own, PORTABLE: expected(observe, samples, rests, integers=integers)}
     if typed:
         with _observing(plan, typed, label, tables) as (_, observe):
-            forms[TYPED] = expected(observe, samples, ON_DEVICES)
+            forms[TYPED] = expected(observe, samples, ON_DEVICES, integers=integers)
     Fingerprint(label, samples, forms).save(folder)
 
 
 @contextmanager
 def _observing(
-    plan: Plan, segments: Segments, label: int, tables: Mapping[str, NDArray[Any]]
+    plan: Plan,
+    segments: Segments,
+    label: int,
+    tables: Mapping[str, NDArray[Any]],
+    backend: OnnxRuntimeBackend | None = None,
 ) -> Iterator[tuple[Executor, Observer]]:
     """An executor over one form of the segments, and what observes them."""
-    with executor(plan, plan.program, segments, tables) as runner:
+    with executor(plan, plan.program, segments, tables, backend) as runner:
         yield runner, observer(runner, label, _decoder(plan, segments))
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "Exactness",
     "IntegerForm",
     "SaysArithmetic",
+    "SaysType",
     "advise",
     "arithmetic_of",
     "find_exactness",
@@ -141,6 +142,16 @@ def arithmetic_of(backend: object, precision: str) -> Arithmetic | None:
     """What a backend computes a bundle of some precision in here; None for one without integers, and on a GPU."""
     bits = PRECISIONS.get(precision)
     return backend.arithmetic(bits.weights) if bits is not None and isinstance(backend, SaysArithmetic) else None
+
+
+@runtime_checkable
+class SaysType(Protocol):
+    """An engine that may compute in another type than float32."""
+
+    @property
+    def rest(self) -> str:
+        """What it computes in around its integers, once it has run: "f32" or "bf16"."""
+        ...
 
 
 def once_per_process(make: Callable[P, T]) -> Callable[P, T]:

@@ -119,6 +119,11 @@ class OpenVinoEngine:
     def binding(self) -> OpenVinoBinding:
         return OpenVinoBinding(self)
 
+    @property
+    def rest(self) -> str:
+        """What it computes in around its integers, once it has run."""
+        return type_around(self)
+
     def compiled_for(self, shapes: Shapes) -> Any:
         """The model compiled for inputs of these shapes. Of several shapes the last one stays."""
         with self._compiling:

@@ -2,12 +2,14 @@
 
 A compile lets one image walk the compiled program. It keeps the sample in front of the first and the last step that
 each segment runs at, and of the steps whose caches those take, and what every segment returns there: in the portable
-form that processors run, and in the typed one of GPUs. Random inputs would not do, since what saturates does so at
-values that occur. Elsewhere the same steps run on the same samples, and each output is held to the one that was kept.
+form, in a backend's own where that computes other numbers, and in the typed one of GPUs. Random inputs would not do,
+since what saturates does so at values that occur. Elsewhere the same steps run on the same samples, and each output is
+held to the one that was kept.
 
 Rounding differs between machines, and beside a rounding point of INT8 it makes a difference of a whole step. How much
 that changes an output is measured where the bundle is compiled, by moving the samples about as far as rounding moves
-what is computed from them. An output that saturated is off by several times as much (ADR 0023).
+what is computed from them, or, where there are integers, so far that some of them do change: then one that changes
+elsewhere is within what was seen. An output that saturated is off by several times as much (ADR 0023).
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.bundle import read_tables, write_tables
+from ditc.engines.update import UPDATE
 from ditc.errors import BundleError
 from ditc.program import DECODE, Program
 from ditc.runtime.executor import Observation, Samples
+from ditc.spec import ModelSpec
 
 __all__ = [
     "FINGERPRINT",
@@ -36,29 +40,35 @@ __all__ = [
     "expected",
     "observer",
     "steps_to_keep",
+    "types_of_calls",
 ]
 
 FINGERPRINT = "fingerprint.safetensors"  # in the folder of a bundle
 LABEL, SAMPLE, OUTPUT, TOLERANCE = "label", "sample", "output", "tolerance"  # how names in it begin
 VALUES = 1 << 11  # of one output that are kept, at most
-PORTABLE, TYPED = "portable", "typed"  # the forms of segments
+PORTABLE, TYPED = "portable", "typed"  # the forms of segments; a backend's own has its name
 
 
 class Rounding(NamedTuple):
-    """A type's rounding: how far samples are moved to see what it does, and the least that outputs may differ by."""
+    """A type's rounding: how far samples are moved to see what it does, and the least that outputs may differ by.
+
+    `flips` is how far they are moved where activations are rounded to integers: so far that some fall on the other side
+    of a rounding point in every move, for few do of what rounding alone moves, and then seldom the same.
+    """
 
     moves: float
+    flips: float
     least: float
 
 
 # relative, an output's in the L2 norm
 ROUNDING: Mapping[str, Rounding] = {
-    "f32": Rounding(moves=1e-5, least=1e-4),
-    "f16": Rounding(moves=1e-3, least=1e-2),
-    "bf16": Rounding(moves=4e-3, least=3e-2),
+    "f32": Rounding(moves=1e-5, flips=1e-4, least=1e-4),
+    "f16": Rounding(moves=1e-3, flips=1e-3, least=1e-2),
+    "bf16": Rounding(moves=4e-3, flips=4e-3, least=3e-2),
 }
 MOVES = 3  # of all samples, by random numbers
-MARGIN = 3.0  # over the largest difference that they made
+MARGIN = 2.0  # over the largest difference that they made
 
 Outputs = Mapping[tuple[str, str], NDArray[np.float32]]  # (call, port) -> values, (at most VALUES,)
 Observer = Callable[[Mapping[int, Samples]], Outputs]
@@ -85,7 +95,7 @@ class Difference(NamedTuple):
 
     @property
     def segment(self) -> str:
-        return self.call.partition("@")[0]
+        return _segment(self.call)
 
 
 class Expected(NamedTuple):
@@ -94,14 +104,21 @@ class Expected(NamedTuple):
     outputs: Outputs
     tolerances: Mapping[str, Mapping[str, float]]  # call -> type -> relative error
 
-    def differences(self, found: Outputs, rest: str) -> list[Difference]:
-        """One for each output that was found, in the order of the calls. Raises BundleError where others were kept."""
+    def holds(self, found: Outputs) -> bool:
+        """Is what was found in float32 no further off than rounding takes it?"""
+        return all(each.is_rounding for each in self.differences(found, dict.fromkeys(self.tolerances, "f32")))
+
+    def differences(self, found: Outputs, types: Mapping[str, str]) -> list[Difference]:
+        """One for each output that was found, in the order of the calls; `types` is what each call is computed in.
+
+        Raises BundleError where others were kept.
+        """
         kept = {key: values.shape for key, values in self.outputs.items()}
         for key, values in found.items():
-            if kept.get(key) != values.shape or rest not in self.tolerances.get(key[0], {}):
-                raise BundleError(f"the fingerprint does not fit its bundle: {' '.join(key)}; compile it again")
+            if kept.get(key) != values.shape or types[key[0]] not in self.tolerances.get(key[0], {}):
+                raise _misfit(" ".join(key))
         return [
-            Difference(*key, _relative(values, self.outputs[key]), self.tolerances[key[0]][rest])
+            Difference(*key, _relative(values, self.outputs[key]), self.tolerances[key[0]][types[key[0]]])
             for key, values in found.items()
         ]
 
@@ -123,8 +140,23 @@ class Fingerprint:
             raise BundleError(f"{folder} has no fingerprint: it was compiled before there were any; compile it again")
         try:
             return _read(read_tables(folder / FINGERPRINT))
-        except (KeyError, ValueError, IndexError) as e:
+        except (KeyError, ValueError, IndexError, TypeError) as e:
             raise BundleError(f"{folder / FINGERPRINT} is no fingerprint ({e!r}); compile the bundle again") from e
+
+    def check_fits(self, program: Program, spec: ModelSpec) -> None:
+        """Raise BundleError unless the samples are of this model, and every step that is run finds its caches."""
+        steps = {step for step in self.samples if step < len(program.steps)}
+        if PORTABLE not in self.forms:
+            raise _misfit("it has no portable form")
+        if not 0 <= self.label < spec.num_classes:
+            raise _misfit(f"label {self.label}")
+        if not steps or self.samples.keys() - steps != {len(program.steps)}:
+            raise _misfit(f"steps {sorted(self.samples)}")
+        for step, sample in self.samples.items():
+            if sample.shape != (1, *spec.latent_shape) or sample.dtype != np.float32:
+                raise _misfit(f"sample {step} of {sample.dtype} {sample.shape}")
+        if missing := {writer for step in steps for writer in _writers(program)[step]} - steps:
+            raise _misfit(f"no sample of step {min(missing)}")
 
     def save(self, folder: Path) -> None:
         write_tables(folder / FINGERPRINT, dict(_written(self)))
@@ -160,12 +192,8 @@ def _read(tables: Mapping[str, NDArray[Any]]) -> Fingerprint:
 
 def steps_to_keep(program: Program) -> list[int]:
     """The first and the last step of each segment, and the steps that write what those read."""
-    writers: dict[int, int] = {}
-    read_from: dict[int, set[int]] = {}
-    calls: dict[str, list[int]] = defaultdict(list)
+    read_from, calls = _writers(program), defaultdict[str, list[int]](list)
     for step in program.steps:
-        read_from[step.index] = {writers[slot] for slot in step.reads.values()}
-        writers |= dict.fromkeys(step.writes.values(), step.index)
         calls[step.segment].append(step.index)
     kept: set[int] = set()
     wanted = {step for steps in calls.values() for step in (steps[0], steps[-1])}
@@ -173,6 +201,33 @@ def steps_to_keep(program: Program) -> list[int]:
         kept |= wanted
         wanted = {writer for step in wanted for writer in read_from[step]} - kept
     return sorted(kept)
+
+
+def _writers(program: Program) -> list[set[int]]:
+    """Of each step, the steps that wrote what it reads."""
+    writers: dict[int, int] = {}
+    read_from = []
+    for step in program.steps:
+        read_from.append({writers[slot] for slot in step.reads.values()})
+        writers |= dict.fromkeys(step.writes.values(), step.index)
+    return read_from
+
+
+def types_of_calls(program: Program, types: Mapping[str, str]) -> dict[str, str]:
+    """What each call is computed in, where each segment is in its own type of `types`.
+
+    A step is as coarse as the coarsest that its caches come from, and so is the sample after it.
+    """
+    found = {name: types[name] for name in (*program.prologue, *program.epilogue)}
+    steps: list[str] = []
+    for step, read_from in zip(program.steps, _writers(program), strict=True):
+        steps.append(max((types[step.segment], *(steps[writer] for writer in read_from)), key=_coarseness))
+        found |= dict.fromkeys((f"{step.segment}@{step.index}", f"{UPDATE}@{step.index}"), steps[-1])
+    return found
+
+
+def _coarseness(rest: str) -> float:
+    return ROUNDING[rest].moves
 
 
 def observer(executor: Executes, label: int, decode: Callable[[Samples], Samples] | None) -> Observer:
@@ -192,16 +247,26 @@ def observer(executor: Executes, label: int, decode: Callable[[Samples], Samples
     return outputs
 
 
-def expected(observe: Observer, samples: Mapping[int, Samples], rests: Iterable[str]) -> Expected:
-    """What a form gives for samples, and how far rounding moves that in each of the types `rests`."""
+def expected(observe: Observer, samples: Mapping[int, Samples], rests: Iterable[str], *, integers: bool) -> Expected:
+    """What a form gives for samples, and how far rounding moves that in each of the types `rests`.
+
+    With `integers` in it, what one call of a segment shows holds for all of them: rounding changes other activations
+    at another place.
+    """
     outputs = observe(samples)
     tolerances: dict[str, dict[str, float]] = defaultdict(dict)
     for rest in rests:
-        moved = [observe(_moved(samples, ROUNDING[rest].moves, number)) for number in range(MOVES)]
+        rounding = ROUNDING[rest]
+        size = rounding.flips if integers else rounding.moves
+        moved = [observe(_moved(samples, size, number)) for number in range(MOVES)]
+        largest: dict[str, float] = defaultdict(float)
         for call, port in outputs:
-            errors = [_relative(found[call, port], outputs[call, port]) for found in moved]
-            least = tolerances[call].get(rest, ROUNDING[rest].least)
-            tolerances[call][rest] = max(least, MARGIN * max(errors))
+            place = _segment(call) if integers else call
+            errors = (_relative(found[call, port], outputs[call, port]) for found in moved)
+            largest[place] = max(largest[place], *errors)
+        for call, _ in outputs:
+            error = largest[_segment(call) if integers else call]
+            tolerances[call][rest] = max(rounding.least, MARGIN * error)
     return Expected(outputs, tolerances)
 
 
@@ -212,6 +277,14 @@ def _moved(samples: Mapping[int, Samples], size: float, number: int) -> dict[int
         step: (sample * (1 + size * rng.standard_normal(sample.shape))).astype(np.float32)
         for step, sample in samples.items()
     }
+
+
+def _segment(call: str) -> str:
+    return call.partition("@")[0]
+
+
+def _misfit(what: str) -> BundleError:
+    return BundleError(f"the fingerprint does not fit its bundle: {what}; compile it again")
 
 
 def _some(values: NDArray[Any]) -> NDArray[np.float32]:

@@ -20,23 +20,21 @@ from numpy.typing import NDArray
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, runnable_path
-from ditc.engines.integer_form import SaysArithmetic
+from ditc.engines.integer_form import SaysType
 from ditc.engines.targets import backend_for
 from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_name
-from ditc.precision import INT8, PRECISIONS
 from ditc.program import DECODE, Program
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise
-from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer
+from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
 from ditc.tables import DYNAMIC, step_inputs
-from ditc.update_form import UPDATE
 
 __all__ = ["Pipeline", "load", "open_engines"]
 
 
 PIXEL_CHANNELS = (1, 3)  # grey or RGB
-CHECKED: set[tuple[str, str]] = set()  # (bundle, backend) whose fingerprint this process has compared
+CHECKED: set[tuple[str, str, bool]] = set()  # (bundle, backend, compensated?) that this process has compared
 
 
 def load(
@@ -319,24 +317,30 @@ class Pipeline:
         if self.reference:
             raise InputError("the fingerprint is of the compiled program; open the bundle without reference=True")
         kept = Fingerprint.of(self.bundle.path)
-        form = TYPED if self.on_device and TYPED in kept.forms else PORTABLE
+        kept.check_fits(self.program, self.bundle.manifest.model)
         executor = self._open_executor()
+        engines = self.engines
         decode = partial(self._decoded, executor) if DECODE in self.program.epilogue else None
         found = observer(executor, kept.label, decode)(kept.samples)
         if not self._compensated:  # then the next sample is another one
             found = {(call, port): values for (call, port), values in found.items() if not call.startswith(UPDATE)}
-        return kept.forms[form].differences(found, self._rest())
+        types = types_of_calls(self.program, {name: self._type_of(engine) for name, engine in engines.items()})
+        return kept.forms[self._form(kept)].differences(found, types)
 
-    def _rest(self) -> str:
-        """The type that is computed in around the integers."""
+    def _form(self, kept: Fingerprint) -> str:
+        """Which of the forms in a fingerprint runs here."""
+        own = TYPED if self.on_device else self.backend.name
+        return own if own in kept.forms else PORTABLE
+
+    def _type_of(self, engine: Engine | DeviceEngine) -> str:
+        """What an engine that has run computes in around the integers."""
         if self.on_device:
             return "f16"
-        bits = PRECISIONS.get(self.bundle.manifest.precision) or INT8
-        return self.backend.arithmetic(bits.weights).rest if isinstance(self.backend, SaysArithmetic) else "f32"
+        return engine.rest if isinstance(engine, SaysType) else "f32"
 
     def _check_once(self) -> None:
         """Raise CheckError where a segment gives something else here than where the bundle was compiled."""
-        key = (self.bundle.digest, repr(self.backend))
+        key = (self.bundle.digest, repr(self.backend), self._compensated)
         if key in CHECKED:
             return
         for found in self.differences():

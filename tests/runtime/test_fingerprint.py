@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,16 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import BundleError, CheckError, InputError
 from ditc.exporter.dit import DiT
 from ditc.exporter.onnx_files import load_model, save_model
-from ditc.runtime.fingerprint import FINGERPRINT, PORTABLE, TYPED, Fingerprint, observer, steps_to_keep
+from ditc.runtime.fingerprint import (
+    FINGERPRINT,
+    PORTABLE,
+    TYPED,
+    Fingerprint,
+    _moved,
+    observer,
+    steps_to_keep,
+    types_of_calls,
+)
 from ditc.runtime.pipeline import load
 
 KINDS = ["cached", "per-step", "float-ends", "fp32-cached", "fp32-branches", "fp32-taylor", "fp32-affine", "fp32-none"]
@@ -76,8 +86,57 @@ def test_what_gpus_run_is_held_to_what_that_form_gave(kind: str, bundles: dict[s
     kept = Fingerprint.of(bundles[kind].path)
     with load(bundles[kind].path, backend=OnnxRuntimeBackend(name="trt")) as pipe:
         found = observer(pipe._open_executor(), kept.label, None)(kept.samples)
-    assert all(difference.error == 0 for difference in kept.forms[TYPED].differences(found, "f16"))
-    assert any(difference.error > 0 for difference in kept.forms[PORTABLE].differences(found, "bf16"))
+    calls = {call for call, _ in found}
+    assert all(each.error == 0 for each in kept.forms[TYPED].differences(found, dict.fromkeys(calls, "f16")))
+    assert any(each.error > 0 for each in kept.forms[PORTABLE].differences(found, dict.fromkeys(calls, "bf16")))
+
+
+@pytest.fixture(scope="module")
+def dynamic(
+    compiled_once: Callable[..., Bundle], make_small_model: Callable[..., DiT], quick_options: CompileOptions
+) -> Bundle:
+    """A bundle whose activation scales are measured as the tensors come."""
+    changes = {"scales": "dynamic", "policy": "fora:2", "vc": "none"}
+    return compiled_once(make_small_model(), quick_options.model_copy(update=changes))
+
+
+@pytest.mark.parametrize("form", ["onnxrt", "none of its own"])
+def test_scales_measured_at_run_time_are_held_to_what_the_form_that_runs_gave(form: str, dynamic: Bundle) -> None:
+    """ONNX Runtime's own form rounds them to another grid than the portable one, which OpenVINO runs."""
+    with load(dynamic.path, backend=OnnxRuntimeBackend(1, name=form), check=True) as pipe:
+        assert all(found.is_rounding for found in pipe.differences())
+    kept = Fingerprint.of(dynamic.path).forms
+    others = kept["onnxrt"].differences(kept[PORTABLE].outputs, dict.fromkeys(kept[PORTABLE].tolerances, "f32"))
+    assert any(not found.is_rounding for found in others)
+
+
+def test_one_form_is_kept_of_what_gives_the_same_numbers(bundles: dict[str, Bundle]) -> None:
+    assert set(Fingerprint.of(bundles["cached"].path).forms) == {PORTABLE, TYPED}
+
+
+@pytest.mark.parametrize("kind", ["cached", "per-step", "float-ends", "fp32-cached"])
+def test_no_other_rounding_goes_further_than_those_that_were_tried(kind: str, bundles: dict[str, Bundle]) -> None:
+    """A rounding point that few moves cross is crossed by some."""
+    kept = Fingerprint.of(bundles[kind].path)
+    with load(bundles[kind].path, threads=1) as pipe:
+        observe = observer(pipe._open_executor(), kept.label, None)
+        for size, number in itertools.product((1e-7, 1e-6, 1e-5), range(1000, 1020)):
+            found = observe(_moved(kept.samples, size, number))
+            types = dict.fromkeys((call for call, _ in found), "f32")
+            over = [each for each in kept.forms[PORTABLE].differences(found, types) if not each.is_rounding]
+            assert over == []
+
+
+def test_a_call_is_held_to_the_type_that_its_engine_and_its_caches_are_computed_in(bundles: dict[str, Bundle]) -> None:
+    program = bundles["cached"].manifest.program
+    types = types_of_calls(program, {"condition": "f32", "full": "bf16", "reuse": "f32"})
+    assert types.pop("condition") == "f32"
+    assert set(types.values()) == {"bf16"}  # `reuse` reads what `full` wrote
+    assert set(types_of_calls(program, {"condition": "f32", "full": "f32", "reuse": "bf16"}).items()) == {
+        ("condition", "f32"),
+        *((f"{step.segment}@{step.index}", "f32" if step.segment == "full" else "bf16") for step in program.steps),
+        *((f"update@{step.index}", "f32" if step.segment == "full" else "bf16") for step in program.steps),
+    }
 
 
 @pytest.mark.parametrize("kind", ["cached", "fp32-cached"])
@@ -140,8 +199,30 @@ def test_a_bundle_without_a_fingerprint_says_so(
         assert pipe.images([0]).shape == (1, 3, 8, 8)
 
 
+def without(start: str) -> Callable[[Any], Any]:
+    return lambda tables: [tables.pop(name) for name in list(tables) if name.startswith(start)]
+
+
+def changed(start: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda tables: tables.update({name: change(tables[name]) for name in tables if name.startswith(start)})
+
+
 @pytest.mark.parametrize(
-    "change", [lambda tables: tables.pop("label"), lambda tables: tables.update({"sample/x": np.zeros(1)})]
+    "change",
+    [
+        *(without(start) for start in ("label", "sample/", "sample/0", "sample/6", "output/", "tolerance/")),
+        *(without(f"{kind}/{form}/") for kind in ("output", "tolerance") for form in ("portable", "portable/full@0")),
+        changed("label", lambda label: label + 99),
+        changed("label", lambda label: label - 99),
+        changed("label", lambda label: label[:0]),
+        changed("sample/", lambda sample: sample[:, :2]),
+        changed("sample/", lambda sample: sample.astype(np.float64)),
+        changed("tolerance/", lambda tolerance: tolerance[:0]),
+        changed("output/", lambda values: values[:-1]),
+        lambda tables: tables.update({"sample/x": np.zeros(1)}),
+        lambda tables: tables.update({"sample/-1": tables["sample/0"]}),
+        lambda tables: tables.update({"sample/99": tables["sample/0"]}),
+    ],
 )
 def test_a_fingerprint_that_is_none_is_one_line(
     change: Callable[[Any], Any], bundles: dict[str, Bundle], copy: Callable[[Bundle], Path]
@@ -151,7 +232,7 @@ def test_a_fingerprint_that_is_none_is_one_line(
     change(tables)
     write_tables(folder / FINGERPRINT, tables)
     seal_bundle(folder, bundles["cached"].manifest)
-    with pytest.raises(BundleError, match="is no fingerprint"), load(folder, check=True):
+    with pytest.raises(BundleError, match=r"is no fingerprint|does not fit its bundle"), load(folder, check=True):
         pass
 
 
@@ -175,6 +256,23 @@ def test_a_bundle_is_compared_once_per_process_and_backend(
         with load(bundles["cached"].path, threads=threads, check=True):
             pass
     assert compared == [1, 2]
+
+
+def test_a_comparison_without_the_compensation_does_not_stand_for_one_with_it(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    differences = pipeline.Pipeline.differences
+    monkeypatch.setattr(
+        pipeline.Pipeline,
+        "differences",
+        lambda pipe: compared.append(len(found := differences(pipe))) or found,  # type: ignore[func-returns-value]
+    )
+    for compensation in (False, True, False):
+        with load(bundles["cached"].path, compensation=compensation, check=True):
+            pass
+    without_it, with_it = compared
+    assert without_it < with_it
 
 
 def test_without_the_compensation_the_segments_are_compared_all_the_same(bundles: dict[str, Bundle]) -> None:

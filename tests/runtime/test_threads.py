@@ -43,12 +43,11 @@ def noisy(
 
 @pytest.fixture(scope="module")
 def dynamic(
-    tmp_path_factory: pytest.TempPathFactory, make_small_model: Callable[..., DiT], quick_options: CompileOptions
+    compiled_once: Callable[..., Bundle], make_small_model: Callable[..., DiT], quick_options: CompileOptions
 ) -> Path:
     """A bundle whose activation scales are measured as the tensors come."""
-    folder = tmp_path_factory.mktemp("dynamic") / "dynamic"
     changes = {"scales": "dynamic", "policy": "fora:2", "vc": "none"}
-    return compile_model(make_small_model(), folder, quick_options.model_copy(update=changes)).path
+    return compiled_once(make_small_model(), quick_options.model_copy(update=changes)).path
 
 
 @pytest.fixture(scope="module")
