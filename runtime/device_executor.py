@@ -161,6 +161,7 @@ class DeviceExecutor:
             if owner is not request:
                 if owner is not None and not owner.ended:
                     owner.left = [self._device.download(tensor) for tensor in self._carried]
+                self._owner = None  # until all of it is there: an error half-way leaves the buffers nobody's
                 if request is not None and request.left:
                     for tensor, array in zip(self._carried, request.left, strict=True):
                         self._device.upload(array, tensor)

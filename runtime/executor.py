@@ -9,9 +9,10 @@ writes every slot before it reads it. So requests may run in any number of threa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from time import perf_counter
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ __all__ = [
     "closed_while_running",
     "seeded_noise",
     "streamed_noise",
+    "whole_numbers",
     "written_ports",
 ]
 
@@ -49,6 +51,7 @@ NO_INPUTS: Mapping[str, Samples] = {}
 REQUEST_BYTES = 256 << 20  # about what the buffers of one request may take
 MOST_AT_ONCE = 64  # images; more of the smallest models gain nothing
 BLOCK_INSIDES = 16  # tensors of a branch's size that are alive inside a block, beside the cache slots
+WORD = 32  # bits of a word of a random stream's seed
 KEPT_BUFFERS = 4  # sets of buffers that wait for their next request, whatever their sizes
 
 
@@ -331,6 +334,14 @@ def check_request(spec: ModelSpec, labels: Sequence[int], noise: Samples) -> Non
         raise InputError(f"noise must have shape {expected} for {len(labels)} labels, found {noise.shape}")
 
 
+def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
+    """Python's integers of any kind of them. Raises InputError for fractions, texts and nested rows."""
+    try:
+        return [index(value) for value in values]
+    except TypeError as e:
+        raise InputError(f"{name} must be whole numbers in one row, such as [3, 1, 4]; found {values!r:.60}") from e
+
+
 def closed_while_running() -> DitcError:
     """The error of a request whose pipeline was closed before its last step."""
     return DitcError("the pipeline was closed while this request ran; keep it open until the last image is there")
@@ -345,13 +356,27 @@ def seeded_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> t
 
 
 def streamed_noise(images: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> tuple[Samples, NoiseSource]:
-    """As `seeded_noise`, for images named one by one: (seed, number of the image)."""
-    negative = [seed for seed, _ in images if seed < 0]
-    if negative:
-        raise InputError(f"the seed must not be negative, found {negative[0]}; set --seed 0 or more")
-    streams = [np.random.default_rng(image) for image in images]
+    """As `seeded_noise`, for images named one by one: (seed, number of the image).
+
+    Raises InputError for numbers below 0.
+    """
+    streams = [_stream(seed, number) for seed, number in images]
 
     def draw(_: Any = None) -> Samples:
         return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
     return draw(), draw
+
+
+def _stream(seed: int, number: int) -> np.random.Generator:
+    """The random stream of one image.
+
+    NumPy takes a list of numbers as the 32-bit words that they have, one after the other: a seed of two words would be
+    the stream of another seed's later image. So the words are told apart by how many a large seed has.
+    """
+    named = (("seed", "--seed 0 or more", seed), ("number of the first image", "first=0 or more", number))
+    for name, advice, value in named:
+        if value < 0:
+            raise InputError(f"the {name} must not be negative, found {value}; set {advice}")
+    words = [-(-value.bit_length() // WORD) or 1 for value in (seed, number)]
+    return np.random.default_rng((seed, number) if words == [1, 1] else (seed, number, *words))

@@ -26,7 +26,7 @@ from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_
 from ditc.program import DECODE, Program
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
-from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise
+from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise, whole_numbers
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
 from ditc.tables import DYNAMIC, step_inputs
 
@@ -223,9 +223,10 @@ class Pipeline:
         it gives by itself: requests merged into one keep their noise. Raises InputError for a label or a shape that
         the model doesn't have.
         """
-        executor = self._open_executor()
+        executor, labels = self._open_executor(), whole_numbers("labels", labels)
         streams = image_streams(len(labels), seed, seeds, first)
         self.bundle.manifest.model.check_labels(tuple(labels))
+        check_noise(noise, len(labels))
         drawn, fresh = streamed_noise(streams, self.bundle.manifest.model.latent_shape)
         for event in executor.run(labels, drawn if noise is None else noise, fresh):
             last = event.index == event.steps - 1
@@ -241,7 +242,7 @@ class Pipeline:
         first: int = 0,
     ) -> Samples:
         """Finished samples before decoding, (n, channels, height, width), `at_once` of them at a time."""
-        executor = self._open_executor()
+        executor, labels = self._open_executor(), whole_numbers("labels", labels)
         requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
         return np.concatenate([executor.last(*request) for request in requests])
 
@@ -259,7 +260,7 @@ class Pipeline:
         The first one is image `first` of the seed; with `seeds` each is the first one of its own.
         """
         self.check_makes_images()
-        executor = self._open_executor()
+        executor, labels = self._open_executor(), whole_numbers("labels", labels)
         requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
         if isinstance(executor, DeviceExecutor) and executor.decodes:  # the latents stay on the device
             return np.concatenate([np.clip(executor.last_images(*request), -1, 1) for request in requests])
@@ -361,8 +362,7 @@ class Pipeline:
     ) -> Iterator[tuple[Sequence[int], Samples, NoiseSource]]:
         """Labels, x_T and the source of fresh noise, `at_once` images at a time."""
         size = self._at_once(executor)
-        if noise is not None and len(noise) != len(labels):
-            raise InputError(f"noise must have one sample per label: {len(labels)} labels, found {len(noise)}")
+        check_noise(noise, len(labels))
         self.bundle.manifest.model.check_labels(tuple(labels))
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
@@ -376,12 +376,25 @@ class Pipeline:
         return executor
 
 
+def check_noise(noise: object, count: int) -> None:
+    """Raise InputError unless noise, where it is given, is an array of numbers with a sample for each of the images."""
+    if noise is None:
+        return
+    if not isinstance(noise, np.ndarray) or noise.dtype.kind not in "fiu":
+        kind = noise.dtype if isinstance(noise, np.ndarray) else type(noise).__name__
+        raise InputError(f"noise must be a NumPy array of float32, found {kind}; take np.asarray(..., np.float32)")
+    if noise.shape[:1] != (count,):
+        raise InputError(f"noise must have one sample per label: {count} labels, found {len(np.atleast_1d(noise))}")
+
+
 def image_streams(count: int, seed: int | None, seeds: Sequence[int] | None, first: int) -> list[tuple[int, int]]:
     """(seed, number of the image) of each of `count` images. Raises InputError for seeds that don't fit."""
     if seeds is None:
-        return [(seed or 0, first + place) for place in range(count)]
+        number, start = whole_numbers("seed and first", [0 if seed is None else seed, first])
+        return [(number, start + place) for place in range(count)]
     if seed is not None or first:
         raise InputError("give seed and first, or seeds with one seed for each image; found both")
-    if len(seeds) != count:
-        raise InputError(f"seeds must be one for each label: {count} labels, found {len(seeds)} seeds")
-    return [(int(one), 0) for one in seeds]
+    own = whole_numbers("seeds", seeds)
+    if len(own) != count:
+        raise InputError(f"seeds must be one for each label: {count} labels, found {len(own)} seeds")
+    return [(one, 0) for one in own]

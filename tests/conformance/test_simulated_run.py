@@ -263,6 +263,31 @@ def test_a_watched_request_goes_on_after_others_had_the_device(name: str, graphs
 
 
 @pytest.mark.any_version
+def test_an_error_while_one_gets_its_values_back_leaves_the_others_theirs(
+    built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ditc.load(built["small"], target="tensorrt") as pipe:
+        alone = [event.x for event in pipe.generate([1], seed=1)]
+        one, other = pipe.generate([1], seed=1), pipe.generate([4], seed=2)
+        next(other)
+        next(one)
+        executor = pipe._executor
+        assert isinstance(executor, DeviceExecutor)
+        upload, uploads = executor._device.upload, itertools.count()
+
+        def interrupted(array: NDArray[Any], tensor: Any) -> None:
+            if next(uploads) == 2:  # some of the buffers hold the other's values by now
+                raise KeyboardInterrupt
+            upload(array, tensor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(executor._device, "upload", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(other)
+        assert all(np.array_equal(event.x, x) for event, x in zip(one, alone[1:], strict=True))
+
+
+@pytest.mark.any_version
 @pytest.mark.parametrize("graphs", ["none", "step", "trajectory"])
 def test_threads_get_the_samples_of_the_same_requests_in_turn(graphs: str, built: Any) -> None:
     requests = [([n % 5, (n + 2) % 5][: 1 + n % 2], n) for n in range(24)]

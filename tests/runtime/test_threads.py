@@ -23,7 +23,7 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import DitcError, InputError
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import with_vae
-from ditc.runtime.executor import KEPT_BUFFERS, Executor
+from ditc.runtime.executor import KEPT_BUFFERS, Executor, streamed_noise
 from ditc.runtime.pipeline import Pipeline, load
 
 Images = NDArray[Any]
@@ -278,16 +278,60 @@ def test_closing_between_any_two_looks_gives_the_same_or_our_error(ask: Callable
         ({"seeds": [1, 2], "first": 3}, "seed and first, or seeds"),
         ({"seeds": [1, -2]}, "must not be negative, found -2"),
         ({"seed": -1}, "must not be negative, found -1"),
+        ({"first": -1}, "number of the first image must not be negative, found -1"),
+        ({"seed": 1.5}, r"seed and first must be whole numbers .*found \[1\.5, 0\]"),
+        ({"first": 0.5}, "seed and first must be whole numbers"),
+        ({"seeds": [1.9, 2]}, r"seeds must be whole numbers .*found \[1\.9, 2\]"),
+        ({"seeds": "12"}, "seeds must be whole numbers"),
+        ({"seeds": 12}, "seeds must be whole numbers"),
+        ({"noise": [[0.0]]}, r"noise must be a NumPy array of float32, found list; take np\.asarray"),
+        ({"noise": np.array(["a", "b"])}, "noise must be a NumPy array of float32, found <U1"),
+        ({"noise": np.float32([1])}, "one sample per label: 2 labels, found 1"),
+        ({"noise": np.zeros((), np.float32)}, "one sample per label: 2 labels, found 1"),
+        ({"noise": np.zeros((2, 5), np.float32)}, r"noise must have shape \(2, 3, 8, 8\)"),
     ],
 )
-def test_seeds_that_do_not_fit_are_one_line(asked: dict[str, Any], message: str, pipes: dict[str, Pipeline]) -> None:
-    for ask in (
-        pipes["cached"].images,
-        pipes["cached"].latents,
-        lambda *a, **k: list(pipes["cached"].generate(*a, **k)),
-    ):
+def test_seeds_and_noise_that_do_not_fit_are_one_line(
+    asked: dict[str, Any], message: str, pipes: dict[str, Pipeline]
+) -> None:
+    for ask in asking(pipes["cached"]):
         with pytest.raises(InputError, match=message):
             ask([1, 2], **asked)
+
+
+@pytest.mark.parametrize("labels", [[3.7], [float("nan")], "31", ["3"], np.array([[3, 1]]), np.array([3.0]), 3, [None]])
+def test_labels_that_are_no_whole_numbers_are_one_line(labels: Any, pipes: dict[str, Pipeline]) -> None:
+    for ask in asking(pipes["cached"]):
+        with pytest.raises(InputError, match=r"^labels must be whole numbers in one row, such as"):
+            ask(labels)
+
+
+def test_integers_of_any_kind_are_taken(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["cached"]
+    expected = pipe.images([3, 1], seeds=[7, 5])
+    assert np.array_equal(pipe.images(np.array([3, 1], np.uint8), seeds=np.array([7, 5])), expected)
+    assert np.array_equal(pipe.images((np.int64(3),), seed=np.int32(7)), expected[:1])
+    assert np.array_equal(pipe.images([3], seed=np.uint64(2**63)), pipe.images([3], seed=2**63))
+
+
+def test_every_image_of_every_seed_has_a_stream_of_its_own() -> None:
+    """Where NumPy would read a large seed as a small one and the number of its image."""
+    few = [*range(3), *(2**bits + near for bits in (31, 32, 33, 64, 96, 128) for near in (-1, 0, 1))]
+    streams = [(seed, number) for seed in few for number in few]
+    noise, fresh = streamed_noise(streams, (2, 3))
+    assert len({one.tobytes() for one in [*noise, *fresh(0)]}) == 2 * len(streams)
+
+
+def test_images_of_seeds_below_two_to_the_32nd_stay_what_they_were() -> None:
+    streams = [(seed, number) for seed in (0, 7, 2**32 - 1) for number in (0, 1, 2**32 - 1)]
+    noise, _ = streamed_noise(streams, (2, 3))
+    before = [np.random.default_rng(stream).standard_normal((2, 3), dtype=np.float32) for stream in streams]
+    assert np.array_equal(noise, before)
+
+
+def asking(pipe: Pipeline) -> tuple[Callable[..., Any], ...]:
+    """The ways to ask for images."""
+    return pipe.images, pipe.latents, lambda *given, **named: list(pipe.generate(*given, **named))
 
 
 @pytest.mark.parametrize(
