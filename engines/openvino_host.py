@@ -10,6 +10,7 @@ ones. What is not exact here is refused.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ __all__ = [
     "import_openvino",
     "integer_layers",
     "openvino_here",
+    "reason",
     "type_around",
 ]
 
@@ -51,6 +53,11 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 NUMPY_TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 PRODUCTS = ("FullyConnected", "MatMul")
+MEASURES = "ReduceMax"  # the operator that finds an activation's scale as the tensor comes
+# Of the weights in what an engine keeps compiled, for the shapes that came last; a compile takes as long as many runs
+KEPT_BYTES = 1 << 30
+MOST_SHAPES = 16
+PLACES = ("Exception from", "Check '")  # how lines of its messages begin that only say where in its sources
 INTEGERS = ("i8", "u8")
 
 
@@ -61,6 +68,13 @@ def import_openvino() -> Any:
     except ImportError as e:
         raise InputError("openvino is not installed; install it with: pip install 'ditc[openvino]'") from e
     return openvino
+
+
+def reason(error: RuntimeError) -> str:
+    """The line of OpenVINO's message that says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines if not line.startswith(PLACES)]
+    return next(iter(reasons or lines[-1:]), "it gives no reason")
 
 
 class OpenVinoBinding:
@@ -94,14 +108,13 @@ class OpenVinoBinding:
             self._stale.clear()
             engine.cores.run(engine.threads, self._request.infer)
         except RuntimeError as e:
-            first_line = str(e).strip().splitlines()[0]
             raise BundleError(
-                f"OpenVINO failed running segment {engine.name}: {first_line}; run it with --target cpu"
+                f"OpenVINO failed running segment {engine.name}: {reason(e)}; run it with --target cpu"
             ) from e
 
 
 class OpenVinoEngine:
-    """One segment, compiled for the shapes of a run when they first come, and again where they change."""
+    """One segment, compiled for the shapes of a run when they first come; those that came last stay compiled."""
 
     def __init__(self, model: Any, name: str, rest: str, threads: int, cores: CoreGate) -> None:
         self._model, self.name, self.threads, self.cores = model, name, threads, cores
@@ -111,7 +124,9 @@ class OpenVinoEngine:
             "INFERENCE_NUM_THREADS": threads,
         }
         self._compiling = threading.Lock()  # it reshapes the one model
-        self._shapes: Shapes = ()
+        self._kept: OrderedDict[Shapes, Any] = OrderedDict()
+        weights = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
+        self._most_kept = min(MOST_SHAPES, max(1, KEPT_BYTES // max(1, weights)))
         self.inputs: Mapping[str, Port] = {port.any_name: _port_of(port) for port in model.inputs}
         self.outputs: Mapping[str, Port] = {port.any_name: _port_of(port) for port in model.outputs}
         self.compiled: Any = None
@@ -125,12 +140,15 @@ class OpenVinoEngine:
         return type_around(self)
 
     def compiled_for(self, shapes: Shapes) -> Any:
-        """The model compiled for inputs of these shapes. Of several shapes the last one stays."""
+        """The model compiled for inputs of these shapes."""
         with self._compiling:
-            if self.compiled is None or shapes != self._shapes:
+            if shapes not in self._kept:
                 self._model.reshape({name: list(shape) for name, shape in shapes})
-                self.compiled = import_openvino().Core().compile_model(self._model, "CPU", self._settings)
-                self._shapes = shapes
+                self._kept[shapes] = import_openvino().Core().compile_model(self._model, "CPU", self._settings)
+                if len(self._kept) > self._most_kept:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(shapes)
+            self.compiled = self._kept[shapes]
             return self.compiled
 
     def __enter__(self) -> OpenVinoEngine:
@@ -141,7 +159,8 @@ class OpenVinoEngine:
     ) -> None:
         """What is compiled goes with the last binding that runs it."""
         with self._compiling:
-            self.compiled, self._shapes = None, ()
+            self.compiled = None
+            self._kept.clear()
 
 
 @dataclass(frozen=True)
@@ -162,6 +181,11 @@ class OpenVinoBackend:
         model = _read(segment)
         if not any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):
             return OnnxRuntimeBackend(self.threads, cores=self.cores).open(segment)
+        if self.rest != "f32" and any(node.get_type_name() == MEASURES for node in model.get_ops()):
+            raise InputError(
+                f"{segment.name}: OpenVINO has no {self.rest} beside activation scales that are measured at run time; "
+                "run it with --target openvino"
+            )
         here, bits = openvino_here(self.rest), weight_bits(segment) or INT8.weights
         if here.exactness.form(bits) is None:
             seven = ", or compile with --precision w7a8" if here.exactness.form(SEVEN_BITS) is not None else ""
@@ -188,8 +212,7 @@ def _read(segment: Path) -> Any:
         with openable(segment, Links.NONE) as name:
             return import_openvino().Core().read_model(name)
     except RuntimeError as e:
-        first_line = str(e).strip().splitlines()[0]
-        raise BundleError(f"OpenVINO failed opening {segment.name}: {first_line}; run it with --target cpu") from e
+        raise BundleError(f"OpenVINO failed opening {segment.name}: {reason(e)}; run it with --target cpu") from e
 
 
 class OpenVinoHere(NamedTuple):

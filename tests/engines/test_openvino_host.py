@@ -17,18 +17,21 @@ from ditc.engines import openvino_host
 from ditc.engines.integer_form import Exactness, advise
 from ditc.engines.onnxrt import OnnxRuntimeEngine
 from ditc.engines.openvino_host import (
+    MOST_SHAPES,
     OpenVinoBackend,
     OpenVinoEngine,
     OpenVinoHere,
     import_openvino,
     integer_layers,
     openvino_here,
+    reason,
     type_around,
 )
 from ditc.errors import AdviceWarning, BundleError, InputError
 from ditc.exporter.dit import DiT
 from ditc.exporter.onnx_files import save_model
 from ditc.runtime.closeness import relative_error
+from ditc.runtime.fingerprint import PORTABLE, Fingerprint
 from ditc.runtime.pipeline import Pipeline, load
 
 pytest.importorskip("openvino")
@@ -168,6 +171,87 @@ def test_what_an_engine_computes_in_is_what_the_probe_found(rest: str, runnable:
         full = pipe.engines["full"]
         assert isinstance(full, OpenVinoEngine)
         assert type_around(full) == openvino_here(rest).rest
+
+
+@pytest.fixture(scope="module")
+def dynamic(
+    compiled_once: Callable[..., Bundle], make_small_model: Callable[..., DiT], quick_options: CompileOptions
+) -> Bundle:
+    """A bundle whose activation scales are measured as the tensors come; of seven bits, which run everywhere."""
+    changes = {"scales": "dynamic", "policy": "fora:2", "vc": "none", "precision": "w7a8"}
+    return compiled_once(make_small_model(), quick_options.model_copy(update=changes))
+
+
+@pytest.mark.parametrize("target", ["openvino", "openvino-bf16"])
+@pytest.mark.parametrize("name", ["cached", "per-step"])
+def test_its_segments_give_what_they_gave_where_they_were_compiled(
+    name: str, target: str, runnable: dict[str, Bundle]
+) -> None:
+    with load(runnable[name].path, target=target, check=True) as pipe:
+        assert all(found.is_rounding for found in pipe.differences())
+
+
+def test_scales_measured_at_run_time_are_held_to_the_portable_form(dynamic: Bundle) -> None:
+    with load(dynamic.path, target="openvino", check=True) as pipe:
+        assert isinstance(pipe.engines["full"], OpenVinoEngine)
+
+
+def test_scales_measured_at_run_time_are_refused_beside_bfloat16_when_they_open(dynamic: Bundle) -> None:
+    with (
+        pytest.raises(InputError, match=r"^full\.onnx: OpenVINO has no bf16 beside .*; run it with --target openvino$"),
+        load(dynamic.path, target="openvino-bf16"),
+    ):
+        pass
+
+
+def test_what_onnxruntime_runs_is_held_to_float32(runnable: dict[str, Bundle]) -> None:
+    with load(runnable["cached"].path, target="openvino-bf16") as pipe:
+        differences = pipe.differences()
+    kept = Fingerprint.of(runnable["cached"].path).forms[PORTABLE].tolerances
+    allowed = {found.call: found.tolerance for found in differences}
+    assert allowed["condition"] == kept["condition"]["f32"]
+    assert allowed["full@0"] == kept["full@0"][openvino_here("bf16").rest]
+
+
+def test_floating_point_is_held_to_float32_and_makes_nobody_probe(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_host, "openvino_here", None)
+    with load(bundles["fp32-cached"].path, target="openvino-bf16", check=True) as pipe:
+        assert all(found.tolerance < 1e-3 for found in pipe.differences())
+
+
+def test_sizes_that_alternate_are_compiled_once_each(
+    runnable: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    for kept in (MOST_SHAPES, 2):
+        monkeypatch.setattr(openvino_host, "MOST_SHAPES", kept)
+        with load(runnable["cached"].path, target="openvino") as pipe:
+            full = pipe.engines["full"]
+            assert isinstance(full, OpenVinoEngine)
+            for images in (*range(1, 7), *range(1, 7)):
+                pipe.latents([1] * images)
+            compiled.append(len(full._kept))
+            first = full.compiled_for(next(iter(full._kept)))
+            assert full.compiled_for(next(reversed(full._kept))) is first
+    assert compiled == [6, 2]
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (
+            "Exception from core.cpp:1:\nCheck 'a != b' failed at x.cpp:3:\nNo such precision.\n\n\n",
+            "No such precision.",
+        ),
+        ("Exception from core.cpp:1:\nCheck 'a' failed at x.cpp:3\n", "Check 'a' failed at x.cpp:3"),
+        ("Out of memory", "Out of memory"),
+        ("", "it gives no reason"),
+    ],
+)
+def test_the_line_that_says_why_is_the_one_that_is_shown(message: str, why: str) -> None:
+    assert reason(RuntimeError(message)) == why
 
 
 def test_a_segment_that_does_not_open_is_one_clear_line(tmp_path: Path) -> None:
