@@ -334,12 +334,13 @@ def check_request(spec: ModelSpec, labels: Sequence[int], noise: Samples) -> Non
         raise InputError(f"noise must have shape {expected} for {len(labels)} labels, found {noise.shape}")
 
 
-def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
+def whole_numbers(name: str, values: Iterable[Any], example: str) -> list[int]:
     """Python's integers of any kind of them. Raises InputError for fractions, texts and nested rows."""
     try:
         return [index(value) for value in values]
     except TypeError as e:
-        raise InputError(f"{name} must be whole numbers in one row, such as [3, 1, 4]; found {values!r:.60}") from e
+        found = " ".join(repr(values).split())
+        raise InputError(f"{name} must be whole numbers, for example {example}; found {found:.60}") from e
 
 
 def closed_while_running() -> DitcError:

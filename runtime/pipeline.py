@@ -223,7 +223,7 @@ class Pipeline:
         it gives by itself: requests merged into one keep their noise. Raises InputError for a label or a shape that
         the model doesn't have.
         """
-        executor, labels = self._open_executor(), whole_numbers("labels", labels)
+        executor, labels = self._open_executor(), whole_numbers("labels", labels, "[3, 1, 4]")
         streams = image_streams(len(labels), seed, seeds, first)
         self.bundle.manifest.model.check_labels(tuple(labels))
         check_noise(noise, len(labels))
@@ -242,7 +242,7 @@ class Pipeline:
         first: int = 0,
     ) -> Samples:
         """Finished samples before decoding, (n, channels, height, width), `at_once` of them at a time."""
-        executor, labels = self._open_executor(), whole_numbers("labels", labels)
+        executor, labels = self._open_executor(), whole_numbers("labels", labels, "[3, 1, 4]")
         requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
         return np.concatenate([executor.last(*request) for request in requests])
 
@@ -260,7 +260,7 @@ class Pipeline:
         The first one is image `first` of the seed; with `seeds` each is the first one of its own.
         """
         self.check_makes_images()
-        executor, labels = self._open_executor(), whole_numbers("labels", labels)
+        executor, labels = self._open_executor(), whole_numbers("labels", labels, "[3, 1, 4]")
         requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
         if isinstance(executor, DeviceExecutor) and executor.decodes:  # the latents stay on the device
             return np.concatenate([np.clip(executor.last_images(*request), -1, 1) for request in requests])
@@ -390,11 +390,11 @@ def check_noise(noise: object, count: int) -> None:
 def image_streams(count: int, seed: int | None, seeds: Sequence[int] | None, first: int) -> list[tuple[int, int]]:
     """(seed, number of the image) of each of `count` images. Raises InputError for seeds that don't fit."""
     if seeds is None:
-        number, start = whole_numbers("seed and first", [0 if seed is None else seed, first])
+        number, start = whole_numbers("seed and first", [0 if seed is None else seed, first], "7 and 0")
         return [(number, start + place) for place in range(count)]
     if seed is not None or first:
         raise InputError("give seed and first, or seeds with one seed for each image; found both")
-    own = whole_numbers("seeds", seeds)
+    own = whole_numbers("seeds", seeds, "[7, 5]")
     if len(own) != count:
         raise InputError(f"seeds must be one for each label: {count} labels, found {len(own)} seeds")
     return [(one, 0) for one in own]

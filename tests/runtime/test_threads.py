@@ -279,9 +279,9 @@ def test_closing_between_any_two_looks_gives_the_same_or_our_error(ask: Callable
         ({"seeds": [1, -2]}, "must not be negative, found -2"),
         ({"seed": -1}, "must not be negative, found -1"),
         ({"first": -1}, "number of the first image must not be negative, found -1"),
-        ({"seed": 1.5}, r"seed and first must be whole numbers .*found \[1\.5, 0\]"),
+        ({"seed": 1.5}, r"seed and first must be whole numbers, .*found \[1\.5, 0\]"),
         ({"first": 0.5}, "seed and first must be whole numbers"),
-        ({"seeds": [1.9, 2]}, r"seeds must be whole numbers .*found \[1\.9, 2\]"),
+        ({"seeds": [1.9, 2]}, r"seeds must be whole numbers, .*found \[1\.9, 2\]"),
         ({"seeds": "12"}, "seeds must be whole numbers"),
         ({"seeds": 12}, "seeds must be whole numbers"),
         ({"noise": [[0.0]]}, r"noise must be a NumPy array of float32, found list; take np\.asarray"),
@@ -299,10 +299,12 @@ def test_seeds_and_noise_that_do_not_fit_are_one_line(
             ask([1, 2], **asked)
 
 
-@pytest.mark.parametrize("labels", [[3.7], [float("nan")], "31", ["3"], np.array([[3, 1]]), np.array([3.0]), 3, [None]])
+@pytest.mark.parametrize(
+    "labels", [[3.7], [float("nan")], "31", ["3"], np.eye(2, dtype=int), np.array([3.0]), 3, [None]]
+)
 def test_labels_that_are_no_whole_numbers_are_one_line(labels: Any, pipes: dict[str, Pipeline]) -> None:
     for ask in asking(pipes["cached"]):
-        with pytest.raises(InputError, match=r"^labels must be whole numbers in one row, such as"):
+        with pytest.raises(InputError, match=r"^labels must be whole numbers, for example \[3, 1, 4\]; found .*$"):
             ask(labels)
 
 
