@@ -145,7 +145,7 @@ class Fingerprint:
 
     def check_fits(self, program: Program, spec: ModelSpec) -> None:
         """Raise BundleError unless the samples are of this model, and every step that is run finds its caches."""
-        steps = {step for step in self.samples if step < len(program.steps)}
+        steps = {step for step in self.samples if 0 <= step < len(program.steps)}
         if PORTABLE not in self.forms:
             raise _misfit("it has no portable form")
         if not 0 <= self.label < spec.num_classes:
