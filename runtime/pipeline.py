@@ -319,8 +319,7 @@ class Pipeline:
             raise InputError("the fingerprint is of the compiled program; open the bundle without reference=True")
         kept = Fingerprint.of(self.bundle.path)
         kept.check_fits(self.program, self.bundle.manifest.model)
-        executor = self._open_executor()
-        engines = self.engines
+        engines, executor = self.engines, self._open_executor()  # in this order: engines that are gone have none
         decode = partial(self._decoded, executor) if DECODE in self.program.epilogue else None
         found = observer(executor, kept.label, decode)(kept.samples)
         if not self._compensated:  # then the next sample is another one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -97,40 +96,47 @@ def test_an_interrupted_wait_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) ->
     assert gate.run(1, lambda: "has it") == "has it"
 
 
-def test_no_interrupt_costs_cores_wherever_it_comes() -> None:
-    """Ctrl-C between any two steps, while another thread wants the cores too; what was raised is kept, as shells do."""
-    gate, ended, kept = CoreGate(2), threading.Event(), list[BaseException]()
+INTERRUPTED = """
+import faulthandler, gc, random, signal, threading, time
+from ditc.engines.cores import CoreGate
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+gate, ended, kept, pauses = CoreGate(2), threading.Event(), [], random.Random(0)
+gc.disable()  # an interrupt inside a collection is lost
+faulthandler.dump_traceback_later(30, exit=True)
 
-    def other() -> None:
-        while not ended.is_set():
-            gate.run(1, lambda: time.sleep(1e-5))
+def interrupt(*_):
+    raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    pauses, rival = random.Random(0), threading.Thread(target=other, daemon=True)
-    rival.start()
+def other():
+    while not ended.is_set():
+        gate.run(1, lambda: time.sleep(1e-5))
+
+signal.signal(signal.SIGALRM, interrupt)
+rival = threading.Thread(target=other)
+rival.start()
+until = time.monotonic() + 1
+while time.monotonic() < until:
     try:
-        until = time.monotonic() + 1.5
-        while time.monotonic() < until:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, pauses.uniform(1e-5, 5e-4))
-                while True:
-                    gate.run(2, lambda: None)
-            except KeyboardInterrupt as e:
-                kept.append(e)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        ended.set()
-        rival.join(10)
-    assert not rival.is_alive()
-    assert len(kept) > 50
-    last = threading.Thread(target=gate.run, args=(2, lambda: None), daemon=True)
-    last.start()
-    last.join(10)
-    assert not last.is_alive()
+        signal.setitimer(signal.ITIMER_REAL, pauses.uniform(1e-5, 5e-4))
+        while True:
+            gate.run(2, lambda: None)
+    except KeyboardInterrupt as e:
+        kept.append(e)  # with all frames, as a shell keeps the last one
+ended.set()
+rival.join()
+last = threading.Thread(target=gate.run, args=(2, lambda: None))
+last.start()
+last.join()
+print(len(kept))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer signals")
+def test_no_interrupt_costs_cores_wherever_it_comes() -> None:
+    """Ctrl-C between any two steps, while another thread wants cores too."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
 
 
 FORKED = """
