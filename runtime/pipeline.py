@@ -29,6 +29,7 @@ from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise, whole_numbers
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
 from ditc.tables import DYNAMIC, step_inputs
+from ditc.update_form import UPDATE
 
 __all__ = ["Pipeline", "load", "open_engines"]
 
