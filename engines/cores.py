@@ -64,25 +64,26 @@ class CoreGate:
         with turn.running:
             try:
                 self._line[turn] = None
-                while not self._has_cores(turn):
+                while turn not in self._with_cores():
                     turn.sleep()
                 return work()
             finally:
                 self._line.pop(turn, None)
-                for other in list(self._line):
+                for other in self._with_cores():
                     other.wake()
 
-    def _has_cores(self, turn: _Turn) -> bool:
-        """Are there cores for it beside those of everyone before it?"""
-        taken = 0
-        for other in list(self._line):
-            if other.is_over:
-                self._line.pop(other, None)
+    def _with_cores(self) -> list[_Turn]:
+        """Those in line for whom there are cores beside those of everyone before them; who has ended leaves it."""
+        found, taken = [], 0
+        for turn in list(self._line):
+            if turn.is_over:
+                self._line.pop(turn, None)
                 continue
-            taken += other.cores
-            if other is turn:
+            taken += turn.cores
+            if taken > self.cores:
                 break
-        return taken <= self.cores
+            found.append(turn)
+        return found
 
 
 @functools.cache
