@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ditc.cli.options import (
+    A_PATH,
     ModelSettings,
     as_json,
     compile_options,
@@ -22,11 +23,9 @@ __all__ = ["build_command", "compile_command", "demo_command", "print_demo"]
 
 @click.command("compile")
 @model_options
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option("-o", "--out", type=A_PATH, required=True, help="The bundle to write.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
-@click.option(
-    "--exports", type=click.Path(path_type=Path), help="Folder that keeps FP segments for compiles with other settings."
-)
+@click.option("--exports", type=A_PATH, help="Folder that keeps FP segments for compiles with other settings.")
 @compile_options
 @as_json
 def compile_command(out: Path, force: bool, exports: Path | None, json_: bool, **settings: Any) -> None:
@@ -58,7 +57,7 @@ def compile_command(out: Path, force: bool, exports: Path | None, json_: bool, *
 
 
 @click.command("demo")
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
+@click.option("-o", "--out", type=A_PATH, default=Path("out/demo"), show_default=True)
 @compile_options
 @as_json
 def demo_command(out: Path, json_: bool, **settings: Any) -> None:
@@ -75,16 +74,16 @@ def demo_command(out: Path, json_: bool, **settings: Any) -> None:
 
 
 @click.command("build")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=A_PATH)
 @click.option("--target", metavar="tensorrt", default="tensorrt", show_default=True, help="What to build for.")
-@click.option("--engines", type=click.Path(path_type=Path), help="Folder for the engines; default is the bundle's own.")
+@click.option("--engines", type=A_PATH, help="Folder for the engines; default is the bundle's own.")
 @click.option(
     "--optimization-level", type=int, default=3, show_default=True, help="How long TensorRT searches, 0 to 5."
 )
 @click.option("--workspace", type=int, default=1024, show_default=True, help="MiB of scratch memory TensorRT may take.")
 @click.option(
     "--timing-cache",
-    type=click.Path(path_type=Path),
+    type=A_PATH,
     help="Timing cache to use and extend; default lies by the engines.",
 )
 @click.option("--replay", is_flag=True, help="Build from the timing cache alone, and leave it as it is.")

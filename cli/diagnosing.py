@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ditc.cli.options import (
+    A_PATH,
     as_json,
     target_options,
 )
@@ -20,7 +21,7 @@ __all__ = ["bisect_command", "doctor_command", "export_polygraphy_command"]
 
 
 @click.command("doctor")
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.argument("bundle", type=A_PATH, required=False)
 @target_options
 @as_json
 def doctor_command(bundle: Path | None, target: str | None, engines: Path | None, json_: bool) -> None:
@@ -46,7 +47,7 @@ def doctor_command(bundle: Path | None, target: str | None, engines: Path | None
 
 
 @click.command("bisect")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=A_PATH)
 @click.option("--by", metavar="layer|branch|block", default="layer", show_default=True, help="What a group is.")
 @click.option(
     "--mode", metavar="only|without", default="only", show_default=True, help="Quantize only the group, or all but it."
@@ -71,8 +72,8 @@ def bisect_command(bundle: Path, by: str, mode: str, points: int, top: int, targ
 
 
 @click.command("export-polygraphy")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@click.argument("bundle", type=A_PATH)
+@click.option("-o", "--out", type=A_PATH, required=True, help="The folder to write.")
 @click.option("--points", type=int, default=4, show_default=True, help="Calls recorded of each segment.")
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @as_json

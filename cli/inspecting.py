@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ditc.cli.options import (
+    A_PATH,
     as_json,
 )
 from ditc.cli.output import print_facts, print_json
@@ -17,7 +18,7 @@ __all__ = ["inspect_command"]
 
 
 @click.command("inspect")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=A_PATH)
 @as_json
 def inspect_command(bundle: Path, json_: bool) -> None:
     """Print a bundle's program, schedule, sizes, and how it was made."""

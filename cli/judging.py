@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ditc.cli.options import (
+    A_PATH,
     ModelSettings,
     as_json,
     compile_options,
@@ -27,7 +28,7 @@ __all__ = ["evaluate_command", "print_evaluation", "print_veto", "tune_command"]
 
 
 @click.command("evaluate")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=A_PATH)
 @click.option("--images", type=int, default=1000, show_default=True, help="Images of each seed.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of the noise: 0,1,2.")
 @feature_options
@@ -42,7 +43,7 @@ __all__ = ["evaluate_command", "print_evaluation", "print_veto", "tune_command"]
     help="Images at which quantization noise is held against the change that a reuse exploits; 0 leaves it out.",
 )
 @click.option("--rounds", type=int, default=1000, show_default=True, help="Rounds of the bootstrap.")
-@click.option("--save", type=click.Path(path_type=Path), help="Folder for report, features and FP images.")
+@click.option("--save", type=A_PATH, help="Folder for report, features and FP images.")
 @click.option(
     "--fail-if-worse",
     type=float,
@@ -67,7 +68,7 @@ def evaluate_command(bundle: Path, seeds: str, save: Path | None, json_: bool, *
 
 @click.command("tune")
 @model_options
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option("-o", "--out", type=A_PATH, required=True, help="The bundle to write.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @click.option("--worse-by", type=float, help="Most that the Frechet distance may lie above FP's, interval and all.")
 @click.option("--least-psnr", "least_psnr_db", type=float, help="Least mean PSNR against FP in dB, interval and all.")

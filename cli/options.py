@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ditc.exporter.facts import ModelFacts
 
 __all__ = [
+    "A_PATH",
     "ModelSettings",
     "as_json",
     "compile_options",
@@ -28,6 +29,19 @@ __all__ = [
     "threads_option",
     "whole_numbers",
 ]
+
+
+class _Path(click.Path):
+    """A path that is not empty: the working directory, which an empty one stands for, nobody means by it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            name = "a path" if param is None else param.get_error_hint(ctx)
+            raise InputError(f"{name} is empty; name a file or folder, . for the working directory")
+        return super().convert(value, param, ctx)
+
+
+A_PATH = _Path(path_type=Path)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -155,9 +169,7 @@ COMPILE_OPTIONS = (
 
 TARGET_OPTIONS = (
     click.option("--target", metavar=TARGETS, help="Where to run; default is the one it was compiled for."),
-    click.option(
-        "--engines", type=click.Path(path_type=Path), help="Folder of built engines; default is the bundle's own."
-    ),
+    click.option("--engines", type=A_PATH, help="Folder of built engines; default is the bundle's own."),
 )
 
 PLACE_OPTIONS = (
@@ -192,7 +204,7 @@ MODEL_OPTIONS = (
     click.option(
         "--random", "random_size", metavar="SIZE", help="A released size with random weights, like dit-xl-2-256."
     ),
-    click.option("--vae", type=click.Path(path_type=Path), help="AutoencoderKL folder whose decoder makes the images."),
+    click.option("--vae", type=A_PATH, help="AutoencoderKL folder whose decoder makes the images."),
     click.option("--heads", type=int, help="Attention heads, where the checkpoint's width does not tell."),
     click.option("--classes", type=int, help="Classes of a checkpoint; a row more in its label table is for none."),
     click.option("--no-null", is_flag=True, help="The checkpoint has no class for none: it was trained without."),

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ditc.cli.options import (
+    A_PATH,
     as_json,
     place_options,
     taken_place,
@@ -20,8 +21,8 @@ __all__ = ["report_command"]
 
 
 @click.command("report")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The page; default BUNDLE-report.html.")
+@click.argument("bundle", type=A_PATH)
+@click.option("-o", "--out", type=A_PATH, help="The page; default BUNDLE-report.html.")
 @click.option("--images", type=int, default=16, show_default=True, help="Images to hold against FP, step by step.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the noise.")
 @click.option("--requests", type=int, default=10, show_default=True, help="Full batches to time.")

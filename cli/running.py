@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ditc.cli.options import (
+    A_PATH,
     as_json,
     place_options,
     processor_options,
@@ -21,9 +22,9 @@ __all__ = ["run_command", "verify_command"]
 
 
 @click.command("run")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=A_PATH)
 @click.option("--labels", required=True, help="Classes, one image each: 207,360.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the PNG files.")
+@click.option("-o", "--out", type=A_PATH, required=True, help="Folder for the PNG files.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
 @place_options
 @processor_options
@@ -46,7 +47,7 @@ def run_command(bundle: Path, labels: str, out: Path, seed: int, json_: bool, **
 
 
 @click.command("verify")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=A_PATH)
 @click.option("--images", type=int, default=8, show_default=True, help="Images to compare.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the noise.")
 @click.option("--min-psnr", type=float, help="Fail (exit code 1) below this mean PSNR in dB.")

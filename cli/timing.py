@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ditc.cli.options import (
+    A_PATH,
     as_json,
     place_options,
     threads_option,
@@ -19,10 +20,10 @@ __all__ = ["bench_command", "estimate_command"]
 
 
 @click.command("bench")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=A_PATH)
 @click.option("--requests", type=int, default=10, show_default=True, help="Full batches to measure.")
 @click.option("--warmup", type=int, default=2, show_default=True, help="Full batches before those.")
-@click.option("--trace", type=click.Path(path_type=Path), help="Folder for layers_*.json and profile_*.json.")
+@click.option("--trace", type=A_PATH, help="Folder for layers_*.json and profile_*.json.")
 @click.option("--max-seconds", type=float, help="Fail (exit code 1) where the median request takes longer.")
 @click.option("--against", metavar="PEER,...|all", multiple=True, help="Peers to measure in turn with the bundle.")
 @click.option("--model", metavar="MODEL", help="The model it was compiled from, for peers in torch.")
@@ -77,7 +78,7 @@ def bench_command(
 
 
 @click.command("estimate")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=A_PATH)
 @click.option(
     "--device",
     metavar="agx-orin|h100|h200|here|l4|orin-nx",

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from PIL import Image
@@ -180,6 +181,24 @@ def test_advice_is_one_line_on_stderr_and_json_stays_json(
 def test_warnings_that_are_not_ours_are_shown_as_ever() -> None:
     with pytest.warns(UserWarning, match="something else"), advice_on_stderr():
         warnings.warn("something else", UserWarning, stacklevel=1)
+
+
+PATHS = [
+    (name, parameter)
+    for name, command in sorted(cli.commands.items())
+    for parameter in command.params
+    if isinstance(parameter.type, click.Path)
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), PATHS, ids=lambda value: getattr(value, "name", value))
+def test_an_empty_path_is_not_the_working_directory(
+    name: str, parameter: click.Parameter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [""] if isinstance(parameter, click.Argument) else [parameter.opts[0], ""]
+    others = [] if isinstance(parameter, click.Argument) else ["x"]
+    assert run([name, *others, *given]) == 2
+    assert "is empty; name a file or folder" in capsys.readouterr().err
 
 
 def test_doctor_says_what_works_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
