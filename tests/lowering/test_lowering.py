@@ -14,15 +14,16 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.exporter.onnx_files import load_model, save_model
 from ditc.lowering.forms import lower
 
+# each weight has a zero point of its own, as `insert_qdq` gives it: the switch for exact products takes no other
 SHARED_PAIR = """
 <ir_version: 10, opset_import: ["" : 20]>
 g (float[batch, 32] x) => (float[batch, 32] q, float[batch, 32] k)
 <float scale = {0.05}, int8 zero = {0}, int8[32, 32] wq = {WQ}, int8[32, 32] wk = {WK}, float[32] ws = {WS},
- int8[32] wz = {WZ}> {
+ int8[32] wqz = {WZ}, int8[32] wkz = {WZ}> {
     xq = QuantizeLinear (x, scale, zero)
     xd = DequantizeLinear (xq, scale, zero)
-    wqd = DequantizeLinear <axis = 1> (wq, ws, wz)
-    wkd = DequantizeLinear <axis = 1> (wk, ws, wz)
+    wqd = DequantizeLinear <axis = 1> (wq, ws, wqz)
+    wkd = DequantizeLinear <axis = 1> (wk, ws, wkz)
     q = MatMul (xd, wqd)
     k = MatMul (xd, wkd)
 }
@@ -68,6 +69,23 @@ def test_lowering_twice_changes_nothing(shared_pair: Path) -> None:
     model = load_model(shared_pair)
     assert lower(model, "onnxrt")
     assert not lower(model, "onnxrt")
+
+
+PLACES = {"DequantizeLinear": (0, 2), "MatMulIntegerToFloat": (1, 5)}  # inputs of an operator: weight, its zero point
+
+
+@pytest.mark.parametrize("name", ["cached", "per-step", "float-ends"])
+def test_no_two_weights_of_a_segment_share_a_zero_point(name: str, bundles: dict[str, Bundle]) -> None:
+    """Without VNNI a session with such a one would not open."""
+    segment = bundles[name].segment_path("full")
+    for path in (segment, lowered_path(segment, "onnxrt")):
+        zeros = []
+        for node in load_model(path).graph:
+            weight, zero = (node.inputs[place] for place in PLACES.get(node.op_type, (0, 0)))
+            if node.op_type in PLACES and weight is not None and weight.const_value is not None:
+                zeros.append(zero)
+        assert len(zeros) == 8
+        assert len(set(map(id, zeros))) == 8
 
 
 def test_another_backend_gets_the_portable_graph(shared_pair: Path) -> None:
