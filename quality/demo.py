@@ -71,7 +71,7 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str
     progress("quality", 1, 1)
     return {
         "grid": str(picture),
-        "bundle": str(bundle.path),
+        "bundle": str(out / "bundle"),
         "seconds_per_image": speed,
         "arithmetic": None if arithmetic is None else arithmetic.model_dump(),
         "images": QUALITY_IMAGES,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,19 @@ def test_every_file_that_is_named_or_linked_is_there(document: Path) -> None:
     named = {name for name in NAMED.findall(text) if not (ROOT / name).exists()}
     linked = {name for name in LINKED.findall(text) if not (document.parent / name).exists()}
     assert named | linked == set()
+
+
+def absolute_paths(value: Any) -> list[str]:
+    """The texts in a JSON value that name a place on one machine."""
+    if isinstance(value, str):
+        return [value] if re.search(r"(?:^|[\s:=])(?:/|~/|[A-Za-z]:\\)\w", value) else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [found for part in parts for found in absolute_paths(part)]
+
+
+@pytest.mark.parametrize("figures", sorted(ROOT.glob("benchmarks/**/*.json")), ids=lambda path: path.name)
+def test_figures_name_no_place_on_the_machine_that_took_them(figures: Path) -> None:
+    assert absolute_paths(json.loads(figures.read_text())) == []
 
 
 def test_modules_that_are_named_can_be_found() -> None:

@@ -59,7 +59,8 @@ def test_floating_point_is_not_probed_and_runs_on_every_machine(
 ) -> None:
     monkeypatch.setattr(onnxrt, "onnxruntime_exactness", None)
     for name in ("condition", "full", "reuse"):
-        OnnxRuntimeBackend().open(bundles["fp32-cached"].segment_path(name))
+        with OnnxRuntimeBackend().open(bundles["fp32-cached"].segment_path(name)) as engine:
+            assert engine.outputs
 
 
 @pytest.mark.parametrize(("exactness", "advised"), [(WITH_VNNI, 0), (WITHOUT, 1), (Exactness(0, 8), 0)])
