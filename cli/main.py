@@ -40,14 +40,19 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with advice_on_stderr():
             return int(cli.main(args=list(arguments), prog_name="ditc", standalone_mode=False) or 0)
-    except click.ClickException as e:
+    except click.exceptions.NoArgsIsHelpError as e:
         e.show()
         return e.exit_code
+    except click.ClickException as e:
+        command = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx is not None else "ditc"
+        what = one_line(e.format_message().rstrip("."))
+        click.echo(f"ditc: {what}; `{command} --help` lists what it takes", err=True)
+        return e.exit_code
     except CheckError as e:
-        click.echo(f"ditc: check failed: {one_line(str(e))}", err=True)
+        click.echo(f"ditc: check failed: {e}", err=True)
         return FAILED
     except DitcError as e:
-        click.echo(f"ditc: {one_line(str(e))}", err=True)
+        click.echo(f"ditc: {e}", err=True)
         return BAD_INPUT
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] == "ditc":

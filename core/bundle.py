@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from ditc.bundle_checks import bundle_contradictions, is_graph, manifest_contradictions
-from ditc.errors import BundleError, one_line
+from ditc.errors import BundleError
 from ditc.files import atomic_write, sha256_of
 from ditc.manifest import MANIFEST, REFERENCE, SCHEMA_VERSION, SEAL, SEGMENTS, TABLES, FileEntry, Manifest
 from ditc.onnx_ports import Ports, read_ports
@@ -123,7 +123,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _refuse(path: Path, contradictions: Iterator[str]) -> None:
     for first in contradictions:
-        raise BundleError(f"{path} contradicts itself: {one_line(first)}; compile it again")
+        raise BundleError(f"{path} contradicts itself: {first}; compile it again")
 
 
 def _ports(path: Path, name: str) -> Ports:
@@ -154,9 +154,8 @@ def _read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as e:
         first = e.errors()[0]
-        where = one_line(".".join(str(part) for part in first["loc"]))
-        reason = one_line(first["msg"])
-        raise BundleError(f"{path / MANIFEST} is damaged at {where} ({reason}); copy the bundle again") from e
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path / MANIFEST} is damaged at {where} ({first['msg']}); copy the bundle again") from e
 
 
 def _parsed(path: Path, text: bytes) -> Any:
@@ -172,7 +171,7 @@ def _parsed(path: Path, text: bytes) -> Any:
         raw = json.loads(text, object_pairs_hook=pairs)
         json.dumps(raw, ensure_ascii=False).encode()  # halves of characters can't be written, so not shown either
     except (ValueError, RecursionError) as e:
-        raise BundleError(f"{path / MANIFEST} is damaged ({one_line(str(e))}); copy the bundle again") from e
+        raise BundleError(f"{path / MANIFEST} is damaged ({e}); copy the bundle again") from e
     return raw
 
 

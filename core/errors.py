@@ -28,7 +28,10 @@ __all__ = [
 
 
 class DitcError(Exception):
-    """Base of every error that ditc raises on purpose."""
+    """Base of every error that ditc raises on purpose. Its message is one line, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class InputError(DitcError):
@@ -36,13 +39,7 @@ class InputError(DitcError):
 
 
 class CheckpointError(InputError):
-    """A model that can't be read as the diffusion transformer it claims to be.
-
-    Its message quotes foreign files, and is one line whatever they hold.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    """A model that can't be read as the diffusion transformer it claims to be."""
 
 
 class BundleError(InputError):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,6 @@ from ditc.update_form import UPDATE
 
 if TYPE_CHECKING:
     from ditc.engines.integer_form import SaysArithmetic
-    from ditc.runtime.fingerprint import Difference
 
 __all__ = ["Finding", "compared", "examine"]
 
@@ -46,14 +46,9 @@ def compared(bundle: Path, target: str | None = None, engines: Path | None = Non
         differences = pipe.differences()
     findings = []
     for segment in sorted(dict.fromkeys(found.segment for found in differences), key=UPDATE.__eq__):
-        worst = max((found for found in differences if found.segment == segment), key=_excess)
-        seen = f"{worst.port} of {worst.call} differs by {worst.error:.1e} (relative L2), expected at most"
-        findings.append(Finding(f"segment {segment}", worst.is_rounding, f"{seen} {worst.tolerance:.1e}"))
+        worst = max((found for found in differences if found.segment == segment), key=attrgetter("excess"))
+        findings.append(Finding(f"segment {segment}", worst.is_rounding, worst.told))
     return findings
-
-
-def _excess(found: Difference) -> float:
-    return found.error / found.tolerance
 
 
 def installed(package: str) -> str | None:

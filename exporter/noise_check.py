@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ditc.diffusion import alphas_cumprod
 from ditc.spec import DiffusionSpec
 
 __all__ = ["doubts_about", "noise_gain", "noise_resemblance", "noisy_timestep"]
@@ -55,15 +57,7 @@ def _answer(model: Any, timestep: int, strength: float) -> tuple[Tensor, Tensor]
 
 def noisy_timestep(diffusion: DiffusionSpec) -> int | None:
     """The first timestep where no more than LEVEL of a sample's power is signal; None where there is none."""
-    if diffusion.beta_schedule == "squared-cosine":
-        times = torch.arange(1, diffusion.train_steps + 1) / diffusion.train_steps
-        products = torch.cos((times + 0.008) / 1.008 * torch.pi / 2) ** 2
-    else:
-        power = 0.5 if diffusion.beta_schedule == "scaled-linear" else 1.0
-        ends = diffusion.beta_start**power, diffusion.beta_end**power
-        betas = torch.linspace(*ends, diffusion.train_steps, dtype=torch.float64) ** (1 / power)
-        products = torch.cumprod(1 - betas, 0)
-    noisy = (products <= LEVEL).nonzero()
+    noisy = np.flatnonzero(alphas_cumprod(diffusion) <= LEVEL)
     return int(noisy[0]) if len(noisy) else None
 
 

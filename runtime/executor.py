@@ -35,6 +35,7 @@ __all__ = [
     "Samples",
     "StepEvent",
     "check_request",
+    "check_stream",
     "closed_while_running",
     "seeded_noise",
     "streamed_noise",
@@ -369,15 +370,20 @@ def streamed_noise(images: Sequence[tuple[int, int]], shape: tuple[int, ...]) ->
     return draw(), draw
 
 
+def check_stream(seed: int, number: int) -> None:
+    """Raise InputError for a seed, or a number of an image, below 0."""
+    named = (("seed", "--seed 0 or more", seed), ("number of the first image", "first=0 or more", number))
+    for name, advice, value in named:
+        if value < 0:
+            raise InputError(f"the {name} must not be negative, found {value}; set {advice}")
+
+
 def _stream(seed: int, number: int) -> np.random.Generator:
     """The random stream of one image.
 
     NumPy takes a list of numbers as the 32-bit words that they have, one after the other: a seed of two words would be
     the stream of another seed's later image. So the words are told apart by how many a large seed has.
     """
-    named = (("seed", "--seed 0 or more", seed), ("number of the first image", "first=0 or more", number))
-    for name, advice, value in named:
-        if value < 0:
-            raise InputError(f"the {name} must not be negative, found {value}; set {advice}")
+    check_stream(seed, number)
     words = [-(-value.bit_length() // WORD) or 1 for value in (seed, number)]
     return np.random.default_rng((seed, number) if words == [1, 1] else (seed, number, *words))

@@ -68,6 +68,7 @@ ROUNDING: Mapping[str, Rounding] = {
     "bf16": Rounding(moves=4e-3, flips=4e-3, least=3e-2),
 }
 MOVES = 3  # of all samples, by random numbers
+LOST = 1.0  # a tolerance that lets everything pass, as of what is nothing, or no number, without a move or with one
 MARGIN = 2.0  # over the largest difference that they made
 
 Outputs = Mapping[tuple[str, str], NDArray[np.float32]]  # (call, port) -> values, (at most VALUES,)
@@ -90,8 +91,21 @@ class Difference(NamedTuple):
 
     @property
     def is_rounding(self) -> bool:
-        """Is it no more than rounding makes?"""
-        return self.error <= self.tolerance
+        """Is it no more than rounding makes? Never where rounding makes anything of it."""
+        return self.error <= self.tolerance < LOST
+
+    @property
+    def excess(self) -> float:
+        """The error in tolerances."""
+        return self.error / self.tolerance if self.tolerance < LOST else float("inf")
+
+    @property
+    def told(self) -> str:
+        """The same in words."""
+        seen = f"{self.port} of {self.call} differs by {self.error:.1e} (relative L2)"
+        if self.tolerance < LOST:
+            return f"{seen}, expected at most {self.tolerance:.1e}"
+        return f"{seen}, and rounding alone may take it {self.tolerance:.1e} away, so nothing can be held to it"
 
     @property
     def segment(self) -> str:

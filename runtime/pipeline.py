@@ -58,9 +58,9 @@ def load(
     bundle's own; `graphs` how much one CUDA graph holds ("trajectory", "step", "none"); `backend` stands in
     for the target's. `threads` are those of one engine call on a processor, None for every core that the process may
     use; `batch` is how many images `images` and `latents` walk together there, None for as many as fit a small buffer.
-    With `check` every segment is first held to what it gave where the bundle was compiled, once per process and target:
-    CheckError names the one that gives something else. Raises BundleError, naming the file, where anything in the
-    bundle differs from its manifest.
+    With `check` every segment is first held to what it gave where the bundle was compiled, once per process and target,
+    on a GPU at every opening: CheckError names the one that gives something else. Raises BundleError, naming the file,
+    where anything in the bundle differs from its manifest.
     """
     if graphs not in GRAPHS:
         raise unknown_name("CUDA graph scope", graphs, GRAPHS)
@@ -152,7 +152,7 @@ class Pipeline:
             if self._check:
                 self._check_once()
         except BaseException:
-            self._stack.close()
+            self._close()
             raise
         return self
 
@@ -186,6 +186,9 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         executor = self._executor
         if executor is not None:
             executor.close()
@@ -340,16 +343,18 @@ class Pipeline:
         return engine.rest if isinstance(engine, SaysType) else "f32"
 
     def _check_once(self) -> None:
-        """Raise CheckError where a segment gives something else here than where the bundle was compiled."""
+        """Raise CheckError where a segment gives something else here than where the bundle was compiled.
+
+        On a GPU every time: its engines are no part of the bundle, and may have been built again meanwhile.
+        """
         key = (self.bundle.digest, repr(self.backend), self._compensated)
-        if key in CHECKED:
+        if key in CHECKED and not self.on_device:
             return
         for found in self.differences():
             if not found.is_rounding:
                 raise CheckError(
                     f"segment {found.segment} of {self.bundle.path} gives something else here than where it was "
-                    f"compiled: {found.port} of {found.call} differs by {found.error:.2g} (relative L2), expected at "
-                    f"most {found.tolerance:.2g}; `ditc doctor {self.bundle.path}` shows all segments"
+                    f"compiled: {found.told}; `ditc doctor {self.bundle.path}` shows all segments"
                 )
         CHECKED.add(key)
 

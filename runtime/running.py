@@ -15,8 +15,9 @@ import numpy as np
 import ditc
 from ditc.bundle import Bundle
 from ditc.errors import CheckError
+from ditc.files import writing
 from ditc.runtime.closeness import trajectory_comparison
-from ditc.runtime.executor import Samples, StepEvent
+from ditc.runtime.executor import Samples, StepEvent, check_stream
 from ditc.runtime.images import grid, save_png
 from ditc.runtime.pipeline import Pipeline, load
 
@@ -67,7 +68,9 @@ def run_bundle(
     with place.load(bundle) as pipe:
         pipe.bundle.manifest.model.check_labels(tuple(labels))
         pipe.check_makes_images()
-        out.mkdir(parents=True, exist_ok=True)
+        check_stream(seed, 0)  # before anything is written
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         start = perf_counter()
         if pipe.on_device:
             pictures = pipe.images(labels, seed=seed)

@@ -16,27 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ditc.diffusion import alphas_cumprod
 from ditc.errors import InputError
 from ditc.spec import DiffusionSpec, SamplerSpec
 
-__all__ = ["adds_noise", "alphas_cumprod", "needs_noise", "sampler_table", "timesteps", "update"]
+__all__ = ["adds_noise", "needs_noise", "sampler_table", "timesteps", "update"]
 
 Array = NDArray[np.float64]
 Samples = NDArray[np.float32]
 Row = Mapping[str, float]
-
-
-def alphas_cumprod(diffusion: DiffusionSpec) -> Array:
-    """Cumulative products of 1 - beta, (train_steps,)."""
-    count, start, end = diffusion.train_steps, diffusion.beta_start, diffusion.beta_end
-    if diffusion.beta_schedule == "linear":
-        betas = np.linspace(start, end, count)
-    elif diffusion.beta_schedule == "scaled-linear":
-        betas = np.linspace(start**0.5, end**0.5, count) ** 2
-    else:  # squared-cosine, Improved DDPM eq. 17
-        levels = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - levels[1:] / levels[:-1], 0.999)
-    return np.asarray(np.cumprod(1 - betas), np.float64)
 
 
 def timesteps(sampler: SamplerSpec, steps: int, train_steps: int) -> NDArray[np.int64]:

@@ -183,6 +183,35 @@ def test_warnings_that_are_not_ours_are_shown_as_ever() -> None:
         warnings.warn("something else", UserWarning, stacklevel=1)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "begin", "command"),
+    [
+        ("run B --labels 1 -o o --threads x", "Invalid value for '--threads': 'x' is not a valid integer;", "ditc run"),
+        ("run B", "Missing option '--labels';", "ditc run"),
+        ("inspect", "Missing argument 'BUNDLE';", "ditc inspect"),
+        ("inspect B --wrong", "No such option", "ditc inspect"),
+        ("improve", "No such command 'improve'", "ditc"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_too(
+    arguments: str, begin: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"ditc: {begin}")
+    assert said.endswith(f"; `{command} --help` lists what it takes\n")
+    assert said.count("\n") == 1
+
+
+def test_a_seed_that_is_none_leaves_no_folder(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"run {bundles['cached'].path} --labels 1 --seed -1 -o {tmp_path / 'o'}"
+    assert run(command.split()) == 2
+    assert "the seed must not be negative" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 PATHS = [
     (name, parameter)
     for name, command in sorted(cli.commands.items())

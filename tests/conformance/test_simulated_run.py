@@ -81,6 +81,19 @@ def test_every_engine_gives_what_the_typed_form_gave_where_it_was_compiled(name:
 
 
 @pytest.mark.any_version
+def test_engines_are_compared_at_every_opening_since_they_may_be_other_ones(
+    built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    differences = Pipeline.differences
+    monkeypatch.setattr(Pipeline, "differences", lambda pipe: (compared.append(pipe), differences(pipe))[1])
+    for _ in range(2):
+        with ditc.load(built["small"], target="tensorrt", check=True):
+            pass
+    assert len(compared) == 2
+
+
+@pytest.mark.any_version
 def test_an_engine_that_gives_something_else_is_noticed(built: Any) -> None:
     with ditc.load(built["small"], target="tensorrt") as pipe:
         executor = pipe._executor

@@ -23,9 +23,10 @@ from diffusers import (
 )
 from torch import Tensor
 
+from ditc.diffusion import alphas_cumprod
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.schedulers import ABSENT, REFUSED, SCHEDULERS, process_from_scheduler
-from ditc.runtime.samplers import alphas_cumprod, needs_noise, sampler_table, update
+from ditc.runtime.samplers import needs_noise, sampler_table, update
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 # diffusers hands torch tensors to NumPy in a way that NumPy 2 deprecates

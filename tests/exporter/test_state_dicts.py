@@ -231,7 +231,7 @@ def test_a_file_with_the_keys_of_diffusers_is_sent_to_its_folder(tmp_path: Path)
     ],
 )
 def test_inert_arguments_do_not_stand_in_the_way(inert: Any, tmp_path: Path) -> None:
-    taken(save({"ema": state(1), "args": inert}, tmp_path), state(1))
+    assert taken(save({"ema": state(1), "args": inert}, tmp_path), state(1)) == ()
 
 
 @pytest.mark.parametrize("holder", ["args", "hparams", "hyper_parameters", "config", "cfg"])

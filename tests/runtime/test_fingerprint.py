@@ -19,7 +19,7 @@ from ditc.cli.main import run
 from ditc.compiler.options import CompileOptions
 from ditc.engines.backend import runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.errors import BundleError, CheckError, InputError
+from ditc.errors import BundleError, CheckError, DitcError, InputError
 from ditc.exporter.dit import DiT
 from ditc.exporter.onnx_files import load_model, save_model
 from ditc.runtime.fingerprint import (
@@ -170,9 +170,7 @@ def test_load_with_check_names_the_segment_and_how_much(
     bundle, folder = bundles["cached"], copy(bundles["cached"])
     segment = runnable_path(bundle.segment_path("full"), "onnxrt")
     with_fault(bundle, folder, "full", weights_of(segment)[-1])
-    words = (
-        r"segment full of .* gives something else here .* differs by 0\.\d+ \(relative L2\), expected at most 0\.\d+"
-    )
+    words = r"segment full of .* gives something else here .* differs by \S+ \(relative L2\), expected at most \d\S+;"
     for _ in range(2):  # one that failed is compared again
         with pytest.raises(CheckError, match=words), load(folder, check=True):
             pass
@@ -328,3 +326,29 @@ def test_the_digest_is_of_the_manifest(bundles: dict[str, Bundle], copy: Callabl
     (folder / FINGERPRINT).unlink()
     seal_bundle(folder, bundles["cached"].manifest)
     assert open_bundle(folder).digest != bundles["cached"].digest
+
+
+def test_what_rounding_may_make_anything_of_is_never_taken_for_the_same(
+    bundles: dict[str, Bundle], copy: Callable[[Bundle], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(bundles["cached"])
+    tables = dict(read_tables(folder / FINGERPRINT))
+    tables |= {name: np.array([np.inf]) for name in tables if name.startswith("tolerance/") and "/full@" in name}
+    write_tables(folder / FINGERPRINT, tables)
+    seal_bundle(folder, bundles["cached"].manifest)
+    with pytest.raises(CheckError, match="so nothing can be held to it"), load(folder, check=True):
+        pass
+    assert run(["doctor", str(folder)]) == 1
+    assert "no   segment full" in capsys.readouterr().out
+
+
+def test_a_pipeline_that_failed_its_check_is_closed(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.Pipeline, "_check_once", lambda _: (_ for _ in ()).throw(CheckError("no")))
+    pipe = load(bundles["cached"].path, check=True)
+    with pytest.raises(CheckError), pipe:
+        pass
+    assert pipe.engines == {}
+    with pytest.raises(DitcError, match="not open"):
+        pipe.images([0])

@@ -13,8 +13,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ditc.diffusion import alphas_cumprod
 from ditc.errors import InputError
-from ditc.runtime.samplers import alphas_cumprod, needs_noise, sampler_table, timesteps, update
+from ditc.runtime.samplers import needs_noise, sampler_table, timesteps, update
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 LAW = settings(deadline=None)  # a busy machine stalls now and then
