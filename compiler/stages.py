@@ -28,7 +28,7 @@ from ditc.lowering.half_storage import half_storage
 from ditc.lowering.liveness import footprint_of
 from ditc.lowering.tensorrt_rules import violations_of
 from ditc.lowering.update_graph import update_model
-from ditc.program import CONDITION, DECODE, FULL, Program
+from ditc.program import CONDITION, DECODE, FULL, UPDATE, Program
 from ditc.quantize.linears import linear_count
 from ditc.quantize.qdq import insert_qdq
 from ditc.runtime.closeness import relative_error, trajectory_comparison
@@ -36,7 +36,7 @@ from ditc.runtime.compensation import TableCompensation, fit_closed_loop
 from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
 from ditc.runtime.pipeline import open_engines
 from ditc.tables import step_inputs
-from ditc.update_form import UPDATE, UpdateForm
+from ditc.update_form import UpdateForm
 
 __all__ = ["export", "fit", "model_digest", "quantize", "record_pool", "replaced", "select", "verify"]
 
@@ -228,7 +228,7 @@ def store_condition(plan: Plan, segment: Path, path: Path) -> None:
 
 def check_integer_kernels(backend: OnnxRuntimeBackend, segment: Path, expected: int) -> dict[str, int]:
     """{"linears", "integer"} of the graph that ONNX Runtime runs. Raises CheckError where a layer stayed float."""
-    census = kernel_census(backend, runnable_path(segment, backend.name))
+    census = kernel_census(backend, runnable_path(segment, backend.name), segment.parent)
     integer = sum(census[kind] for kind in INTEGER_KERNELS)
     if integer != expected:
         raise CheckError(

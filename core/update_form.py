@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.program import UPDATE
 from ditc.spec import ModelSpec
 
-__all__ = ["COLUMNS", "UPDATE", "UpdateForm"]
+__all__ = ["COLUMNS", "UpdateForm"]
 
 # the sampler's columns in the order of a row; `noise` is 1 where the step adds noise, else 0
 COLUMNS = ("x0_x", "x0_out", "clip", "prev_x0", "prev_x", "prev_out", "sigma", "log_var_min", "log_var_max", "noise")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ditc.errors import DitcError
 from ditc.precision import INT8
-from ditc.update_form import UPDATE
+from ditc.program import UPDATE
 
 if TYPE_CHECKING:
     from ditc.engines.integer_form import SaysArithmetic

@@ -39,9 +39,8 @@ from ditc.engines.trt_worker import PLAN, TIMINGS, BuildRequest, MachineDescript
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, locked, writing
 from ditc.openable import check_utf8
-from ditc.program import CONDITION
+from ditc.program import CONDITION, UPDATE
 from ditc.progress import Progress
-from ditc.update_form import UPDATE
 
 __all__ = [
     "BuildPlan",

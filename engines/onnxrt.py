@@ -215,11 +215,15 @@ def exact_entries(segment: Path) -> Mapping[str, str]:
     return session_entries(segment, onnxruntime_exactness)
 
 
-def kernel_census(backend: OnnxRuntimeBackend, segment: Path) -> Counter[str]:
-    """How often each operator occurs in the graph that ONNX Runtime really runs, after its own optimisation."""
+def kernel_census(backend: OnnxRuntimeBackend, segment: Path, scratch: Path | None = None) -> Counter[str]:
+    """How often each operator occurs in the graph that ONNX Runtime really runs, after its own optimisation.
+
+    That is written to a folder in `scratch`, None for the one of temporary files, and goes again. It has the segment's
+    weights, and no place in a bundle: who opens that meanwhile would find a file that nobody listed.
+    """
     import onnx
 
-    with TemporaryDirectory(dir=segment.parent) as folder:
+    with TemporaryDirectory(prefix="ditc-census-", dir=scratch) as folder:
         optimized = Path(folder) / "optimized.onnx"
         backend.session(segment, optimized)
         graph = onnx.load(str(optimized), load_external_data=False).graph

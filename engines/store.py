@@ -18,8 +18,8 @@ from pydantic import Field, ValidationError
 from ditc.bundle import REFERENCE, Bundle
 from ditc.errors import InputError
 from ditc.files import atomic_write, digest_of, sha256_of
+from ditc.program import UPDATE
 from ditc.spec import Record
-from ditc.update_form import UPDATE
 
 __all__ = [
     "EXPLICIT",

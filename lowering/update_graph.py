@@ -20,8 +20,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
+from ditc.program import UPDATE
 from ditc.spec import ModelSpec
-from ditc.update_form import COLUMNS, UPDATE, UpdateForm
+from ditc.update_form import COLUMNS, UpdateForm
 
 __all__ = ["update_model"]
 

@@ -21,7 +21,7 @@ from ditc.bundle import Manifest
 from ditc.engines.backend import DeviceEngine
 from ditc.engines.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor
 from ditc.errors import CheckError, InputError
-from ditc.program import AHEAD, CONDITION, DECODE, Step
+from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Step
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.conditioning import steps_ahead
 from ditc.runtime.executor import (
@@ -34,7 +34,7 @@ from ditc.runtime.executor import (
     written_ports,
 )
 from ditc.tables import step_inputs
-from ditc.update_form import COLUMNS, UPDATE
+from ditc.update_form import COLUMNS
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
 

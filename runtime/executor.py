@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 
 from ditc.engines.backend import Binding, Buffer, Engine
 from ditc.errors import DitcError, InputError
-from ditc.program import AHEAD, CONDITION, DECODE, Program, Step
+from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Program, Step
 from ditc.runtime.conditioning import Conditioning, steps_ahead
 from ditc.runtime.samplers import Row, needs_noise, update
 from ditc.spec import ModelSpec
-from ditc.update_form import UPDATE
 
 __all__ = [
     "Compensation",

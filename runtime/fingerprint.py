@@ -25,10 +25,9 @@ from numpy.typing import NDArray
 
 from ditc.bundle import read_tables, write_tables
 from ditc.errors import BundleError
-from ditc.program import DECODE, Program
+from ditc.program import DECODE, UPDATE, Program
 from ditc.runtime.executor import Observation, Samples
 from ditc.spec import ModelSpec
-from ditc.update_form import UPDATE
 
 __all__ = [
     "FINGERPRINT",

@@ -23,13 +23,12 @@ from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, r
 from ditc.engines.integer_form import SaysType
 from ditc.engines.targets import backend_for
 from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_name
-from ditc.program import DECODE, Program
+from ditc.program import DECODE, UPDATE, Program
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise, whole_numbers
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
 from ditc.tables import DYNAMIC, step_inputs
-from ditc.update_form import UPDATE
 
 __all__ = ["Pipeline", "load", "open_engines"]
 

@@ -16,9 +16,8 @@ from ditc.bundle import Bundle, open_bundle
 from ditc.engines.memory import footprints, memory_plan
 from ditc.errors import InputError, unknown_name
 from ditc.footprint import Footprint
-from ditc.program import CONDITION
+from ditc.program import CONDITION, UPDATE
 from ditc.spec import Record
-from ditc.update_form import UPDATE
 
 __all__ = ["DEVICES", "HERE", "Rates", "estimate_bundle", "segment_seconds"]
 

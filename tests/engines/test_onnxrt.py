@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.bundle import Bundle, open_bundle
+from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.errors import BundleError
 from ditc.exporter.onnx_files import save_model
 
@@ -108,3 +109,18 @@ def test_a_damaged_segment_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"ONNX Runtime failed opening broken\.onnx") as caught:
         OnnxRuntimeBackend().open(broken)
     assert "\n" not in str(caught.value)
+
+
+def test_a_census_leaves_the_folder_of_its_segment_alone(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may open the bundle meanwhile, and refuses files that nobody listed."""
+    opened = []
+    session = OnnxRuntimeBackend._session
+    monkeypatch.setattr(
+        OnnxRuntimeBackend,
+        "_session",
+        lambda self, *given: (session(self, *given), opened.append(open_bundle(bundles["cached"].path).digest))[0],
+    )
+    assert kernel_census(OnnxRuntimeBackend(), bundles["cached"].segment_path("full"))
+    assert opened
