@@ -29,7 +29,7 @@ from ditc.compiler.stages import executor, quantize
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.exporter.models import builtin_digits
-from ditc.exporter.onnx_files import load_model, save_sharing_data
+from ditc.exporter.onnx_files import load_graph, save_sharing_data
 from ditc.machine import machine
 from ditc.quantize.scale_table import ScaleTable
 from ditc.quantize.scales import activation_probe
@@ -65,7 +65,7 @@ def probed(bundle: Bundle) -> Iterator[Probed]:
     with load(bundle.path, backend=recorder, reference=True) as pipe:
         pipe.latents(LABELS, seed=SEED)
     reference = bundle.reference_path("full")
-    model = load_model(reference)
+    model = load_graph(reference)
     readers = activation_probe(model)
     probe = reference.with_name("probe.onnx")
     save_sharing_data(model, probe)

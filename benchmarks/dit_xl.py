@@ -29,7 +29,7 @@ from ditc.progress import silent
 from ditc.runtime.executor import seeded_noise
 from ditc.speed.bench_options import ModelChoice
 from ditc.speed.latency import latency_of
-from ditc.speed.match import Match, match_of
+from ditc.speed.peer_match import Match, match_of
 from ditc.speed.peers import ReadyPeer, peer_names, ready_peer
 from ditc.speed.side_by_side import bundle_turn, peer_turn, take_turns
 

@@ -19,7 +19,7 @@ from typing import Any
 from ditc.bundle import Bundle, open_bundle
 from ditc.cli.output import print_table
 from ditc.engines.onnxrt import INTEGER_KERNELS
-from ditc.exporter.onnx_files import load_model
+from ditc.exporter.onnx_files import load_graph
 from ditc.machine import machine
 from ditc.quantize.linears import linears_of
 from ditc.runtime.running import HERE as THIS_MACHINE
@@ -35,7 +35,7 @@ def shapes_of(bundle: Bundle) -> dict[Shape, int]:
     """(rows, in, out) -> number of linear layers, of the FP `full` segment."""
     manifest, counts = bundle.manifest, defaultdict(int)
     rows = manifest.batch * manifest.halves * manifest.model.branch_shape[0]
-    for linear in linears_of(load_model(bundle.reference_path("full"))):
+    for linear in linears_of(load_graph(bundle.reference_path("full"))):
         inside, outside = linear.weight_array().shape
         counts[rows, inside, outside] += 1
     return dict(counts)

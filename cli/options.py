@@ -12,7 +12,7 @@ import click
 from ditc.errors import InputError
 
 if TYPE_CHECKING:
-    from ditc.exporter.facts import ModelFacts
+    from ditc.exporter.model_facts import ModelFacts
 
 __all__ = [
     "A_PATH",
@@ -266,7 +266,7 @@ class ModelSettings:
     @classmethod
     def of(cls, settings: dict[str, Any]) -> ModelSettings:
         """Take those options out of all that a command got. Raises InputError for no model, two, or wrong facts."""
-        from ditc.exporter.facts import ModelFacts, beta_schedule_facts
+        from ditc.exporter.model_facts import ModelFacts, beta_schedule_facts
 
         name = chosen_model(settings.pop("model"), settings.pop("random_size"), settings["seed"])
         facts = ModelFacts(

@@ -66,14 +66,14 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     `full` segment, and smoothing changes what its layers read afterwards. Raises InputError where the selector has to
     see what can't be shown.
     """
-    from ditc.exporter.onnx_files import load_model, save_sharing_data
+    from ditc.exporter.onnx_files import load_graph, save_sharing_data
 
     options = plan.options
     needed = SELECTORS[options.select].needs_peaks
     calibrates = options.bits is not None and BINDINGS[options.scales].groups is not None and options.smooth == "none"
     if not computes_all(plan) or not (calibrates or needed):
         return None
-    model = load_model(segments["full"])
+    model = load_graph(segments["full"])
     bounds, shown = lower_bounds(model, options.midpoint), show_activations(model)
     if not shown and needed:
         raise InputError(
@@ -150,9 +150,9 @@ class Probe:
 
 def open_probe(plan: Plan, segments: Segments) -> Probe:
     """The probe of a compile, as one session of ONNX Runtime."""
-    from ditc.exporter.onnx_files import load_model
+    from ditc.exporter.onnx_files import load_graph
 
-    model = load_model(segments["full"])
+    model = load_graph(segments["full"])
     bounds, readers = lower_bounds(model, plan.options.midpoint), activation_probe(model)
     return Probe(
         readers=readers,
@@ -192,11 +192,11 @@ def activation_scales(plan: Plan, segments: Segments, calib_file: Path) -> Scale
 
     The segment is run at them, unless the pool was observed while it was recorded.
     """
-    from ditc.exporter.onnx_files import load_model
+    from ditc.exporter.onnx_files import load_graph
 
     calib, bits = CalibSet.load(calib_file), plan.options.bits or INT8
     origin = Origin(plan.options.ranges, sha256_of(segments["full"]), calib.digest, plan.options.scales, bits)
-    groups, model = plan.scale_groups(calib), load_model(segments["full"])
+    groups, model = plan.scale_groups(calib), load_graph(segments["full"])
     bounds, readers = lower_bounds(model, plan.options.midpoint), activation_probe(model)
     if groups is None:
         return uncalibrated_table(readers, origin)

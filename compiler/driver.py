@@ -26,12 +26,12 @@ from ditc.compiler.smoothing import smooth
 from ditc.compiler.work import WorkFolder, shared, work_folder
 from ditc.engines.backend import lowered_path
 from ditc.errors import DoubtWarning, InputError
-from ditc.exporter.facts import ModelFacts
+from ditc.exporter.model_facts import ModelFacts
 from ditc.exporter.onnx_files import data_path
 from ditc.files import atomic_folder, digest_of, sha256_of
 from ditc.folders import FOLDERS
 from ditc.host_memory import release_weights, return_free_memory
-from ditc.lowering.forms import LOWERINGS
+from ditc.lowering.backend_forms import LOWERINGS
 from ditc.machine import package_versions
 from ditc.program import Program
 from ditc.progress import Progress, silent

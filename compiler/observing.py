@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ditc.engines.backend import Backend, Buffer, Engine, Port
-from ditc.engines.wrapping import WrappingBinding, WrappingEngine
+from ditc.engines.wrapping_engine import WrappingBinding, WrappingEngine
 from ditc.errors import BundleError
 from ditc.quantize.linears import linears_of
 from ditc.quantize.ranges import BINS, Histogram

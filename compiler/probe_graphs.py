@@ -12,7 +12,7 @@ from ditc import engines
 from ditc.engines.integer_form import SEVEN_BITS
 from ditc.engines.integer_probes import CASES, INSIDE, OUTSIDE, STEP, Case, bias, probe_name, probe_weight
 from ditc.exporter.onnx_files import save_sharing_data
-from ditc.lowering.forms import LOWERINGS, lower
+from ditc.lowering.backend_forms import LOWERINGS, lower
 from ditc.precision import INT8, Bits
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.activation_pairs import add_constant

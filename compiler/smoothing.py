@@ -19,9 +19,9 @@ from ditc.files import atomic_write
 from ditc.host_memory import return_free_memory
 from ditc.precision import INT8
 from ditc.program import AHEAD, CONDITION, REUSE_ROWS
-from ditc.quantize.folding import Site, common_sites, fold_into_segment, table_factors
+from ditc.quantize.element_places import row_shape
+from ditc.quantize.fold_sites import Site, common_sites, fold_into_segment, table_factors
 from ditc.quantize.linears import linears_of
-from ditc.quantize.moves import row_shape
 from ditc.quantize.output_factors import multiply_output
 from ditc.quantize.transforms import ChannelStatistics, Choice, choose_factors
 from ditc.runtime.closeness import relative_error
@@ -37,10 +37,10 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
 
     Where no place to fold into is found, a layer stays as it is. Raises CheckError where a segment's outputs differ.
     """
-    from ditc.exporter.onnx_files import load_model
+    from ditc.exporter.onnx_files import load_graph
 
     calib = CalibSet.load(calib_file)
-    models = {part.name: load_model(segments[part.name]) for part in plan.cached_program.segments}
+    models = {part.name: load_graph(segments[part.name]) for part in plan.cached_program.segments}
     paths = dict.fromkeys(linear.path for linear in linears_of(models["full"]))
     sites = common_sites(models)
     choices = choose(plan, models["full"], statistics_of(plan, segments, calib, sites))
@@ -61,16 +61,16 @@ def write_folded(
     models: Mapping[str, ir.Model], condition: Path, factors: Mapping[Site, NDArray[np.float64]], folder: Path
 ) -> dict[str, Path]:
     """The segments that factors change, and `condition` with the tables to match; changes `models` in place."""
-    from ditc.exporter.onnx_files import load_model, save_model
+    from ditc.exporter.onnx_files import load_graph, save_graph
 
     shapes = {str(value.name): (row_shape(value) or ())[1:] for value in models["full"].graph.inputs}
     changed = {name: model for name, model in models.items() if fold_into_segment(model, factors)}
     if tables := table_factors(factors, shapes):
-        changed[CONDITION] = load_model(condition)
+        changed[CONDITION] = load_graph(condition)
         for table, factor in tables.items():
             multiply_output(changed[CONDITION], table, factor)
     for name, model in changed.items():
-        save_model(model, folder / f"{name}.onnx")
+        save_graph(model, folder / f"{name}.onnx")
     return {name: folder / f"{name}.onnx" for name in changed}
 
 

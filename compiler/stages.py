@@ -23,9 +23,9 @@ from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_cens
 from ditc.errors import CheckError
 from ditc.files import atomic_write
 from ditc.host_memory import return_free_memory
-from ditc.lowering.forms import lower
+from ditc.lowering.backend_forms import lower
 from ditc.lowering.half_storage import half_storage
-from ditc.lowering.liveness import footprint_of
+from ditc.lowering.segment_footprint import footprint_of
 from ditc.lowering.tensorrt_rules import violations_of
 from ditc.lowering.update_graph import update_model
 from ditc.program import CONDITION, DECODE, FULL, UPDATE, Program
@@ -185,7 +185,7 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
     What runs in floating point is a copy of the FP segment. `condition` keeps FP32 arithmetic and stores its weights as
     FP16; storage.json tells the error of its tables.
     """
-    from ditc.exporter.onnx_files import load_model, save_model, save_sharing_data
+    from ditc.exporter.onnx_files import load_graph, save_graph, save_sharing_data
 
     table = activation_scales(plan, segments, calib_file)
     atomic_write(folder / "scales.json", table.model_dump_json(indent=1).encode() + b"\n")
@@ -193,15 +193,15 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
     kernels = {}
     for part in plan.program.segments:
         if part.in_float:
-            save_model(load_model(segments[FULL]), folder / f"{part.name}.onnx")
+            save_graph(load_graph(segments[FULL]), folder / f"{part.name}.onnx")
         if not part.quantizes:
             continue
-        model = load_model(segments[part.name])
+        model = load_graph(segments[part.name])
         expected = linear_count(model)
         insert_qdq(model, table)
         path = folder / f"{part.name}.onnx"
-        save_model(model, path)
-        lowered = load_model(path)
+        save_graph(model, path)
+        lowered = load_graph(path)
         if lower(lowered, plan.backend.name):
             save_sharing_data(lowered, lowered_path(path, plan.backend.name))
         kernels[part.name] = check_integer_kernels(plan.backend, path, expected)
@@ -211,12 +211,12 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
 
 def store_condition(plan: Plan, segment: Path, path: Path) -> None:
     """`condition` with half the bytes, unless its weights are too few or too large; its tables are compared."""
-    from ditc.exporter.onnx_files import load_model, save_model
+    from ditc.exporter.onnx_files import load_graph, save_graph
 
-    model = load_model(segment)
+    model = load_graph(segment)
     if not half_storage(model):
         return
-    save_model(model, path)
+    save_graph(model, path)
     feeds = {
         "t": plan.table["t"].astype(np.float32),
         "y": np.array(plan.labels(LABELS_COMPARED), np.int64),
@@ -244,14 +244,14 @@ def lower_for_devices(plan: Plan, compiled: Segments, folder: Path) -> None:
     `update` keeps the sample on the device. With FP16 or INT8 every segment gets its strongly typed form;
     tensorrt.json holds what TensorRT's rules say of it, footprints.json what each segment needs of a device's memory.
     """
-    from ditc.exporter.onnx_files import load_model, save_derived, save_model
+    from ditc.exporter.onnx_files import load_graph, save_derived, save_graph
 
     broken: dict[str, list[str]] = {}
     needs: dict[str, Any] = {}
     update = update_model(plan.spec, UpdateForm.of(plan.table, plan.spec, plan.options.cfg), plan.options.batch)
-    save_model(update, folder / f"{UPDATE}.onnx")
+    save_graph(update, folder / f"{UPDATE}.onnx")
     for name, path in {**compiled, UPDATE: folder / f"{UPDATE}.onnx"}.items():
-        model = load_model(path)
+        model = load_graph(path)
         if name != UPDATE and plan.options.precision != "fp32":
             lower(model, "trt")
             save_derived(model, lowered_path(folder / path.name, "trt"))

@@ -16,7 +16,7 @@ _FACES = {
     "CompileOptions": "ditc.compiler.options",
     "compile_model": "ditc.compiler.driver",
     "DitcError": "ditc.errors",
-    "ModelFacts": "ditc.exporter.facts",
+    "ModelFacts": "ditc.exporter.model_facts",
     "Pipeline": "ditc.runtime.pipeline",
     "StepEvent": "ditc.runtime.executor",
     "load": "ditc.runtime.pipeline",

@@ -1,6 +1,6 @@
 """What a segment needs of a device: ports, bytes of weights, bytes of activations.
 
-`liveness` measures it at compile time; it is kept in the manifest, so that a machine without onnx knows it too.
+`segment_footprint` measures it at compile time; the manifest keeps it, so that a machine without onnx knows it too.
 """
 
 from __future__ import annotations

@@ -26,16 +26,16 @@ from ditc.compiler.calibrating import calibration_feeds, chosen_points, scales_o
 from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, InputError, unknown_name
-from ditc.exporter.onnx_files import data_path, load_model, save_derived
+from ditc.exporter.onnx_files import data_path, load_graph, save_derived
 from ditc.files import digest_of, writing
-from ditc.lowering.forms import lower
+from ditc.lowering.backend_forms import lower
 from ditc.precision import quantized
 from ditc.program import CONDITION
 from ditc.progress import Progress, silent
-from ditc.quantize.groups import LayerGroup, check_grouping, groups_of
-from ditc.quantize.outputs import keep_outputs
+from ditc.quantize.layer_groups import LayerGroup, check_grouping, groups_of
 from ditc.quantize.qdq import insert_qdq
 from ditc.quantize.scale_table import ScaleTable
+from ditc.quantize.segment_outputs import keep_outputs
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import Samples
 from ditc.spec import Record
@@ -203,7 +203,7 @@ def bisect_bundle(
     check_can_be_bisected(bundle)
     target = target or Target("onnxrt", OnnxRuntimeBackend().open)
     with _bench(bundle, options.points, target) as bench:
-        groups = groups_of(load_model(bench.segment), options.by)
+        groups = groups_of(load_graph(bench.segment), options.by)
         every = frozenset(name for group in groups for name in group.names)
         chosen = [MODES[options.mode].quantized(every, frozenset(group.names)) for group in groups]
         variants = [frozenset(), every, *chosen]
@@ -261,7 +261,7 @@ def predict(bench: _Bench, layers: Layers) -> list[Samples]:
 
 def write_variant(bench: _Bench, layers: Layers) -> Path:
     """The segment with `layers` quantized and only the prediction as output, as the backend takes it."""
-    model = load_model(bench.segment)
+    model = load_graph(bench.segment)
     insert_qdq(model, bench.table, layers)
     keep_outputs(model, [value for value in model.graph.outputs if value.name == "out"])
     lower(model, bench.target.name)

@@ -110,11 +110,11 @@ def with_every_row(bundle: Bundle, labels: list[int], run: RecordedRun) -> Recor
 
 def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> SegmentFacts:
     """What the commands of a segment need, read from its graph and its recorded runs."""
-    from ditc.exporter.onnx_files import load_model
+    from ditc.exporter.onnx_files import load_graph
     from ditc.lowering.modulation_folding import OVER_MAGNITUDE
 
     portable = bundle.segment_path(name)
-    graph = load_model(portable).graph
+    graph = load_graph(portable).graph
 
     def form(backend: str) -> str | None:
         path = lowered_path(portable, backend)
@@ -138,9 +138,9 @@ def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> Seg
 
 def tensors_with(segment: Path, text: str) -> list[str]:
     """Names of inner tensors of a graph that have a text in them."""
-    from ditc.exporter.onnx_files import load_model
+    from ditc.exporter.onnx_files import load_graph
 
-    return [str(value.name) for node in load_model(segment).graph for value in node.outputs if text in str(value.name)]
+    return [str(value.name) for node in load_graph(segment).graph for value in node.outputs if text in str(value.name)]
 
 
 def _inside(bundle: Bundle, path: Path) -> str:
@@ -163,13 +163,13 @@ def _write_inputs(folder: Path, runs: Runs) -> None:
 
 def _write_loaders(folder: Path, bundle: Bundle, facts: Sequence[SegmentFacts]) -> None:
     """A data loader for the portable form and one for TensorRT's, each with the types that its graph takes."""
-    from ditc.exporter.onnx_files import load_model
+    from ditc.exporter.onnx_files import load_graph
 
     for part in facts:
         for form in (part.portable, part.typed):
             if form is None:
                 continue
-            inputs = load_model(bundle.path / form).graph.inputs
+            inputs = load_graph(bundle.path / form).graph.inputs
             types = {value.name: value.dtype.numpy().name for value in inputs if value.dtype is not None}
             rows = "".join(f"    {name!r}: {kind!r},\n" for name, kind in types.items())
             text = LOADER.format(segment=part.name, form=form, types=rows)

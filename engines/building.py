@@ -24,7 +24,7 @@ from typing import Any
 
 from ditc.bundle import Bundle
 from ditc.engines.calibrator import CalibrationRequest
-from ditc.engines.memory import MemoryPlan, memory_plan
+from ditc.engines.memory_needs import MemoryNeeds, memory_needs
 from ditc.engines.store import (
     CALIBRATION_SET,
     EXPLICIT,
@@ -88,7 +88,7 @@ class BuildPlan:
     settings: BuildSettings
     store: EngineStore
     machine: MachineDescription
-    memory: MemoryPlan
+    memory: MemoryNeeds
     timing_cache: Path | None
 
     @property
@@ -115,7 +115,7 @@ def plan_build(
         check_utf8(path, "TensorRT's builder")
     if settings.calibration != EXPLICIT:
         check_calibratable(bundle)
-    memory = memory_plan(bundle, settings.calibration)
+    memory = memory_needs(bundle, settings.calibration)
     machine = describe_machine(settings.calibration)
     if settings.hardware_compatible and machine.platform.system.endswith("-tegra"):
         raise InputError("--hardware-compatible engines don't exist on JetPack; leave the option out")

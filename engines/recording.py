@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ditc.engines.backend import Backend, Buffer, Engine, Port
-from ditc.engines.wrapping import WrappingBinding, WrappingEngine
+from ditc.engines.wrapping_engine import WrappingBinding, WrappingEngine
 
 __all__ = ["RecordedRun", "RecordingBackend", "RecordingEngine"]
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ditc.exporter.capture import LARGEST_SIZE
+from ditc.exporter.graph_capture import LARGEST_SIZE
 from ditc.exporter.segments import Excerpt, Passing, Segment, Trunk
 
 __all__ = ["BranchTrace", "trace_branches"]

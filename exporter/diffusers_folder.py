@@ -13,15 +13,15 @@ from ditc.errors import CheckpointError, InputError
 from ditc.exporter.config_files import Config, Keys, class_named, config_of, read_json
 from ditc.exporter.diffusers_keys import diffusers_names
 from ditc.exporter.dit import DiT, DiTConfig
-from ditc.exporter.facts import ModelFacts, given_options
 from ditc.exporter.folder_weights import found_there, read_folder_weights
-from ditc.exporter.original import process_from_facts
+from ditc.exporter.model_facts import ModelFacts, given_options
+from ditc.exporter.original_checkpoint import process_from_facts
 from ditc.exporter.pipeline_index import INDEX_FILE, class_in_index
 from ditc.exporter.schedulers import process_from_scheduler
 from ditc.exporter.state_dicts import about_prefix, fitting_prefix, without_prefix
 from ditc.exporter.training_args import TrainingArgs
 from ditc.exporter.vae import check_decodes, decoder_from_vae
-from ditc.exporter.weights import StateDict, listed, load_weights
+from ditc.exporter.weight_files import StateDict, listed, load_weights
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 __all__ = ["TRANSFORMER_KEYS", "dit_from_diffusers"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ditc.errors import CheckpointError
 from ditc.exporter.config_files import read_json
-from ditc.exporter.weights import StateDict, about_counters, check_floating, read_tensors, without_counters
+from ditc.exporter.weight_files import StateDict, about_counters, check_floating, read_tensors, without_counters
 
 __all__ = ["found_there", "read_folder_weights"]
 

@@ -16,9 +16,9 @@ import torch
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.diffusers_folder import dit_from_diffusers
 from ditc.exporter.dit import DIT_PATCHES, DIT_PIXELS, DIT_SIZES, DiT, DiTConfig, config_for_size
-from ditc.exporter.facts import FACT_OPTIONS, ModelFacts, given_options
+from ditc.exporter.model_facts import FACT_OPTIONS, ModelFacts, given_options
 from ditc.exporter.noise_check import doubts_about
-from ditc.exporter.original import dit_from_checkpoint
+from ditc.exporter.original_checkpoint import dit_from_checkpoint
 from ditc.exporter.protocol import check_decomposition
 from ditc.exporter.vae import check_decodes, decoder_from_vae
 from ditc.spec import SamplerSpec

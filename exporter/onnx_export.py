@@ -18,10 +18,10 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor
 
 from ditc.errors import CheckError, CheckpointError
-from ditc.exporter.assembly import assembled
-from ditc.exporter.capture import captured
-from ditc.exporter.cleanup import CLEANUP
-from ditc.exporter.onnx_files import save_model
+from ditc.exporter.graph_assembly import assembled
+from ditc.exporter.graph_capture import captured
+from ditc.exporter.graph_cleanup import CLEANUP
+from ditc.exporter.onnx_files import save_graph
 from ditc.exporter.protocol import relative_error
 from ditc.exporter.segments import Segment, Trunk
 
@@ -52,7 +52,7 @@ def export_segment(segment: Segment, path: Path, branches: tuple[str, ...], capt
     traced = list(model.graph.initializers.values())
     for transform in CLEANUP:
         transform(model, branches)
-    save_model(model, path)
+    save_graph(model, path)
     # the optimizer's pattern matcher keeps the last graph it saw, and with it every weight of the torch model
     for value in (*traced, *model.graph.initializers.values()):
         value.const_value = None

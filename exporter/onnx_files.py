@@ -10,7 +10,7 @@ import onnx_ir as ir
 from ditc.errors import InputError
 from ditc.files import writing
 
-__all__ = ["data_path", "load_model", "save_derived", "save_model", "save_sharing_data"]
+__all__ = ["data_path", "load_graph", "save_derived", "save_graph", "save_sharing_data"]
 
 INLINE_BYTES = 1024  # smaller tensors stay in the .onnx file
 INLINE_LIMIT_BYTES = 64 << 20  # changed weights beyond this get a file of their own; one protobuf holds 2 GB at most
@@ -21,7 +21,7 @@ def data_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def save_model(model: ir.Model, path: Path) -> None:
+def save_graph(model: ir.Model, path: Path) -> None:
     """Write a model with its larger tensors in one file beside it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def save_derived(model: ir.Model, path: Path) -> None:
     Unchanged weights stay in the file they came from; where much has changed, all go to a file of the model's own.
     """
     changed = sum(bytes_in_memory(value) for value in model.graph.initializers.values())
-    (save_sharing_data if changed < INLINE_LIMIT_BYTES else save_model)(model, path)
+    (save_sharing_data if changed < INLINE_LIMIT_BYTES else save_graph)(model, path)
 
 
 def bytes_in_memory(value: ir.Value) -> int:
@@ -49,7 +49,7 @@ def bytes_in_memory(value: ir.Value) -> int:
     return 0 if tensor is None or isinstance(tensor, ir.ExternalTensor) else int(tensor.nbytes)
 
 
-def load_model(path: Path) -> ir.Model:
+def load_graph(path: Path) -> ir.Model:
     """A model from disk; larger tensors stay memory-mapped until they are read.
 
     onnx_ir takes none out of a link, nor out of a file that has two names, as caches of model hubs have them: those are

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ditc.errors import CheckpointError
-from ditc.exporter.weights import StateDict, about_counters, check_floating, read_mapping, without_counters
+from ditc.exporter.weight_files import StateDict, about_counters, check_floating, read_mapping, without_counters
 
 __all__ = ["Checkpoint", "fitting_prefix", "read_checkpoint", "without_prefix"]
 

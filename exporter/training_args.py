@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ditc.errors import CheckpointError, one_line
 from ditc.exporter.config_files import LARGEST, spelled
-from ditc.exporter.facts import BetaSchedule, ModelFacts, Prediction, given_options
+from ditc.exporter.model_facts import BetaSchedule, ModelFacts, Prediction, given_options
 
 __all__ = ["TrainingArgs", "training_args"]
 

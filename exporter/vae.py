@@ -13,7 +13,7 @@ from ditc.errors import CheckpointError, InputError
 from ditc.exporter.config_files import Config, Keys, class_named, config_of, read_json
 from ditc.exporter.file_formats import download_advice
 from ditc.exporter.folder_weights import found_there, read_folder_weights
-from ditc.exporter.weights import StateDict, listed
+from ditc.exporter.weight_files import StateDict, listed
 
 __all__ = ["VAE_KEYS", "Decoder", "check_decodes", "decoder_from_vae"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ditc.quantize.activation_pairs import activation_pairs, add_constant, bypass, made
-from ditc.quantize.magnitudes import is_of_the_step
+from ditc.quantize.scale_sources import is_of_the_step
 from ditc.tables import SCALES_INPUT
 
 __all__ = ["OVER_MAGNITUDE", "fold_magnitudes_into_tables"]

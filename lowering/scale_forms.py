@@ -12,7 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ditc.precision import LEVELS
 from ditc.quantize.activation_pairs import activation_pairs, add_constant, bypass, made
-from ditc.quantize.magnitudes import is_of_the_step, split_of
+from ditc.quantize.scale_sources import is_of_the_step, split_of
 from ditc.tables import MIDPOINTS_INPUT, SCALES_INPUT
 
 __all__ = ["centres_as_zero_points", "dynamic_products", "merge_recentring", "scales_from_input"]

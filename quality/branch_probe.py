@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.exporter.onnx_files import load_model, save_model
+from ditc.exporter.onnx_files import load_graph, save_graph
 from ditc.files import writing
-from ditc.lowering.forms import lower
-from ditc.quantize.outputs import branch_outputs, keep_outputs
+from ditc.lowering.backend_forms import lower
+from ditc.quantize.segment_outputs import branch_outputs, keep_outputs
 from ditc.runtime.executor import Samples
 from ditc.tables import step_inputs
 
@@ -49,14 +49,14 @@ def open_branch_probe(segment: Path, branches: tuple[str, ...], tables: Tables =
 
     The weights are copied to a temporary folder (in TMPDIR) for as long as the block lasts.
     """
-    backend, model = OnnxRuntimeBackend(), load_model(segment)
+    backend, model = OnnxRuntimeBackend(), load_graph(segment)
     outputs = branch_outputs(model)
     keep_outputs(model, [outputs[branch] for branch in branches])
     lower(model, backend.name)
     with TemporaryDirectory(prefix="ditc-branches-") as folder:
         path = Path(folder).resolve() / "full.onnx"  # resolved: ONNX Runtime takes no weights through a link
         with writing(path):
-            save_model(model, path)
+            save_graph(model, path)
         yield BranchProbe(backend.session(path), step_inputs(tables))
 
 

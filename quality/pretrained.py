@@ -60,7 +60,7 @@ def inception_features() -> Callable[[Samples], NDArray[Any]]:
     extractor, path = _inception()
     import torch
 
-    from ditc.exporter.weights import read_tensors
+    from ditc.exporter.weight_files import read_tensors
 
     read_tensors(path)  # tensors alone: torch-fidelity itself would run code from the file
     network = extractor("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))

@@ -34,7 +34,7 @@ from ditc.compiler.stages import model_digest
 from ditc.engines.integer_form import IntegerForm, arithmetic_of
 from ditc.engines.targets import backend_for
 from ditc.errors import CheckError, InputError
-from ditc.exporter.facts import ModelFacts
+from ditc.exporter.model_facts import ModelFacts
 from ditc.files import atomic_write, digest_of
 from ditc.passes import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress, silent

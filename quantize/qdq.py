@@ -30,8 +30,8 @@ from ditc.quantize.activation_pairs import (
     preceded_by,
 )
 from ditc.quantize.linears import Linear, linears_of
-from ditc.quantize.magnitudes import step_centre
 from ditc.quantize.scale_binding import BINDINGS
+from ditc.quantize.scale_sources import step_centre
 from ditc.quantize.scale_table import ScaleTable
 from ditc.quantize.scales import layers_without_scale
 

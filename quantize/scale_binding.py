@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ditc.quantize.linears import Linear
-from ditc.quantize.magnitudes import largest_magnitude, step_magnitude
+from ditc.quantize.scale_sources import largest_magnitude, step_magnitude
 from ditc.quantize.scale_table import ScaleTable
 from ditc.tables import DYNAMIC
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from ditc.precision import INT8, LEVELS, Bits, levels_of
 from ditc.quantize.linears import Linear, linears_of
 from ditc.quantize.midpoints import Range, centred_scales, range_of
-from ditc.quantize.outputs import keep_outputs
 from ditc.quantize.ranges import Histogram
 from ditc.quantize.scale_binding import BINDINGS, Groups
 from ditc.quantize.scale_table import ScaleTable
+from ditc.quantize.segment_outputs import keep_outputs
 
 __all__ = [
     "Origin",

@@ -2,7 +2,7 @@
 
 One activation scale serves all channels of a tensor. A few channels much larger than the rest take its levels away
 from all others; a factor per channel moves their size into the weight, which has a scale per output channel. A method
-is a pure function from what calibration saw and the weight to the factors s. Where 1/s goes is the matter of `folding`.
+is a pure function from what calibration saw and the weight to the factors s. Where 1/s goes: `fold_sites`.
 """
 
 from __future__ import annotations

@@ -128,13 +128,13 @@ def _probe(
     from ditc.compiler.calibrating import calibration_feeds
     from ditc.engines.backend import runnable_path
     from ditc.engines.onnxrt import OnnxRuntimeBackend
-    from ditc.exporter.onnx_files import load_model, save_model
+    from ditc.exporter.onnx_files import load_graph, save_graph
     from ditc.program import CONDITION
     from ditc.quantize.scales import activation_probe
 
-    model, backend = load_model(bundle.reference_path("full")), OnnxRuntimeBackend()
+    model, backend = load_graph(bundle.reference_path("full")), OnnxRuntimeBackend()
     readers = activation_probe(model)
-    save_model(model, folder / "probe.onnx")
+    save_graph(model, folder / "probe.onnx")
     session = backend.session(folder / "probe.onnx")
     condition = backend.session(runnable_path(bundle.segment_path(CONDITION), backend.name))
     taken, names = {port.name for port in session.get_inputs()}, list(readers)

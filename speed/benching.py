@@ -22,7 +22,7 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.running import HERE, Place
 from ditc.speed.bench_options import BenchOptions
 from ditc.speed.latency import Latency, latency_of
-from ditc.speed.match import bench_labels
+from ditc.speed.peer_match import bench_labels
 from ditc.speed.side_by_side import against_peers
 from ditc.speed.tracing import trace_bundle
 

@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.exporter.onnx_files import save_model
-from ditc.lowering.forms import lower
+from ditc.exporter.onnx_files import save_graph
+from ditc.lowering.backend_forms import lower
 from ditc.machine import processor
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.qdq import insert_qdq
@@ -86,7 +86,7 @@ def _model(
 def _best_call(model: ir.Model, feeds: dict[str, np.ndarray[Any, Any]]) -> float:
     with TemporaryDirectory() as folder:
         path = Path(folder).resolve() / "probe.onnx"
-        save_model(model, path)
+        save_graph(model, path)
         engine = OnnxRuntimeBackend().open(path)
         with engine:
             binding = engine.binding()

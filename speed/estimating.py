@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.engines.memory import footprints, memory_plan
+from ditc.engines.memory_needs import footprints, memory_needs
 from ditc.errors import InputError, unknown_name
 from ditc.footprint import Footprint
 from ditc.program import CONDITION, UPDATE
@@ -81,7 +81,7 @@ def estimate_bundle(path: Path, device: str) -> dict[str, Any]:
         counted = work.model_dump(include={"int8_operations", "float_operations", "weight_bytes", "moved_bytes"})
         times = {"bound": segment_seconds(work, rates, MEASURED), "expected": segment_seconds(work, rates, shares)}
         segments[name] = counted | times
-    memory = memory_plan(bundle).total
+    memory = memory_needs(bundle).total
     return {
         "device": rates.model_dump(),
         "shares": shares,

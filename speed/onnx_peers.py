@@ -15,8 +15,8 @@ from ditc.engines.onnxrt import exact_entries, import_onnxruntime
 from ditc.engines.onnxrt_exactness import FORM_ENTRIES
 from ditc.errors import InputError
 from ditc.precision import INT8
-from ditc.speed.match import Match
 from ditc.speed.peer import Peer
+from ditc.speed.peer_match import Match
 
 __all__ = ["onnxruntime_f32", "onnxruntime_quant", "openvino_bf16", "openvino_f32", "openvino_int8"]
 

@@ -10,8 +10,8 @@ from io import StringIO
 
 from ditc.errors import DitcError, unknown_name
 from ditc.speed import onnx_peers, torch_peers
-from ditc.speed.match import Match
 from ditc.speed.peer import Peer
+from ditc.speed.peer_match import Match
 
 __all__ = ["ALL", "PEERS", "ReadyPeer", "peer_names", "ready_peer"]
 

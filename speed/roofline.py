@@ -17,7 +17,7 @@ from ditc.bundle import Bundle
 from ditc.footprint import Footprint
 from ditc.program import CONDITION, DECODE
 from ditc.speed.estimating import MEASURED, Rates, segment_seconds
-from ditc.speed.match import bench_labels
+from ditc.speed.peer_match import bench_labels
 
 __all__ = ["footprints_here", "limit_of", "roofline"]
 
@@ -56,11 +56,11 @@ def limit_of(work: Footprint, sizes: Mapping[str, int], rates: Rates) -> dict[st
 
 def footprints_here(bundle: Bundle) -> dict[str, Footprint]:
     """The work of every segment in the types that a CPU computes in; the manifest has the form for GPUs."""
-    from ditc.exporter.onnx_files import load_model
-    from ditc.lowering.liveness import footprint_of
+    from ditc.exporter.onnx_files import load_graph
+    from ditc.lowering.segment_footprint import footprint_of
 
     names = bundle.manifest.program.calls
-    return {name: footprint_of(load_model(bundle.segment_path(name)), _sizes(bundle, name)) for name in names}
+    return {name: footprint_of(load_graph(bundle.segment_path(name)), _sizes(bundle, name)) for name in names}
 
 
 def _sizes(bundle: Bundle, name: str) -> dict[str, int]:

@@ -22,8 +22,8 @@ from ditc.runtime.executor import seeded_noise
 from ditc.runtime.pipeline import Pipeline
 from ditc.speed.bench_options import BenchOptions
 from ditc.speed.latency import latency_of
-from ditc.speed.match import Match, bench_labels, match_of
 from ditc.speed.peer import Peer
+from ditc.speed.peer_match import Match, bench_labels, match_of
 from ditc.speed.peers import ReadyPeer, ready_peer
 
 __all__ = ["RUN", "Turn", "against_peers", "bundle_turn", "check_not_slower", "peer_turn", "take_turns"]

@@ -9,8 +9,8 @@ import copy
 from typing import Any
 
 from ditc.errors import InputError
-from ditc.speed.match import Match
 from ditc.speed.peer import Peer
+from ditc.speed.peer_match import Match
 
 __all__ = ["cached_by_cache_dit", "torch_bf16", "torch_compile", "torch_f32"]
 

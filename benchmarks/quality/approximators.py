@@ -29,11 +29,11 @@ from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
-from ditc.exporter.onnx_files import load_model, save_model
+from ditc.exporter.onnx_files import load_graph, save_graph
 from ditc.machine import machine
 from ditc.program import FULL
 from ditc.quality.bootstrap import LEVEL, bootstrapped, estimates
-from ditc.quantize.outputs import keep_outputs
+from ditc.quantize.segment_outputs import keep_outputs
 from ditc.runtime.closeness import psnr_db, relative_error
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline
@@ -61,9 +61,9 @@ def eps_error(bundle: Bundle) -> float:
     """Mean over the steps that reuse of the prediction's error, without compensation."""
     recorder = RecordingBackend(OnnxRuntimeBackend(), dict.fromkeys(("reuse", "extrapolate"), EVERY_RUN))
     with TemporaryDirectory() as folder:
-        model = load_model(bundle.reference_path(FULL))
+        model = load_graph(bundle.reference_path(FULL))
         keep_outputs(model, [value for value in model.graph.outputs if value.name == "out"])
-        save_model(model, Path(folder) / "full.onnx")
+        save_graph(model, Path(folder) / "full.onnx")
         exact = OnnxRuntimeBackend().session(Path(folder) / "full.onnx")
     with Pipeline(bundle, backend=recorder, compensation=False) as pipe:
         for _ in pipe.generate([number % 10 for number in range(EPS_IMAGES)], seed=NOISE_SEED):

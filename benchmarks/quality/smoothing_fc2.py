@@ -23,9 +23,9 @@ from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
 from ditc.compiler.smoothing import choose, smooth, statistics_of
 from ditc.exporter.models import builtin_digits
-from ditc.exporter.onnx_files import load_model, save_model
+from ditc.exporter.onnx_files import load_graph, save_graph
 from ditc.machine import machine
-from ditc.quantize.folding import Site, WeightFold
+from ditc.quantize.fold_sites import Site, WeightFold
 from ditc.quantize.linears import linears_of
 
 HERE = Path(__file__).parent
@@ -34,7 +34,7 @@ NOWHERE = WeightFold("", ())
 
 def with_products(plan: Plan, segments: Segments, calib: Path, folder: Path) -> Segments:
     """The segments with x * (1 / s) in front of every fc2, and its weight times s."""
-    model = load_model(segments["full"])
+    model = load_graph(segments["full"])
     layers = [linear for linear in linears_of(model) if linear.path.endswith("fc2")]
     sites = [Site((linear.name,), str(linear.activation.name), NOWHERE) for linear in layers]
     choices = choose(plan, model, statistics_of(plan, segments, CalibSet.load(calib), sites))
@@ -51,7 +51,7 @@ def with_products(plan: Plan, segments: Segments, calib: Path, folder: Path) -> 
         linear.node.replace_input_with(0, product.outputs[0])
         linear.weight.const_value = ir.tensor(linear.weight_array() * np.float32(choice.factors)[:, None])
     folder.mkdir()
-    save_model(model, folder / "full.onnx")
+    save_graph(model, folder / "full.onnx")
     return {**segments, "full": folder / "full.onnx"}
 
 

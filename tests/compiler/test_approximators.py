@@ -16,7 +16,7 @@ from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
-from ditc.exporter.onnx_files import load_model
+from ditc.exporter.onnx_files import load_graph
 from ditc.program import CONDITION, REUSE_ROWS
 from ditc.quality.branch_probe import condition_tables, open_branch_probe
 from ditc.runtime.approximation import holding_rows
@@ -90,7 +90,7 @@ def test_a_bundle_says_what_it_reuses_and_what_was_fitted(bundles: dict[str, Bun
 
 
 def test_a_step_that_extrapolates_adds_two_sums(bundles: dict[str, Bundle]) -> None:
-    graph = load_model(bundles["fp32-taylor"].segment_path("extrapolate")).graph
+    graph = load_graph(bundles["fp32-taylor"].segment_path("extrapolate")).graph
     assert [value.name for value in graph.inputs] == ["x", "modulation", REUSE_ROWS, "cache.ahead", "cache.before"]
     operators = [node.op_type for node in graph]
     assert operators.count("Mul") == 3  # a weight each, and the final layer's scale

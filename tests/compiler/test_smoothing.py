@@ -22,7 +22,7 @@ from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
 from ditc.errors import CheckError, InputError
 from ditc.exporter.dit import DiT, DiTConfig
-from ditc.exporter.onnx_files import load_model
+from ditc.exporter.onnx_files import load_graph
 from ditc.exporter.stress import stressed
 from ditc.program import CONDITION
 from ditc.quantize.linears import linears_of
@@ -102,7 +102,7 @@ def test_every_segment_that_computes_is_folded_and_held_to_what_it_was(
 
 def test_nothing_is_added_to_what_runs(exported: Exported, folded: tuple[Segments, Path]) -> None:
     for name, path in folded[0].items():
-        before, after = load_model(exported.segments[name]), load_model(path)
+        before, after = load_graph(exported.segments[name]), load_graph(path)
         assert [node.op_type for node in after.graph] == [node.op_type for node in before.graph]
 
 
@@ -110,7 +110,7 @@ def test_the_report_names_every_layer_once(folded: tuple[Segments, Path]) -> Non
     report = json.loads((folded[1] / "smooth.json").read_text())
     assert report["layers"].keys() == PATHS
     assert report["left"] == ["blocks.0.mlp.fc2"]
-    found = {linear.path: linear.weight_array() for linear in linears_of(load_model(folded[0]["full"]))}
+    found = {linear.path: linear.weight_array() for linear in linears_of(load_graph(folded[0]["full"]))}
     for path in PATHS - {"blocks.0.attn.proj"}:
         assert report["layers"][path]["largest"] / report["layers"][path]["least"] > 10
         peaks = np.abs(found[path]).max(axis=1)

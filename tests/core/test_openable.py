@@ -75,19 +75,19 @@ def test_onnx_runtime_opens_every_layout(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_behind_links_are_read_for_the_compiler(tmp_path: Path, layout: str) -> None:
-    from ditc.exporter.onnx_files import load_model, save_model
+    from ditc.exporter.onnx_files import load_graph, save_graph
 
-    model = load_model(linked(graph_in(tmp_path / "bundle"), LAYOUTS[layout]))
-    save_model(model, tmp_path / "copy" / "g.onnx")
+    model = load_graph(linked(graph_in(tmp_path / "bundle"), LAYOUTS[layout]))
+    save_graph(model, tmp_path / "copy" / "g.onnx")
     assert (tmp_path / "copy" / "g.onnx.data").read_bytes() == WEIGHT.tobytes()
 
 
 def test_a_file_with_two_names_is_read_for_the_compiler(tmp_path: Path) -> None:
-    from ditc.exporter.onnx_files import load_model
+    from ditc.exporter.onnx_files import load_graph
 
     graph = graph_in(tmp_path)
     os.link(tmp_path / "g.onnx.data", tmp_path / "other")
-    tensor: Any = load_model(graph).graph.initializers["w"].const_value
+    tensor: Any = load_graph(graph).graph.initializers["w"].const_value
     np.testing.assert_array_equal(tensor.numpy(), WEIGHT)
 
 

@@ -23,7 +23,7 @@ from ditc.engines.integer_form import (
     weight_bits,
 )
 from ditc.errors import AdviceWarning, BundleError
-from ditc.exporter.onnx_files import save_model
+from ditc.exporter.onnx_files import save_graph
 from ditc.precision import Bits
 from ditc.precision import quantized as quantized_precision
 from ditc.program import BRANCH_KEY, PATH_KEY
@@ -132,25 +132,25 @@ def quantized(*bits: int) -> ir.Model:
 
 @pytest.mark.parametrize("bits", [8, 7, 4])
 def test_a_quantized_segment_says_how_many_bits_its_weights_have(bits: int, tmp_path: Path) -> None:
-    save_model(quantized(bits), tmp_path / "full.onnx")
+    save_graph(quantized(bits), tmp_path / "full.onnx")
     assert weight_bits(tmp_path / "full.onnx") == bits
 
 
 def test_a_segment_that_does_not_say_so_is_taken_for_eight_bits(tmp_path: Path) -> None:
     model = quantized(7)
     model.metadata_props.clear()
-    save_model(model, tmp_path / "full.onnx")
+    save_graph(model, tmp_path / "full.onnx")
     assert weight_bits(tmp_path / "full.onnx") == 8
 
 
 @pytest.mark.parametrize("bits", [(8, 7), (7, 8), (4, 7)])
 def test_a_segment_quantized_in_parts_says_the_most_bits_of_any(bits: tuple[int, int], tmp_path: Path) -> None:
-    save_model(quantized(*bits), tmp_path / "full.onnx")
+    save_graph(quantized(*bits), tmp_path / "full.onnx")
     assert weight_bits(tmp_path / "full.onnx") == max(bits)
 
 
 def test_a_segment_in_floating_point_has_no_bits(tmp_path: Path) -> None:
-    save_model(two_layers(), tmp_path / "full.onnx")
+    save_graph(two_layers(), tmp_path / "full.onnx")
     assert weight_bits(tmp_path / "full.onnx") is None
 
 

@@ -29,8 +29,8 @@ from ditc.engines.integer_probes import (
     probe_weight,
 )
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend
-from ditc.exporter.onnx_files import save_model
-from ditc.lowering.forms import lower
+from ditc.exporter.onnx_files import save_graph
+from ditc.lowering.backend_forms import lower
 from ditc.precision import PRECISIONS, Bits
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.midpoints import MIDPOINTS
@@ -123,7 +123,7 @@ def test_every_kernel_that_quantizing_leads_to_is_probed(
 ) -> None:
     model = layers(binding, midpoint, bits)
     lower(model, kind)
-    save_model(model, tmp_path / "full.onnx")
+    save_graph(model, tmp_path / "full.onnx")
     found = kernels(tmp_path / "full.onnx", tmp_path)
     assert found
     assert found <= probed[max(bits.weights, SEVEN_BITS)]

@@ -13,7 +13,7 @@ import pytest
 from ditc.bundle import Bundle, open_bundle
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.errors import BundleError
-from ditc.exporter.onnx_files import save_model
+from ditc.exporter.onnx_files import save_graph
 
 DOUBLE = """
 <ir_version: 10, opset_import: ["" : 20]>
@@ -37,7 +37,7 @@ g (float[batch, 3] x) => (float[batch, 3] out, float[batch, 3] kept) {
 
 @pytest.fixture
 def segment(tmp_path: Path) -> Path:
-    save_model(ir.from_onnx_text(DOUBLE), tmp_path / "double.onnx")
+    save_graph(ir.from_onnx_text(DOUBLE), tmp_path / "double.onnx")
     return tmp_path / "double.onnx"
 
 
@@ -66,7 +66,7 @@ def test_a_rebound_buffer_of_another_size_is_used(segment: Path) -> None:
 
 
 def test_operators_run_in_the_order_of_the_graph_so_that_sums_free_what_they_add(tmp_path: Path) -> None:
-    save_model(ir.from_onnx_text(SUMS), tmp_path / "sums.onnx")
+    save_graph(ir.from_onnx_text(SUMS), tmp_path / "sums.onnx")
     session = OnnxRuntimeBackend().session(tmp_path / "sums.onnx", profile_prefix=str(tmp_path / "profile"))
     session.run(None, {"x": np.ones((2, 3), np.float32)})
     events = json.loads(Path(session.end_profiling()).read_text())

@@ -29,7 +29,7 @@ from ditc.engines.openvino_host import (
 )
 from ditc.errors import AdviceWarning, BundleError, InputError
 from ditc.exporter.dit import DiT
-from ditc.exporter.onnx_files import save_model
+from ditc.exporter.onnx_files import save_graph
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.fingerprint import PORTABLE, Fingerprint
 from ditc.runtime.pipeline import Pipeline, load
@@ -261,7 +261,7 @@ def test_a_segment_that_does_not_open_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_a_graph_without_integers_is_onnxruntimes(tmp_path: Path) -> None:
-    save_model(ir.from_onnx_text(NOT_QUANTIZED), tmp_path / "plain.onnx")
+    save_graph(ir.from_onnx_text(NOT_QUANTIZED), tmp_path / "plain.onnx")
     assert isinstance(OpenVinoBackend().open(tmp_path / "plain.onnx"), OnnxRuntimeEngine)
 
 

@@ -23,8 +23,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from ditc.bundle import Bundle
 from ditc.compiler.options import CompileOptions
-from ditc.exporter.onnx_files import save_model
-from ditc.lowering.forms import lower
+from ditc.exporter.onnx_files import save_graph
+from ditc.lowering.backend_forms import lower
 from ditc.precision import Bits
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.qdq import insert_qdq, quantize_weight
@@ -126,7 +126,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         origin = {"method": "max", "segment_sha256": "", "calibration_digest": ""}
         insert_qdq(model, ScaleTable(**origin, scales={"a": SCALE}, bits=Bits(weights=bits)))
         lower(model, "onnxrt")
-        save_model(model, path / f"full-{bits}.onnx")
+        save_graph(model, path / f"full-{bits}.onnx")
     return path
 
 

@@ -22,7 +22,7 @@ from diffusers_folders import (
 
 from ditc.errors import CheckpointError
 from ditc.exporter.diffusers_folder import dit_from_diffusers
-from ditc.exporter.facts import ModelFacts
+from ditc.exporter.model_facts import ModelFacts
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 

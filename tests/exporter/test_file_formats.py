@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from ditc.errors import CheckpointError
-from ditc.exporter.weights import read_tensors
+from ditc.exporter.weight_files import read_tensors
 
 TENSORS = {"x_embedder.proj.weight": torch.arange(12.0).reshape(3, 4)}
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", "", ".html")

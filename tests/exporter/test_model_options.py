@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
 from ditc.errors import InputError
 from ditc.exporter.dit import DiT, DiTConfig
-from ditc.exporter.facts import FACT_OPTIONS, ModelFacts
+from ditc.exporter.model_facts import FACT_OPTIONS, ModelFacts
 from ditc.exporter.models import load_model
 
 MODULE = """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ditc.diffusion import alphas_cumprod
 from ditc.exporter.dit import DiT, DiTConfig, initialize_weights
-from ditc.exporter.facts import ModelFacts
+from ditc.exporter.model_facts import ModelFacts
 from ditc.exporter.models import builtin_digits, load_model, random_model
 from ditc.exporter.noise_check import LEVEL, NUMBERS, doubts_about, noise_resemblance, noisy_timestep
 from ditc.spec import DiffusionSpec, ModelSpec

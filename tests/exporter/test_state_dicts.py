@@ -15,7 +15,7 @@ from refusals import refusal_of
 from torch import Tensor
 
 from ditc.exporter.dit import DiT, DiTConfig
-from ditc.exporter.original import ANCHOR, dit_from_checkpoint
+from ditc.exporter.original_checkpoint import ANCHOR, dit_from_checkpoint
 from ditc.exporter.state_dicts import fitting_prefix, read_checkpoint
 
 State = dict[str, Tensor]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ditc.errors import CheckpointError
-from ditc.exporter.facts import ModelFacts
+from ditc.exporter.model_facts import ModelFacts
 from ditc.exporter.schedulers import SCHEDULERS
 from ditc.exporter.training_args import (
     FLOW_FLAGS,

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ditc.exporter.onnx_files import load_model
+from ditc.exporter.onnx_files import load_graph
 
 MOST_SHOWN = 16  # whole numbers of a constant: shapes, axes, places
 
 
 def graph_text(path: Path) -> str:
     """Inputs, outputs, constants and nodes, a line each; floating-point constants by type and shape alone."""
-    model = load_model(path)
+    model = load_graph(path)
     graph = model.graph
     opsets = ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in sorted(model.opset_imports.items()))
     lines = [f"opsets {opsets}"]

@@ -12,7 +12,7 @@ import pytest
 from ditc.bundle import Bundle
 from ditc.engines.backend import runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
-from ditc.exporter.onnx_files import load_model, save_model
+from ditc.exporter.onnx_files import load_graph, save_graph
 from ditc.lowering.cpu_fusions import fuse_attention, fuse_integer_products
 
 ATTENTION = """
@@ -63,7 +63,7 @@ def operators(model: ir.Model) -> Counter[str]:
 
 
 def outputs(model: ir.Model, path: Path, **feeds: np.ndarray) -> list[np.ndarray]:
-    save_model(model, path)
+    save_graph(model, path)
     session = OnnxRuntimeBackend().session(path)
     return list(session.run(None, {port.name: feeds[port.name] for port in session.get_inputs()}))
 
@@ -163,7 +163,7 @@ def test_attention_of_the_fp_network_is_recognised_and_keeps_its_numbers(
     bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:
     reference = bundles["cached"].reference_path("full")
-    model = load_model(reference)
+    model = load_graph(reference)
     rng = np.random.default_rng(0)
     session = OnnxRuntimeBackend().session(reference)
     feeds = {

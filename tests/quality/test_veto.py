@@ -14,12 +14,12 @@ from ditc.bundle import Bundle
 from ditc.cli.judging import print_veto
 from ditc.cli.main import run
 from ditc.errors import InputError
-from ditc.exporter.onnx_files import load_model
+from ditc.exporter.onnx_files import load_graph
 from ditc.passes import program_from_schedule
 from ditc.program import CONDITION, Program
 from ditc.quality.branch_probe import condition_tables, open_branch_probe
 from ditc.quality.veto import VetoOptions, reuse_sources, veto_of
-from ditc.quantize.outputs import branch_outputs
+from ditc.quantize.segment_outputs import branch_outputs
 from ditc.runtime.closeness import relative_error
 from ditc.schedule import CacheSchedule
 
@@ -62,7 +62,7 @@ def test_steps_in_floating_point_have_no_noise(bundles: dict[str, Bundle]) -> No
 
 def test_a_probe_gives_what_a_step_would_cache(bundles: dict[str, Bundle]) -> None:
     """The caches of the bundle that keeps branches are the outputs that are found inside the one that keeps sums."""
-    outputs = [_outputs(load_model(bundles[name].segment_path("full"))) for name in ("fp32-cached", "fp32-branches")]
+    outputs = [_outputs(load_graph(bundles[name].segment_path("full"))) for name in ("fp32-cached", "fp32-branches")]
     branches = bundles["fp32-cached"].manifest.model.branches
     assert outputs[1] == [f"cache.{branch}" for branch in branches]
     spec, probed = bundles["fp32-cached"].manifest.model, []

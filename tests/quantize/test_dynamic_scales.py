@@ -16,8 +16,8 @@ from ditc.compiler.planning import make_plan
 from ditc.compiler.stages import executor, quantize
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.exporter.dit import DiT
-from ditc.exporter.onnx_files import save_model
-from ditc.lowering.forms import lower
+from ditc.exporter.onnx_files import save_graph
+from ditc.lowering.backend_forms import lower
 from ditc.lowering.tensorrt_rules import violations_of
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.qdq import insert_qdq
@@ -52,7 +52,7 @@ def layers() -> ir.Model:
 
 
 def results(model: ir.Model, folder: Path, name: str, x: np.ndarray) -> list[np.ndarray]:
-    save_model(model, folder / f"{name}.onnx")
+    save_graph(model, folder / f"{name}.onnx")
     return OnnxRuntimeBackend().session(folder / f"{name}.onnx").run(["out", "k"], {"x": x})
 
 
@@ -82,7 +82,7 @@ def test_an_activation_of_zeros_stays_finite(backend: str, tmp_path: Path) -> No
 
 
 def test_dynamic_layers_run_integer_kernels(tmp_path: Path) -> None:
-    save_model(quantized("onnxrt"), tmp_path / "q.onnx")
+    save_graph(quantized("onnxrt"), tmp_path / "q.onnx")
     census = kernel_census(OnnxRuntimeBackend(), tmp_path / "q.onnx")
     assert census["DynamicQuantizeMatMul"] == 1  # measured, rounded and multiplied in one
     assert census["DynamicQuantizeLinear"] == 1  # two layers share one rounding

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
-from ditc.exporter.onnx_files import save_model
-from ditc.lowering.forms import lower
+from ditc.exporter.onnx_files import save_graph
+from ditc.lowering.backend_forms import lower
 from ditc.lowering.tensorrt_rules import violations_of
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.midpoints import LOWER_BOUNDS, MIDPOINTS, centred_scales, lower_bounds, range_of
@@ -53,7 +53,7 @@ def mlp() -> ir.Model:
 
 
 def session(model: ir.Model, folder: Path, name: str) -> object:
-    save_model(model, folder / f"{name}.onnx")
+    save_graph(model, folder / f"{name}.onnx")
     return OnnxRuntimeBackend().session(folder / f"{name}.onnx")
 
 
@@ -137,7 +137,7 @@ def test_onnx_runtime_pays_nothing_for_a_midpoint(tmp_path: Path) -> None:
         model = mlp()
         insert_qdq(model, calibrated(tmp_path, "per-step", midpoint))
         lower(model, "onnxrt")
-        save_model(model, tmp_path / "lowered.onnx")
+        save_graph(model, tmp_path / "lowered.onnx")
         censuses.append(kernel_census(OnnxRuntimeBackend(), tmp_path / "lowered.onnx"))
     zero, bounded = censuses
     assert zero["MatMulIntegerToFloat"] == bounded["MatMulIntegerToFloat"] == 2

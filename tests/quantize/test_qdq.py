@@ -16,7 +16,7 @@ from ditc.compiler.stages import check_integer_kernels
 from ditc.engines.backend import runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.errors import CheckError, DitcError
-from ditc.exporter.onnx_files import load_model, save_model
+from ditc.exporter.onnx_files import load_graph, save_graph
 from ditc.precision import Bits
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.linears import linears_of
@@ -78,9 +78,9 @@ def test_layers_with_one_input_share_one_pair() -> None:
 def test_quantizing_twice_changes_nothing(tmp_path: Path) -> None:
     model = two_readers()
     assert insert_qdq(model, table(**BOTH))
-    save_model(model, tmp_path / "once.onnx")
+    save_graph(model, tmp_path / "once.onnx")
     assert not insert_qdq(model, table(**BOTH))
-    save_model(model, tmp_path / "twice.onnx")
+    save_graph(model, tmp_path / "twice.onnx")
     assert (tmp_path / "once.onnx").read_bytes() == (tmp_path / "twice.onnx").read_bytes()
 
 
@@ -88,7 +88,7 @@ def test_the_quantized_layer_computes_the_integer_product(tmp_path: Path) -> Non
     model = two_readers()
     weights = {linear.path: linear.weight_array() for linear in linears_of(model)}
     insert_qdq(model, table(**BOTH))
-    save_model(model, tmp_path / "q.onnx")
+    save_graph(model, tmp_path / "q.onnx")
     x = np.random.default_rng(1).uniform(-7, 7, (5, 8)).astype(np.float32)
     rounded = np.clip(np.round(x / 0.05), -128, 127).astype(np.int64)
     expected = sum(
@@ -103,7 +103,7 @@ def test_fewer_bits_take_fewer_values(bits: Bits, tmp_path: Path) -> None:
     model = two_readers()
     weights = [quantize_weight(linear.weight_array(), bits.weights) for linear in linears_of(model)]
     insert_qdq(model, table(**BOTH).model_copy(update={"bits": bits}))
-    save_model(model, tmp_path / "q.onnx")
+    save_graph(model, tmp_path / "q.onnx")
     assert max(np.abs(weight.values).max() for weight in weights) == 2 ** (bits.weights - 1) - 1
     x = np.random.default_rng(1).uniform(-9, 9, (5, 8)).astype(np.float32)
     most = 2 ** (bits.activations - 1) - 1
@@ -181,6 +181,6 @@ def test_the_bundle_names_the_points_its_scales_came_from(bundles: dict[str, Bun
     found = ScaleTable.model_validate_json((folder / "scales.json").read_bytes())
     assert set(found.scales) == {linear for linear in found.scales if linear.startswith("blocks.")}
     assert len(found.scales) == 8
-    quantized = load_model(bundles["cached"].segment_path("full"))
+    quantized = load_graph(bundles["cached"].segment_path("full"))
     names = [name for name in quantized.graph.initializers if name.endswith("input_scale")]
     assert {name.removesuffix(".input_scale") for name in names} == set(found.scales)

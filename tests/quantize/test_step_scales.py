@@ -15,10 +15,10 @@ from ditc.bundle import Bundle
 from ditc.engines.backend import lowered_path, runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.errors import DitcError
-from ditc.exporter.onnx_files import load_model, save_model
-from ditc.lowering.forms import lower
-from ditc.lowering.liveness import footprint_of
+from ditc.exporter.onnx_files import load_graph, save_graph
+from ditc.lowering.backend_forms import lower
 from ditc.lowering.modulation_folding import fold_magnitudes_into_tables
+from ditc.lowering.segment_footprint import footprint_of
 from ditc.lowering.tensorrt_rules import violations_of
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.activation_pairs import activation_pairs
@@ -91,7 +91,7 @@ def feeds(scales: dict[str, float] | None = None) -> dict[str, np.ndarray]:
 
 
 def run(model: ir.Model, path: Path, given: dict[str, np.ndarray], output: str = "out") -> np.ndarray:
-    save_model(model, path)
+    save_graph(model, path)
     return OnnxRuntimeBackend().session(path).run([output], given)[0]
 
 
@@ -144,9 +144,9 @@ def test_the_portable_form_has_constant_scales_and_breaks_no_rule_of_tensorrt() 
 
 def test_quantizing_twice_changes_nothing_with_steps_too(tmp_path: Path) -> None:
     model = quantized("per-step")
-    save_model(model, tmp_path / "once.onnx")
+    save_graph(model, tmp_path / "once.onnx")
     assert not insert_qdq(model, table("per-step"))
-    save_model(model, tmp_path / "twice.onnx")
+    save_graph(model, tmp_path / "twice.onnx")
     assert (tmp_path / "once.onnx").read_bytes() == (tmp_path / "twice.onnx").read_bytes()
 
 
@@ -220,9 +220,9 @@ def test_layers_that_share_an_input_share_its_column_and_are_restored_each(tmp_p
     insert_qdq(model, shared)
     assert kinds(model)["QuantizeLinear"] == kinds(model)["Div"] == 1
     assert kinds(model)["Mul"] == 2
-    save_model(model, tmp_path / "portable.onnx")
+    save_graph(model, tmp_path / "portable.onnx")
     lower(model, "onnxrt")
-    save_model(model, tmp_path / "lowered.onnx")
+    save_graph(model, tmp_path / "lowered.onnx")
     given = {"x": feeds()["x"], SCALES_INPUT: shared.magnitudes()[0]}
     assert given[SCALES_INPUT].shape == (1,)
     census = kernel_census(OnnxRuntimeBackend(), tmp_path / "lowered.onnx")
@@ -278,7 +278,7 @@ def test_the_scales_of_a_bundle_are_an_input_and_a_table(bundles: dict[str, Bund
 
 def test_the_typed_form_folds_what_it_can_and_keeps_the_names_of_its_tensors(bundles: dict[str, Bundle]) -> None:
     segment = bundles["per-step"].segment_path("full")
-    typed, portable = load_model(lowered_path(segment, "trt")), load_model(segment)
+    typed, portable = load_graph(lowered_path(segment, "trt")), load_graph(segment)
     onnx.checker.check_model(str(lowered_path(segment, "trt")), full_check=True)
     assert divided(typed) == [f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("attn.proj", "mlp.fc2")]
     assert bundles["per-step"].manifest.checks["tensorrt"] == {n: [] for n in ("condition", "full", "reuse", "update")}

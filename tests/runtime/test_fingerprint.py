@@ -21,7 +21,7 @@ from ditc.engines.backend import runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import BundleError, CheckError, DitcError, InputError
 from ditc.exporter.dit import DiT
-from ditc.exporter.onnx_files import load_model, save_model
+from ditc.exporter.onnx_files import load_graph, save_graph
 from ditc.runtime.fingerprint import (
     FINGERPRINT,
     PORTABLE,
@@ -53,7 +53,7 @@ def copy(tmp_path: Path) -> Callable[[Bundle], Path]:
 
 def weights_of(segment: Path) -> list[str]:
     """The weights of the linear layers of an ONNX file."""
-    initializers = load_model(segment).graph.initializers
+    initializers = load_graph(segment).graph.initializers
     return [name for name, value in initializers.items() if len(value.shape or ()) == WEIGHT_AXES]
 
 
@@ -61,13 +61,13 @@ def with_fault(bundle: Bundle, folder: Path, segment: str, weight: str) -> None:
     """The bundle in `folder`, whose large weights of one layer are cut, as a product that saturates would have it."""
     source, place = (Bundle(path, bundle.manifest).segment_path(segment) for path in (bundle.path, folder))
     name = runnable_path(source, "onnxrt").name
-    model = load_model(source.with_name(name))
+    model = load_graph(source.with_name(name))
     value = model.graph.initializers[weight]
     assert value.const_value is not None
     numbers = value.const_value.numpy()
     bound = np.asarray(np.abs(numbers.astype(np.float32)).max() / 2, numbers.dtype)
     value.const_value = ir.tensor(np.clip(numbers, -bound, bound), name=weight)
-    save_model(model, place.with_name(name))
+    save_graph(model, place.with_name(name))
     seal_bundle(folder, bundle.manifest)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ditc.bundle import Bundle
 from ditc.errors import DitcError, InputError
-from ditc.exporter.onnx_files import load_model
+from ditc.exporter.onnx_files import load_graph
 from ditc.program import Program
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import Executor, seeded_noise
@@ -159,7 +159,7 @@ def test_sums_made_ahead_give_what_the_branches_give(bundles: dict[str, Bundle],
 
 
 def test_a_step_that_reuses_sums_adds_once(bundles: dict[str, Bundle]) -> None:
-    model = load_model(bundles["fp32-cached"].segment_path("reuse"))
+    model = load_graph(bundles["fp32-cached"].segment_path("reuse"))
     assert [value.name for value in model.graph.inputs] == ["x", "modulation", "cache.ahead"]
     operators = [node.op_type for node in model.graph]
     assert operators.count("Mul") == 1  # the final layer's scale
@@ -168,7 +168,7 @@ def test_a_step_that_reuses_sums_adds_once(bundles: dict[str, Bundle]) -> None:
 
 def test_the_residual_is_applied_once_per_branch(bundles: dict[str, Bundle]) -> None:
     """`reuse` adds every cached branch to the stream once: two operations a branch, none doubled."""
-    nodes = [node.op_type for node in load_model(bundles["fp32-branches"].segment_path("reuse")).graph]
+    nodes = [node.op_type for node in load_graph(bundles["fp32-branches"].segment_path("reuse")).graph]
     branches = len(bundles["fp32-branches"].manifest.model.branches)
     assert nodes.count("Mul") == branches + 1  # each gate, and the final layer's scale
     assert nodes.count("MatMul") == 1  # the final layer

@@ -8,7 +8,7 @@ import pytest
 
 from ditc.bundle import Bundle
 from ditc.cli.main import run
-from ditc.engines.memory import footprints
+from ditc.engines.memory_needs import footprints
 from ditc.footprint import Footprint, PortShape
 from ditc.speed.estimating import Rates
 from ditc.speed.roofline import footprints_here, limit_of

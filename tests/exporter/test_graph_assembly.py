@@ -15,11 +15,11 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.exporter import assembly
-from ditc.exporter.assembly import assembled
+from ditc.exporter import graph_assembly
 from ditc.exporter.branch_traces import trace_branches
 from ditc.exporter.diffusers_folder import dit_from_diffusers
 from ditc.exporter.dit import Attention, DiT, DiTBranch, DiTConfig, Mlp
+from ditc.exporter.graph_assembly import assembled
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.onnx_export import export_segment, parity_error, whole_graph
 from ditc.exporter.onnx_files import data_path
@@ -121,9 +121,9 @@ def test_one_branch_of_each_kind_is_captured(monkeypatch: pytest.MonkeyPatch) ->
     def captured(module: nn.Module, *_: Any, **__: Any) -> Any:
         assert isinstance(module, Excerpt)
         seen.append(module.chosen)
-        raise assembly.UnexpectedFormError
+        raise graph_assembly.UnexpectedFormError
 
-    monkeypatch.setattr(assembly, "captured", captured)
+    monkeypatch.setattr(graph_assembly, "captured", captured)
     model = small_dit()
     assembled(segment_of(model, [True] * 6))
     assembled(segment_of(model, [False] * 6))

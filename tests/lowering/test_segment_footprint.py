@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from ditc.lowering.liveness import footprint_of
+from ditc.lowering.segment_footprint import footprint_of
 
 CHAIN = """
 <ir_version: 10, opset_import: ["" : 20]>

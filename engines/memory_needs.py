@@ -15,10 +15,10 @@ from ditc.footprint import Footprint, PortShape
 from ditc.program import CONDITION, DECODE
 from ditc.spec import Record
 
-__all__ = ["MemoryPlan", "footprints", "memory_plan"]
+__all__ = ["MemoryNeeds", "footprints", "memory_needs"]
 
 
-class MemoryPlan(Record):
+class MemoryNeeds(Record):
     """Bytes of device memory while a trajectory runs.
 
     `weights` by segment; `scratch` is the least one shared block must hold (TensorRT may want more); `caches` are the
@@ -75,7 +75,7 @@ def footprints(bundle: Bundle) -> dict[str, Footprint]:
         raise InputError(f"{bundle.path} was compiled by a ditc that measured no memory needs; compile it again") from e
 
 
-def memory_plan(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryPlan:
+def memory_needs(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryNeeds:
     """The needs of a bundle's trajectory at its batch."""
     manifest = bundle.manifest
     needs = footprints(bundle)
@@ -92,7 +92,7 @@ def memory_plan(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryPlan:
     decoded = needs[DECODE].outputs.values() if DECODE in needs else ()
     images = [port.size_bytes(profile_sizes(bundle, DECODE)) for port in decoded]
     factor = 1 if calibration == EXPLICIT else 2  # the calibrator's networks hand over FP32
-    return MemoryPlan(
+    return MemoryNeeds(
         weights={name: need.weight_bytes for name, need in needs.items()},
         scratch=max(need.activation_bytes for need in needs.values()),
         caches=factor * max(caches, default=0) * manifest.program.slots,

@@ -28,7 +28,7 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.speed.bench_options import ModelChoice
 
 if TYPE_CHECKING:
-    from ditc.exporter.facts import ModelFacts
+    from ditc.exporter.model_facts import ModelFacts
 
 __all__ = ["Match", "bench_labels", "match_of"]
 
@@ -136,13 +136,13 @@ def _feeds(tables: Mapping[str, NDArray[Any]], index: int, rows: Samples) -> dic
 
 def _bare_reference(bundle: Bundle, scratch: Path) -> Path:
     """The FP segment of a computing step, its prediction the only output: a peer leaves nothing for later steps."""
-    from ditc.exporter.onnx_files import load_model, save_model
-    from ditc.quantize.outputs import keep_outputs
+    from ditc.exporter.onnx_files import load_graph, save_graph
+    from ditc.quantize.segment_outputs import keep_outputs
 
     path = scratch / "reference.onnx"
-    model = load_model(bundle.reference_path(bundle.manifest.program.steps[0].segment))
+    model = load_graph(bundle.reference_path(bundle.manifest.program.steps[0].segment))
     keep_outputs(model, [value for value in model.graph.outputs if value.name == "out"])
-    save_model(model, path)
+    save_graph(model, path)
     return path
 
 
@@ -158,7 +158,7 @@ def known_model(manifest: Manifest) -> str:
 
 def _class_facts(manifest: Manifest) -> ModelFacts:
     """The classes that a bundle's checkpoint was read with; the rest of its facts changes no forward pass."""
-    from ditc.exporter.facts import ModelFacts
+    from ditc.exporter.model_facts import ModelFacts
 
     return ModelFacts(classes=manifest.model.num_classes, null_class=manifest.model.null_label is not None)
 

@@ -11,8 +11,8 @@ import pytest
 from ditc.bundle import Bundle
 from ditc.engines.backend import lowered_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
-from ditc.exporter.onnx_files import load_model, save_model
-from ditc.lowering.forms import lower
+from ditc.exporter.onnx_files import load_graph, save_graph
+from ditc.lowering.backend_forms import lower
 
 # each weight has a zero point of its own, as `insert_qdq` gives it: the switch for exact products takes no other
 SHARED_PAIR = """
@@ -38,15 +38,15 @@ def shared_pair(tmp_path: Path) -> Path:
     for name in ("WQ", "WK"):
         text = text.replace(name, ", ".join(map(str, rng.integers(-127, 128, 32 * 32))))
     model = ir.from_onnx_text(text)
-    save_model(model, tmp_path / "shared.onnx")
+    save_graph(model, tmp_path / "shared.onnx")
     return tmp_path / "shared.onnx"
 
 
 def lowered(segment: Path) -> Path:
-    model = load_model(segment)
+    model = load_graph(segment)
     assert lower(model, "onnxrt")
     path = lowered_path(segment, "onnxrt")
-    save_model(model, path)
+    save_graph(model, path)
     return path
 
 
@@ -66,7 +66,7 @@ def test_lowering_keeps_the_numbers(shared_pair: Path) -> None:
 
 
 def test_lowering_twice_changes_nothing(shared_pair: Path) -> None:
-    model = load_model(shared_pair)
+    model = load_graph(shared_pair)
     assert lower(model, "onnxrt")
     assert not lower(model, "onnxrt")
 
@@ -80,7 +80,7 @@ def test_no_two_weights_of_a_segment_share_a_zero_point(name: str, bundles: dict
     segment = bundles[name].segment_path("full")
     for path in (segment, lowered_path(segment, "onnxrt")):
         zeros = []
-        for node in load_model(path).graph:
+        for node in load_graph(path).graph:
             weight, zero = (node.inputs[place] for place in PLACES.get(node.op_type, (0, 0)))
             if node.op_type in PLACES and weight is not None and weight.const_value is not None:
                 zeros.append(zero)
@@ -89,11 +89,11 @@ def test_no_two_weights_of_a_segment_share_a_zero_point(name: str, bundles: dict
 
 
 def test_another_backend_gets_the_portable_graph(shared_pair: Path) -> None:
-    assert not lower(load_model(shared_pair), "fake")
+    assert not lower(load_graph(shared_pair), "fake")
 
 
 def test_the_portable_segment_of_a_bundle_stays_symmetric(bundles: dict[str, Bundle]) -> None:
-    model = load_model(bundles["cached"].segment_path("full"))
+    model = load_graph(bundles["cached"].segment_path("full"))
     zeros = [node.inputs[2] for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     assert len(zeros) == 24
     for zero in zeros:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ditc.program import BRANCH_KEY
-from ditc.quantize.outputs import branch_outputs
+from ditc.quantize.segment_outputs import branch_outputs
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>

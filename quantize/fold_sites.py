@@ -17,8 +17,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ditc.program import AHEAD
+from ditc.quantize.element_places import Places, moved_from, origin_of, readings, row_shape
 from ditc.quantize.linears import Linear, linears_of
-from ditc.quantize.moves import Places, moved_from, origin_of, readings, row_shape
 from ditc.quantize.output_factors import scaled_tensor
 
 __all__ = ["Fold", "Site", "TableFold", "WeightFold", "common_sites", "fold_into_segment", "table_factors"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.models import load_model
-from ditc.exporter.original import dit_from_checkpoint
+from ditc.exporter.original_checkpoint import dit_from_checkpoint
 
 TAKEN = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 EVERY = sorted({kind for name in dir(torch) if isinstance(kind := getattr(torch, name), torch.dtype)}, key=str)

@@ -13,8 +13,8 @@ import ditc
 from ditc.bundle import Bundle
 from ditc.engines.backend import lowered_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.exporter.onnx_files import load_model, save_model
-from ditc.lowering.forms import lower
+from ditc.exporter.onnx_files import load_graph, save_graph
+from ditc.lowering.backend_forms import lower
 from ditc.lowering.tensorrt_rules import violations_of
 from ditc.lowering.typed_form import LEAST_SCALE, half_precision
 from ditc.runtime.closeness import relative_error
@@ -41,7 +41,7 @@ def test_typed_segments_are_valid_onnx_of_one_type_per_edge(bundles: dict[str, B
 @pytest.mark.parametrize("name", ["condition", "full", "reuse"])
 def test_typed_segments_break_no_rule_of_tensorrt(bundles: dict[str, Bundle], name: str) -> None:
     path = lowered_path(bundles["cached"].segment_path(name), "trt")
-    assert [str(violation) for violation in violations_of(load_model(path))] == []
+    assert [str(violation) for violation in violations_of(load_graph(path))] == []
 
 
 def test_the_manifest_says_which_rules_are_broken(bundles: dict[str, Bundle]) -> None:
@@ -51,7 +51,7 @@ def test_the_manifest_says_which_rules_are_broken(bundles: dict[str, Bundle]) ->
 
 
 def test_linear_layers_are_fp16_behind_int8_and_norms_are_fp32(bundles: dict[str, Bundle]) -> None:
-    graph = load_model(lowered_path(bundles["cached"].segment_path("full"), "trt")).graph
+    graph = load_graph(lowered_path(bundles["cached"].segment_path("full"), "trt")).graph
     by_kind: dict[str, set[ir.DataType | None]] = {}
     for node in graph:
         by_kind.setdefault(node.op_type, set()).add(node.outputs[0].dtype)
@@ -80,16 +80,16 @@ def test_a_trajectory_of_typed_segments_stays_near_the_portable_one(bundles: dic
 
 def test_typed_twice_is_typed_once(bundles: dict[str, Bundle]) -> None:
     for name in ("condition", "full", "reuse"):
-        model = load_model(bundles["cached"].segment_path(name))
+        model = load_graph(bundles["cached"].segment_path(name))
         assert half_precision(model)
         assert not half_precision(model)
 
 
 def test_scales_too_small_for_fp16_are_raised_and_their_integers_lowered(tmp_path: Path) -> None:
     model = ir.from_onnx_text(SMALL_SCALES)
-    save_model(model, tmp_path / "float.onnx")
+    save_graph(model, tmp_path / "float.onnx")
     assert lower(model, "trt")
-    save_model(model, tmp_path / "half.onnx")
+    save_graph(model, tmp_path / "half.onnx")
     scale = model.graph.initializers["ws"].const_value
     assert scale is not None
     assert scale.numpy().min() == np.float16(LEAST_SCALE)

@@ -10,9 +10,9 @@ import pytest
 
 from ditc.bundle import Bundle
 from ditc.errors import InputError
-from ditc.exporter.onnx_files import load_model
+from ditc.exporter.onnx_files import load_graph
 from ditc.program import BRANCH_KEY, PATH_KEY
-from ditc.quantize.groups import GROUPINGS, groups_of
+from ditc.quantize.layer_groups import GROUPINGS, groups_of
 from ditc.quantize.linears import linears_of
 from ditc.quantize.qdq import insert_qdq
 from ditc.quantize.scale_table import ScaleTable
@@ -40,14 +40,14 @@ def separate() -> ir.Model:
 
 @pytest.mark.parametrize("by", GROUPINGS)
 def test_groups_hold_every_linear_layer_exactly_once(by: str, bundles: dict[str, Bundle]) -> None:
-    model = load_model(bundles["cached"].reference_path("full"))
+    model = load_graph(bundles["cached"].reference_path("full"))
     names = Counter(name for group in groups_of(model, by) for name in group.names)
     assert names == Counter(linear.name for linear in linears_of(model))
     assert len(names) == 8
 
 
 def test_groups_grow_from_layers_over_branches_to_blocks(bundles: dict[str, Bundle]) -> None:
-    model = load_model(bundles["cached"].reference_path("full"))
+    model = load_graph(bundles["cached"].reference_path("full"))
     assert [len(groups_of(model, by)) for by in ("layer", "branch", "block")] == [8, 4, 2]
     block = groups_of(model, "block")[1]
     assert block.branches == ("blocks.1.attn", "blocks.1.mlp")

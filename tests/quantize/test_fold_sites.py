@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from ditc.program import BRANCH_KEY, PATH_KEY
-from ditc.quantize.folding import TableFold, WeightFold, common_sites, fold_into_segment, table_factors
+from ditc.quantize.fold_sites import TableFold, WeightFold, common_sites, fold_into_segment, table_factors
 
 Make = Callable[..., ir.Model]
 Run = Callable[..., dict[str, np.ndarray]]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DIT_SIZES, DiT, DiTConfig
-from ditc.exporter.facts import BetaSchedule, ModelFacts
+from ditc.exporter.model_facts import BetaSchedule, ModelFacts
 from ditc.exporter.state_dicts import read_checkpoint
 from ditc.exporter.training_args import TrainingArgs, training_args
-from ditc.exporter.weights import load_weights
+from ditc.exporter.weight_files import load_weights
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 __all__ = ["dit_from_checkpoint", "process_from_facts"]

@@ -10,7 +10,7 @@ import pytest
 
 from ditc.bundle import Bundle
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.exporter.onnx_files import load_model, save_model
+from ditc.exporter.onnx_files import load_graph, save_graph
 from ditc.lowering.half_storage import half_storage
 
 
@@ -34,7 +34,7 @@ WEIGHT = np.random.default_rng(0).normal(0, 0.1, (64, 64)).astype(np.float32)
 
 
 def run(model: ir.Model, path: Path) -> np.ndarray:
-    save_model(model, path)
+    save_graph(model, path)
     x = np.random.default_rng(1).standard_normal((3, 64), dtype=np.float32)
     return np.asarray(OnnxRuntimeBackend().session(path).run(None, {"x": x})[0])
 
@@ -79,6 +79,6 @@ def test_the_weights_of_the_conditioning_stay_in_the_file(bundles: dict[str, Bun
     optimized = tmp_path / "optimized.onnx"
     segment = bundles["cached"].segment_path("condition")
     OnnxRuntimeBackend().session(segment, optimized)
-    widened = [n for n in load_model(optimized).graph if n.op_type == "Cast" and n.name and n.name.endswith("/Widen")]
-    stored = [n for n in load_model(segment).graph if n.op_type == "Cast" and n.name and n.name.endswith("/Widen")]
+    widened = [n for n in load_graph(optimized).graph if n.op_type == "Cast" and n.name and n.name.endswith("/Widen")]
+    stored = [n for n in load_graph(segment).graph if n.op_type == "Cast" and n.name and n.name.endswith("/Widen")]
     assert len(widened) == len(stored) > 4

@@ -21,8 +21,8 @@ from torch import nn
 from torch.onnx.errors import OnnxExporterError
 
 from ditc.exporter.branch_traces import BranchTrace, trace_branches
-from ditc.exporter.capture import captured, scopes_of, set_scopes
-from ditc.exporter.cleanup import OWN
+from ditc.exporter.graph_capture import captured, scopes_of, set_scopes
+from ditc.exporter.graph_cleanup import OWN
 from ditc.exporter.segments import Excerpt, Passing, Segment, Trunk
 from ditc.program import AHEAD
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditc.exporter.dit import DiT, DiTConfig, sincos_positions
-from ditc.exporter.original import dit_from_checkpoint
-from ditc.exporter.weights import load_weights
+from ditc.exporter.original_checkpoint import dit_from_checkpoint
+from ditc.exporter.weight_files import load_weights
 
 Tensors = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ditc.exporter.capture import scopes_of
+from ditc.exporter.graph_capture import scopes_of
 from ditc.program import BRANCH_KEY, PATH_KEY
 
 __all__ = ["CLEANUP", "OWN"]

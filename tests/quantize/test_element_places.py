@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from ditc.quantize.moves import MOVES, moved_from, origin_of, readings, row_shape
+from ditc.quantize.element_places import MOVES, moved_from, origin_of, readings, row_shape
 
 X, OUT = "float[batch, 4, 6] x", "float[a, b, c] out"
 

@@ -14,8 +14,8 @@ from refusals import refusal_of
 
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DIT_SIZES, DiT, DiTConfig
-from ditc.exporter.facts import FACT_OPTIONS, ModelFacts, beta_schedule_facts, given_options
-from ditc.exporter.original import dit_from_checkpoint
+from ditc.exporter.model_facts import FACT_OPTIONS, ModelFacts, beta_schedule_facts, given_options
+from ditc.exporter.original_checkpoint import dit_from_checkpoint
 from ditc.spec import DiffusionSpec
 
 WIDTH = 384  # of the released DiT-S, with 6 heads

@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from ditc.exporter.onnx_files import save_model
-from ditc.lowering.liveness import footprint_of
+from ditc.exporter.onnx_files import save_graph
+from ditc.lowering.segment_footprint import footprint_of
 from ditc.lowering.tensorrt_rules import violations_of
 from ditc.lowering.update_graph import update_model
 from ditc.runtime.compensation import TableCompensation
@@ -74,7 +74,7 @@ def test_update_is_the_arithmetic_of_the_host(
         TableCompensation(k=rng.uniform(0.9, 1.1, (STEPS, 4)), mu=rng.normal(size=(STEPS, 4))) if compensated else None
     )
     form = UpdateForm.of(table, spec, guidance)
-    save_model(update_model(spec, form, IMAGES), tmp_path / "update.onnx")
+    save_graph(update_model(spec, form, IMAGES), tmp_path / "update.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "update.onnx"), providers=["CPUExecutionProvider"])
     assert ("z" in {port.name for port in session.get_inputs()}) == form.adds_noise
     halves = 1 if guidance == 1 else 2
