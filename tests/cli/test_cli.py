@@ -129,10 +129,11 @@ def test_verify_of_an_uncached_fp_bundle_finds_no_difference(
     assert max(json.loads(capsys.readouterr().out)["relative_error"]) == 0
 
 
+@pytest.mark.parametrize("quality", ["200", "nan"])
 def test_verify_fails_below_the_quality_asked_for(
-    bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+    quality: str, bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["verify", str(bundles["cached"].path), "--images", "2", "--min-psnr", "200"]) == 1
+    assert run(["verify", str(bundles["cached"].path), "--images", "1", "--min-psnr", quality]) == 1
     assert "check failed: mean PSNR against FP is" in capsys.readouterr().err
 
 
@@ -281,7 +282,14 @@ def bad_files(tmp_path: Path) -> Path:
         ("compile digits -o {bad}/b --precision w8a6 --scales per-step", "simulated with --scales static only"),
         ("compile digits -o {bad}/b --precision w2a8", "choose one of: fp16, fp32, w4a8, w7a8, w8a6, w8a8"),
         ("compile digits -o {bad}/b --batch 0", "--batch must be at least 1"),
+        ("compile digits -o {bad}/b --seed -1", "--seed must be 0 to"),
+        ("compile digits -o {bad}/b --seed 5000000000", "--seed must be 0 to"),
+        ("compile digits -o {bad}/b --tap-tau nan", "TAP needs tau > 0"),
+        ("compile digits -o {bad}/b --pool 0", "--pool must be at least 1, found 0"),
+        ("compile digits -o {bad}/b --cfg 2000", "--cfg must be above 0 and below 1000"),
+        ("compile digits -o {bad}/b --pool 1 --points 800", "the pool will have 17 points, fewer than the 800"),
         ("run {bad}/empty --labels 1 -o {bad}/i", "is not a bundle"),
+        ("run {bad}/broken.json --labels 1 -o {bad}/i", "is a file, expected the folder"),
         ("run {bundle} --labels 9 -o {bad}/i", "label 9 is not a class"),
         ("run {bundle} --labels a,b -o {bad}/i", "--labels must be whole numbers"),
         ("verify {bundle} --images 0", "--images must be at least 1"),

@@ -109,6 +109,24 @@ def test_changed_settings_do_not_resume_stale_stages(
     assert ran == ["quantize"]
 
 
+def test_another_number_of_heads_does_not_resume_the_old_export(
+    checkpoint: Path,
+    tmp_path: Path,
+    quick_options: CompileOptions,
+    exports: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "record_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compile_model(str(checkpoint), tmp_path / "b", quick_options, num_heads=4, exports=exports)
+    exported = []
+    export = stages.export
+    monkeypatch.setattr(stages, "export", lambda *a: (exported.append("export"), export(*a)))
+    compile_model(str(checkpoint), tmp_path / "b", quick_options, num_heads=8)
+    assert exported == ["export"]
+
+
 # the command line, but its stage `quantize` begins and never ends
 STUCK = """
 import sys, time
@@ -225,6 +243,19 @@ def test_an_existing_folder_is_kept_unless_forced(
     options = quick_options.model_copy(update={"policy": "none", "precision": "fp32", "vc": "none", "seed": 4})
     replaced = compile_model(make_small_model(), target, options, force=True, exports=exports)
     assert replaced.manifest.settings["seed"] == 4
+
+
+def test_a_relative_output_folder_is_the_one_meant(
+    tmp_path: Path,
+    make_small_model: Callable[[], DiT],
+    quick_options: CompileOptions,
+    exports: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes: dict[str, Any] = {"policy": "none", "precision": "fp32", "vc": "none"}
+    compile_model(make_small_model(), "inner/../b", quick_options.model_copy(update=changes), exports=exports)
+    assert (tmp_path / "b" / "manifest.json").is_file()
 
 
 def test_a_failed_check_leaves_no_bundle(

@@ -218,6 +218,11 @@ def test_noise_of_the_wrong_shape_is_refused(pipes: dict[str, Pipeline]) -> None
         pipes["cached"].images([1, 2], noise=noise_for(3)[:, :2])
 
 
+def test_more_noise_than_labels_is_refused(pipes: dict[str, Pipeline]) -> None:
+    with pytest.raises(InputError, match="2 labels, found 3"):
+        pipes["cached"].images([0, 1], noise=noise_for(3))
+
+
 def test_a_pipeline_that_is_not_open_says_how_to_open_it(bundles: dict[str, Bundle]) -> None:
     with pytest.raises(DitcError, match=r"with ditc\.load"):
         load(bundles["cached"].path).images([1])
