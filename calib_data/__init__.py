@@ -1,1 +1,1 @@
-"""Which points of which trajectories calibrate: pools, TAP and the other selectors, the calibration set."""
+"""Points of trajectories that calibrate: pools, TAP and the other selectors, the calibration set."""

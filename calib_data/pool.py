@@ -1,4 +1,4 @@
-"""The trajectory pool: what the cached FP program really visited, point by point."""
+"""The trajectory pool: the points that the cached FP program really visited."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ class Pool:
 
 def pool_from_visits(visits: Iterable[Visit]) -> Pool:
     """A pool from the steps of any number of requests."""
-    kept = [visit for visit in visits if len(visit.x)]
-    if not kept:
+    filled = [visit for visit in visits if len(visit.x)]
+    if not filled:
         raise InputError("the trajectory pool is empty; record at least one image")
-    counts = [len(visit.x) for visit in kept]
+    counts = [len(visit.x) for visit in filled]
     return Pool(
-        x=np.concatenate([visit.x for visit in kept]),
-        sample=np.concatenate([visit.first + np.arange(len(visit.x)) for visit in kept]),
-        step=np.repeat([visit.step for visit in kept], counts),
-        t=np.repeat([visit.t for visit in kept], counts),
-        label=np.concatenate([np.asarray(visit.labels, np.int64) for visit in kept]),
+        x=np.concatenate([visit.x for visit in filled]),
+        sample=np.concatenate([visit.first + np.arange(len(visit.x)) for visit in filled]),
+        step=np.repeat([visit.step for visit in filled], counts),
+        t=np.repeat([visit.t for visit in filled], counts),
+        label=np.concatenate([np.asarray(visit.labels, np.int64) for visit in filled]),
     ).ordered()

@@ -1,4 +1,4 @@
-"""Which points of the pool calibrate: the selector table.
+"""Selectors of the points that calibrate.
 
 A selector is a pure function from a pool and its options to the indices it picks. Same pool, options and seed, same
 points, whatever order the pool came in.
@@ -33,7 +33,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """How many points, from which clusters. The paper's numbers are the defaults: 800 points, 3 to 10 a cluster.
+    """Numbers of points and clusters. The paper's are the defaults: 800 points, 3 to 10 a cluster.
 
     `clusters` of None means one for every 8 points, which is the paper's 100 at 800 points.
     """
@@ -57,12 +57,12 @@ class SelectionOptions:
 
 
 def random_points(pool: Pool, options: SelectionOptions) -> Indices:
-    """Uniformly at random, without replacement."""
+    """Pick points uniformly at random, without replacement."""
     return _rng(options).choice(len(pool), options.points, replace=False)
 
 
 def uniform_time_points(pool: Pool, options: SelectionOptions) -> Indices:
-    """As many points from each step, at random within a step."""
+    """Pick as many points from each step, at random within a step."""
     shuffled = _rng(options).permutation(len(pool))
     steps = pool.step[shuffled]
     order = np.argsort(steps, kind="stable")
@@ -73,17 +73,17 @@ def uniform_time_points(pool: Pool, options: SelectionOptions) -> Indices:
 
 
 def kmeans_points(pool: Pool, options: SelectionOptions) -> Indices:
-    """Clusters of the samples themselves, blind to time; points from every cluster."""
+    """Pick points from every cluster of the samples themselves, blind to time."""
     return _from_clusters(_kmeans(pool.flat, options), options)
 
 
 def tap_points(pool: Pool, options: SelectionOptions) -> Indices:
-    """Temporal-aware parallel clustering (see `tap`); points from every cluster."""
+    """Pick points from every cluster of TAP (see `tap`)."""
     return _from_clusters(tap_clusters(pool, options), options)
 
 
 def tap_activation_points(pool: Pool, options: SelectionOptions) -> Indices:
-    """TAP, but points are alike when linear layers read alike magnitudes at them, whatever they look like."""
+    """Pick by TAP, but points are alike when linear layers read alike magnitudes at them."""
     if pool.peaks is None:
         raise InputError(
             "nothing was recorded of what linear layers read at the pool's points; choose another selector"
@@ -106,7 +106,7 @@ def _tap(vectors: NDArray[np.float32], steps: NDArray[np.int64], options: Select
 
 @dataclass(frozen=True)
 class Selector:
-    """How points are picked, and whether that takes what linear layers read at them (`Pool.peaks`)."""
+    """A way to pick points, and whether it takes what linear layers read at them (`Pool.peaks`)."""
 
     pick: Callable[[Pool, SelectionOptions], Indices]
     needs_peaks: bool = False
@@ -141,7 +141,7 @@ def select_points(name: str, pool: Pool, options: SelectionOptions) -> CalibSet:
 
 
 def cluster_quotas(sizes: NDArray[np.int64], points: int, least: int, most: int) -> NDArray[np.int64]:
-    """How many points each cluster gives: in proportion to its size, within [least, most], `points` in all.
+    """Return each cluster's number of points: in proportion to its size, within [least, most], `points` in all.
 
     A cluster never gives more than it has. Where the bounds make the total impossible they yield, `most` first.
     """
@@ -172,8 +172,8 @@ def _kmeans(vectors: NDArray[np.float32], options: SelectionOptions) -> NDArray[
 
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # equal points make fewer clusters, and that is fine
-        found = KMeans(options.cluster_count, n_init=1, max_iter=50, random_state=options.seed).fit(vectors)
-    return np.asarray(found.labels_, np.int64)
+        clustering = KMeans(options.cluster_count, n_init=1, max_iter=50, random_state=options.seed).fit(vectors)
+    return np.asarray(clustering.labels_, np.int64)
 
 
 def _from_clusters(labels: NDArray[np.int64], options: SelectionOptions) -> Indices:

@@ -174,9 +174,9 @@ def test_peaks_stay_with_their_points() -> None:
     pool = pool_of()
     seen = {(int(s), int(i)): np.array([100 * s + i]) for s, i in zip(pool.sample, pool.step, strict=True)}
     mixed = shuffled(pool.with_peaks(seen), 1)
-    for found in (mixed, mixed.ordered()):
-        assert found.peaks is not None
-        assert found.peaks[:, 0].tolist() == (100 * found.sample + found.step).tolist()
+    for each in (mixed, mixed.ordered()):
+        assert each.peaks is not None
+        assert each.peaks[:, 0].tolist() == (100 * each.sample + each.step).tolist()
 
 
 def test_an_unknown_selector_lists_the_known_ones() -> None:

@@ -54,8 +54,8 @@ def missed_groups(selector: str, seed: int) -> int:
     return SMALL_GROUPS + 1 - len(set(chosen.label.tolist()))
 
 
-def aligned(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    return found * np.sign((found * expected).sum(axis=0))
+def aligned(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    return actual * np.sign((actual * expected).sum(axis=0))
 
 
 @LAW
@@ -63,12 +63,12 @@ def aligned(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 def test_the_affinity_is_the_papers_with_negatives_at_zero(seed: int, alpha: float, tau: float) -> None:
     points, steps = cloud(9, seed)
     chosen = np.array([1, 4, 8])
-    found = affinity(points, steps, chosen, TapSettings(alpha=alpha, tau=tau))
+    similarity = affinity(points, steps, chosen, TapSettings(alpha=alpha, tau=tau))
     for k in range(9):
         for place, h in enumerate(chosen):
             cosine = float(points[k] @ points[h]) / sqrt(float(points[k] @ points[k]) * float(points[h] @ points[h]))
             expected = alpha * cosine + (1 - alpha) * exp(-abs(int(steps[k]) - int(steps[h])) / tau)
-            assert found[k, place] == pytest.approx(max(0, expected), abs=2e-6)
+            assert similarity[k, place] == pytest.approx(max(0, expected), abs=2e-6)
 
 
 def test_the_affinity_does_not_depend_on_the_chunk_a_point_falls_into() -> None:
@@ -85,8 +85,8 @@ def test_the_affinity_does_not_depend_on_the_chunk_a_point_falls_into() -> None:
 def test_a_zero_point_is_like_nothing_but_its_neighbours_in_time() -> None:
     points, steps = cloud(5, 0)
     points[2] = 0
-    found = affinity(points, steps, np.arange(5), TapSettings(alpha=0.5))
-    np.testing.assert_allclose(found[2], 0.5 * np.exp(-np.abs(steps[2] - steps)), rtol=1e-5)
+    similarity = affinity(points, steps, np.arange(5), TapSettings(alpha=0.5))
+    np.testing.assert_allclose(similarity[2], 0.5 * np.exp(-np.abs(steps[2] - steps)), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("count", "columns"), [(40, 10), (CHUNK + 100, 12)])
@@ -95,17 +95,17 @@ def test_the_embedding_is_the_leading_left_singular_vectors(count: int, columns:
     similarity = rng.random((count, columns)) ** 4
     normalised = similarity / np.sqrt(np.outer(similarity.sum(axis=1), similarity.sum(axis=0)))
     left = np.linalg.svd(normalised, full_matrices=False)[0][:, :5]
-    found = spectral_embedding(similarity.astype(np.float32), 5)
-    assert found.shape == (count, 5)
-    np.testing.assert_allclose(aligned(found, left), left, atol=2e-4 * np.abs(left).max())
+    embedding = spectral_embedding(similarity.astype(np.float32), 5)
+    assert embedding.shape == (count, 5)
+    np.testing.assert_allclose(aligned(embedding, left), left, atol=2e-4 * np.abs(left).max())
 
 
 def test_the_embedding_has_the_same_signs_every_time() -> None:
     similarity = np.random.default_rng(3).random((30, 8)).astype(np.float32)
-    found = spectral_embedding(similarity.copy(), 4)
-    largest = np.abs(found).argmax(axis=0)
-    assert (found[largest, range(4)] > 0).all()
-    np.testing.assert_array_equal(spectral_embedding(similarity.copy(), 4), found)
+    embedding = spectral_embedding(similarity.copy(), 4)
+    largest = np.abs(embedding).argmax(axis=0)
+    assert (embedding[largest, range(4)] > 0).all()
+    np.testing.assert_array_equal(spectral_embedding(similarity.copy(), 4), embedding)
 
 
 def test_looks_alone_ignore_the_steps() -> None:
@@ -137,17 +137,17 @@ def test_the_embedding_is_finite_whatever_the_signs_of_the_points(seed: int, alp
 def test_a_point_that_is_opposite_to_every_other_one_gives_no_nan() -> None:
     points = np.ones((40, 3), np.float32)
     points[7] = -1
-    found = embedding_of(points, np.zeros(40, np.int64), 1.0)
-    assert np.isfinite(found).all()
-    assert not found[7].any()
+    embedding = embedding_of(points, np.zeros(40, np.int64), 1.0)
+    assert np.isfinite(embedding).all()
+    assert not embedding[7].any()
 
 
 def test_the_rows_of_each_sub_sample_have_length_one() -> None:
     points, steps = cloud(200, 0)
     settings = TapSettings(subsamples=4, share=0.2)
-    found = tap_embedding(points, steps, 6, settings, np.random.default_rng(0))
-    assert found.shape == (200, 4 * 6)
-    np.testing.assert_allclose(np.linalg.norm(found.reshape(200, 4, 6), axis=2), 1, rtol=1e-5)
+    embedding = tap_embedding(points, steps, 6, settings, np.random.default_rng(0))
+    assert embedding.shape == (200, 4 * 6)
+    np.testing.assert_allclose(np.linalg.norm(embedding.reshape(200, 4, 6), axis=2), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
