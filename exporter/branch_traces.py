@@ -1,4 +1,4 @@
-"""What torch does in each branch of a trunk: which branches are one computation with other weights.
+"""Torch's operations in each branch of a trunk, to tell branches that are one computation with other weights.
 
 Torch's own tracer runs the trunk on tensors without memory, and what it saw in each branch is compared: operators,
 every constant among their arguments, who reads whom, the shapes of weights and of what a branch takes from `parts`.
@@ -83,10 +83,10 @@ class _Names:
     def of(cls, model: nn.Module) -> _Names:
         weights = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         modules = list(model.named_modules(remove_duplicate=False))
-        found = cls({id(weight): name for name, weight in weights}, {id(module): name for name, module in modules})
-        if len(found.weights) < len(weights) or len(found.modules) < len(modules):
+        paths = cls({id(weight): name for name, weight in weights}, {id(module): name for name, module in modules})
+        if len(paths.weights) < len(weights) or len(paths.modules) < len(modules):
             raise UnclearError
-        return found
+        return paths
 
 
 @torch.no_grad()

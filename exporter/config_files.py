@@ -26,7 +26,7 @@ LARGEST = 1 << 16  # of any whole number here; what lies above it would only exh
 
 @dataclass(frozen=True)
 class Keys:
-    """What the configuration of one class may hold.
+    """The keys that the configuration of one class may hold.
 
     `read` are the class's defaults of keys that are read. `fixed` maps keys that may have one value only to the class's
     default and that value. `harmless` maps those that change nothing here to the reason.
@@ -57,33 +57,33 @@ class Config:
         return CheckpointError(f"{self.path}: {key} {said}, expected {expected}")
 
     def whole(self, key: str, least: int = 1, most: int = LARGEST) -> int:
-        """A whole number."""
-        found = self.values[key]
-        if type(found) is not int or not least <= found <= most:
+        """Return a whole number."""
+        value = self.values[key]
+        if type(value) is not int or not least <= value <= most:
             raise self.error(key, f"a whole number from {least} to {most}")
-        return found
+        return value
 
     def number(self, key: str, above: float = -math.inf, below: float = math.inf) -> float:
-        """A finite number between two bounds, neither included."""
-        found = self.values[key]
-        if type(found) not in (int, float) or abs(found) > sys.float_info.max or not above < found < below:
+        """Return a finite number between two bounds, neither included."""
+        value = self.values[key]
+        if type(value) not in (int, float) or abs(value) > sys.float_info.max or not above < value < below:
             bounds = [f"above {above:g}"] * (above > -math.inf) + [f"below {below:g}"] * (below < math.inf)
             raise self.error(key, " ".join(["a number", " and ".join(bounds)]).rstrip())
-        return float(found)
+        return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false."""
-        found = self.values[key]
-        if not isinstance(found, bool):
+        """Return true or false."""
+        value = self.values[key]
+        if not isinstance(value, bool):
             raise self.error(key, "true or false")
-        return found
+        return value
 
     def one_of(self, key: str, known: Mapping[str, T]) -> T:
-        """What a name stands for."""
-        found = self.values[key]
-        if not isinstance(found, str) or found not in known:
+        """Return a name's value."""
+        value = self.values[key]
+        if not isinstance(value, str) or value not in known:
             raise self.error(key, f"one of: {', '.join(sorted(known))}")
-        return known[found]
+        return known[value]
 
 
 def spelled(value: Any) -> str:
@@ -98,37 +98,37 @@ def spelled(value: Any) -> str:
 def read_json(path: Path, expected: str) -> dict[str, Any]:
     """A JSON object; `expected` says of what it is a part. Raises CheckpointError."""
     try:
-        found = json.loads(path.read_bytes())  # in UTF-8, whatever the locale
+        content = json.loads(path.read_bytes())  # in UTF-8, whatever the locale
     except FileNotFoundError as e:
         raise CheckpointError(f"no such file: {path}; expected {expected}") from e
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not readable JSON ({e}); copy it again") from e
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected an object")
-    return found
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
 
 
-def class_named(found: Mapping[str, Any]) -> str:
+def class_named(entries: Mapping[str, Any]) -> str:
     """The class that a configuration names; what can be the name of none as a message has it."""
-    name = found.get("_class_name", "no class")
+    name = entries.get("_class_name", "no class")
     return name if isinstance(name, str) and len(name) <= LONGEST_VALUE else spelled(name)
 
 
-def config_of(path: Path, found: Mapping[str, Any], keys: Keys, elsewhere: Collection[str] = ()) -> Config:
+def config_of(path: Path, entries: Mapping[str, Any], keys: Keys, elsewhere: Collection[str] = ()) -> Config:
     """A configuration held to what its class may hold.
 
     `elsewhere` are keys of related classes, which diffusers leaves out as well. Raises CheckpointError naming a key
     that nobody knows, or one whose value a model of ours can't have.
     """
-    kind = class_named(found)
-    given = {key: value for key, value in found.items() if not key.startswith("_")}
+    kind = class_named(entries)
+    given = {key: value for key, value in entries.items() if not key.startswith("_")}
     unknown = sorted(given.keys() - keys.known - set(elsewhere))
     if unknown:
         raise CheckpointError(
             f"{path}: {unknown[0]} ({spelled(given[unknown[0]])}) is no key of a {kind} that ditc knows; remove it if "
             "it changes nothing"
         )
-    defaulted = found.get(DEFAULTED) or []
+    defaulted = entries.get(DEFAULTED) or []
     if not isinstance(defaulted, list):
         raise CheckpointError(f"{path}: {DEFAULTED} is {spelled(defaulted)}, expected a list of keys")
     defaults = {**keys.read, **{key: default for key, (default, _) in keys.fixed.items()}}

@@ -125,13 +125,13 @@ def read_config(home: Path, folder: Path) -> Config:
     path = home / "config.json"
     if not path.is_file():
         raise CheckpointError(_no_config(path, folder))
-    found = read_json(path, "a diffusers folder with a DiT transformer")
-    kind = class_named(found)
+    entries = read_json(path, "a diffusers folder with a DiT transformer")
+    kind = class_named(entries)
     if kind not in TRANSFORMER_KEYS:
         raise CheckpointError(f"{path} describes {kind}, expected DiTTransformer2DModel")
     _check_class(folder, "transformer", *TRANSFORMER_KEYS)
     # a released file that today's diffusers read and saved again has the new class and keys of the old one, ignored
-    return config_of(path, found, TRANSFORMER_KEYS[kind], TRANSFORMER_KEYS["Transformer2DModel"].known)
+    return config_of(path, entries, TRANSFORMER_KEYS[kind], TRANSFORMER_KEYS["Transformer2DModel"].known)
 
 
 def _check_class(folder: Path, part: str, *known: str) -> None:
@@ -161,7 +161,7 @@ def _check_no_class_facts(facts: ModelFacts, config: Config) -> None:
 
 
 def _no_config(path: Path, folder: Path) -> str:
-    """What to say of a folder without a transformer's configuration: what it holds, and where to look."""
+    """Return the message about a folder without a transformer's configuration: its content, and where to look."""
     snapshots = sorted((folder / "snapshots").glob("*/"))
     if snapshots:
         current = [snapshot for snapshot in snapshots if snapshot.name == _current_snapshot(folder)]
@@ -178,27 +178,27 @@ def _current_snapshot(cache: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
 
 
-def _config(found: Config, tensors: Mapping[str, Tensor], home: Path) -> DiTConfig:
-    heads, channels = found.whole("num_attention_heads"), found.whole("in_channels")
-    depth = found.whole("num_layers", most=len(tensors))  # every block has keys: one more is not built to be missed
-    outputs = channels if found.values["out_channels"] is None else found.whole("out_channels")
+def _config(settings: Config, tensors: Mapping[str, Tensor], home: Path) -> DiTConfig:
+    heads, channels = settings.whole("num_attention_heads"), settings.whole("in_channels")
+    depth = settings.whole("num_layers", most=len(tensors))  # every block has keys: one more is not built to be missed
+    outputs = channels if settings.values["out_channels"] is None else settings.whole("out_channels")
     if outputs not in (channels, 2 * channels):
-        raise found.error("out_channels", f"{channels} or {2 * channels}")
-    size, patch = found.whole("sample_size", most=LARGEST_SIDE), found.whole("patch_size")
+        raise settings.error("out_channels", f"{channels} or {2 * channels}")
+    size, patch = settings.whole("sample_size", most=LARGEST_SIDE), settings.whole("patch_size")
     if size % patch:
-        raise found.error("sample_size", f"a multiple of the patch_size {patch}")
+        raise settings.error("sample_size", f"a multiple of the patch_size {patch}")
     config = DiTConfig(
         input_size=size,
         patch_size=patch,
         in_channels=channels,
-        hidden_size=heads * found.whole("attention_head_dim"),
+        hidden_size=heads * settings.whole("attention_head_dim"),
         depth=depth,
         num_heads=heads,
-        num_classes=found.whole("num_embeds_ada_norm"),
+        num_classes=settings.whole("num_embeds_ada_norm"),
         learn_sigma=outputs == 2 * channels,
-        qkv_bias=found.flag("attention_bias"),
+        qkv_bias=settings.flag("attention_bias"),
         freq_shift=1,
-        norm2_eps=found.number("norm_eps", above=0),
+        norm2_eps=settings.number("norm_eps", above=0),
         embedder_per_block=not _embedders_equal(tensors, depth),
     )
     _check_size(config, tensors, home)
@@ -211,11 +211,11 @@ def _check_size(config: DiTConfig, tensors: Mapping[str, Tensor], home: Path) ->
         raise CheckpointError(
             f"{home} does not fit its config.json: missing {ANCHOR}; expected the keys of DiTTransformer2DModel"
         )
-    found = tuple(tensors[ANCHOR].shape)
+    shape = tuple(tensors[ANCHOR].shape)
     expected = (config.hidden_size, config.in_channels, config.patch_size, config.patch_size)
-    if found != expected:
+    if shape != expected:
         raise CheckpointError(
-            f"{home} does not fit its config.json: {ANCHOR} has shape {found}, expected {expected} from "
+            f"{home} does not fit its config.json: {ANCHOR} has shape {shape}, expected {expected} from "
             "num_attention_heads, attention_head_dim, in_channels and patch_size"
         )
 

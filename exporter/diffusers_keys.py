@@ -24,7 +24,7 @@ OUTER_NAMES = {
 
 
 def diffusers_names(name: str) -> list[str]:
-    """Where one of our parameters lies in a diffusers state dict: one key, or those of q, k and v to join."""
+    """Return a parameter's keys in a diffusers state dict: one, or those of q, k and v to join."""
     if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", name):
         return [f"transformer_blocks.{match[1]}.attn1.to_{part}.{match[2]}" for part in "qkv"]
     module, leaf = name.rsplit(".", 1)

@@ -241,11 +241,11 @@ class DiT(nn.Module):
 
     @property
     def branches(self) -> tuple[DiTBranch, ...]:
-        found = []
+        branches = []
         for i, block in enumerate(self.blocks):
-            found.append(DiTBranch(f"blocks.{i}.attn", block.norm1, block.attn, 6 * i))
-            found.append(DiTBranch(f"blocks.{i}.mlp", block.norm2, block.mlp, 6 * i + 3))
-        return tuple(found)
+            branches.append(DiTBranch(f"blocks.{i}.attn", block.norm1, block.attn, 6 * i))
+            branches.append(DiTBranch(f"blocks.{i}.mlp", block.norm2, block.mlp, 6 * i + 3))
+        return tuple(branches)
 
     def condition(self, t: Tensor, y: Tensor) -> dict[str, Tensor]:
         """All modulation: (steps,) timesteps and (batch,) labels -> (steps, batch, 6 * depth + 2, dim).
@@ -258,13 +258,13 @@ class DiT(nn.Module):
     def modulation(self, t: Tensor, y: Tensor) -> Tensor:
         """Every adaLN layer: timesteps and labels that broadcast to shape s -> (*s, rows, dim)."""
         dim = self.config.hidden_size
-        one = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0], device=t.device).repeat_interleave(dim)
+        offset = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0], device=t.device).repeat_interleave(dim)
         shared = self._embed_condition(self, t, y)
         tables = []
         for block in self.blocks:
             c = self._embed_condition(block, t, y) if self.config.embedder_per_block else shared
-            tables.append(block.adaLN_modulation[1](c) + one)
-        tables.append(self.final_layer.adaLN_modulation[1](shared) + one[: 2 * dim])
+            tables.append(block.adaLN_modulation[1](c) + offset)
+        tables.append(self.final_layer.adaLN_modulation[1](shared) + offset[: 2 * dim])
         rows: Any = torch.cat(tables, dim=-1)
         return rows.unflatten(-1, (6 * self.config.depth + 2, dim))  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes: a download gone wrong keeps the right suffix."""
+"""The format of a file, told by its first bytes: a download gone wrong keeps the right suffix."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ FOREIGN = (
 
 
 def weight_format(path: Path) -> Format:
-    """How to read a file of weights. Raises CheckpointError saying what the file is where it holds none."""
+    """Return the format of a file of weights. Raises CheckpointError saying what the file is where it holds none."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if not head:
         raise CheckpointError(f"{path} is an empty file, not a whole checkpoint; copy the checkpoint again")
-    for start, what in FOREIGN:
+    for start, description in FOREIGN:
         if head.startswith(start):
-            raise CheckpointError(f"{path} is {what}")
+            raise CheckpointError(f"{path} is {description}")
     if head.startswith(b"PK\x03\x04"):
         _check_torch_archive(path)
         return "torch"
@@ -77,7 +77,7 @@ def _is_text_pickle(head: bytes) -> bool:
 
 
 def _described(head: bytes) -> str:
-    """What foreign bytes look like, in words."""
+    """Describe foreign bytes by their looks."""
     text = head[:200].decode("utf-8-sig", errors="replace").strip()
     if text.startswith("<"):
         return "a page in HTML or XML, not weights: the download led to an error or a login"
@@ -95,15 +95,15 @@ HUB_NAME = re.compile(
 
 
 def download_advice(name: str) -> str:
-    """What to add to "no such file" where a name looks like one on the Hugging Face hub; empty elsewhere."""
-    found = HUB_NAME.fullmatch(name)
-    if found is not None and (found["address"] or not name.endswith(WEIGHT_SUFFIXES)):
-        folder = found["name"].split("/")[1]
-        revision = found["revision"] or found["branch"] or "main"
+    """Return the advice after "no such file" for a name that looks like one on the Hugging Face hub, else nothing."""
+    match = HUB_NAME.fullmatch(name)
+    if match is not None and (match["address"] or not name.endswith(WEIGHT_SUFFIXES)):
+        folder = match["name"].split("/")[1]
+        revision = match["revision"] or match["branch"] or "main"
         at = f" --revision {revision}" if revision != "main" else ""
-        then = f" and give {folder}{found['inside']}" if found["inside"] else ""
+        then = f" and give {folder}{match['inside']}" if match["inside"] else ""
         return (
-            f"; nothing is downloaded: if that is a name on the hub, run: hf download {found['name']}{at} --local-dir "
+            f"; nothing is downloaded: if that is a name on the hub, run: hf download {match['name']}{at} --local-dir "
             f"{folder}{then}"
         )
     return "; nothing is downloaded: fetch the file first" if re.match(r"\w+:/", name) else ""

@@ -92,7 +92,7 @@ def _sharded(index: Path) -> StateDict:
 
 
 def found_there(folder: Path) -> str:
-    """What a folder holds, in words: the first names."""
+    """List the first names in a folder, in words."""
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(names[:5])}{more}" if names else "nothing"

@@ -89,7 +89,7 @@ class _Assembly:
         pieces = {number: self._piece(place, traces[number]) for place, number in enumerate(self.chosen)}
         originals = {node for piece in pieces.values() for node in piece.nodes}
         place = [node for node in self.graph if node in originals][-1]
-        stream, made = self.passing.streams[0], {}
+        stream, named = self.passing.streams[0], {}
         for number, (trace, kind) in enumerate(zip(traces, kinds, strict=True)):
             piece = pieces[kind]
             known = self._fillings(piece, trace, stream, self.names[number])
@@ -98,10 +98,10 @@ class _Assembly:
                 copy = _copy(node, number, known, paths)
                 self.graph.insert_after(place, copy)
                 place = copy
-            made[self.names[number]], stream = known[piece.out], [known[value] for value in piece.after]
-        made |= {f"{AHEAD}.{number}": total for number, total in enumerate(stream) if number}
+            named[self.names[number]], stream = known[piece.out], [known[value] for value in piece.after]
+        named |= {f"{AHEAD}.{number}": total for number, total in enumerate(stream) if number}
         self.passing.streams[-1][0].replace_all_uses_with(stream[0], replace_graph_outputs=True)
-        self._set_borders(made)
+        self._set_borders(named)
         remove_unused_nodes(self.model)
         if any(node.graph is not None for node in originals):  # something else reads what a branch made
             raise UnexpectedFormError
@@ -119,7 +119,7 @@ class _Assembly:
     def _fillings(
         self, piece: _Piece, trace: BranchTrace, stream: Sequence[ir.Value], name: str
     ) -> dict[ir.Value, ir.Value]:
-        """What stands in a copy for the values that the captured branch takes."""
+        """Map the inputs of the captured branch to those of a copy."""
         leaves = self.passing.leaves
         known = {leaves[a]: leaves[b] for a, b in zip(piece.trace.leaves, trace.leaves, strict=True)}
         for a, b in zip(piece.trace.weights, trace.weights, strict=True):
@@ -145,10 +145,10 @@ class _Assembly:
             self.inputs[name] = ir.Value(name=name, shape=like.shape, type=like.type)
         return self.inputs[name]
 
-    def _set_borders(self, made: Mapping[str, ir.Value]) -> None:
+    def _set_borders(self, named: Mapping[str, ir.Value]) -> None:
         """Inputs and outputs as the segment declares them."""
         self.graph.inputs[:] = [self.inputs[name] for name in self.segment.inputs]
-        outputs = [self.graph.outputs[0], *(made[name.removeprefix("cache.")] for name in self.segment.outputs[1:])]
+        outputs = [self.graph.outputs[0], *(named[name.removeprefix("cache.")] for name in self.segment.outputs[1:])]
         self.graph.outputs[:] = outputs
         for name, value in zip(self.segment.outputs, outputs, strict=True):
             value.name = name

@@ -21,10 +21,10 @@ BRANCH_SCOPE = re.compile(r"residual\.(\d+)\.compute")  # see Residual in segmen
 
 def _name_by_module(model: ir.Model, branches: tuple[str, ...]) -> None:
     """Node names become the torch module path plus the operator; each node knows its branch; traces are dropped."""
-    taken: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for node in model.graph:
         scopes = scopes_of(node)
-        branch = next((branches[int(found[1])] for s in scopes if (found := BRANCH_SCOPE.fullmatch(s))), "")
+        branch = next((branches[int(match[1])] for s in scopes if (match := BRANCH_SCOPE.fullmatch(s))), "")
         modules = [s.removeprefix(OWN) for s in scopes if s.startswith(OWN)]
         path = modules[-1] if modules else branch
         node.metadata_props.clear()
@@ -32,8 +32,8 @@ def _name_by_module(model: ir.Model, branches: tuple[str, ...]) -> None:
         if branch:
             node.metadata_props[BRANCH_KEY] = branch
         name = f"{path}/{node.op_type}" if path else node.op_type
-        taken[name] = taken.get(name, 0) + 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        counts[name] = counts.get(name, 0) + 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
         for value in node.outputs:
             value.metadata_props.clear()
     model.metadata_props.clear()
@@ -54,27 +54,27 @@ def _split_gemms(model: ir.Model, branches: tuple[str, ...]) -> None:
         )
         if (alpha, beta, trans_a) != (1.0, 1.0, 0):
             continue
-        weight, made = node.inputs[1], []
+        weight, parts = node.inputs[1], []
         if trans_b:
-            made.append(ir.node("Transpose", [weight], attributes={"perm": [1, 0]}))
-            weight = made[-1].outputs[0]
-        made.append(ir.node("MatMul", [node.inputs[0], weight]))
+            parts.append(ir.node("Transpose", [weight], attributes={"perm": [1, 0]}))
+            weight = parts[-1].outputs[0]
+        parts.append(ir.node("MatMul", [node.inputs[0], weight]))
         if len(node.inputs) > 2 and node.inputs[2] is not None:
-            made.append(ir.node("Add", [made[-1].outputs[0], node.inputs[2]]))
-        _replace(model, node, made)
+            parts.append(ir.node("Add", [parts[-1].outputs[0], node.inputs[2]]))
+        _replace(model, node, parts)
 
 
-def _replace(model: ir.Model, node: ir.Node, made: list[ir.Node]) -> None:
+def _replace(model: ir.Model, node: ir.Node, parts: list[ir.Node]) -> None:
     """Put nodes in the place of one; the last one's output takes over its name, type and uses."""
-    out, new = node.outputs[0], made[-1].outputs[0]
-    for number, part in enumerate(made):
+    out, new = node.outputs[0], parts[-1].outputs[0]
+    for number, part in enumerate(parts):
         part.name = f"{node.name.removesuffix('/Gemm')}/{part.op_type}" if node.name else None
         part.metadata_props.update(node.metadata_props)
         part.outputs[0].name = f"{out.name}.{number}"
         part.outputs[0].type = out.type
     new.shape = out.shape
     out.replace_all_uses_with(new, replace_graph_outputs=True)
-    model.graph.insert_before(node, made)
+    model.graph.insert_before(node, parts)
     model.graph.remove(node, safe=True)
     new.name = out.name
 
@@ -103,10 +103,10 @@ def _transposed(source: ir.Value, permutation: Sequence[int] | None) -> ir.LazyT
     name = f"transposed.{source.name}"
     dtype = ir.DataType.from_numpy(view.dtype)
 
-    def made() -> Any:
+    def contiguous() -> Any:
         return ir.Tensor(np.ascontiguousarray(view), name=name)
 
-    return ir.LazyTensor(made, dtype=dtype, shape=ir.Shape(view.shape), name=name)
+    return ir.LazyTensor(contiguous, dtype=dtype, shape=ir.Shape(view.shape), name=name)
 
 
 def _array(value: ir.Value) -> NDArray[Any]:
@@ -131,22 +131,22 @@ def _name_values(model: ir.Model, branches: tuple[str, ...]) -> None:
         for place, read in enumerate(node.inputs):
             if read is not None and read.is_initializer():
                 readers.setdefault(read, (node, place))
-    taken = {str(value.name).removeprefix(OWN) for value in readers if str(value.name).startswith(OWN)}
+    names = {str(value.name).removeprefix(OWN) for value in readers if str(value.name).startswith(OWN)}
     graph.initializers.clear()
     for value, (node, place) in readers.items():
         if value not in borders:
-            value.name = _constant_name(str(value.name), node, place, taken)
-            taken.add(value.name)
+            value.name = _constant_name(str(value.name), node, place, names)
+            names.add(value.name)
         graph.register_initializer(value)
 
 
-def _constant_name(old: str, reader: ir.Node, place: int, taken: set[str]) -> str:
+def _constant_name(old: str, reader: ir.Node, place: int, names: set[str]) -> str:
     """The name of a constant that `reader` reads first, as its input number `place`."""
     if old.startswith(OWN):
         return old.removeprefix(OWN)
     weight = f"{reader.metadata_props[PATH_KEY]}.weight"
     made_by_transposing = place == 1 and reader.op_type in ("MatMul", "Gemm")
-    return weight if made_by_transposing and weight not in taken else f"{reader.name}.input_{place}"
+    return weight if made_by_transposing and weight not in names else f"{reader.name}.input_{place}"
 
 
 def _drop_unused_inputs(model: ir.Model, branches: tuple[str, ...]) -> None:

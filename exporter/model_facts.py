@@ -1,4 +1,4 @@
-"""What weights don't tell of a model, as the user states it."""
+"""Facts that a model's weights don't tell, as the user states them."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class ModelFacts:
     train_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for kind, found, known in (
+        for kind, name, known in (
             ("prediction", self.prediction, get_args(Prediction)),
             ("beta schedule", self.beta_schedule, get_args(BetaSchedule)),
         ):
-            if found is not None and found not in known:
-                raise unknown_name(kind, found, known)
+            if name is not None and name not in known:
+                raise unknown_name(kind, name, known)
         for option, number, least in (("--classes", self.classes, 1), ("--train-steps", self.train_steps, 2)):
             if number is not None and (type(number) is not int or not least <= number <= LARGEST):
                 raise InputError(f"{option} must be a whole number from {least} to {LARGEST}, found {number}")

@@ -68,7 +68,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class Stated:
-    """What options state of a model."""
+    """The options about a model."""
 
     num_heads: int | None
     vae: Path | None
@@ -85,8 +85,8 @@ def _check_useful(stated: Stated, name: str, *known: str) -> None:
     """Raise InputError for options about what a model is `known` to say itself: they would change nothing."""
     useless = [option for option in stated.options if option in known]
     if useless:
-        what = "makes images itself" if useless == ["--vae"] else "states its heads, classes and process itself"
-        raise InputError(f"{name} {what}; leave out {' and '.join(useless)}")
+        reason = "makes images itself" if useless == ["--vae"] else "states its heads, classes and process itself"
+        raise InputError(f"{name} {reason}; leave out {' and '.join(useless)}")
 
 
 def _from_folder(path: Path, stated: Stated) -> Any:

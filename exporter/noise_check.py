@@ -38,7 +38,7 @@ def noise_resemblance(model: Any) -> float:
 
 @torch.no_grad()
 def noise_gain(model: Any) -> float | None:
-    """How many times as large what the model makes of weak noise is; None for a process that hardly adds any."""
+    """Return the size of the model's output over that of weak noise; None for a process that hardly adds any."""
     t = noisy_timestep(model.spec.diffusion)
     if t is None:
         return None
@@ -63,20 +63,20 @@ def noisy_timestep(diffusion: DiffusionSpec) -> int | None:
 
 def doubts_about(model: Any, corrected_by: str) -> tuple[str, ...]:
     """A line where the model does not do what its spec says that it predicts; `corrected_by` is where that is said."""
-    prediction, found = model.spec.diffusion.prediction, noise_resemblance(model)
+    prediction, cosine = model.spec.diffusion.prediction, noise_resemblance(model)
     if prediction == "epsilon":
-        return _doubts_of_gain(noise_gain(model)) if found > ALIKE else (_unlike_noise(found, corrected_by),)
-    if abs(found) <= ALIKE:
+        return _doubts_of_gain(noise_gain(model)) if cosine > ALIKE else (_unlike_noise(cosine, corrected_by),)
+    if abs(cosine) <= ALIKE:
         return ()
     return (
-        f"given noise at the largest timestep the model returns much like it (cosine {found:.2f}): it seems to predict "
-        f"noise, not {'v' if prediction == 'v' else 'the clean sample'} ({corrected_by})",
+        f"given noise at the largest timestep the model returns much like it (cosine {cosine:.2f}): it seems to "
+        f"predict noise, not {'v' if prediction == 'v' else 'the clean sample'} ({corrected_by})",
     )
 
 
-def _unlike_noise(found: float, corrected_by: str) -> str:
+def _unlike_noise(cosine: float, corrected_by: str) -> str:
     return (
-        f"given noise at the largest timestep the model returns nothing like it (cosine {found:.2f}, a predictor of "
+        f"given noise at the largest timestep the model returns nothing like it (cosine {cosine:.2f}, a predictor of "
         f"noise has nearly 1): it may predict something else ({corrected_by}), or be made for flow matching, which "
         "ditc does not know"
     )

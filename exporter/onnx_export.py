@@ -66,10 +66,10 @@ def parity_error(segment: Segment, run: Callable[[dict[str, Any]], dict[str, Any
     """
     expected = segment.module(*segment.inputs.values())
     expected = (expected,) if isinstance(expected, Tensor) else expected
-    found = run({name: value.numpy() for name, value in segment.inputs.items()})
+    outputs = run({name: value.numpy() for name, value in segment.inputs.items()})
     worst = 0.0
     for name, tensor in zip(segment.outputs, expected, strict=True):
-        error = relative_error(torch.from_numpy(np.asarray(found[name])), tensor)
+        error = relative_error(torch.from_numpy(np.asarray(outputs[name])), tensor)
         if not error < tolerance:
             raise CheckError(
                 f"segment {segment.name}: output {name} differs from torch by {error:.2g}, expected below {tolerance:g}"

@@ -17,7 +17,7 @@ INLINE_LIMIT_BYTES = 64 << 20  # changed weights beyond this get a file of their
 
 
 def data_path(path: Path) -> Path:
-    """Where the larger tensors of a model lie."""
+    """Return the file of a model's larger tensors."""
     return path.with_name(f"{path.name}.data")
 
 

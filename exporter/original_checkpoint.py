@@ -66,7 +66,7 @@ def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: Mode
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the shapes of a checkpoint spell out."""
+    """Sizes that a checkpoint's shapes spell out."""
 
     hidden: int
     channels: int
@@ -84,15 +84,15 @@ def shapes_of(tensors: dict[str, Tensor], source: Path) -> Shapes:
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in tensors or tensors[name].ndim != rank or 0 in tensors[name].shape:
-            found = "is missing" if name not in tensors else f"has shape {tuple(tensors[name].shape)}"
-            raise CheckpointError(f"{source} is not an original DiT checkpoint: {name} {found}")
+            problem = "is missing" if name not in tensors else f"has shape {tuple(tensors[name].shape)}"
+            raise CheckpointError(f"{source} is not an original DiT checkpoint: {name} {problem}")
         return tuple(tensors[name].shape)
 
     hidden, channels, patch, _ = shape(ANCHOR, 4)
     depth = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d{1,9})\.", name))), default=-1)
     if not 0 < depth <= len(tensors):  # a stray number is not built, though it might fit no memory
-        found = f"blocks up to number {depth - 1} in {len(tensors)} keys" if depth else "no blocks.0.attn.qkv.weight"
-        raise CheckpointError(f"{source} is not an original DiT checkpoint: it has {found}")
+        problem = f"blocks up to number {depth - 1} in {len(tensors)} keys" if depth else "no blocks.0.attn.qkv.weight"
+        raise CheckpointError(f"{source} is not an original DiT checkpoint: it has {problem}")
     outputs = shape("final_layer.linear.weight", 2)[0] // patch**2
     if outputs not in (channels, 2 * channels):
         raise CheckpointError(f"{source}: final_layer gives {outputs} channels, expected {channels} or {2 * channels}")
@@ -113,7 +113,7 @@ def _check_told(told: TrainingArgs, shapes: Shapes, source: Path) -> None:
     """Raise CheckpointError where the training script's arguments tell of a model of other shapes."""
     hidden, depth, _ = DIT_SIZES[told.size] if told.size else (None, None, None)
     pixels = [shapes.input_size * stride for stride in VAE_STRIDES]
-    for name, said, fits, found in (
+    for name, said, fits, of_weights in (
         ("width", hidden, hidden == shapes.hidden, shapes.hidden),
         ("blocks", depth, depth == shapes.depth, shapes.depth),
         ("patch size", told.patch, told.patch == shapes.patch_size, shapes.patch_size),
@@ -127,8 +127,8 @@ def _check_told(told: TrainingArgs, shapes: Shapes, source: Path) -> None:
     ):
         if said is not None and not fits:
             raise CheckpointError(
-                f"{source}: its training script's arguments say {name} {said}, its weights {found}; if the arguments "
-                "are another model's, save the state dict alone"
+                f"{source}: its training script's arguments say {name} {said}, its weights {of_weights}; if the "
+                "arguments are another model's, save the state dict alone"
             )
 
 
@@ -175,14 +175,14 @@ def _classes(rows: int, facts: ModelFacts, told: TrainingArgs, source: Path) -> 
         return rows - 1, True, (about,)
     if classes is not None and null_class is None and rows in (classes, classes + 1):
         null_class = rows == classes + 1
-    found = rows - bool(null_class)
-    if null_class is None or found < 1 or classes not in (None, found):
+    class_count = rows - bool(null_class)
+    if null_class is None or class_count < 1 or classes not in (None, class_count):
         said = f"{'classes' if classes is None else _counted(classes)}{NULL_WORDS[null_class]}"
         raise CheckpointError(
             f"{source}: its label table has {rows} row{'s' * (rows != 1)}, {who} say {said}; correct --classes or "
             "--no-null"
         )
-    return found, null_class, ()
+    return class_count, null_class, ()
 
 
 def _counted(classes: int) -> str:

@@ -1,4 +1,4 @@
-"""What a model must show so that its trajectory can be compiled: the seams.
+"""The seams that a model must show so that its trajectory can be compiled.
 
 A user's own diffusion transformer fits by having these members; nothing has to be inherited or registered. The whole
 network at one step is then
@@ -108,9 +108,9 @@ def branches_add(model: TrajectoryModel, tolerance: float = 1e-4) -> bool:
 MEMBERS = ("spec", "branches", "decoder", "condition", "unpack", "embed", "head")
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what was expected; 0 where both are all zeros."""
-    gap = (found.double() - expected.double()).norm().item()
+    gap = (actual.double() - expected.double()).norm().item()
     size = expected.double().norm().item()
     return float(gap if size == 0 else gap / size)
 
@@ -138,7 +138,7 @@ def composed(model: TrajectoryModel, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 
 def _check_shapes(model: Any, x: Tensor, y: Tensor) -> None:
-    """What each seam gives has the shape that the spec and the protocol promise."""
+    """Raise CheckpointError where a seam gives another shape than spec and protocol promise."""
     spec: ModelSpec = model.spec
     tables = model.condition(torch.linspace(900, 1, 3), y)
     wrong = {name: tuple(table.shape) for name, table in tables.items() if table.shape[:2] != (3, len(y))}
@@ -182,17 +182,17 @@ def check_decomposition(model: Any, tolerance: float = 1e-4) -> None:
     model.eval()
     try:
         _check_shapes(model, x, y)
-        found, expected = composed(model, x, t, y), model(x, t, y)
+        composition, expected = composed(model, x, t, y), model(x, t, y)
     except (RuntimeError, IndexError, TypeError) as e:
         reason = str(e).splitlines()[0]
         raise CheckpointError(f"{spec.name} can't run on inputs as its spec describes them: {reason}") from e
     finally:
         model.train(was_training)
-    if found.shape != expected.shape:
+    if composition.shape != expected.shape:
         raise CheckpointError(
-            f"the seams give {tuple(found.shape)}, the forward pass {tuple(expected.shape)}; fix head()"
+            f"the seams give {tuple(composition.shape)}, the forward pass {tuple(expected.shape)}; fix head()"
         )
-    error = relative_error(found, expected)
+    error = relative_error(composition, expected)
     if not error < tolerance:
         raise CheckpointError(
             f"the seams of {spec.name} don't compose to its forward pass: relative error {error:.2g}, "

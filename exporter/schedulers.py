@@ -68,7 +68,7 @@ SOLVER = ("solver_order", "algorithm_type", "solver_type", "lower_order_final", 
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """How a class is read. `exact` says whether `sampler` gives what it gives, else it takes its place."""
+    """A class and its keys. `exact` says whether `sampler` gives what it gives, else it takes its place."""
 
     sampler: Literal["ddim", "ddpm"]
     exact: bool
@@ -214,30 +214,30 @@ def process_from_scheduler(
     `loaded_as` is the class that a pipeline's index names: diffusers takes it, whatever the file says. Raises
     CheckpointError for a class, a key or a value that can't be had.
     """
-    found = _without_former(path, read_json(path, "the scheduler's configuration"))
-    kind = class_named(found)
+    entries = _without_former(path, read_json(path, "the scheduler's configuration"))
+    kind = class_named(entries)
     about: tuple[str, ...] = ()
     if loaded_as not in (None, kind):
         about = (f"the scheduler is of {loaded_as}, as model_index.json has it, not of {kind} ({path.name})",)
-        kind, found = str(loaded_as), {**found, "_class_name": loaded_as}
+        kind, entries = str(loaded_as), {**entries, "_class_name": loaded_as}
     if kind not in SCHEDULERS:
         reason = REFUSED.get(kind, "no scheduler that ditc knows")
         raise CheckpointError(
             f"{path} is of {kind}: {reason}; expected a diffusion over betas, like DDIMScheduler (docs/models.md)"
         )
     row = SCHEDULERS[kind]
-    config = config_of(path, found, row.keys, ANY_CLASS)
+    config = config_of(path, entries, row.keys, ANY_CLASS)
     diffusion, sampler = _diffusion(config, learned_sigma), _sampler(config, row)
     return diffusion, sampler, (*about, *_assumed(kind, row, sampler))
 
 
-def _without_former(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+def _without_former(path: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without keys of FORMER. Raises CheckpointError for one that changes something."""
     for key, (harmless, advice) in FORMER.items():
-        value = found.get(key, harmless)
+        value = entries.get(key, harmless)
         if type(value) is not type(harmless) or value != harmless:
             raise CheckpointError(f"{path}: {key} is {spelled(value)}, expected {spelled(harmless)}; {advice}")
-    return {key: value for key, value in found.items() if key not in FORMER}
+    return {key: value for key, value in entries.items() if key not in FORMER}
 
 
 def _diffusion(config: Config, learned_sigma: bool) -> DiffusionSpec:

@@ -86,37 +86,37 @@ class Trunk(nn.Module):
         self.model = model
         self.plan = plan
         self.tables = tables
-        self.taken = (*((REUSE_ROWS,) if plan.rows else ()), *plan.reads)
+        self.reads = (*((REUSE_ROWS,) if plan.rows else ()), *plan.reads)
         self.residual = nn.ModuleList(Residual(branch) for branch in model.branches)
 
     def begin(self, x: Tensor, rest: tuple[Tensor, ...], reads: Sequence[str]) -> tuple[Stream, Parts, Cached]:
         """The stream in front of the branches, what they take from the tables, and the caches named `reads`."""
-        tables, rest = self._tables(rest)
-        ahead, rest = self._tables(rest) if self.plan.ahead else ({}, rest)
+        tables, rest = self._split_off_tables(rest)
+        ahead, rest = self._split_off_tables(rest) if self.plan.ahead else ({}, rest)
         parts = self.model.unpack(tables)
         later = [self.model.unpack({n: t[k] for n, t in ahead.items()}) for k in range(self.plan.ahead)]
         stream = self.model.embed(x), *(torch.zeros(()) for _ in later)
         return stream, (parts, *later), dict(zip(reads, rest, strict=True))
 
     def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        stream, parts, cached = self.begin(x, rest, self.taken)
+        stream, parts, cached = self.begin(x, rest, self.reads)
         if AHEAD in cached:
             return (self.model.head(stream[0] + self._reused(cached), parts[0]),)
-        made = {}
+        outputs = {}
         for name, residual in zip(self.model.spec.branches, self.residual, strict=True):
-            made[name], stream = residual(stream, cached.get(name), parts)
-        made |= {f"{AHEAD}.{k}": total for k, total in enumerate(stream) if k}
-        return self.model.head(stream[0], parts[0]), *(made[name] for name in self.plan.writes)
+            outputs[name], stream = residual(stream, cached.get(name), parts)
+        outputs |= {f"{AHEAD}.{k}": total for k, total in enumerate(stream) if k}
+        return self.model.head(stream[0], parts[0]), *(outputs[name] for name in self.plan.writes)
 
     def _reused(self, cached: Cached) -> Tensor:
-        """What all branches together are taken to add: the sum that was made, or sums by their weights and a shift."""
+        """Return the sum of all branches: the one that was cached, or cached ones by their weights and a shift."""
         if not self.plan.rows:
             return cached[AHEAD]
         weights = cached[REUSE_ROWS].unbind()
         terms = [weight * cached[name] for weight, name in zip(weights, self.plan.reads, strict=False)]
         return sum([*terms[1:], *weights[len(terms) :]], start=terms[0])
 
-    def _tables(self, rest: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    def _split_off_tables(self, rest: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """The tables by name, and the inputs after them."""
         count = len(self.tables)
         return dict(zip(self.tables, rest[:count], strict=True)), rest[count:]
@@ -149,7 +149,7 @@ class Excerpt(nn.Module):
 
 @dataclass(frozen=True)
 class Passing(Generic[Value]):
-    """What passes between the parts of an excerpt: leaves, the streams around the branches, what the branches make."""
+    """The values between the parts of an excerpt: leaves, the streams around the branches, the branches' outputs."""
 
     leaves: list[Value]
     streams: list[list[Value]]

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are the model: training scripts save several sets, and wrappers prefix their keys."""
+"""The model's tensors in a checkpoint: training scripts save several sets, and wrappers prefix their keys."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def read_checkpoint(path: Path, anchor: str) -> Checkpoint:
     Raises CheckpointError naming what the file holds instead, or a tensor that is of no floating type.
     """
     loaded = read_mapping(path)
-    found = {name: without_counters(tensors) for name, tensors in _tensor_sets(loaded)}
-    sets = {name: tensors for name, (tensors, _) in found.items()}
+    parted = {name: without_counters(tensors) for name, tensors in _tensor_sets(loaded)}
+    sets = {name: tensors for name, (tensors, _) in parted.items()}
     if not any(sets.values()):
         raise CheckpointError(f"{path} holds no tensors; expected the weights of a diffusion transformer")
     fits = {name: prefix for name in sets if (prefix := fitting_prefix(sets[name], anchor)) is not None}
@@ -55,18 +55,18 @@ def read_checkpoint(path: Path, anchor: str) -> Checkpoint:
         assumptions=(
             *_about_sets(sets, fits, chosen, loaded),
             *about_prefix(fits[chosen]),
-            *about_counters(found[chosen][1]),
+            *about_counters(parted[chosen][1]),
         ),
     )
 
 
-def _tensor_sets(found: Mapping[Any, Any], name: str = OUTERMOST, depth: int = 0) -> Iterable[tuple[str, StateDict]]:
+def _tensor_sets(mapping: Mapping[Any, Any], name: str = OUTERMOST, depth: int = 0) -> Iterable[tuple[str, StateDict]]:
     """Every mapping with tensors right in it by its dotted name, and those named as holders that are empty."""
-    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
-    if tensors or (_rank(name) is not None and not found):
+    tensors = {str(key): value for key, value in mapping.items() if isinstance(value, Tensor)}
+    if tensors or (_rank(name) is not None and not mapping):
         yield name, tensors
     if depth < DEEPEST:
-        for key, value in found.items():
+        for key, value in mapping.items():
             if isinstance(key, str) and isinstance(value, Mapping) and key not in ARGUMENTS:
                 yield from _tensor_sets(value, f"{name}.{key}" if name else key, depth + 1)
 
@@ -92,7 +92,7 @@ def about_prefix(prefix: str) -> tuple[str, ...]:
 
 
 def _rank(name: str) -> int | None:
-    """How good a set of this name is to take, 0 the best; None for a name that tells nothing.
+    """Return the rank of a set by its name, 0 the best to take; None for a name that tells nothing.
 
     A moving average is told by the word "ema" wherever it stands (`ema.state_dict`, `ema_0.9999`), a model by the
     first part of the dotted name.
@@ -123,7 +123,7 @@ def _about_sets(
 ) -> tuple[str, ...]:
     """The line about which of several sets was taken, and why not a better one; none where there is one."""
     rank = _rank(chosen)
-    reasons = {name: "has other keys" if found else "is empty" for name, found in sets.items()}
+    reasons = {name: "has other keys" if tensors else "is empty" for name, tensors in sets.items()}
     reasons |= dict.fromkeys(_without_sets(loaded, sets), "holds no tensors by name")
     if rank is not None:
         better = {name: _rank(name) for name in reasons if name not in fits and not chosen.startswith(f"{name}.")}
@@ -150,7 +150,7 @@ def _label(name: str) -> str:
 
 
 def _misfit(sets: Mapping[str, StateDict], anchor: str) -> str:
-    """What was found where no set has the key `anchor`, or some of its keys lack the prefix of others."""
+    """Describe the sets where none has the key `anchor`, or some of its keys lack the prefix of others."""
     largest = max(sets, key=lambda name: len(sets[name]))
     names = list(sets[largest])
     held = f"it holds {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -165,11 +165,11 @@ def _misfit(sets: Mapping[str, StateDict], anchor: str) -> str:
 
 
 def _arguments(loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training script kept of its command line or settings: an argparse.Namespace, or a mapping."""
+    """Return a training script's command line or settings: an argparse.Namespace, or a mapping."""
     arguments: dict[str, Any] = {}
     for holder in ARGUMENTS:
-        found = loaded.get(holder)
-        values = vars(found) if isinstance(found, argparse.Namespace) else found
+        content = loaded.get(holder)
+        values = vars(content) if isinstance(content, argparse.Namespace) else content
         if isinstance(values, Mapping):
             arguments = {**{str(name): value for name, value in values.items()}, **arguments}
     return arguments

@@ -45,15 +45,15 @@ def stressed(model: DiT, stress: Stress | None = None) -> DiT:
     trajectory and half late. So no one step shows every outlier.
     """
     stress = stress or Stress()
-    made = copy.deepcopy(model)
-    made.name = f"{model.name}-stressed"
+    variant = copy.deepcopy(model)
+    variant.name = f"{model.name}-stressed"
     rng = np.random.default_rng(stress.seed)
-    sizes = _modulation_sizes(made)
-    for branch in made.branches:
+    sizes = _modulation_sizes(variant)
+    for branch in variant.branches:
         factors = _factors(sizes[:, branch.first_row : branch.first_row + 2], stress, rng)
-        _scale_modulation(made.blocks[branch.first_row // 6].adaLN_modulation[1], branch.first_row % 6, factors)
+        _scale_modulation(variant.blocks[branch.first_row // 6].adaLN_modulation[1], branch.first_row % 6, factors)
         _reader(branch).weight /= factors
-    return made.eval()
+    return variant.eval()
 
 
 def _modulation_sizes(model: DiT) -> Tensor:
@@ -70,10 +70,10 @@ def _factors(rows: Tensor, stress: Stress, rng: np.random.Generator) -> Tensor:
     trend = (size[:half].mean(dim=0) / size[half:].mean(dim=0)).log()  # above 0: larger early, where the noise is
     count = max(2, round(stress.share * len(trend)))
     order = torch.argsort(trend)
-    taken = torch.cat([order[: count // 2], order[len(order) - (count - count // 2) :]])
+    outliers = torch.cat([order[: count // 2], order[len(order) - (count - count // 2) :]])
     spread = np.exp(rng.permutation(np.linspace(np.log(stress.least), np.log(stress.largest), count)))
     factors = torch.ones(len(trend))
-    factors[taken] = torch.from_numpy(spread).float()
+    factors[outliers] = torch.from_numpy(spread).float()
     return factors
 
 
@@ -89,6 +89,6 @@ def _scale_modulation(layer: nn.Linear, row: int, factors: Tensor) -> None:
 
 def _reader(branch: DiTBranch) -> nn.Linear:
     """The linear layer that reads a branch's modulated input."""
-    found = branch.layer.qkv if branch.name.endswith(".attn") else branch.layer.fc1
-    assert isinstance(found, nn.Linear)
-    return found
+    layer = branch.layer.qkv if branch.name.endswith(".attn") else branch.layer.fc1
+    assert isinstance(layer, nn.Linear)
+    return layer

@@ -45,24 +45,24 @@ class Diffusion:
 
     def __init__(self) -> None:
         betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
-        kept = torch.cumprod(1 - betas, 0)
-        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-        posterior = betas * (1 - before) / (1 - kept)
-        self.kept = kept.float()
+        alpha_bar = torch.cumprod(1 - betas, 0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        posterior = betas * (1 - before) / (1 - alpha_bar)
+        self.alpha_bar = alpha_bar.float()
         self.log_max = betas.log().float()
         self.log_min = torch.cat([posterior[1:2], posterior[1:]]).log().float()
-        self.from_x0 = (betas * before.sqrt() / (1 - kept)).float()
+        self.from_x0 = (betas * before.sqrt() / (1 - alpha_bar)).float()
 
     def loss(self, model: DiT, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(noise mean squared error, variational bound in nats per pixel), each averaged over the batch."""
-        at = [table[t].view(-1, 1, 1, 1) for table in (self.kept, self.log_min, self.log_max, self.from_x0)]
-        kept, low, high, from_x0 = at
-        xt = kept.sqrt() * x0 + (1 - kept).sqrt() * noise
+        at = [table[t].view(-1, 1, 1, 1) for table in (self.alpha_bar, self.log_min, self.log_max, self.from_x0)]
+        alpha_bar, low, high, from_x0 = at
+        xt = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
         eps, raw = model(xt, t.float(), y).chunk(2, dim=1)
         mse = (eps - noise).square().mean()
         fraction = (raw + 1) / 2
         log_var = fraction * high + (1 - fraction) * low
-        x0_hat = (xt - (1 - kept).sqrt() * eps.detach()) / kept.sqrt()
+        x0_hat = (xt - (1 - alpha_bar).sqrt() * eps.detach()) / alpha_bar.sqrt()
         gap = from_x0 * (x0 - x0_hat)  # the two posterior means differ in their x0 alone
         bound = 0.5 * (log_var - low - 1 + (low - log_var).exp() + gap.square() * (-log_var).exp())
         return mse, bound.mean()

@@ -1,4 +1,4 @@
-"""What a training script kept of its command line beside the weights: read, refused by its name, or named as not read.
+"""A training script's command line, kept beside the weights: read, refused by its name, or named as not read.
 
 The names are those of the original release and of scripts that derive from it, from guided-diffusion or from diffusers.
 Silence about one that speaks of the noise process would be another model's process without a word.
@@ -75,7 +75,7 @@ LOOKS_SO = re.compile(
 
 @dataclass(frozen=True)
 class TrainingArgs:
-    """What a training script's arguments say of its model; None for what they don't. `size` is a key of DIT_SIZES.
+    """Facts of a model in its training script's arguments, None for those not there. `size` is a key of DIT_SIZES.
 
     `unread` are those that speak of the process, or of the model's shapes, and are not understood, each with its value.
     """
@@ -104,7 +104,7 @@ def training_args(args: Mapping[str, Any], source: object, facts: ModelFacts | N
     model = args["model"] if isinstance(args.get("model"), str) else ""
     _check_diffusion(model, said)
     size = re.fullmatch(r"DiT-(S|B|L|XL)/(\d+)", model)
-    steps = said.one(dict.fromkeys(STEP_NAMES, _steps), "--train-steps", f"a whole number from 2 to {LARGEST}")
+    steps = said.agreed(dict.fromkeys(STEP_NAMES, _steps), "--train-steps", f"a whole number from 2 to {LARGEST}")
     _check_timesteps(said, facts.train_steps or steps or RESCALED_STEPS)
     return TrainingArgs(
         size=size[1].lower() if size else None,
@@ -114,7 +114,7 @@ def training_args(args: Mapping[str, Any], source: object, facts: ModelFacts | N
         label_dropout=said.perhaps("class_dropout_prob", _share),
         learn_sigma=said.perhaps("learn_sigma", _flag),
         prediction=_prediction(said),
-        beta_schedule=said.one(
+        beta_schedule=said.agreed(
             dict.fromkeys(SCHEDULE_NAMES, _schedule_named),
             "--beta-schedule",
             f"one of: {', '.join(SCHEDULES)}",
@@ -133,33 +133,33 @@ class _Said:
     source: object
     options: Collection[str]
 
-    def error(self, names: Collection[str], what: str) -> CheckpointError:
+    def error(self, names: Collection[str], remark: str) -> CheckpointError:
         """The error about some arguments and their values."""
         named = " and ".join(f"{name} {spelled(self.args[name])}" for name in names)
-        return CheckpointError(f"{self.source}: its training script's arguments say {named}, {what}")
+        return CheckpointError(f"{self.source}: its training script's arguments say {named}, {remark}")
 
     def perhaps(self, name: str, read: Callable[[Any], T]) -> T | None:
-        """What one argument says; None where it is not there or not understood."""
+        """Read one argument; None where it is not there or not understood."""
         try:
             return read(self.args[name]) if name in self.args else None
         except (ValueError, OverflowError):
             return None
 
-    def one(self, readers: Mapping[str, Callable[[Any], T | None]], option: str, expected: str) -> T | None:
-        """What arguments of several names say of one thing, unless an option states it. Raises CheckpointError."""
+    def agreed(self, readers: Mapping[str, Callable[[Any], T | None]], option: str, expected: str) -> T | None:
+        """Read one fact from arguments of several names, unless an option states it. Raises CheckpointError."""
         if option in self.options:
             return None
-        found: dict[str, T] = {}
+        values: dict[str, T] = {}
         for name, read in readers.items():
             try:
                 value = read(self.args[name]) if name in self.args else None
             except (ValueError, OverflowError) as e:
                 raise self.error([name], f"expected {expected}; state it with {option}") from e
             if value is not None:
-                found[name] = value
-        if len(set(found.values())) > 1:
-            raise self.error(found, f"which contradict each other; state it with {option}")
-        return next(iter(found.values()), None)
+                values[name] = value
+        if len(set(values.values())) > 1:
+            raise self.error(values, f"which contradict each other; state it with {option}")
+        return next(iter(values.values()), None)
 
 
 def _whole(value: Any) -> int:
@@ -189,7 +189,7 @@ def _flag(value: Any) -> bool:
 
 
 def _named(value: Any, known: Mapping[str, T]) -> T:
-    """What a word stands for, however it is cased and joined. Raises ValueError."""
+    """Return a word's value, however it is cased and joined. Raises ValueError."""
     word = value.lower().replace("-", "_") if isinstance(value, str) else ""
     if word not in known:
         raise ValueError(value)
@@ -213,12 +213,12 @@ def _prediction(said: _Said) -> Prediction | None:
         **{name: flag_for(prediction) for name, prediction in PREDICTION_FLAGS.items()},
         "predict_epsilon": flag_for("epsilon", "sample"),  # as diffusers had it
     }
-    found: Prediction | None = said.one(
+    prediction: Prediction | None = said.agreed(
         readers, "--prediction", "epsilon, v_prediction or sample, or true or false for a flag of one"
     )
-    if found is None and said.perhaps("predict_xstart", _flag) is False:
+    if prediction is None and said.perhaps("predict_xstart", _flag) is False:
         return "epsilon"  # of the release's two; another argument may say v
-    return found
+    return prediction
 
 
 def _beta_range(said: _Said) -> tuple[float, float] | None:

@@ -68,10 +68,10 @@ def decoder_from_vae(folder: Path) -> tuple[Decoder, tuple[str, ...]]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is no AutoencoderKL folder with a config.json, {_held(folder)}")
-    found = read_json(path, "the configuration of a VAE")
-    if class_named(found) != "AutoencoderKL":
-        raise CheckpointError(f"{path} describes {class_named(found)}, expected AutoencoderKL")
-    config = config_of(path, found, VAE_KEYS)
+    entries = read_json(path, "the configuration of a VAE")
+    if class_named(entries) != "AutoencoderKL":
+        raise CheckpointError(f"{path} describes {class_named(entries)}, expected AutoencoderKL")
+    config = config_of(path, entries, VAE_KEYS)
     if config.whole("out_channels") not in PICTURES:
         raise config.error("out_channels", "1 or 3, of gray or coloured pictures")
     scale = config.number("scaling_factor", above=0)
@@ -84,7 +84,7 @@ def decoder_from_vae(folder: Path) -> tuple[Decoder, tuple[str, ...]]:
 
 
 def _held(folder: Path) -> str:
-    """What is there in place of a VAE's folder, and what to do."""
+    """Describe what lies in place of a VAE's folder, and say what to do."""
     if (folder / "vae" / "config.json").is_file():
         return f"it is a pipeline's; give the VAE in it: {folder / 'vae'}"
     if folder.is_dir():
@@ -96,10 +96,11 @@ def _held(folder: Path) -> str:
 
 def check_decodes(decoder: Decoder, folder: Path, channels: int, name: str) -> None:
     """Raise CheckpointError where a VAE's latents are not those of a model called `name`, which makes `channels`."""
-    found = decoder.vae.config.latent_channels
-    if found != channels:
+    decoded = decoder.vae.config.latent_channels
+    if decoded != channels:
         raise CheckpointError(
-            f"{folder} decodes {found} channels, {name} makes {channels}; give the VAE that the model was trained with"
+            f"{folder} decodes {decoded} channels, {name} makes {channels}; give the VAE that the model was trained "
+            "with"
         )
 
 

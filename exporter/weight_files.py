@@ -40,10 +40,10 @@ INERT: list[Any] = [argparse.Namespace]
 
 def read_tensors(path: Path) -> StateDict:
     """The tensors of a file that holds one state dict, on the CPU. Raises CheckpointError where there are none."""
-    found = read_mapping(path)
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    content = read_mapping(path)
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        nested = ", ".join([name for name, value in found.items() if isinstance(value, Mapping)][:3])
+        nested = ", ".join([name for name, value in content.items() if isinstance(value, Mapping)][:3])
         instead = f" right in it, it holds {nested}; save the state dict in there alone" if nested else ""
         raise CheckpointError(
             f"{path} holds no tensors{instead or '; expected the weights of a diffusion transformer'}"
@@ -99,8 +99,8 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of unusual pickle protocols; what can't be read raises below
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        found = re.search(r"GLOBAL ([\w.]+)", str(e))
-        named = f" ({found[1]})" if found else ""
+        match = re.search(r"GLOBAL ([\w.]+)", str(e))
+        named = f" ({match[1]})" if match else ""
         raise CheckpointError(
             f"{path} is a pickle with more than weights in it{named}, and ditc runs no code from a checkpoint; save "
             "the state dict alone, best as .safetensors"

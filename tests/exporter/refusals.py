@@ -1,4 +1,4 @@
-"""What a user reads when a model is refused."""
+"""The line that a user reads when a model is refused."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ ODD = [
 
 
 def refusal(path: Path) -> str | None:
-    """What is said of a file, all of its values asked for; None where each can be had."""
+    """Return the refusal of a file, all of its values asked for; None where each can be had."""
     try:
-        found = read_json(path, "a test")
-        config = config_of(path, found, KEYS)
+        entries = read_json(path, "a test")
+        config = config_of(path, entries, KEYS)
         config.number("number"), config.whole("whole"), config.flag("flag"), config.one_of("name", {"a": 1})
     except CheckpointError as e:
         return str(e)
@@ -73,8 +73,8 @@ def test_a_file_is_read_as_utf_8_whatever_the_locale(tmp_path: Path) -> None:
         f"print(ascii(read_json(Path({str(path)!r}), 'a test')))"
     )
     plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    found = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=False)
-    assert found.stdout.strip() == ascii({"name": "größer"}), found.stderr
+    child = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=False)
+    assert child.stdout.strip() == ascii({"name": "größer"}), child.stderr
 
 
 def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:

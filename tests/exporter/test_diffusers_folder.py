@@ -30,8 +30,8 @@ VARIANTS: dict[str, Settings] = {
 
 def change_weights(folder: Path, drop: str | None = None, **added: Tensor) -> None:
     path = folder / "diffusion_pytorch_model.safetensors"
-    kept = {name: tensor for name, tensor in load_file(path).items() if name != drop}
-    save_file(kept | added, path)
+    tensors = {name: tensor for name, tensor in load_file(path).items() if name != drop}
+    save_file(tensors | added, path)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -115,9 +115,9 @@ def saved_twice(folder: Path, **second: Any) -> tuple[DiTTransformer2DModel, DiT
     with torch.no_grad():
         other.proj_out_2.bias += 1
     saved(first, folder, **second)
-    kept = {path.name: path.read_bytes() for path in folder.glob("diffusion_pytorch_model*")}
+    first_files = {path.name: path.read_bytes() for path in folder.glob("diffusion_pytorch_model*")}
     saved(other, folder, max_shard_size="100KB", **second)
-    for name, content in kept.items():
+    for name, content in first_files.items():
         (folder / name).write_bytes(content)
     saved(first, folder.with_name("first"), **second)
     return first, other
@@ -238,9 +238,9 @@ def test_a_sharded_variant_is_read(tmp_path: Path) -> None:
 def test_a_shard_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
     folder = saved(transformer(), tmp_path / "tiny", max_shard_size="100KB")
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    found = json.loads(index.read_text())
-    found["weight_map"]["proj_out_2.bias"] = "../elsewhere.safetensors"
-    index.write_text(json.dumps(found))
+    content = json.loads(index.read_text())
+    content["weight_map"]["proj_out_2.bias"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(content))
     assert "'../elsewhere.safetensors', which lies outside the folder" in refusal(folder)
 
 

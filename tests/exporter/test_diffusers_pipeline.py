@@ -1,4 +1,4 @@
-"""What lies beside a transformer in a pipeline of diffusers: the index, the scheduler, the VAE, caches of the hub."""
+"""Parts beside a transformer in a pipeline of diffusers: the index, the scheduler, the VAE, caches of the hub."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_index(folder: Path, **classes: Any) -> None:
 
 
 def test_a_released_pipeline_that_today_s_diffusers_saves_again_is_the_same_model(tmp_path: Path) -> None:
-    """What diffusers loads from an old file keeps the old keys in the new one, under the new class."""
+    """The new file keeps the keys of the old one, under the new class."""
     folder, again = released_pipeline(tmp_path / "old"), tmp_path / "again"
     DiTPipeline.from_pretrained(folder, low_cpu_mem_usage=False).save_pretrained(again)
     resaved = json.loads((again / "transformer" / "config.json").read_text())

@@ -98,11 +98,11 @@ def test_what_is_no_weights_is_named_under_any_name(name: str, suffix: str, tmp_
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("name", READABLE)
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.98])
-def test_a_file_cut_short_is_called_that(name: str, suffix: str, kept: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.98])
+def test_a_file_cut_short_is_called_that(name: str, suffix: str, share: float, tmp_path: Path) -> None:
     content = READABLE[name]()
     path = tmp_path / f"weights{suffix}"
-    path.write_bytes(content[: int(len(content) * kept)])
+    path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(CheckpointError, match="copy the checkpoint again"):
         read_tensors(path)
 

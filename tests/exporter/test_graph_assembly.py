@@ -173,7 +173,7 @@ def kinds(model: Any) -> list[int] | None:
     if traces is None:
         return None
     operations = [trace.operations for trace in traces]
-    return [operations.index(found) for found in operations]
+    return [operations.index(operation) for operation in operations]
 
 
 def other_heads(model: DiT) -> None:

@@ -1,4 +1,4 @@
-"""What weights don't tell: stated by options, kept by the training script, or assumed and said."""
+"""Facts that weights don't tell: stated by options, kept by the training script, or assumed and said."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def names(home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def stated(home: Path) -> dict[str, dict[str, Any]]:
-    """What every option states, as `load_model` takes it."""
+    """Return the fact that every option states, as `load_model` takes it."""
     return {option: state(home) for option, state in OPTIONS.items()}
 
 
@@ -129,7 +129,7 @@ def own_module(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def behaviour(model: Any) -> tuple[Any, ...]:
-    """What of a model ends in a bundle: its spec, what it computes, whether it has a decoder."""
+    """Return all of a model that ends in a bundle: its spec, its output, whether it has a decoder."""
     spec = model.spec.model_copy(update={"assumptions": (), "doubts": ()})
     x = torch.randn(2, *spec.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -41,20 +41,20 @@ def test_a_size_says_patch_pixels_and_width(size: str, latent: int, tokens: int,
 
 
 def test_random_weights_follow_the_seed() -> None:
-    one, again, other = (random_model("dit-s-8-256", seed=seed, depth=1) for seed in (1, 1, 2))
-    assert torch.equal(one.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
-    assert not torch.equal(one.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+    first, again, other = (random_model("dit-s-8-256", seed=seed, depth=1) for seed in (1, 1, 2))
+    assert torch.equal(first.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
+    assert not torch.equal(first.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
 
 
 @torch.no_grad()
 def test_a_random_model_has_any_size() -> None:
     config = DiTConfig(input_size=6, patch_size=3, in_channels=2, hidden_size=24, depth=3, num_heads=2, num_classes=4)
-    one, again, other = (random_dit(config, "own size", seed=seed) for seed in (1, 1, 2))
-    assert (one.spec.name, one.spec.branch_shape, len(one.spec.branches)) == ("own size", (4, 24), 6)
-    weights = [model.blocks[2].mlp.fc1.weight for model in (one, again, other)]
+    first, again, other = (random_dit(config, "own size", seed=seed) for seed in (1, 1, 2))
+    assert (first.spec.name, first.spec.branch_shape, len(first.spec.branches)) == ("own size", (4, 24), 6)
+    weights = [model.blocks[2].mlp.fc1.weight for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    check_decomposition(one)
+    check_decomposition(first)
 
 
 def test_no_gate_of_a_random_model_is_closed() -> None:

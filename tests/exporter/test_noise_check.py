@@ -114,9 +114,9 @@ def trained(kind: str) -> DiT:
             torch.randn(64, 4, 4, 4),
             torch.randint(0, 1000, (64,)),
         )
-        kept, time = products[t][:, None, None, None], (t / 1000)[:, None, None, None]
+        alpha_bar, time = products[t][:, None, None, None], (t / 1000)[:, None, None, None]
         flow = kind == "flow"
-        x = (1 - time) * x0 + time * noise if flow else kept.sqrt() * x0 + (1 - kept).sqrt() * noise
+        x = (1 - time) * x0 + time * noise if flow else alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
         loss = ((model(x, t.float(), y) - (noise - x0 if flow else noise)) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -186,8 +186,8 @@ def test_reuse_equals_full_when_the_inputs_of_the_two_steps_are_equal(files: Exp
     for name in (name for name in files if name.startswith(("reuse", "row-"))):
         reading, path = files[name]
         reused = runner(path)({port: (feeds | full)[port] for port in reading.inputs})
-        for output, found in reused.items():
-            assert np.linalg.norm(found - full[output]) <= 1e-6 * np.linalg.norm(full[output])
+        for output, value in reused.items():
+            assert np.linalg.norm(value - full[output]) <= 1e-6 * np.linalg.norm(full[output])
 
 
 def test_reuse_depends_on_every_cache(dit: Exported) -> None:
@@ -243,12 +243,12 @@ def test_nodes_of_the_decoder_are_named_after_its_modules(dit: Exported) -> None
 
 def test_every_linear_layer_of_a_branch_is_a_matmul_with_its_weight(files: Exported) -> None:
     segment, path = files["full"]
-    found = {linear.path: linear for linear in linears_of(ir.load(path))}
+    linears = {linear.path: linear for linear in linears_of(ir.load(path))}
     expected = dict(branch_linears(segment))
-    assert found.keys() == expected.keys()
+    assert linears.keys() == expected.keys()
     for name, layer in expected.items():
-        assert found[name].weight.name == f"{name}.weight"
-        assert np.array_equal(found[name].weight_array(), layer.weight.detach().numpy().T)
+        assert linears[name].weight.name == f"{name}.weight"
+        assert np.array_equal(linears[name].weight_array(), layer.weight.detach().numpy().T)
 
 
 def test_linear_layers_outside_the_branches_keep_their_names(dit: Exported) -> None:
@@ -299,8 +299,8 @@ def test_a_matmul_knows_its_branch(dit: Exported) -> None:
 
 def test_a_segment_holds_the_layers_of_the_branches_it_computes_and_no_others(files: Exported) -> None:
     for segment, path in files.values():
-        found = {metadata(node).get(BRANCH_KEY) for node in nodes(path)} - {None}
-        assert found == computed_branches(segment)
+        branches = {metadata(node).get(BRANCH_KEY) for node in nodes(path)} - {None}
+        assert branches == computed_branches(segment)
 
 
 def test_layer_normalization_stays_one_operator(dit: Exported) -> None:

@@ -162,11 +162,11 @@ def test_a_file_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [save_plain, save_safetensors])
-@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_refused(save: Callable[[Tensors, Path], Path], kept: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_refused(save: Callable[[Tensors, Path], Path], share: float, tmp_path: Path) -> None:
     path = save(released(), tmp_path / "cut")
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * kept)])
+    path.write_bytes(content[: int(len(content) * share)])
     message = refusal(path)
     assert "not a whole" in message
     assert "copy the checkpoint again" in message

@@ -69,7 +69,7 @@ def test_branches_that_add_to_the_stream_are_known(own: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "merge"),
+    ("case", "merge"),
     [
         ("scales the stream", lambda self, h, out, parts: 0.5 * h + out),
         ("gates by the stream", lambda self, h, out, parts: h + h.sigmoid() * out),
@@ -78,10 +78,10 @@ def test_branches_that_add_to_the_stream_are_known(own: ModuleType) -> None:
     ],
 )
 def test_branches_that_do_more_than_add_are_known(
-    what: str, merge: Any, own: ModuleType, monkeypatch: pytest.MonkeyPatch
+    case: str, merge: Any, own: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own.FeedForwardBranch, "merge", merge)
-    assert not branches_add(own.build()), what
+    assert not branches_add(own.build()), case
 
 
 def test_a_merge_that_forgets_the_gate_is_refused(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,10 +219,10 @@ def test_example_inputs_are_within_what_the_model_takes(own: ModuleType) -> None
 
 
 @pytest.mark.parametrize(
-    ("found", "expected", "error"), [([3.0, 4.0], [3.0, 4.0], 0), ([3.3, 4.4], [3.0, 4.0], 0.1), ([0.0], [0.0], 0)]
+    ("actual", "expected", "error"), [([3.0, 4.0], [3.0, 4.0], 0), ([3.3, 4.4], [3.0, 4.0], 0.1), ([0.0], [0.0], 0)]
 )
-def test_relative_error_is_a_ratio_of_norms(found: list[float], expected: list[float], error: float) -> None:
-    assert relative_error(torch.tensor(found), torch.tensor(expected)) == pytest.approx(error, rel=1e-5)
+def test_relative_error_is_a_ratio_of_norms(actual: list[float], expected: list[float], error: float) -> None:
+    assert relative_error(torch.tensor(actual), torch.tensor(expected)) == pytest.approx(error, rel=1e-5)
 
 
 def test_a_spec_that_the_model_can_not_run_on_is_one_line(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,12 @@ def signatures() -> dict[str, Settings]:
 
     Some classes can't be imported without packages of their own.
     """
-    found: dict[str, Settings] = {}
+    defaults: dict[str, Settings] = {}
     for path in sorted(SOURCES.rglob("scheduling_*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and any("ConfigMixin" in ast.unparse(base) for base in node.bases):
-                found[node.name] = _defaults(node)
-    return found
+                defaults[node.name] = _defaults(node)
+    return defaults
 
 
 def _defaults(node: ast.ClassDef) -> Settings:
@@ -226,11 +226,11 @@ def test_every_key_that_a_file_leaves_out_is_read_as_diffusers_reads_it(kind: st
     complete = own_run(*read(written(tmp_path / "s.json", kind, **whole))[:2], STEPS, 3)
     for key in whole:
         settings = {name: value for name, value in whole.items() if name != key}
-        found = own_run(*read(written(tmp_path / "s.json", kind, **settings))[:2], STEPS, 3)
+        samples = own_run(*read(written(tmp_path / "s.json", kind, **settings))[:2], STEPS, 3)
         expected = diffusers_run(getattr(diffusers, kind).from_config(settings), STEPS, 3)
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max(), err_msg=key)
+        np.testing.assert_allclose(samples, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max(), err_msg=key)
         if key not in ("timestep_spacing", "clip_sample", "variance_type"):  # those have their default's value
-            assert np.abs(found - complete).max() > 1e-4, key
+            assert np.abs(samples - complete).max() > 1e-4, key
 
 
 @pytest.mark.parametrize("alpha_one", [True, False])
@@ -242,14 +242,14 @@ def test_an_offset_of_a_stride_or_more_ends_where_diffusers_ends(kind: str, alph
         settings = {"num_train_timesteps": 50, "steps_offset": offset, "clip_sample": False, **own}
         diffusion, sampler, assumed = read(written(tmp_path / "s.json", kind, **settings))
         try:
-            found = own_run(diffusion, sampler, steps, 3)
+            samples = own_run(diffusion, sampler, steps, 3)
         except InputError:  # the offset moves the first timestep out of the process
             with pytest.raises(IndexError):
                 diffusers_run(getattr(diffusers, kind).from_config(settings), steps, 3)
             continue
         expected = diffusers_run(getattr(diffusers, kind).from_config(settings), steps, 3)
         assert assumed == ()
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(samples, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_config_without_clip_sample_clips_as_diffusers_does(tmp_path: Path) -> None:

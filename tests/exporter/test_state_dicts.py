@@ -35,7 +35,7 @@ def prefixed(tensors: State, prefix: str) -> State:
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def taken(path: Path, expected: State) -> tuple[str, ...]:
+def choice_lines(path: Path, expected: State) -> tuple[str, ...]:
     """The lines about the choice, after it was seen to be these tensors."""
     checkpoint = read_checkpoint(path, ANCHOR)
     assert checkpoint.tensors.keys() == expected.keys()
@@ -48,7 +48,7 @@ def refusal(path: Path) -> str:
 
 
 def training_checkpoint(**args: Any) -> dict[str, Any]:
-    """What the original training script saves: two models, the optimizer's state, and its arguments."""
+    """Return a file of the original training script: two models, the optimizer's state, and its arguments."""
     model = state(1)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
@@ -58,7 +58,7 @@ def training_checkpoint(**args: Any) -> dict[str, Any]:
 
 def test_a_checkpoint_of_the_training_script_loads_by_its_moving_average(tmp_path: Path) -> None:
     path = save(training_checkpoint(model="DiT-S/2", num_classes=2, data_path="/data", global_seed=0), tmp_path)
-    assert taken(path, state(2)) == ("'ema' holds the weights that are meant, not 'model'",)
+    assert choice_lines(path, state(2)) == ("'ema' holds the weights that are meant, not 'model'",)
     assert read_checkpoint(path, ANCHOR).args["model"] == "DiT-S/2"
 
 
@@ -91,7 +91,7 @@ def nested(name: str, tensors: State) -> dict[str, Any]:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_moving_average_is_taken_however_it_is_kept(average: str, model: str, tmp_path: Path) -> None:
     path = save(nested(model, {ANCHOR: torch.zeros(1)}) | nested(average, {ANCHOR: torch.ones(1)}), tmp_path)
-    (line,) = taken(path, {ANCHOR: torch.ones(1)})
+    (line,) = choice_lines(path, {ANCHOR: torch.ones(1)})
     assert line == f"{average!r} holds the weights that are meant, not {repr(model) if model else 'the file itself'}"
 
 
@@ -103,19 +103,19 @@ def test_of_two_moving_averages_none_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("held", [[torch.ones(2)], {"shadow_params": [torch.ones(2)], "decay": 0.99}])
 def test_a_moving_average_without_names_is_passed_over_and_said(held: Any, tmp_path: Path) -> None:
     path = save({"model": state(1), "ema": held}, tmp_path)
-    assert taken(path, state(1)) == ("'model' holds the weights that are meant: 'ema' holds no tensors by name",)
+    assert choice_lines(path, state(1)) == ("'model' holds the weights that are meant: 'ema' holds no tensors by name",)
 
 
 def test_a_name_that_only_contains_the_letters_is_no_moving_average(tmp_path: Path) -> None:
     path = save({"model": state(1), "schema": state(2)}, tmp_path)
-    assert taken(path, state(1)) == ("'model' holds the weights that are meant, not 'schema'",)
+    assert choice_lines(path, state(1)) == ("'model' holds the weights that are meant, not 'schema'",)
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize("name", ["num_updates", "n_averaged", "step"])
 def test_a_counter_beside_the_weights_is_passed_over_and_said(name: str, kind: torch.dtype, tmp_path: Path) -> None:
     path = save({name: torch.tensor(1, dtype=kind), **state(1)}, tmp_path)
-    assert taken(path, state(1)) == (f"single whole numbers are no weights: {name}",)
+    assert choice_lines(path, state(1)) == (f"single whole numbers are no weights: {name}",)
 
 
 def test_a_model_that_torch_averaged_loads(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_model_that_torch_averaged_loads(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = DiT(DiTConfig(input_size=4, hidden_size=384, depth=1, num_heads=6, num_classes=2))
     averaged = torch.optim.swa_utils.AveragedModel(model)
-    lines = taken(save(averaged.state_dict(), tmp_path), dict(model.state_dict()))
+    lines = choice_lines(save(averaged.state_dict(), tmp_path), dict(model.state_dict()))
     assert "the prefix 'module.'" in lines[0]
     assert lines[1] == "single whole numbers are no weights: n_averaged"
 
@@ -136,26 +136,26 @@ def test_a_refusal_is_one_printable_line_whatever_the_names_in_a_file(name: str,
 
 def test_an_empty_moving_average_is_passed_over_and_said(tmp_path: Path) -> None:
     path = save({"model": state(1), "ema": {}}, tmp_path)
-    assert taken(path, state(1)) == ("'model' holds the weights that are meant: 'ema' is empty",)
+    assert choice_lines(path, state(1)) == ("'model' holds the weights that are meant: 'ema' is empty",)
 
 
 def test_a_moving_average_with_other_keys_is_passed_over_and_said(tmp_path: Path) -> None:
     path = save({"model": state(1), "ema": {"decay": torch.tensor(0.9999)}}, tmp_path)
-    assert taken(path, state(1)) == ("'model' holds the weights that are meant: 'ema' has other keys",)
+    assert choice_lines(path, state(1)) == ("'model' holds the weights that are meant: 'ema' has other keys",)
 
 
 @pytest.mark.parametrize("holder", ["ema", "model", "state_dict", "module", "net", "anything"])
 def test_one_model_is_found_under_any_name_and_there_is_nothing_to_say(holder: str, tmp_path: Path) -> None:
-    assert taken(save({holder: state(1), "epoch": 7}, tmp_path), state(1)) == ()
+    assert choice_lines(save({holder: state(1), "epoch": 7}, tmp_path), state(1)) == ()
 
 
 def test_a_model_beside_others_of_unknown_names_is_the_file_s_own(tmp_path: Path) -> None:
     path = save(state(1) | {"teacher": state(2)}, tmp_path)
-    assert taken(path, state(1)) == ("the file itself holds the weights that are meant, not 'teacher'",)
+    assert choice_lines(path, state(1)) == ("the file itself holds the weights that are meant, not 'teacher'",)
 
 
 def test_a_model_further_down_is_found(tmp_path: Path) -> None:
-    assert taken(save({"state": {"network": state(1)}}, tmp_path), state(1)) == ()
+    assert choice_lines(save({"state": {"network": state(1)}}, tmp_path), state(1)) == ()
 
 
 def test_of_models_under_names_that_nobody_knows_none_is_taken(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ PREFIXES = ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.diffu
 @pytest.mark.parametrize("holder", [None, "ema"])
 def test_a_common_prefix_is_taken_off_and_said(prefix: str, holder: str | None, tmp_path: Path) -> None:
     tensors = prefixed(state(1), prefix)
-    (line,) = taken(save(tensors if holder is None else {holder: tensors}, tmp_path), state(1))
+    (line,) = choice_lines(save(tensors if holder is None else {holder: tensors}, tmp_path), state(1))
     assert line == f"the prefix {prefix!r} of every key belongs to a wrapper around the model"
 
 
@@ -226,7 +226,7 @@ def test_a_file_with_the_keys_of_diffusers_is_sent_to_its_folder(tmp_path: Path)
     ],
 )
 def test_inert_arguments_do_not_stand_in_the_way(inert: Any, tmp_path: Path) -> None:
-    assert taken(save({"ema": state(1), "args": inert}, tmp_path), state(1)) == ()
+    assert choice_lines(save({"ema": state(1), "args": inert}, tmp_path), state(1)) == ()
 
 
 @pytest.mark.parametrize("holder", ["args", "hparams", "hyper_parameters", "config", "cfg"])
@@ -238,7 +238,7 @@ def test_arguments_are_read_under_every_usual_name(holder: str, form: Any, tmp_p
 
 def test_settings_about_a_moving_average_are_none(tmp_path: Path) -> None:
     path = save({"model": state(1), "config": {"ema": {}, "model": {"depth": 1}}}, tmp_path)
-    assert taken(path, state(1)) == ()
+    assert choice_lines(path, state(1)) == ()
 
 
 @pytest.mark.parametrize("live", [pathlib.PurePosixPath("/data"), DiTConfig(), print])

@@ -21,7 +21,7 @@ def models() -> tuple[DiT, DiT]:
 
 @torch.no_grad()
 def inputs_of_readers(model: DiT) -> dict[str, torch.Tensor]:
-    """What qkv and fc1 of every block read at 12 timesteps, layer -> (timesteps, tokens, dim)."""
+    """Return the inputs of qkv and fc1 of every block at 12 timesteps, layer -> (timesteps, tokens, dim)."""
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))

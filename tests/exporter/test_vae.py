@@ -49,9 +49,9 @@ def folder(tmp_path: Path) -> Path:
 
 def change_config(folder: Path, drop: str | None = None, **changes: Any) -> None:
     path = folder / "config.json"
-    found = json.loads(path.read_text()) | changes
-    found.pop(drop, None)
-    path.write_text(json.dumps(found))
+    config = json.loads(path.read_text()) | changes
+    config.pop(drop, None)
+    path.write_text(json.dumps(config))
 
 
 def rename(folder: Path, change: Any) -> None:
