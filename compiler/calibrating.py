@@ -39,7 +39,7 @@ from ditc.quantize.scales import (
     histograms_of,
     ranges_of,
     scale_table,
-    uncalibrated_table,
+    uncalibrated_scale_table,
 )
 
 __all__ = [
@@ -199,7 +199,7 @@ def activation_scales(plan: Plan, segments: Segments, calib_file: Path) -> Scale
     groups, model = plan.scale_groups(calib), load_graph(segments["full"])
     bounds, readers = lower_bounds(model, plan.options.midpoint), activation_probe(model)
     if groups is None:
-        return uncalibrated_table(readers, origin)
+        return uncalibrated_scale_table(readers, origin)
     parts = [calib.take(np.flatnonzero(groups[calib.step] == group)) for group in range(groups.max() + 1)]
     pool = observed_pool(plan, calib_file, bounds)
     found = run_histograms(plan, segments, parts) if pool is None else observed_histograms(pool, parts)

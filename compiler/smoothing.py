@@ -20,7 +20,7 @@ from ditc.host_memory import return_free_memory
 from ditc.precision import INT8
 from ditc.program import AHEAD, CONDITION, REUSE_ROWS
 from ditc.quantize.element_places import row_shape
-from ditc.quantize.fold_sites import Site, common_sites, fold_into_segment, table_factors
+from ditc.quantize.fold_sites import Site, common_sites, condition_table_factors, fold_into_segment
 from ditc.quantize.linears import linears_of
 from ditc.quantize.output_factors import multiply_output
 from ditc.quantize.transforms import ChannelStatistics, Choice, choose_factors
@@ -65,7 +65,7 @@ def write_folded(
 
     shapes = {str(value.name): (row_shape(value) or ())[1:] for value in models["full"].graph.inputs}
     changed = {name: model for name, model in models.items() if fold_into_segment(model, factors)}
-    if tables := table_factors(factors, shapes):
+    if tables := condition_table_factors(factors, shapes):
         changed[CONDITION] = load_graph(condition)
         for table, factor in tables.items():
             multiply_output(changed[CONDITION], table, factor)

@@ -189,7 +189,7 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
 
     table = activation_scales(plan, segments, calib_file)
     atomic_write(folder / "scales.json", table.model_dump_json(indent=1).encode() + b"\n")
-    write_tables(folder / "scales.safetensors", table.tables())
+    write_tables(folder / "scales.safetensors", table.bundle_tables())
     kernels = {}
     for part in plan.program.segments:
         if part.in_float:

@@ -1,1 +1,1 @@
-"""What one backend wants changed in a segment: fusions, the typed form, the sampler's update as a graph."""
+"""Changes of a segment for one backend: fusions, the typed form, the sampler's update as a graph."""

@@ -1,4 +1,4 @@
-"""Lowerings: what one backend wants changed in the portable segments. Graph only; the weights file is shared.
+"""Lowerings: changes of portable segments for one backend. Graph only; the weights file is shared.
 
 A pass edits the graph and answers whether it changed it. For ONNX Runtime the integers stay as they were, but for
 rounding in the float arithmetic between them; for TensorRT they are those of FP16 arithmetic.

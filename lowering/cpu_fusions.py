@@ -26,11 +26,11 @@ def fuse_integer_products(model: ir.Model) -> bool:
 
     ONNX Runtime makes the same operator of the first three, but leaves the bias a pass of its own over the output.
     """
-    found = [product for node in model.graph if (product := _integer_product(node)) is not None]
-    for product in found:
+    fusions = [product for node in model.graph if (product := _integer_product(node)) is not None]
+    for product in fusions:
         _replace(model, product.last, product.fused)
         _drop_unused(model, product.parts)
-    return bool(found)
+    return bool(fusions)
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def _bias_of(product: ir.Node) -> tuple[ir.Node, ir.Value] | tuple[None, None]:
 
 def fuse_attention(model: ir.Model) -> bool:
     """Softmax attention over heads becomes one MultiHeadAttention: scores never leave the cache, no transposes."""
-    found = [attention for node in model.graph if (attention := _attention(node)) is not None]
-    for attention in found:
+    fusions = [attention for node in model.graph if (attention := _attention(node)) is not None]
+    for attention in fusions:
         _replace(model, attention.last, attention.fused)
         _drop_unused(model, attention.parts)
-    return bool(found)
+    return bool(fusions)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ def half_storage(model: ir.Model) -> bool:
 
     A weight that FP16 can't hold (beyond 65,504, NaN) stays as it is, and so does one that anything else reads.
     """
-    found = list(_products_by_weight(model))
+    weights = list(_products_by_weight(model))
     changed = False
-    for weight, products in found:
+    for weight, products in weights:
         assert weight.const_value is not None
         half = _halved(weight.const_value.numpy())
         if half is None:

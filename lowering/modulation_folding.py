@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from ditc.quantize.activation_pairs import activation_pairs, add_constant, bypass, made
+from ditc.quantize.activation_pairs import activation_pairs, add_constant, bypass, new_node
 from ditc.quantize.scale_sources import is_of_the_step
 from ditc.tables import SCALES_INPUT
 
@@ -48,7 +48,7 @@ class _Modulation(NamedTuple):
 
 
 def _modulation(reader: ir.Node | None) -> _Modulation | None:
-    """What makes the activation that a node reads, where that is a modulation and nothing else reads its parts."""
+    """Return the modulation that makes the activation of a node, where nothing else reads its parts."""
     activation = None if reader is None else reader.inputs[0]
     add = None if activation is None or reader is None else _only_reader_is(activation, reader, "Add")
     if add is None:
@@ -90,7 +90,7 @@ def _split_of(row: ir.Value) -> ir.Node:
 
 
 def _place(value: ir.Value | None) -> int:
-    """Which output of its node a value is."""
+    """Return a value's number among its node's outputs."""
     assert value is not None
     place = value.index()
     assert place is not None
@@ -116,13 +116,13 @@ def _divide_table(model: ir.Model, split: ir.Node, column_of: dict[int, int]) ->
     lengths = np.array([value.shape[axis] for value in split.outputs if value.shape is not None], np.int64)
     places = np.repeat([column_of.get(output, width) for output in range(len(lengths))], lengths)
     stem, kind = f"{table.name}/{OVER_MAGNITUDE}", ir.DataType.FLOAT
-    one = add_constant(model, f"{stem}.one", np.ones(1, np.float32))
+    unit = add_constant(model, f"{stem}.one", np.ones(1, np.float32))
     row_places = add_constant(model, f"{stem}.places", places.astype(np.int64))
     row_shape = add_constant(model, f"{stem}.shape", np.array([-1] + [1] * (rank - axis - 1), np.int64))
-    padded = made("Concat", [scales, one], f"{stem}/Concat", kind, axis=0)
-    rows = made("Gather", [padded.outputs[0], row_places], f"{stem}/Gather", kind, axis=0)
-    factors = made("Reshape", [rows.outputs[0], row_shape], f"{stem}/Reshape", kind)
-    divided = made("Div", [table, factors.outputs[0]], f"{stem}/Div", kind)
+    padded = new_node("Concat", [scales, unit], f"{stem}/Concat", kind, axis=0)
+    rows = new_node("Gather", [padded.outputs[0], row_places], f"{stem}/Gather", kind, axis=0)
+    factors = new_node("Reshape", [rows.outputs[0], row_shape], f"{stem}/Reshape", kind)
+    divided = new_node("Div", [table, factors.outputs[0]], f"{stem}/Div", kind)
     padded.outputs[0].shape = ir.Shape([width + 1])
     rows.outputs[0].shape = ir.Shape([len(places)])
     factors.outputs[0].shape = ir.Shape([len(places)] + [1] * (rank - axis - 1))

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ditc.precision import LEVELS
-from ditc.quantize.activation_pairs import activation_pairs, add_constant, bypass, made
+from ditc.quantize.activation_pairs import activation_pairs, add_constant, bypass, new_node
 from ditc.quantize.scale_sources import is_of_the_step, split_of
 from ditc.tables import MIDPOINTS_INPUT, SCALES_INPUT
 
@@ -57,9 +57,9 @@ def _cut_zero_points(model: ir.Model, split: ir.Node) -> None:
     """Let the node that cut midpoints cut zero points: 128 - midpoint, as uint8."""
     row = next(value for value in model.graph.inputs if value.name == MIDPOINTS_INPUT)
     unsigned = add_constant(model, f"{MIDPOINTS_INPUT}/unsigned", np.float32(UNSIGNED_ZERO))
-    shifted = made("Sub", [unsigned, row], f"{MIDPOINTS_INPUT}/Sub", ir.DataType.FLOAT)
+    shifted = new_node("Sub", [unsigned, row], f"{MIDPOINTS_INPUT}/Sub", ir.DataType.FLOAT)
     kind = ir.DataType.UINT8
-    zeros = made("Cast", [shifted.outputs[0]], f"{MIDPOINTS_INPUT}/Cast", kind, to=int(kind))
+    zeros = new_node("Cast", [shifted.outputs[0]], f"{MIDPOINTS_INPUT}/Cast", kind, to=int(kind))
     model.graph.insert_before(split, [shifted, zeros])
     split.replace_input_with(0, zeros.outputs[0])
     for value in split.outputs:
@@ -153,7 +153,7 @@ def _divide_by_levels(model: ir.Model) -> None:
     split = split_of(model, SCALES_INPUT)
     assert split is not None
     levels = add_constant(model, f"{SCALES_INPUT}/levels", np.float32(LEVELS))
-    scales = made("Div", [split.inputs[0], levels], f"{SCALES_INPUT}/Div", ir.DataType.FLOAT)
+    scales = new_node("Div", [split.inputs[0], levels], f"{SCALES_INPUT}/Div", ir.DataType.FLOAT)
     model.graph.insert_before(split, scales)
     split.replace_input_with(0, scales.outputs[0])
 

@@ -85,22 +85,22 @@ FREE = frozenset({"DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "
 
 def _work(graph: ir.Graph, sizes: Mapping[str, int]) -> dict[str, int]:
     """Operations of the products by type, and bytes that everything else moves."""
-    found = {"int8_operations": 0, "float_operations": 0, "moved_bytes": 0}
+    work = {"int8_operations": 0, "float_operations": 0, "moved_bytes": 0}
     for node in graph:
         reduced = _reduced_length(node, sizes)
         if reduced:
             weight = node.inputs[1].producer() if node.inputs[1] is not None else None
             quantized = weight is not None and weight.op_type == "DequantizeLinear"
             kind = "int8_operations" if quantized else "float_operations"
-            found[kind] += 2 * reduced * _elements(node.outputs[0], sizes)
+            work[kind] += 2 * reduced * _elements(node.outputs[0], sizes)
         elif node.op_type not in FREE:
             values = {value for value in (*node.inputs, *node.outputs) if value is not None}
-            found["moved_bytes"] += sum(_size_bytes(value, sizes) for value in values)
-    return found
+            work["moved_bytes"] += sum(_size_bytes(value, sizes) for value in values)
+    return work
 
 
 def _reduced_length(node: ir.Node, sizes: Mapping[str, int]) -> int:
-    """How many products make one element of the output; 0 for operators that are no product."""
+    """Count the products in one element of the output; 0 for operators that are no product."""
     if node.op_type in ("MatMul", "Gemm") and node.inputs[0] is not None and node.inputs[0].shape is not None:
         last = (
             0 if node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int() else -1

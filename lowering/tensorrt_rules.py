@@ -1,4 +1,4 @@
-"""What TensorRT's ONNX parser and its explicit quantization accept, checked on the CPU, naming the node.
+"""Rules of TensorRT's ONNX parser and its explicit quantization, checked on the CPU, naming the node.
 
 Sources: onnx-tensorrt's public operator list (docs/operators.md, TensorRT 10.15) and TensorRT's documentation of
 quantized types. A check here can't prove that an engine builds; it finds what is known not to build, or to build into
@@ -39,14 +39,14 @@ FP16_SCALE_OPSET = 19
 
 @dataclass(frozen=True)
 class Violation:
-    """A rule that a node breaks: `rule` names it, `found` says what was seen and what is expected."""
+    """A rule that a node breaks: `rule` names it, `problem` says what was seen and what is expected."""
 
     node: str
     rule: str
-    found: str
+    problem: str
 
     def __str__(self) -> str:
-        return f"{self.node}: {self.rule}: {self.found}"
+        return f"{self.node}: {self.rule}: {self.problem}"
 
 
 Rule = Callable[[ir.Node, int], "str | None"]  # (node, opset) -> what is wrong
@@ -186,6 +186,6 @@ def violations_of(model: ir.Model) -> Iterator[Violation]:
     opset = model.graph.opset_imports.get("", 0)
     for node in model.graph:
         for name, rule in RULES.items():
-            found = rule(node, opset)
-            if found:
-                yield Violation(node.name or node.op_type, name, found)
+            problem = rule(node, opset)
+            if problem:
+                yield Violation(node.name or node.op_type, name, problem)

@@ -76,8 +76,8 @@ def _requantize_small_scales(model: ir.Model) -> None:
         integers = node.inputs[0].const_value.numpy().astype(np.float64)
         lowered = np.clip(np.round(integers * (scale / raised)), -127, 127).astype(np.int8)
         columns = scale < LEAST_SCALE
-        kept = np.where(columns, lowered, integers.astype(np.int8))
-        node.inputs[0].const_value = ir.tensor(kept, name=node.inputs[0].name)
+        adjusted = np.where(columns, lowered, integers.astype(np.int8))
+        node.inputs[0].const_value = ir.tensor(adjusted, name=node.inputs[0].name)
         scale_value.const_value = ir.tensor(raised.astype(np.float32), name=scale_value.name)
 
 

@@ -38,11 +38,11 @@ class _Writer:
         return self.many(kind, inputs, [name], **attributes)[0]
 
     def many(self, kind: str, inputs: list[ir.Value], names: list[str], **attributes: int) -> list[ir.Value]:
-        made = ir.node(kind, inputs, attributes=attributes, num_outputs=len(names), name=f"{UPDATE}/{names[0]}")
-        for value, name in zip(made.outputs, names, strict=True):
+        node = ir.node(kind, inputs, attributes=attributes, num_outputs=len(names), name=f"{UPDATE}/{names[0]}")
+        for value, name in zip(node.outputs, names, strict=True):
             value.name, value.dtype = name, ir.DataType.FLOAT
-        self.nodes.append(made)
-        return list(made.outputs)
+        self.nodes.append(node)
+        return list(node.outputs)
 
     def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
         tensor = ir.tensor(array, name=name)
@@ -151,9 +151,9 @@ def _noised(
     """Fresh noise added, with the sampler's own or the learned variance."""
     strength = parts["sigma"]
     if form.learned_variance and raw_variance is not None:
-        one, half = (write.constant(name, np.array(v, np.float32)) for name, v in (("one", 1.0), ("half", 0.5)))
-        share = write.times(write.plus(raw_variance, one, "variance.up"), half, "share")
-        rest = write.node("Sub", [one, share], "share.rest")
+        unit, half = (write.constant(name, np.array(v, np.float32)) for name, v in (("one", 1.0), ("half", 0.5)))
+        share = write.times(write.plus(raw_variance, unit, "variance.up"), half, "share")
+        rest = write.node("Sub", [unit, share], "share.rest")
         log_var = write.plus(
             write.times(share, parts["log_var_max"], "log_var.max"),
             write.times(rest, parts["log_var_min"], "log_var.min"),

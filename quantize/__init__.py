@@ -1,1 +1,1 @@
-"""How INT8 gets its numbers: linear layers, their ranges and scales, transforms that fold, Q/DQ pairs."""
+"""The numbers of INT8: linear layers, their ranges and scales, transforms that fold, Q/DQ pairs."""

@@ -1,4 +1,4 @@
-"""What surrounds a Q/DQ pair where its scale is known only at run time, or its range does not lie about zero.
+"""The nodes around a Q/DQ pair whose scale is known only at run time, or whose range does not lie about zero.
 
     u = x / s     Q/DQ of u - c with a constant scale     y = s (W (u - c) + c rowsum(W))
 
@@ -28,8 +28,8 @@ __all__ = [
     "add_constant",
     "bypass",
     "followed_by",
-    "made",
     "marked",
+    "new_node",
     "preceded_by",
 ]
 
@@ -51,13 +51,13 @@ class ActivationPair:
 
     @property
     def magnitude(self) -> ir.Value | None:
-        """What the activation is divided by."""
+        """The divisor of the activation."""
         return None if self.divide is None else self.divide.inputs[1]
 
 
 def activation_pairs(model: ir.Model) -> list[ActivationPair]:
     """Every pair in graph order."""
-    found = []
+    pairs = []
     for dequantize in model.graph:
         quantize = _given(dequantize.inputs[0]).producer() if dequantize.op_type == "DequantizeLinear" else None
         if quantize is None:  # of a weight, or no DequantizeLinear at all
@@ -67,13 +67,13 @@ def activation_pairs(model: ir.Model) -> list[ActivationPair]:
         products = tuple(dequantize.outputs[0].consumers())
         recentres = tuple(node for product in products if (node := _behind(product, RECENTRES)))
         restores = tuple(node for product in recentres or products if (node := _behind(product, RESTORES)))
-        found.append(ActivationPair(quantize, dequantize, divide, centre, products, recentres, restores))
-    return found
+        pairs.append(ActivationPair(quantize, dequantize, divide, centre, products, recentres, restores))
+    return pairs
 
 
 def _before(node: ir.Node, role: str) -> ir.Node | None:
-    found = _given(node.inputs[0]).producer()
-    return found if found is not None and found.metadata_props.get(ROLE_KEY) == role else None
+    producer = _given(node.inputs[0]).producer()
+    return producer if producer is not None and producer.metadata_props.get(ROLE_KEY) == role else None
 
 
 def _behind(node: ir.Node, role: str) -> ir.Node | None:
@@ -130,7 +130,7 @@ def marked(kind: str, linear: Linear, inputs: list[ir.Value | None], role: str) 
     return node
 
 
-def made(kind: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType, **attributes: int) -> ir.Node:
+def new_node(kind: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType, **attributes: int) -> ir.Node:
     """A node with a name, its output named after it."""
     node = ir.node(kind, inputs, attributes=attributes, name=name)
     node.outputs[0].name, node.outputs[0].dtype = f"{name}.out", dtype

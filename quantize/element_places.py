@@ -1,4 +1,4 @@
-"""Which elements of a tensor arrive where, through the operators that move elements and compute nothing.
+"""Places where elements of a tensor arrive, through operators that move elements and compute nothing.
 
 A factor can be carried from one tensor over to another only where it is known which element of the one is which of
 the other. Instead of telling heads from channels by the looks of a reshape, an array of places is sent through the
@@ -115,7 +115,7 @@ def moved_from(origin: ir.Value, places: Places | None = None) -> dict[ir.Value,
         if shape is None:
             return {}
         places = np.arange(int(np.prod(shape))).reshape(shape)
-    found, waiting = {origin: places}, [origin]
+    places_in, waiting = {origin: places}, [origin]
     while waiting:
         value = waiting.pop()
         for node, place in value.uses():
@@ -123,13 +123,13 @@ def moved_from(origin: ir.Value, places: Places | None = None) -> dict[ir.Value,
             if move is None or place != 0:
                 continue
             try:
-                parts = move(node, found[value])
+                parts = move(node, places_in[value])
             except (_UnknownError, ValueError, IndexError):  # or shapes that fit no batch of one
                 continue
             moved = dict(zip(node.outputs, parts, strict=True))
-            found |= moved
+            places_in |= moved
             waiting += moved
-    return found
+    return places_in
 
 
 class Reading(NamedTuple):
@@ -141,7 +141,7 @@ class Reading(NamedTuple):
 
 
 def readings(moved: Mapping[ir.Value, Places]) -> Iterator[Reading]:
-    """Who computes with what `moved_from` found, and with which elements."""
+    """Yield the uses that compute with values of `moved_from`, and their elements."""
     for value, places in moved.items():
         for node, place in value.uses():
             if not (place == 0 and node.op_type in MOVES and node.outputs[0] in moved):

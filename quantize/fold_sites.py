@@ -1,4 +1,4 @@
-"""Where a factor per channel can be folded in front of linear layers, so that dividing their input costs nothing.
+"""Sites where a factor per channel folds in front of linear layers, so that dividing their input costs nothing.
 
 A linear layer computes the same from x / s with its weight's rows times s. The division has to vanish into constants,
 and two places allow it: the rows of a `condition` table that modulate the input, and the layer whose outputs attention
@@ -21,7 +21,7 @@ from ditc.quantize.element_places import Places, moved_from, origin_of, readings
 from ditc.quantize.linears import Linear, linears_of
 from ditc.quantize.output_factors import scaled_tensor
 
-__all__ = ["Fold", "Site", "TableFold", "WeightFold", "common_sites", "fold_into_segment", "table_factors"]
+__all__ = ["Fold", "Site", "TableFold", "WeightFold", "common_sites", "condition_table_factors", "fold_into_segment"]
 
 Factors = NDArray[np.float64]
 
@@ -79,18 +79,18 @@ class _Graph:
         times = Counter(linear.path for linear in linears)
         moved = {str(value.name): _rows_from(value) for value in model.graph.inputs}
         reads: dict[str, NDArray[np.int64] | None] = {}
-        for name, found in moved.items():
+        for name, followed in moved.items():
             table = name.removeprefix(LATER)
-            before, counts = reads.get(table, np.zeros(1, np.int64)), _reads(found)
+            before, counts = reads.get(table, np.zeros(1, np.int64)), _reads(followed)
             reads[table] = None if before is None or counts is None else before + counts
-        own = {name: found for name, found in moved.items() if not name.startswith(LATER)}
+        own = {name: followed for name, followed in moved.items() if not name.startswith(LATER)}
         return _Graph({each.name: each for each in linears if times[each.path] == 1}, own, reads)
 
     def reading(self, activation: ir.Value) -> list[Linear]:
         """The linear layers that read an activation, or none where anything else reads it, or weights are shared."""
-        found = [linear for linear in self.linears.values() if linear.activation is activation]
-        alone = len(activation.uses()) == len(found) and not activation.is_graph_output()
-        return found if alone and all(_is_own(linear.weight) for linear in found) else []
+        layers = [linear for linear in self.linears.values() if linear.activation is activation]
+        alone = len(activation.uses()) == len(layers) and not activation.is_graph_output()
+        return layers if alone and all(_is_own(linear.weight) for linear in layers) else []
 
 
 def _rows_from(table: ir.Value) -> dict[ir.Value, Places]:
@@ -180,8 +180,8 @@ def _layer_behind(graph: _Graph, projected: ir.Value) -> Linear | None:
         if len(product.uses()) != 1:
             return None
         node = product.producer()
-    found = [linear for linear in graph.linears.values() if linear.node is node]
-    return found[0] if found and _is_own(found[0].weight) else None
+    layers = [linear for linear in graph.linears.values() if linear.node is node]
+    return layers[0] if layers and _is_own(layers[0].weight) else None
 
 
 def _columns_behind(
@@ -287,12 +287,14 @@ def _multiply(constant: ir.Value, factor: Factors) -> None:
     constant.const_value = scaled_tensor(constant.const_value, factor, str(constant.name))
 
 
-def table_factors(factors: Mapping[Site, Factors], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
-    """What each table of `condition` is to be multiplied by, one row's shape each; tables that stay are left out."""
-    found: dict[str, Factors] = {}
+def condition_table_factors(
+    factors: Mapping[Site, Factors], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Factors]:
+    """Return the factors of each table of `condition`, one row's shape each; tables that stay are left out."""
+    by_table: dict[str, Factors] = {}
     for site, factor in factors.items():
         if isinstance(site.fold, TableFold):
-            table = found.setdefault(site.fold.table, np.ones(shapes[site.fold.table]))
+            table = by_table.setdefault(site.fold.table, np.ones(shapes[site.fold.table]))
             for places in (site.fold.scale, site.fold.shift):
                 table.reshape(-1)[list(places)] = 1 / factor
-    return found
+    return by_table

@@ -37,7 +37,7 @@ class Linear:
 
 
 def linear_count(model: ir.Model) -> int:
-    """How many layers with a constant float weight the branches hold, in whatever operator they were traced."""
+    """Count the branches' layers with a constant float weight, in whatever operator they were traced."""
     return sum(
         node.op_type in ("MatMul", "Gemm")
         and BRANCH_KEY in node.metadata_props

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 
 from ditc.precision import LEVELS
 from ditc.quantize.linears import linears_of
-from ditc.quantize.ranges import Histogram, clipping_range
+from ditc.quantize.ranges import Doubles, Histogram, clipping_range
 
 __all__ = ["MIDPOINTS", "Range", "centred_scales", "lower_bounds", "range_of"]
-
-Array = NDArray[np.float64]
 
 # what an operator's output never goes below; GELU's least value is -0.16997, -0.17004 in its tanh form
 LOWER_BOUNDS: Mapping[str, float] = {"Gelu": -0.17005, "Relu": 0.0}
@@ -28,7 +26,7 @@ MIDPOINTS: dict[str, Mapping[str, float]] = {"zero": {}, "bounded": LOWER_BOUNDS
 
 
 class Range(NamedTuple):
-    """What is not clipped of an activation."""
+    """The unclipped range of an activation."""
 
     low: float
     high: float
@@ -49,7 +47,7 @@ def range_of(histogram: Histogram, method: str, low: float | None, levels: int =
     return Range(low, low + clipping_range(method, histogram, 2 * levels))
 
 
-def centred_scales(low: Array, high: Array, levels: int = LEVELS) -> tuple[NDArray[np.int64], Array]:
+def centred_scales(low: Doubles, high: Doubles, levels: int = LEVELS) -> tuple[NDArray[np.int64], Doubles]:
     """(midpoint in steps of the scale, scale) of each range from `low` to `high`, all (groups,).
 
     A symmetric range gives 0 and high / levels.

@@ -22,7 +22,7 @@ LEADING = 2  # axes of a table before those: steps and batch
 
 
 class Share(NamedTuple):
-    """What one operand of a node has to be multiplied by."""
+    """The factor of one operand of a node."""
 
     operand: int
     factor: Factor
@@ -80,9 +80,9 @@ def _scaled_constant(model: ir.Model, value: ir.Value, factor: Factor, alone: bo
         number += 1
         name = f"{value.name}.scaled_{number}"
     lazy = scaled_tensor(tensor, factor, name)
-    made = ir.Value(name=name, shape=lazy.shape, type=value.type, const_value=lazy)
-    model.graph.register_initializer(made)
-    return made
+    scaled = ir.Value(name=name, shape=lazy.shape, type=value.type, const_value=lazy)
+    model.graph.register_initializer(scaled)
+    return scaled
 
 
 def scaled_tensor(tensor: ir.TensorProtocol, factor: Factor, name: str) -> ir.LazyTensor:

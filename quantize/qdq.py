@@ -49,7 +49,7 @@ class QuantizedWeight:
         return self.values.astype(np.float32) * self.scale
 
     def column_sums(self) -> NDArray[np.float32]:
-        """What the layer makes of an input of ones, (out,)."""
+        """Return the layer's output for an input of ones, (out,)."""
         return np.asarray(self.values.sum(axis=0, dtype=np.int64).astype(np.float32) * self.scale)
 
 
@@ -99,7 +99,7 @@ def _say_weight_bits(model: ir.Model, bits: int) -> None:
 
 
 def _centre_product(model: ir.Model, linear: Linear, centre: ir.Value, weight: QuantizedWeight) -> ir.Value:
-    """What the layer makes of the middle that was taken from its input, (out,)."""
+    """Return the layer's product of the middle that was taken from its input, (out,)."""
     name, sums = f"{linear.name}.input_centre_product", weight.column_sums()
     if centre.const_value is not None:
         return add_constant(model, name, np.asarray(centre.const_value.numpy() * sums))

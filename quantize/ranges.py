@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from ditc.errors import DitcError, unknown_name
 from ditc.precision import LEVELS
 
-__all__ = ["BINS", "RANGES", "Histogram", "clipping_range"]
+__all__ = ["BINS", "RANGES", "Doubles", "Histogram", "clipping_range"]
 
-Array = NDArray[np.float64]
+Doubles = NDArray[np.float64]
 
 BINS = 4096  # at least half of them below the largest value: 2,048, as TensorRT and ONNX Runtime use, or more
 LEAST_LIMIT = 2.0**-100  # keeps bins / limit within float32
@@ -75,7 +75,7 @@ class Histogram:
         return self.limit / len(self.counts)
 
     @property
-    def centers(self) -> Array:
+    def centers(self) -> Doubles:
         """Bin centres; the last one that holds anything is cut at `amax`."""
         return np.asarray(np.minimum((np.arange(len(self.counts)) + 0.5) * self.bin_width, self.amax))
 
@@ -130,19 +130,19 @@ def entropy_range(histogram: Histogram, levels: int = LEVELS) -> float:
         return histogram.amax
     counts[0] = counts[1]  # exact zeros say nothing about the range
     best, best_divergence = used, np.inf
-    for kept in range(used, bins - 1, -8):
-        divergence = _divergence(counts, kept, bins)
+    for edge in range(used, bins - 1, -8):
+        divergence = _divergence(counts, edge, bins)
         if divergence < best_divergence:
-            best, best_divergence = kept, divergence
+            best, best_divergence = edge, divergence
     return float(min(best * histogram.bin_width, histogram.amax))
 
 
-def _divergence(counts: Array, kept: int, levels: int) -> float:
-    reference = counts[:kept].copy()
-    reference[-1] += counts[kept:].sum()
-    level_of = np.arange(kept) * levels // kept
+def _divergence(counts: Doubles, edge: int, levels: int) -> float:
+    reference = counts[:edge].copy()
+    reference[-1] += counts[edge:].sum()
+    level_of = np.arange(edge) * levels // edge
     filled = reference > 0
-    mass = np.bincount(level_of, weights=counts[:kept], minlength=levels)
+    mass = np.bincount(level_of, weights=counts[:edge], minlength=levels)
     members = np.bincount(level_of, weights=filled, minlength=levels)
     spread = np.where(filled, mass[level_of] / np.maximum(members[level_of], 1), 0.0)
     if spread.sum() == 0:

@@ -1,4 +1,4 @@
-"""How a scale reaches its Q/DQ pair: which steps share one, and whether the graph holds it or reads it as an input.
+"""Ways for a scale to its Q/DQ pair: which steps share one, and whether the graph holds it or reads it as an input.
 
 A row of BINDINGS. "static" is one constant for all steps. "per-step" is time-grouped quantization (TQ-DiT) with as
 many groups as the calibration set can fill: the step's magnitude s is an input of the segment, u = x / s is quantized

@@ -1,4 +1,4 @@
-"""Where the numbers around a Q/DQ pair come from at run time: a row of the bundle's tables, or the tensor itself."""
+"""Sources of the numbers around a Q/DQ pair at run time: a row of the bundle's tables, or the tensor itself."""
 
 from __future__ import annotations
 
@@ -69,8 +69,12 @@ def largest_magnitude(model: ir.Model, linear: Linear, table: ScaleTable) -> ir.
     size = marked("Abs", linear, [activation], MEASURES)
     largest = marked("ReduceMax", linear, [size.outputs[0]], MEASURES)
     bounded = marked("Max", linear, [largest.outputs[0], floor], MEASURES)
-    one = ir.Shape([1] * len(activation.shape))
-    for node, name, shape in ((size, "size", activation.shape), (largest, "largest", one), (bounded, "magnitude", one)):
+    scalar = ir.Shape([1] * len(activation.shape))
+    for node, name, shape in (
+        (size, "size", activation.shape),
+        (largest, "largest", scalar),
+        (bounded, "magnitude", scalar),
+    ):
         value = node.outputs[0]
         value.name, value.dtype, value.shape = f"{activation.name}.{name}", ir.DataType.FLOAT, shape
     model.graph.insert_before(linear.node, [size, largest, bounded])

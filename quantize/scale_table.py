@@ -64,13 +64,13 @@ class ScaleTable(Record):
     def magnitudes(self) -> NDArray[np.float32]:
         """The magnitude that maps to 127 at every step, (steps, columns): what the engines read."""
         by_column = {column: np.array(self.steps[path]) * LEVELS for path, column in self.columns.items()}
-        found = np.stack([by_column[column] for column in sorted(by_column)], axis=1)
-        return np.asarray(np.maximum(found, LEAST_MAGNITUDE), np.float32)
+        magnitudes = np.stack([by_column[column] for column in sorted(by_column)], axis=1)
+        return np.asarray(np.maximum(magnitudes, LEAST_MAGNITUDE), np.float32)
 
-    def tables(self) -> dict[str, NDArray[np.float32]]:
-        """What of this goes into a bundle's tables: nothing, where the graphs hold the scales."""
+    def bundle_tables(self) -> dict[str, NDArray[np.float32]]:
+        """Return the rows for a bundle's tables: none, where the graphs hold the scales."""
         if not self.steps:
             return {}
-        by_column = {self.columns[path]: np.array(found, np.float32) for path, found in self.midpoints.items()}
+        by_column = {self.columns[path]: np.array(middles, np.float32) for path, middles in self.midpoints.items()}
         midpoints = [by_column[column] for column in self.midpoint_columns]
         return {SCALES_TABLE: self.magnitudes()} | ({MIDPOINTS_TABLE: np.stack(midpoints, axis=1)} if midpoints else {})

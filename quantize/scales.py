@@ -26,7 +26,7 @@ __all__ = [
     "histograms_of",
     "ranges_of",
     "scale_table",
-    "uncalibrated_table",
+    "uncalibrated_scale_table",
 ]
 
 Feeds = Mapping[str, NDArray[Any]]
@@ -67,13 +67,13 @@ def histograms_of(
 def ranges_of(
     histograms: Mapping[str, Histogram], method: str, bounds: Mapping[str, float] = NO_BOUNDS, levels: int = LEVELS
 ) -> dict[str, Range]:
-    """What of each activation is not clipped. `levels` is the integer that the largest magnitude will map to."""
+    """Return each activation's clipping range. `levels` is the integer that the largest magnitude will map to."""
     return {name: range_of(histogram, method, bounds.get(name), levels) for name, histogram in histograms.items()}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What scales are made from and how: the range method, digests of segment and points, the row of BINDINGS, bits."""
+    """The origin of scales: the range method, digests of segment and points, the row of BINDINGS, bits."""
 
     method: str
     segment_sha256: str
@@ -103,21 +103,21 @@ def scale_table(
         method=origin.method,
         segment_sha256=origin.segment_sha256,
         calibration_digest=origin.calibration_digest,
-        scales={path: float(found.max()) for path, found in scales.items()},
+        scales={path: float(by_group.max()) for path, by_group in scales.items()},
         tensors={path: name for name, paths in readers.items() for path in paths},
         binding=origin.binding,
         bits=origin.bits,
-        steps={path: tuple(found[groups].tolist()) for path, found in scales.items()} if by_step else {},
+        steps={path: tuple(by_group[groups].tolist()) for path, by_group in scales.items()} if by_step else {},
         columns=columns if by_step else {},
         midpoints={
-            path: tuple((found[groups] if by_step else found).tolist())
-            for path, found in midpoints.items()
-            if found.any()
+            path: tuple((by_group[groups] if by_step else by_group).tolist())
+            for path, by_group in midpoints.items()
+            if by_group.any()
         },
     )
 
 
-def uncalibrated_table(readers: Mapping[str, tuple[str, ...]], origin: Origin) -> ScaleTable:
+def uncalibrated_scale_table(readers: Mapping[str, tuple[str, ...]], origin: Origin) -> ScaleTable:
     """The table of a binding that needs no scales."""
     return ScaleTable(
         method=origin.method,

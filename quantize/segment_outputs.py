@@ -17,14 +17,14 @@ def branch_outputs(model: ir.Model) -> dict[str, ir.Value]:
 
     It is the last value that nodes of the branch make and others read.
     """
-    made = {}
+    outputs = {}
     for node in model.graph:
         branch = node.metadata_props.get(BRANCH_KEY)
         for value in node.outputs:
             readers = {use.node.metadata_props.get(BRANCH_KEY) for use in value.uses()}
             if branch is not None and (value.is_graph_output() or readers - {branch}):
-                made[branch] = value
-    return made
+                outputs[branch] = value
+    return outputs
 
 
 def keep_outputs(model: ir.Model, values: Sequence[ir.Value]) -> None:

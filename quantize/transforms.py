@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from ditc.errors import DitcError, unknown_name
 from ditc.precision import INT8, Bits, levels_of
 from ditc.quantize.qdq import quantize_weight
-from ditc.quantize.ranges import Histogram, clipping_range
+from ditc.quantize.ranges import Doubles, Histogram, clipping_range
 
 __all__ = ["ALPHAS", "TRANSFORMS", "ChannelStatistics", "Choice", "check_transform", "choose_factors"]
 
-Array = NDArray[np.float64]
-Rows = NDArray[np.float32]
+Singles = NDArray[np.float32]
 
 NONE = "none"
 SAMPLE_ROWS = 256  # of an activation, kept for the search
@@ -31,21 +30,21 @@ WIDEST = 2.0**13  # a factor's distance from their mean; keeps tables and weight
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """What calibration saw of one activation.
+    """Statistics of one activation in calibration.
 
     `peaks` is (steps, channels), the largest magnitude of each channel at each step that had points. `rows` is
     (n, channels), tokens drawn evenly from all of them, n at most SAMPLE_ROWS; `keys` are the numbers that drew them.
     """
 
-    peaks: Rows
-    rows: Rows
-    keys: Array
+    peaks: Singles
+    rows: Singles
+    keys: Doubles
 
     @staticmethod
     def empty(channels: int) -> ChannelStatistics:
         return ChannelStatistics(np.empty((0, channels), np.float32), np.empty((0, channels), np.float32), np.empty(0))
 
-    def add(self, values: Rows, new_step: bool, rng: np.random.Generator) -> ChannelStatistics:
+    def add(self, values: Singles, new_step: bool, rng: np.random.Generator) -> ChannelStatistics:
         """With the activation at more points, (..., channels), of the next step or of the one that came last.
 
         Raises DitcError for NaN or infinity.
@@ -67,14 +66,14 @@ class ChannelStatistics:
 class Choice:
     """Factors s of one activation, (channels,), and the exponent they were made with; None leaves it as it is."""
 
-    factors: Array
+    factors: Doubles
     alpha: float | None
 
 
-Method = Callable[[ChannelStatistics, Rows, str, Bits], Choice]
+Method = Callable[[ChannelStatistics, Singles, str, Bits], Choice]
 
 
-def smooth(seen: ChannelStatistics, weight: Rows, ranges: str, bits: Bits) -> Choice:
+def smooth_factors(seen: ChannelStatistics, weight: Singles, ranges: str, bits: Bits) -> Choice:
     """SmoothQuant (arXiv 2211.10438): s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), alpha by search.
 
     Of ALPHAS and of leaving the layer alone, the one whose quantized product is nearest to the exact one on the kept
@@ -91,7 +90,7 @@ def smooth(seen: ChannelStatistics, weight: Rows, ranges: str, bits: Bits) -> Ch
     return best
 
 
-def balance(seen: ChannelStatistics, weight: Rows, ranges: str, bits: Bits) -> Choice:
+def balance_factors(seen: ChannelStatistics, weight: Singles, ranges: str, bits: Bits) -> Choice:
     """PTQ4DiT's channel-wise salience balancing (arXiv 2405.16005): both sides meet at their geometric mean.
 
     s = sqrt(s(X) / s(W)), where s(W) = max|W_j|, and s(X) is the mean of max|X_j^(t)| over the steps t, weighted by the
@@ -104,7 +103,7 @@ def balance(seen: ChannelStatistics, weight: Rows, ranges: str, bits: Bits) -> C
     return Choice(_balanced(np.sqrt(share @ steps), np.sqrt(w)), 0.5)
 
 
-TRANSFORMS: dict[str, Method] = {"smooth": smooth, "balance": balance}
+TRANSFORMS: dict[str, Method] = {"smooth": smooth_factors, "balance": balance_factors}
 
 
 def check_transform(name: str) -> None:
@@ -113,7 +112,7 @@ def check_transform(name: str) -> None:
         raise unknown_name("smoothing", name, (NONE, *TRANSFORMS))
 
 
-def choose_factors(method: str, seen: ChannelStatistics, weight: Rows, ranges: str, bits: Bits = INT8) -> Choice:
+def choose_factors(method: str, seen: ChannelStatistics, weight: Singles, ranges: str, bits: Bits = INT8) -> Choice:
     """The factors of one activation in front of a weight (in, out); several layers' weights lie side by side.
 
     `ranges` is the method that will choose the activation's scale, `bits` those of both operands.
@@ -122,11 +121,11 @@ def choose_factors(method: str, seen: ChannelStatistics, weight: Rows, ranges: s
     return TRANSFORMS[method](seen, weight, ranges, bits)
 
 
-def _weight_peaks(weight: Rows) -> Array:
+def _weight_peaks(weight: Singles) -> Doubles:
     return np.asarray(np.abs(weight).max(axis=1), np.float64)
 
 
-def _balanced(above: Array, below: Array) -> Array:
+def _balanced(above: Doubles, below: Doubles) -> Doubles:
     """The quotient with geometric mean 1; a channel that is zero on either side stays as it is.
 
     A factor that all channels share changes nothing, since both scales follow it.
@@ -138,19 +137,21 @@ def _balanced(above: Array, below: Array) -> Array:
     return factors
 
 
-def rank_correlation(a: Array, b: Array) -> float:
+def rank_correlation(a: Doubles, b: Doubles) -> float:
     """Spearman's rho: the correlation of ranks, equals sharing theirs; 0 where one side does not vary."""
     ranks = [_ranks(values) - (len(values) - 1) / 2 for values in (a, b)]
     size = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
     return float((ranks[0] * ranks[1]).sum() / size) if size > 0 else 0.0
 
 
-def _ranks(values: Array) -> Array:
+def _ranks(values: Doubles) -> Doubles:
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(count) - (count + 1) / 2)[place.reshape(-1)])
 
 
-def quantization_error(seen: ChannelStatistics, weight: Rows, factors: Array, ranges: str, bits: Bits = INT8) -> float:
+def quantization_error(
+    seen: ChannelStatistics, weight: Singles, factors: Doubles, ranges: str, bits: Bits = INT8
+) -> float:
     """Squared error of the layer's output on the kept rows, with both operands quantized as they will be."""
     levels = levels_of(bits.activations)
     rows = np.float32(seen.rows / factors)

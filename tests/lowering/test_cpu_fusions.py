@@ -86,7 +86,7 @@ def test_attention_becomes_one_operator_with_the_same_numbers(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("what", "old", "new"),
+    ("case", "old", "new"),
     [
         ("a mask", "p = Softmax <axis = -1> (scores)", "m = Add (scores, mask)\np = Softmax <axis = -1> (m)"),
         ("another axis", "Softmax <axis = -1>", "Softmax <axis = 2>"),
@@ -95,11 +95,11 @@ def test_attention_becomes_one_operator_with_the_same_numbers(tmp_path: Path) ->
         ("heads left in front", "turned = Transpose <perm = [0, 2, 1, 3]>", "turned = Transpose <perm = [0, 1, 2, 3]>"),
     ],
 )
-def test_attention_of_another_form_is_left_alone(what: str, old: str, new: str) -> None:
+def test_attention_of_another_form_is_left_alone(case: str, old: str, new: str) -> None:
     assert old in ATTENTION
     model = attention(ATTENTION.replace(old, new))
     before = operators(model)
-    assert not fuse_attention(model), what
+    assert not fuse_attention(model), case
     assert operators(model) == before
 
 
@@ -121,7 +121,7 @@ def test_the_bias_is_added_inside_the_integer_product_bit_for_bit(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("what", "old", "new"),
+    ("case", "old", "new"),
     [
         ("signed activations", "uint8 z = {128}", "int8 z = {0}"),
         (
@@ -131,9 +131,9 @@ def test_the_bias_is_added_inside_the_integer_product_bit_for_bit(tmp_path: Path
         ),
     ],
 )
-def test_a_product_that_misses_the_fast_kernel_is_left_alone(what: str, old: str, new: str) -> None:
+def test_a_product_that_misses_the_fast_kernel_is_left_alone(case: str, old: str, new: str) -> None:
     assert old in PRODUCT
-    assert not fuse_integer_products(product(PRODUCT.replace(old, new))), what
+    assert not fuse_integer_products(product(PRODUCT.replace(old, new))), case
 
 
 def test_a_bias_that_is_computed_stays_an_add() -> None:

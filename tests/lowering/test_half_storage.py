@@ -23,11 +23,11 @@ def model(weight: np.ndarray, *, also_read: bool = False) -> ir.Model:
         '<ir_version: 10, opset_import: ["" : 20]>\n'
         f"g (float[n, 64] x, float[64, 64] w) => (float[n, 64] s) {{\n{body}\n}}"
     )
-    made = ir.from_onnx_text(text)
-    value = made.graph.inputs.pop()
+    built = ir.from_onnx_text(text)
+    value = built.graph.inputs.pop()
     value.const_value = ir.tensor(weight, name="w")
-    made.graph.register_initializer(value)
-    return made
+    built.graph.register_initializer(value)
+    return built
 
 
 WEIGHT = np.random.default_rng(0).normal(0, 0.1, (64, 64)).astype(np.float32)
@@ -44,8 +44,8 @@ def test_products_keep_their_numbers_to_the_rounding_of_fp16(tmp_path: Path) -> 
     assert half_storage(small)
     assert small.graph.initializers["w"].dtype == ir.DataType.FLOAT16
     assert [node.op_type for node in small.graph].count("Cast") == 1  # shared by both products
-    expected, found = run(exact, tmp_path / "exact.onnx"), run(small, tmp_path / "small.onnx")
-    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    expected, output = run(exact, tmp_path / "exact.onnx"), run(small, tmp_path / "small.onnx")
+    error = np.linalg.norm(output - expected) / np.linalg.norm(expected)
     assert 0 < error < 2**-11
 
 

@@ -1,4 +1,4 @@
-"""What a segment needs of a device: counted on graphs small enough to count by hand."""
+"""A segment's needs of a device: counted on graphs small enough to count by hand."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ work (float[batch, 8] x) => (float[batch, 2] y)
 
 
 def test_work_is_counted_by_type() -> None:
-    found = footprint_of(ir.from_onnx_text(WORK), {"batch": 3})
-    assert found.int8_operations == 2 * 3 * 8 * 4
-    assert found.float_operations == 2 * 3 * 4 * 2
-    assert found.moved_bytes == 2 * 3 * 4 * 4  # Neg reads and writes (3, 4) of float32; Q/DQ belong to the product
+    footprint = footprint_of(ir.from_onnx_text(WORK), {"batch": 3})
+    assert footprint.int8_operations == 2 * 3 * 8 * 4
+    assert footprint.float_operations == 2 * 3 * 4 * 2
+    assert footprint.moved_bytes == 2 * 3 * 4 * 4  # Neg reads and writes (3, 4) of float32; Q/DQ belong to the product

@@ -89,5 +89,5 @@ def test_an_operator_of_another_domain_needs_a_plugin() -> None:
     text = SOUND.replace('"" : 20', '"" : 20, "com.microsoft" : 1').replace(
         "out = MatMul (xd, wd)", "y = MatMul (xd, wd)\n    out = com.microsoft.FastGelu (y)"
     )
-    found = [v for v in violations_of(ir.from_onnx_text(text)) if v.rule == "unknown operator"]
-    assert "needs a plugin" in found[0].found
+    violations = [v for v in violations_of(ir.from_onnx_text(text)) if v.rule == "unknown operator"]
+    assert "needs a plugin" in violations[0].problem

@@ -73,9 +73,9 @@ def test_a_trajectory_of_typed_segments_stays_near_the_portable_one(bundles: dic
     """ONNX Runtime plays the part of TensorRT: same files, same types, FP16 slots."""
     path = bundles["cached"].path
     with ditc.load(path) as portable, ditc.load(path, backend=OnnxRuntimeBackend(name="trt")) as typed:
-        expected, found = (list(pipe.generate([0, 1, 2, 3], seed=0)) for pipe in (portable, typed))
-    assert relative_error(found[0].x, expected[0].x) < 5e-3
-    assert relative_error(found[-1].x, expected[-1].x) < 0.1
+        expected, events = (list(pipe.generate([0, 1, 2, 3], seed=0)) for pipe in (portable, typed))
+    assert relative_error(events[0].x, expected[0].x) < 5e-3
+    assert relative_error(events[-1].x, expected[-1].x) < 0.1
 
 
 def test_typed_twice_is_typed_once(bundles: dict[str, Bundle]) -> None:
@@ -94,11 +94,11 @@ def test_scales_too_small_for_fp16_are_raised_and_their_integers_lowered(tmp_pat
     assert scale is not None
     assert scale.numpy().min() == np.float16(LEAST_SCALE)
     x = np.array([[1.0, 2.0], [-3.0, 0.5]], np.float32)
-    expected, found = (
+    expected, output = (
         OnnxRuntimeBackend().session(tmp_path / f"{name}.onnx").run(None, {"x": x})[0] for name in ("float", "half")
     )
-    np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=2e-3)
-    assert np.abs(found[:, 0] - expected[:, 0]).max() < 1e-4
+    np.testing.assert_allclose(output[:, 1], expected[:, 1], rtol=2e-3)
+    assert np.abs(output[:, 0] - expected[:, 0]).max() < 1e-4
 
 
 def test_an_fp32_bundle_has_no_typed_form(bundles: dict[str, Bundle]) -> None:

@@ -42,7 +42,7 @@ def spec_of(*, learned_sigma: bool = True, cfg_channels: int = 3, prediction: An
 def host_step(
     spec: ModelSpec, row: dict[str, float], guidance: float, x: Any, out: Any, z: Any, compensate: Any, step: int
 ) -> np.ndarray:
-    """What `runtime.executor` does after the network."""
+    """Do as `runtime.executor` does after the network."""
     channels, guided = spec.in_channels, spec.cfg_channels
     prediction = out[:IMAGES, :channels].copy()
     if guidance != 1:
@@ -86,11 +86,11 @@ def test_update_is_the_arithmetic_of_the_host(
         x, z = (rng.standard_normal((IMAGES, 4, 3, 5), dtype=np.float32) for _ in range(2))
         out = rng.standard_normal((IMAGES * halves, spec.out_channels, 3, 5), dtype=np.float32)
         feeds = {"x": np.concatenate([x] * halves), "out": out, "row": rows[step], "z": z}
-        (found,) = session.run(None, {port.name: feeds[port.name] for port in session.get_inputs()})
+        (after,) = session.run(None, {port.name: feeds[port.name] for port in session.get_inputs()})
         row = {name: float(column[step]) for name, column in table.items()}
         expected = host_step(spec, row, guidance, x, out, z, compensation, step)
         for half in range(halves):
-            part = found[half * IMAGES : (half + 1) * IMAGES]
+            part = after[half * IMAGES : (half + 1) * IMAGES]
             assert np.abs(part - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
@@ -98,8 +98,8 @@ def test_a_step_without_compensation_is_left_as_it_is() -> None:
     table = sampler_table(DiffusionSpec(), SamplerSpec(), STEPS)
     tables = {f"sampler.{name}": column for name, column in table.items()}
     tables |= {"compensation.k": np.ones((STEPS, 4)), "compensation.mu": np.full((STEPS, 4), 3.0)}
-    found = update_rows(tables, 4)
-    assert (found[:, len(COLUMNS) + 4 :] == 0).all()  # 0 + 1 * (x - 0) is x itself
+    rows = update_rows(tables, 4)
+    assert (rows[:, len(COLUMNS) + 4 :] == 0).all()  # 0 + 1 * (x - 0) is x itself
 
 
 def test_update_breaks_no_rule_of_tensorrt() -> None:

@@ -68,17 +68,17 @@ def quantized(backend: str) -> ir.Model:
 def test_every_size_of_an_activation_is_quantized_as_well(size: float, backend: str, tmp_path: Path) -> None:
     x = (size * np.random.default_rng(1).standard_normal((2, 4, 8))).astype(np.float32)
     exact = results(layers(), tmp_path, "fp", x)
-    for found, expected in zip(results(quantized(backend), tmp_path, "q", x), exact, strict=True):
-        assert relative_error(found - found.mean(), expected - expected.mean()) < 0.02
+    for output, expected in zip(results(quantized(backend), tmp_path, "q", x), exact, strict=True):
+        assert relative_error(output - output.mean(), expected - expected.mean()) < 0.02
 
 
 @pytest.mark.parametrize("backend", ["none", "onnxrt"])
 def test_an_activation_of_zeros_stays_finite(backend: str, tmp_path: Path) -> None:
     x = np.zeros((2, 4, 8), np.float32)
-    for found, expected in zip(
+    for output, expected in zip(
         results(quantized(backend), tmp_path, "q", x), results(layers(), tmp_path, "fp", x), strict=True
     ):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(output, expected, atol=1e-5)
 
 
 def test_dynamic_layers_run_integer_kernels(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_the_plain_operators_break_no_rule_of_tensorrt(tmp_path: Path) -> None:
     portable, typed = quantized("none"), quantized("trt")
     assert [str(v) for model in (portable, typed) for v in violations_of(model)] == []
     x = np.random.default_rng(1).standard_normal((2, 4, 8)).astype(np.float32)
-    (found, _), (expected, _) = results(typed, tmp_path, "typed", x), results(portable, tmp_path, "plain", x)
-    assert relative_error(found, expected) < 0.02
+    (output, _), (expected, _) = results(typed, tmp_path, "typed", x), results(portable, tmp_path, "plain", x)
+    assert relative_error(output, expected) < 0.02
 
 
 def test_quantizing_or_lowering_twice_changes_nothing() -> None:

@@ -41,8 +41,8 @@ def test_places_are_where_onnx_runtime_puts_the_elements(
     body, constants = MOVED[name]
     model = make_graph(X, OUT, body, **constants)
     places = moved_from(model.graph.inputs[0])[model.graph.outputs[0]]
-    found = run_model(model, {"x": np.arange(24, dtype=np.float32).reshape(1, 4, 6)})
-    np.testing.assert_array_equal(places, found["out"])
+    moved = run_model(model, {"x": np.arange(24, dtype=np.float32).reshape(1, 4, 6)})
+    np.testing.assert_array_equal(places, moved["out"])
 
 
 def test_every_move_is_held_to_onnx_runtime() -> None:

@@ -1,4 +1,4 @@
-"""Where a factor per channel can be folded: found by what a graph computes, and nowhere that would change it."""
+"""Sites where a factor per channel folds: found by what a graph computes, and none that would change it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from ditc.program import BRANCH_KEY, PATH_KEY
-from ditc.quantize.fold_sites import TableFold, WeightFold, common_sites, fold_into_segment, table_factors
+from ditc.quantize.fold_sites import TableFold, WeightFold, common_sites, condition_table_factors, fold_into_segment
 
 Make = Callable[..., ir.Model]
 Run = Callable[..., dict[str, np.ndarray]]
@@ -77,11 +77,11 @@ def folds(model: ir.Model) -> dict[tuple[str, ...], Any]:
 
 
 def test_modulation_and_values_are_found(make_graph: Make) -> None:
-    found = folds(attention(make_graph))
+    folded = folds(attention(make_graph))
     scale, shift = tuple(range(DIM, 2 * DIM)), tuple(range(DIM))
-    assert found[QKV] == TableFold("rows", scale, shift)
-    assert found[PROJ] == WeightFold("wqkv", tuple(range(2 * DIM, 3 * DIM)))
-    assert len(found) == 2
+    assert folded[QKV] == TableFold("rows", scale, shift)
+    assert folded[PROJ] == WeightFold("wqkv", tuple(range(2 * DIM, 3 * DIM)))
+    assert len(folded) == 2
 
 
 WRITTEN_OTHERWISE: dict[str, tuple[list[tuple[str, str]], dict[str, np.ndarray]]] = {
@@ -123,12 +123,12 @@ def test_folding_changes_nothing_however_it_is_written(name: str, make_graph: Ma
     factors = {site: rng.uniform(0.1, 10, DIM) for site in common_sites({"full": after})}
     assert len(factors) == 2
     assert fold_into_segment(after, factors)
-    table = table_factors(factors, {"rows": (3, DIM)})["rows"]
+    table = condition_table_factors(factors, {"rows": (3, DIM)})["rows"]
     feeds = {"x": rng.standard_normal((2, TOKENS, DIM)), "rows": rng.standard_normal((2, 3, DIM))}
     expected = run_model(before, {key: np.float32(value) for key, value in feeds.items()})["out"]
     feeds["rows"] = feeds["rows"] * table
-    found = run_model(after, {key: np.float32(value) for key, value in feeds.items()})["out"]
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    output = run_model(after, {key: np.float32(value) for key, value in feeds.items()})["out"]
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("layers", "read"), [(QKV, "a"), (PROJ, "zr")])
@@ -141,9 +141,9 @@ def test_the_layers_read_the_divided_input(
     before = run_model(with_output(attention(make_graph), read), {"x": x, "rows": rows})[read]
     chosen = {site: factors for site in common_sites({"full": model}) if site.layers == layers}
     fold_into_segment(model, chosen)
-    rows = np.float32(rows * table_factors(chosen, {"rows": (3, DIM)}).get("rows", np.float64(1)))
-    found = run_model(with_output(model, read), {"x": x, "rows": rows})[read]
-    np.testing.assert_allclose(found, before / factors, rtol=1e-4, atol=1e-6)
+    rows = np.float32(rows * condition_table_factors(chosen, {"rows": (3, DIM)}).get("rows", np.float64(1)))
+    divided = run_model(with_output(model, read), {"x": x, "rows": rows})[read]
+    np.testing.assert_allclose(divided, before / factors, rtol=1e-4, atol=1e-6)
 
 
 def with_output(model: ir.Model, name: str) -> ir.Model:

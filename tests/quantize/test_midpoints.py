@@ -74,11 +74,11 @@ def calibrated(folder: Path, binding: str, midpoint: str) -> ScaleTable:
 
 def feeds(table: ScaleTable, step: int) -> dict[str, np.ndarray]:
     names = {SCALES_TABLE: SCALES_INPUT, MIDPOINTS_TABLE: MIDPOINTS_INPUT}
-    return {"x": POINTS[step]} | {names[name]: rows[step] for name, rows in table.tables().items()}
+    return {"x": POINTS[step]} | {names[name]: rows[step] for name, rows in table.bundle_tables().items()}
 
 
 def outputs(folder: Path, table: ScaleTable, backend: str) -> list[np.ndarray]:
-    """What the quantized MLP gives at both steps, in a backend's form."""
+    """Return the quantized MLP's output at both steps, in a backend's form."""
     model = mlp()
     assert insert_qdq(model, table)
     lower(model, backend)
@@ -89,8 +89,8 @@ def outputs(folder: Path, table: ScaleTable, backend: str) -> list[np.ndarray]:
 @pytest.mark.parametrize("binding", ["static", "per-step"])
 def test_a_zero_point_and_operators_take_off_the_same_midpoint(binding: str, tmp_path: Path) -> None:
     table = calibrated(tmp_path, binding, "bounded")
-    for found, expected in zip(outputs(tmp_path, table, "onnxrt"), outputs(tmp_path, table, "none"), strict=True):
-        assert relative_error(found, expected) < 1e-5
+    for output, expected in zip(outputs(tmp_path, table, "onnxrt"), outputs(tmp_path, table, "none"), strict=True):
+        assert relative_error(output, expected) < 1e-5
 
 
 @pytest.mark.parametrize("binding", ["static", "per-step"])
@@ -98,8 +98,8 @@ def test_a_bounded_range_is_nearer_to_fp_than_a_symmetric_one(binding: str, tmp_
     exact = [session(mlp(), tmp_path, "fp").run(None, {"x": x})[0] for x in POINTS]
     errors = {}
     for midpoint in MIDPOINTS:
-        found = outputs(tmp_path, calibrated(tmp_path, binding, midpoint), "none")
-        errors[midpoint] = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
+        samples = outputs(tmp_path, calibrated(tmp_path, binding, midpoint), "none")
+        errors[midpoint] = [relative_error(a, b) for a, b in zip(samples, exact, strict=True)]
     assert max(errors["zero"]) < 0.1
     assert sum(errors["bounded"]) < 0.9 * sum(errors["zero"])
 
@@ -180,13 +180,13 @@ def test_a_symmetric_range_has_no_midpoint_and_the_scale_it_always_had(high: flo
 @pytest.mark.parametrize("method", sorted(RANGES))
 def test_every_range_method_takes_a_bounded_activation(method: str) -> None:
     x = np.abs(np.random.default_rng(0).standard_normal(100_000)).astype(np.float32) - np.float32(0.17)
-    found = range_of(Histogram.empty().add(x + np.float32(0.17)), method, -0.17)
-    assert found.low == -0.17
-    assert 1.5 < found.high <= x.max() + 1e-6
+    limits = range_of(Histogram.empty().add(x + np.float32(0.17)), method, -0.17)
+    assert limits.low == -0.17
+    assert 1.5 < limits.high <= x.max() + 1e-6
 
 
 def test_an_activation_that_is_always_zero_after_gelu_has_a_scale() -> None:
-    found = range_of(Histogram.empty().add(np.full(10, 0.17005, np.float32)), "mse", LOWER_BOUNDS["Gelu"])
-    (midpoint,), (scale,) = centred_scales(np.array([found.low]), np.array([found.high]))
+    limits = range_of(Histogram.empty().add(np.full(10, 0.17005, np.float32)), "mse", LOWER_BOUNDS["Gelu"])
+    (midpoint,), (scale,) = centred_scales(np.array([limits.low]), np.array([limits.high]))
     assert midpoint == 0
     assert scale > 0

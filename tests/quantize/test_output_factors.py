@@ -91,6 +91,6 @@ def test_an_output_that_is_read_inside_keeps_its_value_there(
     before, after = (make_graph(C, outputs, "out = MatMul(c, w) other = Sigmoid(out)", w=CONSTANTS["w"]) for _ in "ab")
     multiply_output(after, "out", np.full(4, 3.0))
     feeds = {"c": np.ones((1, 1, 3), np.float32)}
-    expected, found = run_model(before, feeds), run_model(after, feeds)
-    np.testing.assert_array_equal(found["other"], expected["other"])
-    np.testing.assert_allclose(found["out"], 3 * expected["out"], rtol=1e-6)
+    expected, actual = run_model(before, feeds), run_model(after, feeds)
+    np.testing.assert_array_equal(actual["other"], expected["other"])
+    np.testing.assert_allclose(actual["out"], 3 * expected["out"], rtol=1e-6)

@@ -115,8 +115,8 @@ def test_fewer_bits_take_fewer_values(bits: Bits, tmp_path: Path) -> None:
 def test_the_scale_of_fewer_bits_reaches_as_far() -> None:
     histograms = histograms_of(lambda feeds: {"x": feeds["x"]}, [{"x": np.full((2, 2), 3.1, np.float32)}])
     ranges, groups = ranges_of(histograms, "max", levels=31), np.zeros(1, np.int64)
-    found = scale_table([ranges], {"x": ("a",)}, groups, Origin("max", "", "", bits=Bits(activations=6)))
-    assert found.scales["a"] == pytest.approx(0.1)
+    calibrated = scale_table([ranges], {"x": ("a",)}, groups, Origin("max", "", "", bits=Bits(activations=6)))
+    assert calibrated.scales["a"] == pytest.approx(0.1)
 
 
 def test_a_layer_without_a_scale_is_named() -> None:
@@ -153,8 +153,10 @@ def test_the_probe_returns_each_activation_once_with_its_readers() -> None:
 def test_scales_follow_the_largest_activation() -> None:
     points = [{"x": np.full((2, 2), value, np.float32)} for value in (1.0, -12.7, 3.0)]
     histograms = histograms_of(lambda feeds: {"x": feeds["x"]}, points)
-    found = scale_table([ranges_of(histograms, "max")], {"x": ("a",)}, np.zeros(1, np.int64), Origin("max", "", ""))
-    assert found.scales["a"] == pytest.approx(0.1)
+    calibrated = scale_table(
+        [ranges_of(histograms, "max")], {"x": ("a",)}, np.zeros(1, np.int64), Origin("max", "", "")
+    )
+    assert calibrated.scales["a"] == pytest.approx(0.1)
 
 
 def test_a_layer_reaches_as_far_as_its_bits_do() -> None:
@@ -178,9 +180,9 @@ def test_a_quantized_weight_is_within_half_a_step(weight: np.ndarray) -> None:
 
 def test_the_bundle_names_the_points_its_scales_came_from(bundles: dict[str, Bundle]) -> None:
     folder = bundles["cached"].path / "calib"
-    found = ScaleTable.model_validate_json((folder / "scales.json").read_bytes())
-    assert set(found.scales) == {linear for linear in found.scales if linear.startswith("blocks.")}
-    assert len(found.scales) == 8
+    calibrated = ScaleTable.model_validate_json((folder / "scales.json").read_bytes())
+    assert set(calibrated.scales) == {linear for linear in calibrated.scales if linear.startswith("blocks.")}
+    assert len(calibrated.scales) == 8
     quantized = load_graph(bundles["cached"].segment_path("full"))
     names = [name for name in quantized.graph.initializers if name.endswith("input_scale")]
-    assert {name.removesuffix(".input_scale") for name in names} == set(found.scales)
+    assert {name.removesuffix(".input_scale") for name in names} == set(calibrated.scales)

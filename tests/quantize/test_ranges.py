@@ -43,15 +43,15 @@ def batches(draw: st.DrawFn) -> list[np.ndarray]:
     exponents = draw(st.lists(st.floats(-30, 30), min_size=1, max_size=6))
     sizes = draw(st.lists(st.integers(0, 300), min_size=len(exponents), max_size=len(exponents)))
     pairs = zip(sizes, exponents, strict=True)
-    made = [rng.standard_normal(size).astype(np.float32) * np.float32(2.0**exponent) for size, exponent in pairs]
-    return [*made, rng.standard_normal(3).astype(np.float32)]
+    drawn = [rng.standard_normal(size).astype(np.float32) * np.float32(2.0**exponent) for size, exponent in pairs]
+    return [*drawn, rng.standard_normal(3).astype(np.float32)]
 
 
 @LAW
 @given(batches())
-def test_streaming_keeps_every_value_and_the_exact_maximum(made: list[np.ndarray]) -> None:
-    histogram = histogram_of(*made)
-    everything = np.abs(np.concatenate(made))
+def test_streaming_keeps_every_value_and_the_exact_maximum(drawn: list[np.ndarray]) -> None:
+    histogram = histogram_of(*drawn)
+    everything = np.abs(np.concatenate(drawn))
     assert histogram.counts.sum() == len(everything)
     assert max_range(histogram) == everything.max()
     assert len(histogram.counts) == BINS
@@ -59,17 +59,17 @@ def test_streaming_keeps_every_value_and_the_exact_maximum(made: list[np.ndarray
 
 @LAW
 @given(batches(), st.sampled_from([0.1, 0.5, 0.9, 0.99, 0.9999, 1.0]))
-def test_a_streamed_percentile_is_the_exact_one_up_to_a_bin(made: list[np.ndarray], share: float) -> None:
-    histogram = histogram_of(*made)
-    everything = np.sort(np.abs(np.concatenate(made)))
+def test_a_streamed_percentile_is_the_exact_one_up_to_a_bin(drawn: list[np.ndarray], share: float) -> None:
+    histogram = histogram_of(*drawn)
+    everything = np.sort(np.abs(np.concatenate(drawn)))
     exact = everything[max(0, int(np.ceil(share * len(everything) - 1e-9)) - 1)]
     assert percentile_range(histogram, share=share) == pytest.approx(exact, abs=1.01 * histogram.bin_width)
 
 
 @LAW
 @given(batches())
-def test_at_least_half_of_the_bins_lie_below_the_largest_value(made: list[np.ndarray]) -> None:
-    histogram = histogram_of(*made)
+def test_at_least_half_of_the_bins_lie_below_the_largest_value(drawn: list[np.ndarray]) -> None:
+    histogram = histogram_of(*drawn)
     assert histogram.amax <= histogram.limit < 2 * histogram.amax
 
 
@@ -85,15 +85,15 @@ def test_streamed_counts_equal_one_shot_counts_but_for_values_on_an_edge(seed: i
 
 @LAW
 @given(batches())
-def test_histograms_of_parts_add_up_to_that_of_the_whole_in_any_order(made: list[np.ndarray]) -> None:
-    whole = histogram_of(*made)
+def test_histograms_of_parts_add_up_to_that_of_the_whole_in_any_order(drawn: list[np.ndarray]) -> None:
+    whole = histogram_of(*drawn)
     forth, back = Histogram.empty(), Histogram.empty()
-    for part in made:
+    for part in drawn:
         forth = forth.merged(histogram_of(part))
         back = histogram_of(part).merged(back)
-    for found in (forth, back):
-        np.testing.assert_array_equal(found.counts, whole.counts)
-        assert (found.limit, found.amax) == (whole.limit, whole.amax)
+    for merged in (forth, back):
+        np.testing.assert_array_equal(merged.counts, whole.counts)
+        assert (merged.limit, merged.amax) == (whole.limit, whole.amax)
 
 
 @pytest.mark.parametrize("method", sorted(RANGES))
@@ -141,8 +141,8 @@ def test_the_smallest_and_the_largest_floats_are_counted(largest: float) -> None
 
 @settings(LAW, max_examples=40)
 @given(batches(), st.sampled_from(sorted(RANGES)))
-def test_a_range_is_positive_and_never_past_the_largest_value(made: list[np.ndarray], method: str) -> None:
-    histogram = histogram_of(*made)
+def test_a_range_is_positive_and_never_past_the_largest_value(drawn: list[np.ndarray], method: str) -> None:
+    histogram = histogram_of(*drawn)
     assert 0 < clipping_range(method, histogram) <= histogram.amax
 
 
@@ -166,10 +166,10 @@ def test_the_mse_range_is_the_best_of_a_brute_force_search(seed: int, tail: str)
     rng = np.random.default_rng(seed)
     values = rng.laplace(size=400) if tail == "laplace" else rng.standard_normal(400)
     values = (np.append(values, 60) if tail == "outlier" else values).astype(np.float32)
-    found = mse_range(histogram_of(values))
+    limit = mse_range(histogram_of(values))
     amax = float(np.abs(values).max())
     best = min(quantization_error(values, shrink * amax) for shrink in np.linspace(0.01, 1, 100))
-    assert quantization_error(values, found) <= 1.1 * best
+    assert quantization_error(values, limit) <= 1.1 * best
 
 
 def test_the_mse_range_weighs_an_outlier_against_the_rounding_of_the_bulk() -> None:
@@ -184,8 +184,8 @@ def test_the_mse_range_keeps_an_integer_grid_whole() -> None:
 
 def test_the_entropy_range_clips_a_far_outlier_of_a_gaussian() -> None:
     bulk = np.random.default_rng(0).standard_normal(100_000)
-    found = entropy_range(histogram_of(np.append(bulk, 100)))
-    assert 2.5 < found < 10
+    limit = entropy_range(histogram_of(np.append(bulk, 100)))
+    assert 2.5 < limit < 10
 
 
 def test_the_entropy_range_keeps_uniform_values() -> None:

@@ -1,4 +1,4 @@
-"""Which steps share activation scales, and the table that comes of it."""
+"""Steps that share activation scales, and the table that comes of it."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_static_scales_have_one_group() -> None:
 @given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=60), st.integers(1, 20))
 def test_groups_are_runs_of_steps_with_enough_points(steps: list[tuple[int, bool]], least: int) -> None:
     points, quantizes = (np.array(column) for column in zip(*steps, strict=True))
-    found = neighbouring_steps(points, quantizes, least)
-    assert found[0] == 0
-    assert set(np.diff(found)) <= {0, 1}
-    assert all(quantizes[1:][np.diff(found) == 1])  # a group begins where scales are needed
-    held = np.bincount(found, weights=points)
+    group_of = neighbouring_steps(points, quantizes, least)
+    assert group_of[0] == 0
+    assert set(np.diff(group_of)) <= {0, 1}
+    assert all(quantizes[1:][np.diff(group_of) == 1])  # a group begins where scales are needed
+    held = np.bincount(group_of, weights=points)
     assert len(held) == 1 or held.min() >= least
 
 
@@ -65,24 +65,24 @@ READERS = {"x": ("a.to_q", "a.to_k"), "y": ("a.out",)}
 
 
 def test_a_layer_has_the_scale_of_its_group_at_every_step() -> None:
-    found = scale_table(RANGES, READERS, np.array([0, 0, 1]), Origin("max", "", "", "per-step"))
-    assert found.steps["a.to_k"] == pytest.approx((0.1, 0.1, 0.2))
-    assert found.scales["a.to_k"] == pytest.approx(0.2)
-    assert found.columns == {"a.to_q": 0, "a.to_k": 0, "a.out": 1}
-    np.testing.assert_allclose(found.magnitudes(), [[12.7, 1], [12.7, 1], [25.4, 1]], rtol=1e-6)
+    table = scale_table(RANGES, READERS, np.array([0, 0, 1]), Origin("max", "", "", "per-step"))
+    assert table.steps["a.to_k"] == pytest.approx((0.1, 0.1, 0.2))
+    assert table.scales["a.to_k"] == pytest.approx(0.2)
+    assert table.columns == {"a.to_q": 0, "a.to_k": 0, "a.out": 1}
+    np.testing.assert_allclose(table.magnitudes(), [[12.7, 1], [12.7, 1], [25.4, 1]], rtol=1e-6)
 
 
 def test_static_scales_have_no_table() -> None:
-    found = scale_table(RANGES[1:], READERS, np.zeros(3, np.int64), Origin("max", "", ""))
-    assert found.scales["a.to_q"] == pytest.approx(0.2)
-    assert found.tables() == {}
+    table = scale_table(RANGES[1:], READERS, np.zeros(3, np.int64), Origin("max", "", ""))
+    assert table.scales["a.to_q"] == pytest.approx(0.2)
+    assert table.bundle_tables() == {}
 
 
 def test_a_layer_that_two_branches_share_takes_the_wider_range() -> None:
     ranges, readers = [{"x": Range(-1, 1), "y": Range(-5, 5)}], {"x": ("shared",), "y": ("shared", "own")}
     for binding in ("static", "per-step"):
-        found = scale_table(ranges, readers, np.zeros(2, np.int64), Origin("max", "", "", binding))
-        assert found.scales["shared"] == found.scales["own"] == pytest.approx(5 / 127)
+        table = scale_table(ranges, readers, np.zeros(2, np.int64), Origin("max", "", "", binding))
+        assert table.scales["shared"] == table.scales["own"] == pytest.approx(5 / 127)
 
 
 def test_a_group_is_large_enough_by_default() -> None:

@@ -1,4 +1,4 @@
-"""What is found inside a segment: the outputs of its branches."""
+"""Values inside a segment: the outputs of its branches."""
 
 from __future__ import annotations
 

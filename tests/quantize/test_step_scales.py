@@ -84,10 +84,10 @@ def quantized(binding: str, text: str = BRANCH) -> ir.Model:
 
 def feeds(scales: dict[str, float] | None = None) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    found = {"x": rng.standard_normal((3, 4, 8)), "modulation": rng.standard_normal((3, 3, 8))}
+    arrays = {"x": rng.standard_normal((3, 4, 8)), "modulation": rng.standard_normal((3, 3, 8))}
     if scales:
-        found[SCALES_INPUT] = table("per-step", scales=scales).magnitudes()[0]
-    return {name: array.astype(np.float32) for name, array in found.items()}
+        arrays[SCALES_INPUT] = table("per-step", scales=scales).magnitudes()[0]
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
 def run(model: ir.Model, path: Path, given: dict[str, np.ndarray], output: str = "out") -> np.ndarray:
@@ -128,9 +128,9 @@ def test_the_input_decides_the_scale(tmp_path: Path) -> None:
     static = branch()
     insert_qdq(static, table("static", scales=other))
     expected = run(static, tmp_path / "static.onnx", feeds())
-    found = run(quantized("per-step"), tmp_path / "step.onnx", feeds(other))
-    assert relative_error(found, expected) < 1e-5
-    assert relative_error(found, run(quantized("static"), tmp_path / "first.onnx", feeds())) > 1e-3
+    output = run(quantized("per-step"), tmp_path / "step.onnx", feeds(other))
+    assert relative_error(output, expected) < 1e-5
+    assert relative_error(output, run(quantized("static"), tmp_path / "first.onnx", feeds())) > 1e-3
 
 
 def test_the_portable_form_has_constant_scales_and_breaks_no_rule_of_tensorrt() -> None:
@@ -227,11 +227,11 @@ def test_layers_that_share_an_input_share_its_column_and_are_restored_each(tmp_p
     assert given[SCALES_INPUT].shape == (1,)
     census = kernel_census(OnnxRuntimeBackend(), tmp_path / "lowered.onnx")
     assert census["MatMulIntegerToFloat"] == 2
-    found, expected = (
+    outputs, expected = (
         OnnxRuntimeBackend().session(tmp_path / f"{name}.onnx").run(None, given) for name in ("lowered", "portable")
     )
-    for one, other in zip(found, expected, strict=True):  # both products are graph outputs, and keep their names
-        assert relative_error(one, other) < 1e-5
+    for output, other in zip(outputs, expected, strict=True):  # both products are graph outputs, and keep their names
+        assert relative_error(output, other) < 1e-5
 
 
 def test_a_table_of_the_model_with_the_name_of_the_scales_is_refused() -> None:
@@ -240,9 +240,9 @@ def test_a_table_of_the_model_with_the_name_of_the_scales_is_refused() -> None:
 
 
 def test_a_magnitude_that_fp16_can_not_divide_by_is_raised() -> None:
-    found = table("per-step", scales={"a.fc1": 1e-9, "a.fc2": 0.02}).magnitudes()
-    assert found.min() == np.float32(2.0**-14)
-    assert found.max() == pytest.approx(127 * 0.02)
+    magnitudes = table("per-step", scales={"a.fc1": 1e-9, "a.fc2": 0.02}).magnitudes()
+    assert magnitudes.min() == np.float32(2.0**-14)
+    assert magnitudes.max() == pytest.approx(127 * 0.02)
 
 
 def test_a_scale_of_one_step_that_is_not_positive_is_refused() -> None:
@@ -299,6 +299,6 @@ def test_a_typed_trajectory_with_step_scales_stays_near_the_portable_one(bundles
 
     path = bundles["per-step"].path
     with ditc.load(path) as portable, ditc.load(path, backend=OnnxRuntimeBackend(name="trt")) as typed:
-        expected, found = (list(pipe.generate([0, 1, 2, 3], seed=0)) for pipe in (portable, typed))
-    assert relative_error(found[0].x, expected[0].x) < 5e-3
-    assert relative_error(found[-1].x, expected[-1].x) < 0.1
+        expected, events = (list(pipe.generate([0, 1, 2, 3], seed=0)) for pipe in (portable, typed))
+    assert relative_error(events[0].x, expected[0].x) < 5e-3
+    assert relative_error(events[-1].x, expected[-1].x) < 0.1

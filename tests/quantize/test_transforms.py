@@ -96,11 +96,11 @@ def test_factors_follow_a_rescaling_of_the_channels(method: str) -> None:
     rescale = np.exp2(np.random.default_rng(5).integers(0, 6, CHANNELS))
     rescale[:2] = 1, 2
     plain, other = seen_at(*activations()), seen_at(*(activations() * rescale))
-    found = choose_factors(method, other, np.float32(weight() / rescale[:, None]), "mse")
+    choice = choose_factors(method, other, np.float32(weight() / rescale[:, None]), "mse")
     before = choose_factors(method, plain, weight(), "mse")
     errors = [
         quantization_error(plain, weight(), before.factors, "mse"),
-        quantization_error(other, np.float32(weight() / rescale[:, None]), found.factors, "mse"),
+        quantization_error(other, np.float32(weight() / rescale[:, None]), choice.factors, "mse"),
     ]
     assert errors[1] < 1.3 * errors[0]
 
