@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.engines.building import BuildPlan, build_engines, plan_build
+from ditc.engines.building import PlannedBuild, build_engines, plan_build
 from ditc.engines.calibrator import CALIBRATORS
 from ditc.engines.store import EXPLICIT, BuildSettings
 from ditc.engines.targets import TARGETS
@@ -49,7 +49,7 @@ def build_bundle(bundle: Path, *, progress: Progress, on_plan: OnPlan | None = N
     return plan | {"engines": engines}
 
 
-def described(planned: BuildPlan) -> dict[str, Any]:
+def described(planned: PlannedBuild) -> dict[str, Any]:
     """A plan as JSON."""
     machine = planned.machine
     return {
@@ -65,7 +65,7 @@ def described(planned: BuildPlan) -> dict[str, Any]:
     }
 
 
-def _planned(bundle: Bundle, options: dict[str, Any]) -> BuildPlan:
+def _planned(bundle: Bundle, options: dict[str, Any]) -> PlannedBuild:
     target, dla = options.pop("target"), options.pop("dla")
     if target not in TARGETS:
         raise unknown_name("target", target, BUILDABLE)

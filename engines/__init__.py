@@ -1,1 +1,1 @@
-"""How a segment is opened, built, stored and run: the backends."""
+"""The backends, which open, build, store and run segments."""

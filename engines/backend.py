@@ -1,4 +1,4 @@
-"""What a backend is: something that opens a segment and runs it on named, pre-allocated buffers.
+"""The interface of a backend, which opens a segment and runs it on named, pre-allocated buffers.
 
 An engine is shared by all requests and threads; what one request binds and runs is a binding of its own.
 """
@@ -96,7 +96,7 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """Where segments run: a row of the backend table."""
+    """Runs segments: a row of the backend table."""
 
     @property
     def name(self) -> str: ...
@@ -126,7 +126,7 @@ class DeviceEngine(Protocol):
 
 @runtime_checkable
 class DeviceBackend(Protocol):
-    """Where segments run on a GPU, with all buffers in its memory."""
+    """Runs segments on a GPU, with all buffers in its memory."""
 
     @property
     def name(self) -> str: ...
@@ -146,7 +146,7 @@ class DeviceBackend(Protocol):
 
 
 def lowered_path(segment: Path, backend: str) -> Path:
-    """Where a backend's own form of a segment lies: beside it, sharing its weights file."""
+    """Return the file of a backend's own form of a segment, which shares its weights file."""
     return segment.with_name(f"{segment.stem}.{backend}.onnx")
 
 

@@ -43,8 +43,8 @@ from ditc.program import CONDITION, UPDATE
 from ditc.progress import Progress
 
 __all__ = [
-    "BuildPlan",
     "BuiltSegment",
+    "PlannedBuild",
     "build_engines",
     "build_file",
     "describe_machine",
@@ -59,7 +59,7 @@ WORKER = (sys.executable, "-c", START + "sys.exit(main(sys.argv[1:]))")
 
 @dataclass(frozen=True)
 class BuiltSegment:
-    """What became of one segment: built now, or found from an earlier build."""
+    """The engine of one segment: built now, or found from an earlier build."""
 
     key: EngineKey
     record: EngineRecord
@@ -76,13 +76,13 @@ def describe_machine(calibration: str = EXPLICIT) -> MachineDescription:
 
     Raises InputError where there is no GPU, no TensorRT, or none that has this kind of calibration.
     """
-    found = _child(["describe", calibration], "looking at the GPU", lambda *_: None)
-    return MachineDescription.model_validate(found)
+    description = _child(["describe", calibration], "looking at the GPU", lambda *_: None)
+    return MachineDescription.model_validate(description)
 
 
 @dataclass(frozen=True)
-class BuildPlan:
-    """Everything that is decided before TensorRT is asked to build."""
+class PlannedBuild:
+    """All decisions before TensorRT is asked to build."""
 
     bundle: Bundle
     settings: BuildSettings
@@ -102,7 +102,7 @@ class BuildPlan:
 
 def plan_build(
     bundle: Bundle, settings: BuildSettings, *, store: Path | None = None, timing_cache: Path | None = None
-) -> BuildPlan:
+) -> PlannedBuild:
     """Look at bundle and machine. Raises InputError where the one does not fit the other."""
     if settings.replay and timing_cache is None:
         raise InputError("--replay builds from a timing cache alone; name one with --timing-cache FILE")
@@ -120,19 +120,19 @@ def plan_build(
     if settings.hardware_compatible and machine.platform.system.endswith("-tegra"):
         raise InputError("--hardware-compatible engines don't exist on JetPack; leave the option out")
     memory.check_fits(machine.total_bytes, settings.workspace_bytes, machine.platform.gpu)
-    return BuildPlan(bundle, settings, engines, machine, memory, timing_cache)
+    return PlannedBuild(bundle, settings, engines, machine, memory, timing_cache)
 
 
-def build_engines(plan: BuildPlan, progress: Progress) -> list[BuiltSegment]:
+def build_engines(planned: PlannedBuild, progress: Progress) -> list[BuiltSegment]:
     """Build what is missing, one segment after the other. Raises CheckError where TensorRT finds no way."""
-    folder = plan.store.folder
+    folder = planned.store.folder
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", f"another build is writing {folder}; wait for it"):
         for left in folder.glob(".building-*"):  # by a build that was killed
             shutil.rmtree(left, ignore_errors=True)
-        run = _BuildRun(plan, progress)
-        return [run.segment(key) for key in plan.keys]
+        run = _BuildRun(planned, progress)
+        return [run.segment(key) for key in planned.keys]
 
 
 def build_file(segment: Path, sizes: Mapping[str, int], settings: BuildSettings) -> bytes:
@@ -167,12 +167,12 @@ def check_calibratable(bundle: Bundle) -> None:
 class _BuildRun:
     """One build: what all its segments share."""
 
-    plan: BuildPlan
+    planned: PlannedBuild
     progress: Progress
 
     def segment(self, key: EngineKey) -> BuiltSegment:
         """The engine of one segment, built now unless it is there."""
-        name, store = key.segment, self.plan.store
+        name, store = key.segment, self.planned.store
         if store.has(key):
             self.progress(f"{name} (built earlier)", 1, 1)
             return BuiltSegment(key, store.record(key), built=False)
@@ -180,29 +180,29 @@ class _BuildRun:
         with writing(store.folder), tempfile.TemporaryDirectory(prefix=".building-", dir=store.folder) as folder:
             request = Path(folder) / "request.json"
             request.write_bytes(self._request(key, Path(folder)).model_dump_json().encode())
-            found = _child([str(request)], f"building segment {name}", self._on_line(name))
+            result = _child([str(request)], f"building segment {name}", self._on_line(name))
             plan = (Path(folder) / PLAN).read_bytes()
             timings = (Path(folder) / TIMINGS).read_bytes()
         record = EngineRecord.of(
-            key, plan, device_memory_bytes=found["device_memory_bytes"], build_seconds=perf_counter() - start
+            key, plan, device_memory_bytes=result["device_memory_bytes"], build_seconds=perf_counter() - start
         )
         store.put(record, plan)
-        if not self.plan.settings.replay:
+        if not self.planned.settings.replay:
             atomic_write(self._timing_cache, timings)
         self.progress(name, 1, 1)
         return BuiltSegment(key, record, built=True)
 
     @property
     def _timing_cache(self) -> Path:
-        return self.plan.timing_cache or self.plan.store.timing_cache_path(self.plan.machine.platform)
+        return self.planned.timing_cache or self.planned.store.timing_cache_path(self.planned.machine.platform)
 
     def _request(self, key: EngineKey, folder: Path) -> BuildRequest:
         return BuildRequest(
-            segment=segment_file(self.plan.bundle, key.segment, self.plan.settings.calibration).absolute(),
+            segment=segment_file(self.planned.bundle, key.segment, self.planned.settings.calibration).absolute(),
             sizes=key.sizes,
-            settings=self.plan.settings,
+            settings=self.planned.settings,
             timing_cache=self._timing_cache.absolute(),
-            timing_cache_required=self.plan.timing_cache is not None,
+            timing_cache_required=self.planned.timing_cache is not None,
             calibration=self._calibration(key),
             folder=folder.absolute(),
             parent=os.getpid(),
@@ -210,11 +210,11 @@ class _BuildRun:
 
     def _calibration(self, key: EngineKey) -> CalibrationRequest | None:
         """Only segments that quantize have layers to calibrate; their tables come from the `condition` engine."""
-        bundle, store, method = self.plan.bundle, self.plan.store, self.plan.settings.calibration
+        bundle, store, method = self.planned.bundle, self.planned.store, self.planned.settings.calibration
         quantizing = {part.name for part in bundle.manifest.program.segments if part.quantizes}
         if method == EXPLICIT or key.segment not in quantizing:
             return None
-        condition = self.plan.key(CONDITION)
+        condition = self.planned.key(CONDITION)
         return CalibrationRequest(
             points=(bundle.path / CALIBRATION_SET).absolute(),
             condition_plan=store.plan_path(condition).absolute(),
@@ -277,13 +277,13 @@ def _worker(arguments: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], d
 
 
 def _why_dead(code: int, doing: str, last_words: list[str]) -> str:
-    kept = "engines built so far are kept, and the same command goes on from here"
+    advice = "engines built so far are kept, and the same command goes on from here"
     if code == -signal.SIGKILL:
         return (
-            f"{doing}: the process was killed, likely for want of memory; close programs or lower --workspace; {kept}"
+            f"{doing}: the process was killed, likely for want of memory; close programs or lower --workspace; {advice}"
         )
     if code < 0:
         name = signal.Signals(-code).name
-        return f"{doing}: TensorRT crashed ({name}); lower --optimization-level or update the driver; {kept}"
+        return f"{doing}: TensorRT crashed ({name}); lower --optimization-level or update the driver; {advice}"
     said = last_words[-1] if last_words else "it said nothing"
-    return f"{doing}: the process ended with code {code} and no result ({said}); {kept}"
+    return f"{doing}: the process ended with code {code} and no result ({said}); {advice}"

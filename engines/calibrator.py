@@ -43,7 +43,7 @@ Batch = Mapping[str, DeviceTensor]
 
 
 class CalibrationRequest(Record):
-    """What a calibrator of TensorRT 10 needs: the points, the engine that makes their tables, a cache to keep."""
+    """Needs of a calibrator of TensorRT 10: the points, the engine that makes their tables, a cache to keep."""
 
     points: Path
     condition_plan: Path
@@ -159,14 +159,14 @@ def calibration_batches(
 
 def calibration_caches(bundle: Bundle) -> list[Path]:
     """The calibration caches of this very bundle in its own folder of engines."""
-    found = []
+    paths = []
     for segment in (plan.name for plan in bundle.manifest.program.segments if plan.quantizes):
         for method in CALIBRATORS:
             try:
-                found.append(calibration_cache(EngineStore.of(bundle), bundle, segment, method))
+                paths.append(calibration_cache(EngineStore.of(bundle), bundle, segment, method))
             except InputError:  # no FP reference here, so none of its caches can be told from another's
                 continue
-    return [path for path in found if path.is_file()]
+    return [path for path in paths if path.is_file()]
 
 
 def scales_from_cache(data: bytes) -> dict[str, float]:

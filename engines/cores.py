@@ -58,8 +58,13 @@ class CoreGate:
         self.cores = cores
         self._line: dict[_Turn, None] = {}  # who has cores or waits for them, in order; each access is one whole step
 
+    @property
+    def in_line(self) -> int:
+        """The number of those who have cores or wait for them."""
+        return len(self._line)
+
     def run(self, wanted: int, work: Callable[[], T]) -> T:
-        """What `work` returns, which has `wanted` cores meanwhile, or all of them where that is more than there are."""
+        """Do `work` with `wanted` cores, or all of them where that is more than there are, and return its result."""
         turn = _Turn(min(wanted, self.cores))
         with turn.running:
             try:
@@ -74,16 +79,16 @@ class CoreGate:
 
     def _with_cores(self) -> list[_Turn]:
         """Those in line for whom there are cores beside those of everyone before them; who has ended leaves it."""
-        found, taken = [], 0
+        served, in_use = [], 0
         for turn in list(self._line):
             if turn.is_over:
                 self._line.pop(turn, None)
                 continue
-            taken += turn.cores
-            if taken > self.cores:
+            in_use += turn.cores
+            if in_use > self.cores:
                 break
-            found.append(turn)
-        return found
+            served.append(turn)
+        return served
 
 
 @functools.cache
@@ -118,12 +123,12 @@ def _quota(root: Path) -> float | None:
     except (OSError, StopIteration):
         return None
     home, group = root / "sys/fs/cgroup", root / "sys/fs/cgroup" / own
-    found = []
+    quotas = []
     for folder in (group, *group.parents):
         if not folder.is_relative_to(home):
             break
-        found += _numbers(folder / "cpu.max")
-    return min(found, default=None)
+        quotas += _numbers(folder / "cpu.max")
+    return min(quotas, default=None)
 
 
 def _numbers(file: Path) -> list[float]:

@@ -20,8 +20,6 @@ __all__ = ["ALIGNMENT", "CudaDevice", "Device", "DeviceGraph", "DeviceTensor", "
 
 ALIGNMENT = 256  # bytes; TensorRT wants the address of every tensor to be a multiple of it
 
-Array = NDArray[Any]
-
 
 @dataclass(frozen=True)
 class DeviceTensor:
@@ -74,13 +72,13 @@ class Device(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor: ...
 
-    def upload(self, array: Array, tensor: DeviceTensor) -> None:
+    def upload(self, array: NDArray[Any], tensor: DeviceTensor) -> None:
         """Host to device. The array is copied before the call returns or kept alive until it is."""
         ...
 
     def copy(self, source: DeviceTensor, target: DeviceTensor) -> None: ...
 
-    def download(self, tensor: DeviceTensor) -> Array:
+    def download(self, tensor: DeviceTensor) -> NDArray[Any]:
         """Device to host, waiting for everything queued before."""
         ...
 
@@ -177,7 +175,7 @@ class CudaDevice:
             memory = self._core.allocate(size, stream=self._stream)
         return DeviceTensor(int(memory.handle), dtype, shape, memory)
 
-    def upload(self, array: Array, tensor: DeviceTensor) -> None:
+    def upload(self, array: NDArray[Any], tensor: DeviceTensor) -> None:
         host = np.ascontiguousarray(array, dtype=tensor.dtype)
         if host.shape != tensor.shape:
             raise ValueError(f"expected {tensor.shape} to upload, found {host.shape}")
@@ -188,7 +186,7 @@ class CudaDevice:
         self.hold(source, target)
         self._copy(source.pointer, target.pointer, source.size_bytes, "copying on the device")
 
-    def download(self, tensor: DeviceTensor) -> Array:
+    def download(self, tensor: DeviceTensor) -> NDArray[Any]:
         host = np.empty(tensor.shape, tensor.dtype)
         self._copy(tensor.pointer, host.ctypes.data, host.nbytes, "copying from the device")
         self.synchronize()

@@ -1,4 +1,4 @@
-"""Which integer products are exact on this machine, and in which form they run.
+"""Integer products that are exact on this machine, and the form in which they run.
 
 On x86 without integer dot products (VNNI) libraries add two products u8 x s8 in 16 bits, where 2 * 255 * 127 does not
 fit: it saturates, and nothing says so. 2 * 255 * 63 fits, so weights of 7 bits are exact everywhere. What a library
@@ -49,7 +49,7 @@ _ROUNDS_ACTIVATIONS = b"QuantizeLinear"
 
 
 class IntegerForm(Enum):
-    """How integer products run: as the library multiplies them by itself, or with its switch for exact ones."""
+    """The form of integer products: as the library multiplies them by itself, or with its switch for exact ones."""
 
     PLAIN = "plain"
     SWITCHED = "switched"
@@ -106,12 +106,12 @@ def weight_bits(segment: Path) -> int | None:
         raise BundleError(f"can't read {segment}: {e.strerror or e}; copy the bundle again") from e
     if _ROUNDS_ACTIVATIONS not in text:
         return None
-    found = _WEIGHT_BITS.search(text)
-    return INT8.weights if found is None else int(found[1])
+    match = _WEIGHT_BITS.search(text)
+    return INT8.weights if match is None else int(match[1])
 
 
 class Arithmetic(Record):
-    """What a backend computes in on this machine.
+    """The arithmetic of a backend on this machine.
 
     `integers` is the form of integer products, None where none is exact and a segment with them is refused; `rest` the
     type around them.
@@ -134,12 +134,12 @@ class SaysArithmetic(Protocol):
     """A backend that knows what it computes in."""
 
     def arithmetic(self, bits: int) -> Arithmetic:
-        """What segments with weights of `bits` are computed in here; probes this machine the first time."""
+        """Return the arithmetic of segments with weights of `bits` here; probes this machine the first time."""
         ...
 
 
 def arithmetic_of(backend: object, precision: str) -> Arithmetic | None:
-    """What a backend computes a bundle of some precision in here; None for one without integers, and on a GPU."""
+    """Return a backend's arithmetic for a bundle of some precision; None for one without integers, and on a GPU."""
     bits = PRECISIONS.get(precision)
     return backend.arithmetic(bits.weights) if bits is not None and isinstance(backend, SaysArithmetic) else None
 
@@ -150,7 +150,7 @@ class SaysType(Protocol):
 
     @property
     def rest(self) -> str:
-        """What it computes in around its integers, once it has run: "f32" or "bf16"."""
+        """The type around its integers, once it has run: "f32" or "bf16"."""
         ...
 
 
@@ -159,7 +159,7 @@ def once_per_process(make: Callable[P, T]) -> Callable[P, T]:
 
     A fork keeps it too, with a lock of its own: the thread that held this one may not be there.
     """
-    lock, kept = Lock(), dict[Any, T]()
+    lock, results = Lock(), dict[Any, T]()
 
     def unlocked() -> None:
         nonlocal lock
@@ -172,9 +172,9 @@ def once_per_process(make: Callable[P, T]) -> Callable[P, T]:
     def called(*arguments: P.args, **named: P.kwargs) -> T:
         key = arguments, tuple(named.items())
         with lock:
-            if key not in kept:
-                kept[key] = make(*arguments, **named)
-            return kept[key]
+            if key not in results:
+                results[key] = make(*arguments, **named)
+            return results[key]
 
     return called
 

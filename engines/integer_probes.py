@@ -1,4 +1,4 @@
-"""Small products whose operands saturate wherever anything can, and what they have to give.
+"""Small products whose operands saturate wherever anything can, and their exact results.
 
 The graphs lie in `probes/` as files, since a deployment has no onnx to make them with; `probe_graphs` wrote them. Each
 holds every form of integer product that segments have: CASES, with constant weights. Operands are multiples of powers
@@ -33,7 +33,6 @@ __all__ = [
     "probe_weight",
 ]
 
-Array = NDArray[np.float32]
 Feeds = Mapping[str, NDArray[Any]]
 OpenProbe = Callable[[Path], Callable[[Feeds], Mapping[str, NDArray[Any]]]]
 
@@ -63,7 +62,7 @@ class Case:
         """The graph's output of each layer."""
         return tuple(f"{self.name}.{number}" for number in range(len(self.layers)))
 
-    def activation(self, rows: int) -> Array:
+    def activation(self, rows: int) -> NDArray[np.float32]:
         """(1, rows, INSIDE); every row holds both values."""
         place = np.add.outer(np.arange(rows), np.arange(INSIDE))
         steps = np.where(place % 11 == 7, self.low, self.high).astype(np.float32)
@@ -82,7 +81,7 @@ CASES = (
 )
 
 
-def probe_weight(bits: int) -> Array:
+def probe_weight(bits: int) -> NDArray[np.float32]:
     """(INSIDE, OUTSIDE): the largest weights of either sign in runs, a few others, and a largest one in each column."""
     levels = levels_of(bits)
     k, n = np.arange(INSIDE)[:, np.newaxis], np.arange(OUTSIDE)[np.newaxis]
@@ -92,7 +91,7 @@ def probe_weight(bits: int) -> Array:
     return np.asarray(steps * np.float32(WEIGHT_STEP))
 
 
-def bias() -> Array:
+def bias() -> NDArray[np.float32]:
     """(OUTSIDE,)."""
     return np.arange(OUTSIDE, dtype=np.float32)
 
@@ -109,7 +108,7 @@ def probe_feeds(rows: int) -> dict[str, NDArray[Any]]:
 
 
 def exact_outputs(rows: int, bits: int) -> dict[str, NDArray[np.float64]]:
-    """What a probe graph has to give, each (1, rows, OUTSIDE)."""
+    """Return a probe graph's exact outputs, each (1, rows, OUTSIDE)."""
     weight = probe_weight(bits).astype(np.float64)
     return {
         name: case.activation(rows).astype(np.float64) @ weight + (bias() if biased else 0)
@@ -125,8 +124,8 @@ def largest_error(open_probe: OpenProbe, kinds: Iterable[str], bits: int) -> flo
         with as_file(files("ditc.engines") / "probes" / probe_name(kind, bits)) as path:
             run = open_probe(path)
             for rows in ROWS:
-                found = run(probe_feeds(rows))
-                errors += [_error(found[name], exact) for name, exact in exact_outputs(rows, bits).items()]
+                outputs = run(probe_feeds(rows))
+                errors += [_error(outputs[name], exact) for name, exact in exact_outputs(rows, bits).items()]
     return float(np.max(errors))  # of a NaN it is NaN, which nothing is below
 
 
@@ -135,5 +134,5 @@ def probe_name(kind: str, bits: int) -> str:
     return f"{kind}-{bits}.onnx"
 
 
-def _error(found: NDArray[Any], exact: NDArray[np.float64]) -> float:
-    return float(np.abs(found - exact).max() / np.abs(exact).max())
+def _error(output: NDArray[Any], exact: NDArray[np.float64]) -> float:
+    return float(np.abs(output - exact).max() / np.abs(exact).max())

@@ -1,4 +1,4 @@
-"""How much device memory a trajectory needs, known before anything is built."""
+"""The device memory that a trajectory needs, known before anything is built."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def _mb(size_bytes: int) -> str:
 
 def footprints(bundle: Bundle) -> dict[str, Footprint]:
     """The needs of every segment, as measured at compile time."""
-    found = bundle.manifest.checks.get("footprints")
+    measured = bundle.manifest.checks.get("footprints")
     try:
-        return {name: Footprint.model_validate(value) for name, value in dict(found).items()}  # type: ignore[arg-type]
+        return {name: Footprint.model_validate(value) for name, value in dict(measured).items()}  # type: ignore[arg-type]
     except (TypeError, ValueError, ValidationError) as e:
         raise InputError(f"{bundle.path} was compiled by a ditc that measured no memory needs; compile it again") from e
 

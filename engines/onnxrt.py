@@ -137,7 +137,7 @@ class OnnxRuntimeBackend:
         return self.threads or self.cores.cores
 
     def _options(self, segment: Path) -> Any:
-        """What a session is opened with.
+        """Return the options of a session.
 
         `condition` runs once per request and holds a third of the weights: they stay mapped from the file, nothing of
         it is packed, folded or kept between requests.
@@ -197,18 +197,18 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeEngine(self._session(segment, entries), segment.stem, self.threads_of_a_run, self.cores)
 
     def arithmetic(self, bits: int) -> Arithmetic:
-        """What segments with weights of `bits` are computed in on this machine."""
+        """Return the arithmetic of segments with weights of `bits` on this machine."""
         return Arithmetic.of(onnxruntime_exactness(), bits)
 
 
 @once_per_process
 def onnxruntime_exactness() -> Exactness:
-    """Which integer products are exact in ONNX Runtime on this machine: some milliseconds, once."""
+    """Probe which integer products are exact in ONNX Runtime on this machine: some milliseconds, once."""
     return probed_exactness(OnnxRuntimeBackend(threads=1)._session)
 
 
 def exact_entries(segment: Path) -> Mapping[str, str]:
-    """What a session of an ONNX file is configured with so that its integer products are exact on this machine.
+    """Return the configuration with which a session's integer products are exact on this machine.
 
     Raises InputError where nothing makes them exact.
     """
@@ -216,7 +216,7 @@ def exact_entries(segment: Path) -> Mapping[str, str]:
 
 
 def kernel_census(backend: OnnxRuntimeBackend, segment: Path, scratch: Path | None = None) -> Counter[str]:
-    """How often each operator occurs in the graph that ONNX Runtime really runs, after its own optimisation.
+    """Count the operators of the graph that ONNX Runtime really runs, after its own optimisation.
 
     That is written to a folder in `scratch`, None for the one of temporary files, and goes again. It has the segment's
     weights, and no place in a bundle: who opens that meanwhile would find a file that nobody listed.
@@ -230,6 +230,6 @@ def kernel_census(backend: OnnxRuntimeBackend, segment: Path, scratch: Path | No
     return Counter(node.op_type for node in graph.node)
 
 
-def port_of(found: Any) -> Port:
+def port_of(node_arg: Any) -> Port:
     """The port that a session describes."""
-    return Port(name=found.name, dtype=NUMPY_TYPES[found.type], shape=tuple(found.shape))
+    return Port(name=node_arg.name, dtype=NUMPY_TYPES[node_arg.type], shape=tuple(node_arg.shape))

@@ -148,6 +148,6 @@ class OnnxRuntimeDeviceEngine:
             self._session.run_with_iobinding(self._binding, self._options)
 
 
-def _fixed(found: Any, sizes: Mapping[str, int]) -> Port:
-    port = port_of(found)
+def _fixed(node_arg: Any, sizes: Mapping[str, int]) -> Port:
+    port = port_of(node_arg)
     return Port(port.name, port.dtype, tuple(sizes[size] if isinstance(size, str) else size for size in port.shape))

@@ -1,4 +1,4 @@
-"""How integer products of ONNX Runtime's CPU provider are kept exact: a switch of the session, where it is needed.
+"""Exact integer products in ONNX Runtime's CPU provider: by a switch of the session, where it is needed.
 
 `session.x64quantprecision` acts on x86 without integer dot products: constant weights beyond 7 bits become unsigned,
 and products u8 x u8 are added in 32 bits. It is a graph transformer, so it does nothing where a graph is not optimized;
@@ -30,7 +30,7 @@ OpenSession = Callable[[Path, Mapping[str, str]], Any]
 
 
 def session_entries(segment: Path, exactness: Callable[[], Exactness]) -> Mapping[str, str]:
-    """What a segment's session is configured with so that its integer products are exact on this machine.
+    """Return the configuration with which a segment's integer products are exact on this machine.
 
     `exactness` is asked only where a segment has any. Raises InputError where nothing makes them exact.
     """
@@ -49,15 +49,15 @@ def session_entries(segment: Path, exactness: Callable[[], Exactness]) -> Mappin
 
 
 def probed_exactness(open_session: OpenSession) -> Exactness:
-    """Which integer products are exact in sessions that are opened as those of segments are."""
+    """Probe which integer products are exact in sessions that are opened as those of segments are."""
 
     def is_exact(bits: int, form: IntegerForm) -> bool:
         def open_probe(graph: Path) -> Callable[[Feeds], dict[str, Any]]:
             session = open_session(graph, FORM_ENTRIES[form])
-            taken, names = ([port.name for port in ports] for ports in (session.get_inputs(), session.get_outputs()))
+            inputs, outputs = ([port.name for port in ports] for ports in (session.get_inputs(), session.get_outputs()))
 
             def run(feeds: Feeds) -> dict[str, Any]:
-                return dict(zip(names, session.run(names, {name: feeds[name] for name in taken}), strict=True))
+                return dict(zip(outputs, session.run(outputs, {name: feeds[name] for name in inputs}), strict=True))
 
             return run
 

@@ -124,9 +124,9 @@ class OpenVinoEngine:
             "INFERENCE_NUM_THREADS": threads,
         }
         self._compiling = threading.Lock()  # it reshapes the one model
-        self._kept: OrderedDict[Shapes, Any] = OrderedDict()
+        self._models: OrderedDict[Shapes, Any] = OrderedDict()
         weights = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
-        self._most_kept = min(MOST_SHAPES, max(1, KEPT_BYTES // max(1, weights)))
+        self._most_models = min(MOST_SHAPES, max(1, KEPT_BYTES // max(1, weights)))
         self.inputs: Mapping[str, Port] = {port.any_name: _port_of(port) for port in model.inputs}
         self.outputs: Mapping[str, Port] = {port.any_name: _port_of(port) for port in model.outputs}
         self.compiled: Any = None
@@ -136,19 +136,24 @@ class OpenVinoEngine:
 
     @property
     def rest(self) -> str:
-        """What it computes in around its integers, once it has run."""
+        """The type around its integers, once it has run."""
         return type_around(self)
+
+    @property
+    def shapes(self) -> tuple[Shapes, ...]:
+        """The shapes that stay compiled, those of the last run at the end."""
+        return tuple(self._models)
 
     def compiled_for(self, shapes: Shapes) -> Any:
         """The model compiled for inputs of these shapes."""
         with self._compiling:
-            if shapes not in self._kept:
+            if shapes not in self._models:
                 self._model.reshape({name: list(shape) for name, shape in shapes})
-                self._kept[shapes] = import_openvino().Core().compile_model(self._model, "CPU", self._settings)
-                if len(self._kept) > self._most_kept:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(shapes)
-            self.compiled = self._kept[shapes]
+                self._models[shapes] = import_openvino().Core().compile_model(self._model, "CPU", self._settings)
+                if len(self._models) > self._most_models:
+                    self._models.popitem(last=False)
+            self._models.move_to_end(shapes)
+            self.compiled = self._models[shapes]
             return self.compiled
 
     def __enter__(self) -> OpenVinoEngine:
@@ -157,10 +162,10 @@ class OpenVinoEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """What is compiled goes with the last binding that runs it."""
+        """Forget compiled models; each goes with the last binding that runs it."""
         with self._compiling:
             self.compiled = None
-            self._kept.clear()
+            self._models.clear()
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ class OpenVinoBackend:
         return OpenVinoEngine(model, segment.stem, self.rest, self.threads or self.cores.cores, self.cores)
 
     def arithmetic(self, bits: int) -> Arithmetic:
-        """What segments with weights of `bits` are computed in on this machine."""
+        """Return the arithmetic of segments with weights of `bits` on this machine."""
         here = openvino_here(self.rest)
         remark = f"{here.rest} around it" + (f", since this CPU has no {self.rest}" if here.rest != self.rest else "")
         return Arithmetic.of(here.exactness, bits, here.rest, remark)
@@ -216,7 +221,7 @@ def _read(segment: Path) -> Any:
 
 
 class OpenVinoHere(NamedTuple):
-    """What OpenVINO does on this machine: which integer products are exact, and the type around them."""
+    """OpenVINO's arithmetic on this machine: the exactness of integer products, and the type around them."""
 
     exactness: Exactness
     rest: str
@@ -224,16 +229,16 @@ class OpenVinoHere(NamedTuple):
 
 @once_per_process
 def openvino_here(rest: str) -> OpenVinoHere:
-    """Found out with probe graphs, opened as segments are, that were asked to compute in `rest` around the integers."""
+    """Probe OpenVINO with graphs, opened as segments are, that are asked to compute in `rest` around the integers."""
     types: list[str] = []
 
     def open_probe(graph: Path) -> Callable[[Feeds], dict[str, Buffer]]:
         engine = OpenVinoEngine(_read(graph), graph.stem, rest, 1, core_gate())
 
         def run(feeds: Feeds) -> dict[str, Buffer]:
-            found = _run(engine, feeds)
+            outputs = _run(engine, feeds)
             types.append(type_around(engine))
-            return found
+            return outputs
 
         return run
 
@@ -255,18 +260,18 @@ def _run(engine: OpenVinoEngine, feeds: Feeds) -> dict[str, Buffer]:
 
 
 def type_around(engine: OpenVinoEngine) -> str:
-    """What an engine that has run computes in around its integers, whatever it was asked for: "f32" or "bf16"."""
+    """Return the type around the integers of an engine that has run, whatever it was asked for: "f32" or "bf16"."""
     return str(engine.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
 
 
 def integer_layers(engine: OpenVinoEngine) -> int:
-    """How many linear layers of an engine that has run multiply integers."""
-    found = 0
+    """Count the linear layers that multiply integers in an engine that has run."""
+    count = 0
     for node in engine.compiled.get_runtime_model().get_ops():
         facts = node.get_rt_info()
         kind, precision = (getattr(facts[name], "value", facts[name]) for name in ("layerType", "runtimePrecision"))
-        found += kind in PRODUCTS and precision in INTEGERS
-    return found
+        count += kind in PRODUCTS and precision in INTEGERS
+    return count
 
 
 def _port_of(port: Any) -> Port:

@@ -76,5 +76,5 @@ class RecordingBackend:
 
     def open(self, segment: Path) -> Engine:
         name = segment.name.split(".")[0]  # full.onnxrt.onnx is ONNX Runtime's form of segment "full"
-        kept = self.runs.setdefault(name, [])
-        return RecordingEngine(self.inside.open(segment), self.calls.get(name, ()), kept.append)
+        recorded = self.runs.setdefault(name, [])
+        return RecordingEngine(self.inside.open(segment), self.calls.get(name, ()), recorded.append)

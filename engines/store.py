@@ -40,7 +40,7 @@ AGAIN = "build it here with: ditc build BUNDLE --target tensorrt"
 
 
 class BuildSettings(Record):
-    """What decides an engine beside the network. `workspace_bytes` bounds TensorRT's scratch memory.
+    """Settings that decide an engine beside the network. `workspace_bytes` bounds TensorRT's scratch memory.
 
     `replay` builds from the timing cache alone and fails where a tactic is not in it, so that a build server makes the
     engines that were measured. `calibration` is "explicit" for the Q/DQ form, else the calibrator of TensorRT 10 that
@@ -56,7 +56,7 @@ class BuildSettings(Record):
 
 
 class Platform(Record):
-    """What a plan is bound to: TensorRT's version, the GPU, the operating system and the processor."""
+    """The platform of a plan: TensorRT's version, the GPU, the operating system and the processor."""
 
     tensorrt: str
     gpu: str
@@ -122,7 +122,7 @@ PLATFORM_FIELDS = tuple(PLATFORM_NAMES)
 
 
 class EngineRecord(Record):
-    """What a plan is, and the hash that its bytes must have."""
+    """A plan's description, and the hash that its bytes must have."""
 
     key: EngineKey
     sha256: str
@@ -253,17 +253,18 @@ class EngineStore:
         serving = [record for record in serving if record.key.serves(wanted)]
         if not serving:
             raise InputError(self._why_none(wanted))
-        record = max(serving, key=lambda found: (found.key.platform == wanted.platform, found.built_at))
+        record = max(serving, key=lambda each: (each.key.platform == wanted.platform, each.built_at))
         path = self.plan_path(record.key)
         plan = path.read_bytes()
         if hashlib.sha256(plan).hexdigest() != record.sha256:
             raise InputError(
                 f"{path} is damaged: it does not match the hash in {path.stem}.json, so it is not loaded; {AGAIN}"
             )
-        found = embedded_host_code(plan)
-        if found is not None:
+        processor = embedded_host_code(plan)
+        if processor is not None:
             raise InputError(
-                f"{path} carries {found} code (a plugin or a runtime), which ditc never runs; remove it, then {AGAIN}"
+                f"{path} carries {processor} code (a plugin or a runtime), which ditc never runs; remove it, then "
+                f"{AGAIN}"
             )
         return plan, record
 
@@ -294,6 +295,6 @@ def _stored(key: EngineKey) -> EngineKey:
 
 
 def _likeness(a: EngineKey, b: EngineKey) -> int:
-    """How many things two keys share."""
+    """Count what two keys share."""
     same_platform = sum(getattr(a.platform, name) == getattr(b.platform, name) for name in PLATFORM_FIELDS)
     return int(same_platform + (a.graph == b.graph) + (a.sizes == b.sizes))

@@ -1,4 +1,4 @@
-"""Where a bundle can run: the target's name to its backend."""
+"""Targets, where a bundle can run: name to backend."""
 
 from __future__ import annotations
 

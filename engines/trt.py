@@ -1,4 +1,4 @@
-"""What building and running with TensorRT share: the import, the logger, the platform, the types.
+"""Shared by building and running with TensorRT: the import, the logger, the platform, the types.
 
 Written for what 10.3 to 11.4 have in common; where they differ, features are looked for, never versions. Nothing here
 has run on a GPU; every call is held to the real bindings of 10.3, 10.16 and 11.4 (tests/conformance).
@@ -49,18 +49,18 @@ def collecting_logger(trt: Any) -> Any:
 def open_builder(trt: Any) -> tuple[Any, Any]:
     """(a builder, its logger). Raises InputError where this machine makes none."""
     log = collecting_logger(trt)
-    return _made(trt, trt.Builder, log), log
+    return _created(trt, trt.Builder, log), log
 
 
 def open_runtime(trt: Any) -> tuple[Any, Any]:
     """(a runtime that never runs host code, its logger). Raises InputError where this machine makes none."""
     log = collecting_logger(trt)
-    runtime = _made(trt, trt.Runtime, log)
+    runtime = _created(trt, trt.Runtime, log)
     runtime.engine_host_code_allowed = False  # the default, stated: a plan never brings code of its own
     return runtime, log
 
 
-def _made(trt: Any, kind: Callable[[Any], Any], log: Any) -> Any:
+def _created(trt: Any, kind: Callable[[Any], Any], log: Any) -> Any:
     """An object of TensorRT's; its bindings raise TypeError where the library returns none."""
     try:
         return kind(log)
@@ -70,7 +70,7 @@ def _made(trt: Any, kind: Callable[[Any], Any], log: Any) -> Any:
 
 
 def platform_of(trt: Any, device: Device) -> Platform:
-    """What plans made here are bound to."""
+    """Return the platform of plans made here."""
     return Platform(
         tensorrt=str(trt.__version__),
         gpu=device.name,

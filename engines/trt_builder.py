@@ -17,7 +17,7 @@ from ditc.engines.trt import open_builder
 from ditc.errors import CheckError, InputError
 from ditc.openable import Links, openable
 
-__all__ = ["BuiltPlan", "TimingCache", "build_plan"]
+__all__ = ["BuiltEngine", "TimingCache", "build_engine"]
 
 Report = Callable[[str, int, int], bool]  # phase, done, of (0 inside another phase) -> go on?
 
@@ -32,7 +32,7 @@ class TimingCache:
 
 
 @dataclass(frozen=True)
-class BuiltPlan:
+class BuiltEngine:
     """A serialized engine, and the timing cache as the build left it."""
 
     plan: bytes
@@ -44,7 +44,7 @@ def never_stop(phase: str, done: int, total: int) -> bool:
     return True
 
 
-def build_plan(
+def build_engine(
     trt: Any,
     segment: Path,
     sizes: Mapping[str, int],
@@ -53,7 +53,7 @@ def build_plan(
     timing_cache: TimingCache | None = None,
     report: Report = never_stop,
     calibrator: Any = None,
-) -> BuiltPlan:
+) -> BuiltEngine:
     """Build one segment. `sizes` gives a number to each open dimension of the segment ("batch", "steps").
 
     `report` is told of every phase, and stops the build by returning False. Raises InputError for a segment that
@@ -74,7 +74,7 @@ def build_plan(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise CheckError(_why_no_plan(trt, segment, settings, log.last_error))
-    return BuiltPlan(plan=bytes(plan), timing_cache=bytes(config.get_timing_cache().serialize()))
+    return BuiltEngine(plan=bytes(plan), timing_cache=bytes(config.get_timing_cache().serialize()))
 
 
 def _network_flags(trt: Any, settings: BuildSettings) -> int:

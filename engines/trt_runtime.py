@@ -40,7 +40,7 @@ def wanted_key(bundle: Bundle, segment: str, platform: Platform, settings: Build
 
 
 def calibration_cache(store: EngineStore, bundle: Bundle, segment: str, method: str) -> Path:
-    """Where a calibrator keeps what it found, under a digest of network, points, shapes and method."""
+    """Return a calibrator's cache file, named by a digest of network, points, shapes and method."""
     key = digest_of([segment_digest(bundle, segment, method), profile_sizes(bundle, segment), method])
     return store.folder / f"calibration-{segment}-{method}-{key}.cache"
 

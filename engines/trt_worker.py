@@ -38,7 +38,7 @@ class BuildRequest(Record):
 
 
 class MachineDescription(Record):
-    """Where engines are about to be built."""
+    """The machine that will build engines."""
 
     platform: Platform
     free_bytes: int
@@ -72,14 +72,14 @@ def describe(calibration: str) -> dict[str, Any]:
         check_calibrators(trt, calibration)
     device = open_device()
     free, total = device.memory_bytes()
-    found = MachineDescription(platform=platform_of(trt, device), free_bytes=free, total_bytes=total)
-    return found.model_dump(mode="json")
+    description = MachineDescription(platform=platform_of(trt, device), free_bytes=free, total_bytes=total)
+    return description.model_dump(mode="json")
 
 
 def build(request: BuildRequest, parent: Parent) -> dict[str, Any]:
     """Build one segment; plan and timing cache are left in the request's folder."""
     from ditc.engines.trt import import_tensorrt
-    from ditc.engines.trt_builder import TimingCache, build_plan
+    from ditc.engines.trt_builder import TimingCache, build_engine
 
     trt = import_tensorrt()
     cache = TimingCache(required=request.timing_cache_required)
@@ -99,7 +99,7 @@ def build(request: BuildRequest, parent: Parent) -> dict[str, Any]:
             calibrator = stack.enter_context(
                 open_calibrator(trt, request.settings.calibration, request.calibration, request.sizes)
             )
-        built = build_plan(
+        built = build_engine(
             trt,
             request.segment,
             request.sizes,
@@ -117,7 +117,7 @@ def build(request: BuildRequest, parent: Parent) -> dict[str, Any]:
 
 
 def _scratch_bytes(trt: Any, plan: bytes) -> int:
-    """What the engine needs to run beside its weights; opening it here also shows that it opens at all.
+    """Return the memory that a run needs beside the weights; opening the engine also shows that it opens at all.
 
     A version-compatible plan opens under the lean runtime only, so of that it stays unknown.
     """

@@ -19,7 +19,7 @@ from tensorrt.running import Engine  # type: ignore[import-not-found]
 
 from ditc.cli.main import run
 from ditc.engines.store import BuildSettings
-from ditc.engines.trt_builder import build_plan
+from ditc.engines.trt_builder import build_engine
 from ditc.errors import InputError
 
 VERSION = os.environ["DITC_REAL_BINDINGS"]
@@ -329,7 +329,7 @@ def wait_for(condition: Any, seconds: float = LONG_ENOUGH) -> None:
 
 def test_an_open_dimension_without_a_size_is_named(bundle: Path) -> None:
     with pytest.raises(InputError, match=r"is open along 'batch'"):
-        build_plan(tensorrt, bundle / "segments" / "full.trt.onnx", {"steps": 50}, BuildSettings())
+        build_engine(tensorrt, bundle / "segments" / "full.trt.onnx", {"steps": 50}, BuildSettings())
 
 
 @pytest.mark.any_version

@@ -12,9 +12,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from cuda.core import Device
 
 import ditc
-from ditc.engines.device import CudaDevice, open_device
+from ditc.engines.device import CudaDevice, DeviceTensor
 from ditc.engines.onnxrt_device import CUDA, TENSORRT, OnnxRuntimeDeviceBackend, Provider
 from ditc.errors import BundleError, InputError
 
@@ -24,8 +25,12 @@ pytestmark = pytest.mark.any_version
 class WaitingDevice(CudaDevice):
     """Waits after every copy, since the CPU provider knows nothing of the stream."""
 
-    def _copy(self, *arguments: Any) -> None:
-        super()._copy(*arguments)
+    def upload(self, array: Any, tensor: DeviceTensor) -> None:
+        super().upload(array, tensor)
+        self.synchronize()
+
+    def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
+        super().copy(source, target)
         self.synchronize()
 
 
@@ -33,8 +38,9 @@ class WaitingDevice(CudaDevice):
 class OnHost(OnnxRuntimeDeviceBackend):
     @contextmanager
     def device(self) -> Iterator[CudaDevice]:
-        device = open_device()
-        yield WaitingDevice(device._core, device._stream)
+        core = Device()
+        core.set_current()
+        yield WaitingDevice(core, core.create_stream())
 
 
 def played(provider: Provider) -> Provider:

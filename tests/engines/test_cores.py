@@ -45,7 +45,7 @@ def test_who_asked_first_is_served_first_however_much_it_wants() -> None:
         for name, wanted in (("many", 2), ("few", 1)):
             threads.append(threading.Thread(target=gate.run, args=(wanted, lambda n=name: order.append(n))))
             threads[-1].start()
-            while len(gate._line) < 1 + len(threads):
+            while gate.in_line < 1 + len(threads):
                 time.sleep(0.001)
         assert order == []
 
@@ -62,7 +62,7 @@ def test_who_waits_is_woken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def while_one_waits() -> None:
         thread.start()
-        while len(gate._line) < 2:
+        while gate.in_line < 2:
             time.sleep(0.001)
         time.sleep(0.01)
 
@@ -83,14 +83,20 @@ def test_a_failed_run_gives_its_cores_back(kind: type[BaseException]) -> None:
     assert gate.run(2, lambda: "has them") == "has them"
 
 
-def test_an_interrupted_wait_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_wait_holds_up_nobody() -> None:
     gate = CoreGate(1)
 
+    def interrupt_who_waits() -> None:
+        while gate.in_line < 2:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
     def interrupted() -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(cores._Turn, "sleep", lambda _: fail(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                gate.run(1, lambda: None)
+        ctrl_c = threading.Thread(target=interrupt_who_waits)
+        ctrl_c.start()
+        with pytest.raises(KeyboardInterrupt):
+            gate.run(1, lambda: None)
+        ctrl_c.join()
 
     gate.run(1, interrupted)
     assert gate.run(1, lambda: "has it") == "has it"
@@ -100,7 +106,7 @@ INTERRUPTED = """
 import faulthandler, gc, random, signal, threading, time
 from ditc.engines.cores import CoreGate
 
-gate, ended, kept, pauses = CoreGate(2), threading.Event(), [], random.Random(0)
+gate, ended, interrupts, pauses = CoreGate(2), threading.Event(), [], random.Random(0)
 gc.disable()  # an interrupt inside a collection is lost
 faulthandler.dump_traceback_later(30, exit=True)
 
@@ -121,13 +127,13 @@ while time.monotonic() < until:
         while True:
             gate.run(2, lambda: None)
     except KeyboardInterrupt as e:
-        kept.append(e)  # with all frames, as a shell keeps the last one
+        interrupts.append(e)  # with all frames, as a shell keeps the last one
 ended.set()
 rival.join()
 last = threading.Thread(target=gate.run, args=(2, lambda: None))
 last.start()
 last.join()
-print(len(kept))
+print(len(interrupts))
 """
 
 

@@ -1,4 +1,4 @@
-"""Which form of integer products is chosen, and what a segment's file says of its weights."""
+"""The choice of a form of integer products, and what a segment's file says of its weights."""
 
 from __future__ import annotations
 
@@ -155,14 +155,14 @@ def test_a_segment_in_floating_point_has_no_bits(tmp_path: Path) -> None:
 
 
 def test_the_segments_of_a_bundle_say_what_they_hold(bundles: dict[str, Bundle]) -> None:
-    found = {}
+    bits_of = {}
     for name, bundle in bundles.items():
         for part in bundle.manifest.program.segments:
             expected = 8 if quantized_precision(bundle.manifest.precision) and part.quantizes else None
             for path in {bundle.segment_path(part.name), runnable_path(bundle.segment_path(part.name), "onnxrt")}:
-                found[name, path.name] = weight_bits(path), expected
-    assert all(bits == expected for bits, expected in found.values()), found
-    assert {bits for bits, _ in found.values()} == {8, None}
+                bits_of[name, path.name] = weight_bits(path), expected
+    assert all(bits == expected for bits, expected in bits_of.values()), bits_of
+    assert {bits for bits, _ in bits_of.values()} == {8, None}
 
 
 def test_no_integers_are_where_graphs_are_not_optimized(bundles: dict[str, Bundle]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -111,16 +112,15 @@ def test_a_damaged_segment_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_census_leaves_the_folder_of_its_segment_alone(
-    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_census_leaves_the_folder_of_its_segment_alone(bundles: dict[str, Bundle]) -> None:
     """Another process may open the bundle meanwhile, and refuses files that nobody listed."""
-    opened = []
-    session = OnnxRuntimeBackend._session
-    monkeypatch.setattr(
-        OnnxRuntimeBackend,
-        "_session",
-        lambda self, *given: (session(self, *given), opened.append(open_bundle(bundles["cached"].path).digest))[0],
-    )
-    assert kernel_census(OnnxRuntimeBackend(), bundles["cached"].segment_path("full"))
-    assert opened
+    digests = []
+
+    class Watched(OnnxRuntimeBackend):
+        def session(self, segment: Path, *given: Any, **named: Any) -> Any:
+            session = super().session(segment, *given, **named)
+            digests.append(open_bundle(bundles["cached"].path).digest)
+            return session
+
+    assert kernel_census(Watched(), bundles["cached"].segment_path("full"))
+    assert digests

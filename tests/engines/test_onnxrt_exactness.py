@@ -1,4 +1,4 @@
-"""What an ONNX Runtime session is opened with, on machines of every kind."""
+"""The configuration of ONNX Runtime sessions, on machines of every kind."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ def test_a_bundle_of_eight_bits_is_advised_of_seven_where_those_are_faster(
     for _ in range(2):
         OnnxRuntimeBackend().open(path)
     OnnxRuntimeBackend().open(SEVEN_BITS)
-    found = [str(each.message) for each in recwarn if each.category is AdviceWarning]
-    assert len(found) == advised
-    assert all("compile with --precision w7a8" in text for text in found)
+    messages = [str(each.message) for each in recwarn if each.category is AdviceWarning]
+    assert len(messages) == advised
+    assert all("compile with --precision w7a8" in text for text in messages)

@@ -91,20 +91,20 @@ def test_its_samples_are_those_of_the_target_cpu_but_for_rounding(
     name: str, target: str, runnable: dict[str, Bundle]
 ) -> None:
     with load(runnable[name].path) as cpu, load(runnable[name].path, target=target) as pipe:
-        expected, found = cpu.latents([0, 3, 1]), pipe.latents([0, 3, 1])
+        expected, samples = cpu.latents([0, 3, 1]), pipe.latents([0, 3, 1])
     with load(runnable[name].path, reference=True) as reference:
         exact = reference.latents([0, 3, 1])
-    assert relative_error(found, expected) < 0.05
-    assert relative_error(found, exact) < 2 * relative_error(expected, exact)
+    assert relative_error(samples, expected) < 0.05
+    assert relative_error(samples, exact) < 2 * relative_error(expected, exact)
 
 
 def test_requests_of_another_size_and_the_same_again_give_the_same_images(pipe: Pipeline) -> None:
     with pipe:
         first = pipe.latents([2, 4, 1], seed=3)
-        one = pipe.latents([2], seed=3)
+        alone = pipe.latents([2], seed=3)
         again = pipe.latents([2, 4, 1], seed=3)
     np.testing.assert_array_equal(first, again)
-    np.testing.assert_allclose(one, first[:1], atol=1e-3)
+    np.testing.assert_allclose(alone, first[:1], atol=1e-3)
 
 
 def test_permuting_a_batch_permutes_its_images(pipe: Pipeline) -> None:
@@ -156,9 +156,9 @@ def test_a_type_that_this_machine_does_not_compute_in_is_said_once(
     advise.cache_clear()
     for _ in range(2):
         OpenVinoBackend(rest=rest).open(bundles["cached"].segment_path("full"))
-    found = [str(each.message) for each in recwarn if each.category is AdviceWarning]
-    assert len(found) == said
-    assert all(text.startswith("this CPU has no bf16, so --target openvino-bf16 computes in f32") for text in found)
+    messages = [str(each.message) for each in recwarn if each.category is AdviceWarning]
+    assert len(messages) == said
+    assert all(text.startswith("this CPU has no bf16, so --target openvino-bf16 computes in f32") for text in messages)
     arithmetic = OpenVinoBackend(rest=rest).arithmetic(8)
     assert arithmetic.rest == around
     assert ("since this CPU has no bf16" in arithmetic.text) == bool(said)
@@ -188,7 +188,7 @@ def test_its_segments_give_what_they_gave_where_they_were_compiled(
     name: str, target: str, runnable: dict[str, Bundle]
 ) -> None:
     with load(runnable[name].path, target=target, check=True) as pipe:
-        assert all(found.is_rounding for found in pipe.differences())
+        assert all(difference.is_rounding for difference in pipe.differences())
 
 
 def test_scales_measured_at_run_time_are_held_to_the_portable_form(dynamic: Bundle) -> None:
@@ -207,10 +207,10 @@ def test_scales_measured_at_run_time_are_refused_beside_bfloat16_when_they_open(
 def test_what_onnxruntime_runs_is_held_to_float32(runnable: dict[str, Bundle]) -> None:
     with load(runnable["cached"].path, target="openvino-bf16") as pipe:
         differences = pipe.differences()
-    kept = Fingerprint.of(runnable["cached"].path).forms[PORTABLE].tolerances
-    allowed = {found.call: found.tolerance for found in differences}
-    assert allowed["condition"] == kept["condition"]["f32"]
-    assert allowed["full@0"] == kept["full@0"][openvino_here("bf16").rest]
+    tolerances = Fingerprint.of(runnable["cached"].path).forms[PORTABLE].tolerances
+    allowed = {difference.call: difference.tolerance for difference in differences}
+    assert allowed["condition"] == tolerances["condition"]["f32"]
+    assert allowed["full@0"] == tolerances["full@0"][openvino_here("bf16").rest]
 
 
 def test_floating_point_is_held_to_float32_and_makes_nobody_probe(
@@ -218,23 +218,23 @@ def test_floating_point_is_held_to_float32_and_makes_nobody_probe(
 ) -> None:
     monkeypatch.setattr(openvino_host, "openvino_here", None)
     with load(bundles["fp32-cached"].path, target="openvino-bf16", check=True) as pipe:
-        assert all(found.tolerance < 1e-3 for found in pipe.differences())
+        assert all(difference.tolerance < 1e-3 for difference in pipe.differences())
 
 
 def test_sizes_that_alternate_are_compiled_once_each(
     runnable: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = []
-    for kept in (MOST_SHAPES, 2):
-        monkeypatch.setattr(openvino_host, "MOST_SHAPES", kept)
+    for most in (MOST_SHAPES, 2):
+        monkeypatch.setattr(openvino_host, "MOST_SHAPES", most)
         with load(runnable["cached"].path, target="openvino") as pipe:
             full = pipe.engines["full"]
             assert isinstance(full, OpenVinoEngine)
             for images in (*range(1, 7), *range(1, 7)):
                 pipe.latents([1] * images)
-            compiled.append(len(full._kept))
-            first = full.compiled_for(next(iter(full._kept)))
-            assert full.compiled_for(next(reversed(full._kept))) is first
+            compiled.append(len(full.shapes))
+            first = full.compiled_for(full.shapes[0])
+            assert full.compiled_for(full.shapes[-1]) is first
     assert compiled == [6, 2]
 
 

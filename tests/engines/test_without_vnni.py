@@ -43,44 +43,47 @@ PROLOGUE = """
 import json, sys, warnings
 from pathlib import Path
 import numpy as np
-folder, found = Path(sys.argv[1]), {}
+folder, findings = Path(sys.argv[1]), {}
 x = np.load(folder / "x.npy")
 """
 ON_ONNXRUNTIME = """
+from ditc.engines import onnxrt
 from ditc.engines.onnxrt import OnnxRuntimeBackend, exact_entries, onnxruntime_exactness
 backend = OnnxRuntimeBackend()
-found["exactness"] = list(onnxruntime_exactness())
+findings["exactness"] = list(onnxruntime_exactness())
 for bits in (8, 7):
     segment = folder / f"full-{bits}.onnx"
-    found[f"entries-{bits}"] = dict(exact_entries(segment))
-    found[f"plain-{bits}"] = backend._session(segment, {}).run(None, {"x": x})[0].tolist()
-    y = np.empty_like(np.array(found[f"plain-{bits}"], np.float32))
+    findings[f"entries-{bits}"] = dict(exact_entries(segment))
+    onnxrt.exact_entries = lambda segment: {}
+    findings[f"plain-{bits}"] = backend.session(segment).run(None, {"x": x})[0].tolist()
+    onnxrt.exact_entries = exact_entries
+    y = np.empty_like(np.array(findings[f"plain-{bits}"], np.float32))
     with warnings.catch_warnings(record=True) as caught, backend.open(segment) as engine:
         binding = engine.binding()
         binding.bind("x", x)
         binding.bind("y", y)
         binding.run()
-    found[f"opened-{bits}"] = y.tolist()
-    found[f"advice-{bits}"] = [str(each.message) for each in caught]
+    findings[f"opened-{bits}"] = y.tolist()
+    findings[f"advice-{bits}"] = [str(each.message) for each in caught]
 """
 ON_OPENVINO = """
 from ditc.engines.openvino_host import OpenVinoBackend
 from ditc.errors import InputError
 for rest in ("f32", "bf16"):
     backend = OpenVinoBackend(rest=rest)
-    found[f"arithmetic-{rest}"] = backend.arithmetic(8).model_dump()
+    findings[f"arithmetic-{rest}"] = backend.arithmetic(8).model_dump()
     with warnings.catch_warnings(record=True) as caught, backend.open(folder / "full-7.onnx") as engine:
         y = np.empty((len(x), engine.outputs["y"].shape[-1]), np.float32)
         binding = engine.binding()
         binding.bind("x", x)
         binding.bind("y", y)
         binding.run()
-    found[f"opened-{rest}"] = y.tolist()
-    found[f"advice-{rest}"] = [str(each.message) for each in caught]
+    findings[f"opened-{rest}"] = y.tolist()
+    findings[f"advice-{rest}"] = [str(each.message) for each in caught]
 try:
     OpenVinoBackend().open(folder / "full-8.onnx")
 except InputError as e:
-    found["refused"] = str(e)
+    findings["refused"] = str(e)
 """
 
 ON_A_BUNDLE = """
@@ -89,18 +92,18 @@ from ditc.runtime.pipeline import load
 for form, entries in (("opened", onnxrt.exact_entries), ("plain", lambda segment: {})):
     onnxrt.exact_entries = entries
     with load(bundle) as pipe:
-        found[form] = [[each.segment, each.error, each.tolerance] for each in pipe.differences()]
+        findings[form] = [[each.segment, each.error, each.tolerance] for each in pipe.differences()]
 """
 
 
 def emulated(code: str, folder: Path) -> Any:
-    """What some code finds on a Haswell."""
+    """Return the findings of some code on a Haswell."""
     assert QEMU is not None
-    script = PROLOGUE + code + '\n(folder / "found.json").write_text(json.dumps(found))\n'
+    script = PROLOGUE + code + '\n(folder / "findings.json").write_text(json.dumps(findings))\n'
     command = [QEMU, "-cpu", "Haswell", sys.executable, "-c", script, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads((folder / "found.json").read_text())
+    return json.loads((folder / "findings.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -130,48 +133,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def error(found: Any, folder: Path, bits: int) -> float:
-    """How far a product is from the exact integers."""
+def error(output: Any, folder: Path, bits: int) -> float:
+    """Return a product's distance from the exact integers."""
     weight = quantize_weight(np.load(folder / "w.npy"), bits)
     integers = np.round(np.load(folder / "x.npy") / np.float32(SCALE)).astype(np.int64)
     exact = (integers @ weight.values.astype(np.int64)) * (SCALE * weight.scale.astype(np.float64))
-    return float(np.abs(np.array(found) - exact).max() / np.abs(exact).max())
+    return float(np.abs(np.array(output) - exact).max() / np.abs(exact).max())
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> Any:
+def findings(folder: Path) -> Any:
     return emulated(ON_ONNXRUNTIME, folder)
 
 
-def test_there_plain_products_are_exact_with_seven_bits_and_switched_ones_with_eight(found: Any) -> None:
-    assert found["exactness"] == [7, 8]
-    assert found["entries-8"] == {"session.x64quantprecision": "1"}
-    assert found["entries-7"] == {}
+def test_there_plain_products_are_exact_with_seven_bits_and_switched_ones_with_eight(findings: Any) -> None:
+    assert findings["exactness"] == [7, 8]
+    assert findings["entries-8"] == {"session.x64quantprecision": "1"}
+    assert findings["entries-7"] == {}
 
 
-def test_there_a_segment_saturates_as_it_is_and_is_exact_as_ditc_opens_it(found: Any, folder: Path) -> None:
-    assert error(found["plain-8"], folder, 8) > 0.05
-    assert error(found["opened-8"], folder, 8) < 1e-6
-    assert error(found["opened-7"], folder, 7) < 1e-6
+def test_there_a_segment_saturates_as_it_is_and_is_exact_as_ditc_opens_it(findings: Any, folder: Path) -> None:
+    assert error(findings["plain-8"], folder, 8) > 0.05
+    assert error(findings["opened-8"], folder, 8) < 1e-6
+    assert error(findings["opened-7"], folder, 7) < 1e-6
 
 
-def test_there_eight_bits_are_advised_of_seven(found: Any) -> None:
-    (advice,) = found["advice-8"]
+def test_there_eight_bits_are_advised_of_seven(findings: Any) -> None:
+    (advice,) = findings["advice-8"]
     assert "--precision w7a8" in advice
-    assert found["advice-7"] == []
+    assert findings["advice-7"] == []
 
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 def test_there_openvino_runs_seven_bits_refuses_eight_and_says_what_it_computes_in(folder: Path) -> None:
-    found = emulated(ON_OPENVINO, folder)
-    assert "--target cpu, or compile with --precision w7a8" in found["refused"]
+    findings = emulated(ON_OPENVINO, folder)
+    assert "--target cpu, or compile with --precision w7a8" in findings["refused"]
     for rest in ("f32", "bf16"):
-        assert found[f"arithmetic-{rest}"]["integers"] is None
-        assert error(found[f"opened-{rest}"], folder, 7) < 1e-6
-    assert found["arithmetic-bf16"]["rest"] == "f32"
-    assert "since this CPU has no bf16" in found["arithmetic-bf16"]["text"]
-    assert found["advice-f32"] == []
-    (advice,) = found["advice-bf16"]
+        assert findings[f"arithmetic-{rest}"]["integers"] is None
+        assert error(findings[f"opened-{rest}"], folder, 7) < 1e-6
+    assert findings["arithmetic-bf16"]["rest"] == "f32"
+    assert "since this CPU has no bf16" in findings["arithmetic-bf16"]["text"]
+    assert findings["advice-f32"] == []
+    (advice,) = findings["advice-bf16"]
     assert "this CPU has no bf16" in advice
 
 
@@ -180,7 +183,7 @@ def test_there_a_fingerprint_passes_what_ditc_opens_and_names_what_saturates(
 ) -> None:
     options = CompileOptions(steps=4, policy="fora:2", points=16, pool_images=8, vc_images=8, verify_images=1)
     bundle = compiled_once("digits", options)
-    found = emulated(f"bundle = {str(bundle.path)!r}\n{ON_A_BUNDLE}", folder)
-    assert {segment for segment, _, _ in found["opened"]} == {*bundle.manifest.program.calls, "update"}
-    assert [segment for segment, error, tolerance in found["opened"] if error > tolerance] == []
-    assert next(segment for segment, error, tolerance in found["plain"] if error > tolerance) == "full"
+    findings = emulated(f"bundle = {str(bundle.path)!r}\n{ON_A_BUNDLE}", folder)
+    assert {segment for segment, _, _ in findings["opened"]} == {*bundle.manifest.program.calls, "update"}
+    assert [segment for segment, error, tolerance in findings["opened"] if error > tolerance] == []
+    assert next(segment for segment, error, tolerance in findings["plain"] if error > tolerance) == "full"
