@@ -209,7 +209,7 @@ class _BuildRun:
         )
 
     def _calibration(self, key: EngineKey) -> CalibrationRequest | None:
-        """Only segments that quantize have layers to calibrate; their tables come from the `condition` engine."""
+        """Return the request of a segment that quantizes, whose tables come from the `condition` engine; else None."""
         bundle, store, method = self.planned.bundle, self.planned.store, self.planned.settings.calibration
         quantizing = {part.name for part in bundle.manifest.program.segments if part.quantizes}
         if method == EXPLICIT or key.segment not in quantizing:
@@ -225,7 +225,7 @@ class _BuildRun:
         )
 
     def _on_line(self, name: str) -> Progress:
-        """TensorRT has several phases one after the other; each moves the bar of its segment."""
+        """Return a listener to TensorRT's phases, one after the other; each moves the bar of its segment."""
 
         def report(phase: str, done: int, total: int) -> None:
             if done < total:

@@ -105,7 +105,7 @@ def available_cores(root: Path = Path("/")) -> int:
 
 
 def _physical(allowed: set[int], root: Path) -> int:
-    """Threads of one core count once: a second one gains nothing in a matrix product."""
+    """Count cores, not their threads: a second one gains nothing in a matrix product."""
     cores = set()
     for cpu in allowed:
         try:

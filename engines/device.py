@@ -73,13 +73,13 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor: ...
 
     def upload(self, array: NDArray[Any], tensor: DeviceTensor) -> None:
-        """Host to device. The array is copied before the call returns or kept alive until it is."""
+        """Copy to the device. The array is copied before the call returns or kept alive until it is."""
         ...
 
     def copy(self, source: DeviceTensor, target: DeviceTensor) -> None: ...
 
     def download(self, tensor: DeviceTensor) -> NDArray[Any]:
-        """Device to host, waiting for everything queued before."""
+        """Copy to the host, after everything queued before."""
         ...
 
     def synchronize(self) -> None:
@@ -101,7 +101,7 @@ class Device(Protocol):
 
 @contextmanager
 def _translated(doing: str) -> Iterator[None]:
-    """CUDA's errors, and only those, as one line of ours."""
+    """Raise CUDA's errors, and only those, as one line of ours."""
     try:
         yield
     except (DitcError, MemoryError):

@@ -53,7 +53,7 @@ class FakeEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """It owns nothing."""
+        """Close nothing: it owns nothing."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class DeviceEngineOnHost:
         return HostBinding(self)
 
     def run(self, host: Mapping[str, Buffer]) -> None:
-        """One run on these buffers, by port; an output that is not among them is computed and left."""
+        """Run once on these buffers, by port; an output that is not among them is computed and left."""
         with self._running:
             self._device.activate()
             for name in self.inputs:

@@ -64,7 +64,7 @@ def import_onnxruntime() -> Any:
 
 @contextmanager
 def translated(doing: str, advice: str = "compile the bundle again") -> Iterator[None]:
-    """ONNX Runtime raises its own exception classes; they become one line of ours."""
+    """Raise ONNX Runtime's own exceptions as one line of ours."""
     try:
         yield
     except DitcError:
@@ -121,7 +121,7 @@ class OnnxRuntimeEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The session goes with the last binding: another thread's run may be under way."""
+        """Leave the session to the last binding: another thread's run may be under way."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Platform(Record):
 
     @property
     def is_ampere_or_later(self) -> bool:
-        """The GPUs that TensorRT's hardware compatibility covers."""
+        """True of GPUs that TensorRT's hardware compatibility covers."""
         return float(self.compute_capability) >= 8.0
 
     def __str__(self) -> str:

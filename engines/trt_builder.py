@@ -40,7 +40,7 @@ class BuiltEngine:
 
 
 def never_stop(phase: str, done: int, total: int) -> bool:
-    """Progress that nobody watches."""
+    """Report progress to nobody."""
     return True
 
 
@@ -78,7 +78,7 @@ def build_engine(
 
 
 def _network_flags(trt: Any, settings: BuildSettings) -> int:
-    """TensorRT 11 knows strongly typed networks only; 10 has to be told."""
+    """Ask for strong types: TensorRT 11 knows no others, 10 has to be told."""
     if settings.calibration != EXPLICIT:
         return 0
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -111,7 +111,7 @@ def _configure(trt: Any, config: Any, settings: BuildSettings) -> None:
 
 
 def _configure_weak_types(trt: Any, network: Any, config: Any, profile: Any, calibrator: Any) -> None:
-    """TensorRT 10 only: FP16 everywhere but in normalization, INT8 where the calibrator gives scales.
+    """Set FP16 everywhere but in normalization, INT8 where the calibrator gives scales: TensorRT 10 only.
 
     Segments without layers to calibrate stay FP32: sampler arithmetic and timestep phases don't survive FP16.
     """

@@ -88,7 +88,7 @@ class TensorRTBackend:
 
 
 def share_scratch(engines: Sequence[TensorRTEngine], device: Device) -> DeviceTensor:
-    """One block as large as the largest engine needs: they run one after the other on one stream."""
+    """Give all engines one block for the largest: they run one after the other on one stream."""
     block = device.empty((max(engine.scratch_bytes for engine in engines),), "uint8")
     for engine in engines:
         engine.use_scratch(block)
@@ -166,7 +166,7 @@ class TensorRTEngine:
             self._context.profiler = None
 
     def _read_ports(self) -> None:
-        """Inputs at the profile's one shape, outputs as they follow from it."""
+        """Read inputs at the profile's one shape, outputs as they follow from it."""
         engine, context, trt = self._engine, self._context, self._trt
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         kinds = {name: engine.get_tensor_mode(name) for name in names}

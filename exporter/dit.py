@@ -298,7 +298,7 @@ class DiT(nn.Module):
 
 
 def initialize_weights(model: DiT) -> None:
-    """The original initialisation: Xavier linears, zero gates and zero output (adaLN-Zero)."""
+    """Initialise as the original does: Xavier linears, zero gates and zero output (adaLN-Zero)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -50,7 +50,7 @@ def weight_format(path: Path) -> Format:
 
 
 def _begins_as_safetensors(head: bytes, size: int) -> bool:
-    """Eight bytes of length, then a JSON object. A file cut short still counts: its reader says what it lacks."""
+    """Look for eight bytes of length and a JSON object. A file cut short counts: its reader says what it lacks."""
     return size > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER
 
 

@@ -146,7 +146,7 @@ class _Assembly:
         return self.inputs[name]
 
     def _set_borders(self, named: Mapping[str, ir.Value]) -> None:
-        """Inputs and outputs as the segment declares them."""
+        """Set inputs and outputs as the segment declares them."""
         self.graph.inputs[:] = [self.inputs[name] for name in self.segment.inputs]
         outputs = [self.graph.outputs[0], *(named[name.removeprefix("cache.")] for name in self.segment.outputs[1:])]
         self.graph.outputs[:] = outputs

@@ -61,7 +61,7 @@ def captured(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports deprecations of its own internals and missing optional packages; none concern a user."""
+    """Silence the exporter's reports on its own internals and missing optional packages; none concern a user."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

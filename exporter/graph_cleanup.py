@@ -20,7 +20,7 @@ BRANCH_SCOPE = re.compile(r"residual\.(\d+)\.compute")  # see Residual in segmen
 
 
 def _name_by_module(model: ir.Model, branches: tuple[str, ...]) -> None:
-    """Node names become the torch module path plus the operator; each node knows its branch; traces are dropped."""
+    """Name nodes by torch module path and operator, note the branch of each, and drop traces."""
     counts: dict[str, int] = {}
     for node in model.graph:
         scopes = scopes_of(node)
@@ -44,7 +44,7 @@ def _name_by_module(model: ir.Model, branches: tuple[str, ...]) -> None:
 
 
 def _split_gemms(model: ir.Model, branches: tuple[str, ...]) -> None:
-    """A linear layer on flattened tokens is traced as Gemm; integer kernels and Q/DQ want MatMul and Add."""
+    """Split Gemm, a linear layer on flattened tokens, into MatMul and Add, which integer kernels and Q/DQ want."""
     for node in list(model.graph):
         if node.op_type != "Gemm" or BRANCH_KEY not in node.metadata_props:
             continue
@@ -98,7 +98,7 @@ def _fold_weight_transposes(model: ir.Model, branches: tuple[str, ...]) -> None:
 
 
 def _transposed(source: ir.Value, permutation: Sequence[int] | None) -> ir.LazyTensor:
-    """The transposed constant, made when it is written: all of a large model's at once would double its memory."""
+    """Return the transposed constant, made when it is written: all of a large model's would double its memory."""
     view = np.transpose(_array(source), permutation)
     name = f"transposed.{source.name}"
     dtype = ir.DataType.from_numpy(view.dtype)
@@ -115,7 +115,7 @@ def _array(value: ir.Value) -> NDArray[Any]:
 
 
 def _name_values(model: ir.Model, branches: tuple[str, ...]) -> None:
-    """Values are named after their nodes, torch's parameters as torch names them, other constants after their readers.
+    """Name values after their nodes, torch's parameters as torch names them, other constants after their readers.
 
     So a name says where a value belongs, and hangs on nothing but the graph. Constants are put in the order in which
     they are first read.

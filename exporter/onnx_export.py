@@ -97,7 +97,7 @@ def _optimized(segment: Segment, capture: Capture) -> ir.Model:
 
 
 def _small_enough(node: ir.Node) -> bool | None:
-    """Constant folding, but not of the weights' transposes: all at once they would double a large model's memory."""
+    """Allow constant folding, save of the weights' transposes: at once they would double a large model's memory."""
     return False if node.op_type == "Transpose" else None
 
 

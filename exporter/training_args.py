@@ -163,7 +163,7 @@ class _Said:
 
 
 def _whole(value: Any) -> int:
-    """A whole number, also as text. Raises ValueError."""
+    """Read a whole number, also as text. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or int(value) != float(value):
         raise ValueError(value)
     return int(value)
@@ -177,14 +177,14 @@ def _steps(value: Any) -> int:
 
 
 def _share(value: Any) -> float:
-    """A number from 0 to 1, also as text. Raises ValueError."""
+    """Read a number from 0 to 1, also as text. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or not 0 <= float(value) <= 1:
         raise ValueError(value)
     return float(value)
 
 
 def _flag(value: Any) -> bool:
-    """True or false, also as text or 0 and 1. Raises ValueError."""
+    """Read true or false, also as text or 0 and 1. Raises ValueError."""
     return _named(str(value), {"true": True, "1": True, "false": False, "0": False})
 
 

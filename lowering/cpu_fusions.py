@@ -22,7 +22,7 @@ TO_HEADS, TO_HEADS_TRANSPOSED, SWAP_LAST = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3,
 
 
 def fuse_integer_products(model: ir.Model) -> bool:
-    """DequantizeLinear of both operands, MatMul and the bias become one MatMulIntegerToFloat.
+    """Fuse DequantizeLinear of both operands, MatMul and the bias into one MatMulIntegerToFloat.
 
     ONNX Runtime makes the same operator of the first three, but leaves the bias a pass of its own over the output.
     """
@@ -72,7 +72,7 @@ def _bias_of(product: ir.Node) -> tuple[ir.Node, ir.Value] | tuple[None, None]:
 
 
 def fuse_attention(model: ir.Model) -> bool:
-    """Softmax attention over heads becomes one MultiHeadAttention: scores never leave the cache, no transposes."""
+    """Fuse softmax attention over heads into one MultiHeadAttention: scores never leave the cache, no transposes."""
     fusions = [attention for node in model.graph if (attention := _attention(node)) is not None]
     for attention in fusions:
         _replace(model, attention.last, attention.fused)

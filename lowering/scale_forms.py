@@ -107,7 +107,7 @@ DYNAMIC_TYPES = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
 
 
 def _multiply_integers(model: ir.Model, quantize: ir.Node, product: ir.Node, restore: ir.Node) -> None:
-    """The integer product in the place of a float one and the Mul behind it, in the operators that get fused."""
+    """Put an integer product in the place of a float one and the Mul behind it, in operators that get fused."""
     values, scale, zero = quantize.outputs
     weight = _producer(product.inputs[1])
     integers = ir.node("MatMulInteger", [values, weight.inputs[0], zero], name=f"{restore.name}/MatMulInteger")
@@ -149,7 +149,7 @@ def scales_from_input(model: ir.Model) -> bool:
 
 
 def _divide_by_levels(model: ir.Model) -> None:
-    """Magnitudes to scales, all columns at once."""
+    """Make scales of magnitudes, all columns at once."""
     split = split_of(model, SCALES_INPUT)
     assert split is not None
     levels = add_constant(model, f"{SCALES_INPUT}/levels", np.float32(LEVELS))

@@ -62,7 +62,7 @@ def half_precision(model: ir.Model) -> bool:
 
 
 def _requantize_small_scales(model: ir.Model) -> None:
-    """Weight scales that FP16 holds with few bits or none are raised, and their integers lowered to match."""
+    """Raise weight scales that FP16 holds with few bits or none, and lower their integers to match."""
     for node in model.graph:
         if node.op_type != "DequantizeLinear" or not node.inputs[0] or node.inputs[0].const_value is None:
             continue
@@ -82,7 +82,7 @@ def _requantize_small_scales(model: ir.Model) -> None:
 
 
 def _halve_constant(model: ir.Model, value: ir.Value) -> None:
-    """A float constant becomes FP16, unless every reader is an FP32 island."""
+    """Make a float constant FP16, unless every reader is an FP32 island."""
     readers = {use.node.op_type for use in value.uses()}
     if value.dtype != FLOAT or value.const_value is None or (readers and readers <= FP32_OPERATORS):
         return
@@ -109,7 +109,7 @@ def _cast_after_input(model: ir.Model, value: ir.Value) -> None:
 
 
 def _make_island(model: ir.Model, node: ir.Node) -> None:
-    """Casts to FP32 in front of an operator and back behind it; neighbouring islands stay joined."""
+    """Cast to FP32 in front of an operator and back behind it; neighbouring islands stay joined."""
     for place, value in enumerate(node.inputs):
         if value is None or value.dtype != HALF:
             continue

@@ -249,7 +249,7 @@ def _all_read(graph: _Graph, fold: TableFold, times: int) -> bool:
 
 
 def fold_into_segment(model: ir.Model, factors: Mapping[Site, Factors]) -> bool:
-    """Weights of a segment for inputs divided by `factors`, (channels,) for each site. Returns whether any changed.
+    """Fit a segment's weights to inputs divided by `factors`, (channels,) for each site. Returns whether any changed.
 
     The rows of a site's layers are multiplied; where the division folds into another layer, its columns are divided.
     """

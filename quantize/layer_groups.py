@@ -23,7 +23,7 @@ class LayerGroup:
 
 
 def shared_pair(linear: Linear) -> str:
-    """Layers that read one tensor share its Q/DQ pair, as q, k and v do."""
+    """Return the tensor whose Q/DQ pair a layer shares with its other readers, as q, k and v do."""
     return str(linear.activation.name)
 
 
@@ -32,7 +32,7 @@ def branch(linear: Linear) -> str:
 
 
 def block(linear: Linear) -> str:
-    """The branch without its last part: blocks.3.attn and blocks.3.mlp are in blocks.3."""
+    """Return the branch without its last part: blocks.3.attn and blocks.3.mlp are in blocks.3."""
     return linear.branch.rpartition(".")[0] or linear.branch
 
 

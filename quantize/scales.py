@@ -131,7 +131,7 @@ def uncalibrated_scale_table(readers: Mapping[str, tuple[str, ...]], origin: Ori
 
 
 def _columns(readers: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
-    """Layers with one input share a column, and so do the inputs of a layer that branches share."""
+    """Give layers with one input one column, and the inputs of a layer that branches share too."""
     columns: dict[str, int] = {}
     for paths in readers.values():
         column = next((columns[path] for path in paths if path in columns), len(set(columns.values())))
