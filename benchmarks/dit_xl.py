@@ -27,10 +27,10 @@ from ditc.bundle import open_bundle
 from ditc.machine import machine
 from ditc.progress import silent
 from ditc.runtime.executor import seeded_noise
-from ditc.speed.bench_options import ModelChoice
 from ditc.speed.latency import latency_of
-from ditc.speed.peer_match import Match, match_of
-from ditc.speed.peers import ReadyPeer, peer_names, ready_peer
+from ditc.speed.options import peer_names
+from ditc.speed.peer_match import Match, ModelChoice, match_of
+from ditc.speed.peers import ReadyPeer, ready_peer
 from ditc.speed.side_by_side import bundle_turn, peer_turn, take_turns
 
 HERE = Path(__file__).parent

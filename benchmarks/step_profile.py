@@ -22,7 +22,7 @@ from ditc.engines.onnxrt import INTEGER_KERNELS
 from ditc.exporter.onnx_files import load_graph
 from ditc.machine import machine
 from ditc.quantize.linears import linears_of
-from ditc.runtime.running import HERE as THIS_MACHINE
+from ditc.runtime.options import HERE as THIS_MACHINE
 from ditc.speed.ceilings import WIDEST, product_seconds
 from ditc.speed.roofline import footprints_here
 from ditc.speed.tracing import trace_bundle

@@ -7,48 +7,60 @@ from typing import Any
 
 import click
 
+from ditc.cli.model_options import ModelOptions, echo_note, model_argument
 from ditc.cli.options import (
-    A_PATH,
-    ModelSettings,
+    BUNDLE,
+    Command,
+    SettingOption,
+    a_bundle,
     as_json,
-    compile_options,
-    echo_note,
-    model_options,
+    exports_option,
+    force_option,
+    out_option,
+    takes,
 )
 from ditc.cli.output import print_arithmetic, print_facts, print_json
 from ditc.cli.progress import progress_on_stderr
+from ditc.compiler.options import CompileOptions
+from ditc.engines.options import BuildOptions
 
 __all__ = ["build_command", "compile_command", "demo_command", "print_demo"]
 
 
-@click.command("compile")
-@model_options
-@click.option("-o", "--out", type=A_PATH, required=True, help="The bundle to write.")
-@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
-@click.option("--exports", type=A_PATH, help="Folder that keeps FP segments for compiles with other settings.")
-@compile_options
+@click.command("compile", cls=Command)
+@model_argument
+@out_option("The bundle to write.", required=True)
+@takes(stated=ModelOptions, options=CompileOptions)
+@force_option(BUNDLE)
+@exports_option
 @as_json
-def compile_command(out: Path, force: bool, exports: Path | None, json_: bool, **settings: Any) -> None:
+def compile_command(
+    model: str | None,
+    out: Path,
+    force: bool,
+    exports: Path | None,
+    stated: ModelOptions,
+    options: CompileOptions,
+    json_: bool,
+) -> None:
     """Compile MODEL into a bundle.
 
     MODEL is "digits" (built in), a .pt or .safetensors file with the keys of the original DiT release, a diffusers
     folder, or MODULE:FUNCTION that returns a model of your own.
     """
     from ditc.compiler.driver import compile_model
-    from ditc.compiler.options import CompileOptions
 
-    model = ModelSettings.of(settings)
-    options = CompileOptions(**settings).checked()
+    name = stated.name(model, options.seed)
     with progress_on_stderr() as progress:
         bundle = compile_model(
-            model.name,
+            name,
             out,
             options,
             progress=progress,
             force=force,
             exports=exports,
             on_note=echo_note,
-            **model.reading,
+            **stated.reading,
         )
     if json_:
         print_json({"bundle": str(out), "manifest": bundle.manifest.model_dump(mode="json")})
@@ -56,50 +68,30 @@ def compile_command(out: Path, force: bool, exports: Path | None, json_: bool, *
         print_facts(out, bundle)
 
 
-@click.command("demo")
-@click.option("-o", "--out", type=A_PATH, default=Path("out/demo"), show_default=True)
-@compile_options
+@click.command("demo", cls=Command)
+@out_option("Folder for the results.", default=Path("out/demo"), show_default=True)
+@takes(options=CompileOptions)
 @as_json
-def demo_command(out: Path, json_: bool, **settings: Any) -> None:
+def demo_command(out: Path, options: CompileOptions, json_: bool) -> None:
     """Compile the built-in reference model and hold it against plain torch: a picture and a table."""
-    from ditc.compiler.options import CompileOptions
     from ditc.quality.demo import run_demo
 
     with progress_on_stderr() as progress:
-        found = run_demo(out, CompileOptions(**settings).checked(), progress)
+        found = run_demo(out, options, progress)
     if json_:
         print_json(found)
         return
     print_demo(found)
 
 
-@click.command("build")
-@click.argument("bundle", type=A_PATH)
-@click.option("--target", metavar="tensorrt", default="tensorrt", show_default=True, help="What to build for.")
-@click.option("--engines", type=A_PATH, help="Folder for the engines; default is the bundle's own.")
+@click.command("build", cls=Command)
+@a_bundle
+@takes(options=BuildOptions)
 @click.option(
-    "--optimization-level", type=int, default=3, show_default=True, help="How long TensorRT searches, 0 to 5."
+    "--dry-run", is_flag=True, cls=SettingOption, help="Print the engines' keys and the memory plan, and build nothing."
 )
-@click.option("--workspace", type=int, default=1024, show_default=True, help="MiB of scratch memory TensorRT may take.")
-@click.option(
-    "--timing-cache",
-    type=A_PATH,
-    help="Timing cache to use and extend; default lies by the engines.",
-)
-@click.option("--replay", is_flag=True, help="Build from the timing cache alone, and leave it as it is.")
-@click.option("--version-compatible", is_flag=True, help="Plans that a later TensorRT's lean runtime takes.")
-@click.option("--hardware-compatible", is_flag=True, help="Plans for every GPU from Ampere on, at some cost in speed.")
-@click.option(
-    "--calibration",
-    metavar="explicit|entropy|minmax",
-    default="explicit",
-    show_default=True,
-    help="Scales of the bundle, or those of a calibrator of TensorRT 10.",
-)
-@click.option("--dla", type=int, help="Refused: says why a diffusion transformer does not run on a DLA core.")
-@click.option("--dry-run", is_flag=True, help="Print the engines' keys and the memory plan, and build nothing.")
 @as_json
-def build_command(bundle: Path, json_: bool, dry_run: bool, **settings: Any) -> None:
+def build_command(bundle: Path, options: BuildOptions, dry_run: bool, json_: bool) -> None:
     """Build a bundle's TensorRT engines on this machine.
 
     Every segment is built in a process of its own; what is built stays, and a second build does nothing.
@@ -107,11 +99,11 @@ def build_command(bundle: Path, json_: bool, dry_run: bool, **settings: Any) -> 
     from ditc.cli.building import build_bundle, planned_build
 
     if dry_run:
-        planned = planned_build(bundle, **settings)
+        planned = planned_build(bundle, options)
         print_json(planned) if json_ else print_plan(planned)
         return
     with progress_on_stderr() as progress:
-        found = build_bundle(bundle, progress=progress, on_plan=None if json_ else print_plan, **settings)
+        found = build_bundle(bundle, options, progress=progress, on_plan=None if json_ else print_plan)
     if json_:
         print_json(found)
         return

@@ -8,33 +8,31 @@ from typing import Any
 
 import click
 
-from ditc.cli.options import (
-    A_PATH,
-    as_json,
-    target_options,
-)
+from ditc.cli.options import A_PATH, Command, a_bundle, as_json, force_option, out_option, part_of, takes
 from ditc.cli.output import print_json
 from ditc.cli.progress import progress_on_stderr
+from ditc.diagnosis.options import BisectOptions, PolygraphyOptions
 from ditc.errors import CheckError, InputError
+from ditc.runtime.options import Place
 
 __all__ = ["bisect_command", "doctor_command", "export_polygraphy_command"]
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @click.argument("bundle", type=A_PATH, required=False)
-@target_options
+@takes(place=part_of(Place, "target", "engines"))
 @as_json
-def doctor_command(bundle: Path | None, target: str | None, engines: Path | None, json_: bool) -> None:
+def doctor_command(bundle: Path | None, place: Place, json_: bool) -> None:
     """Say which backends work on this machine, and why the others don't.
 
     With a BUNDLE also whether each of its segments gives here what it gave where it was compiled.
     """
     from ditc.diagnosis.doctor import compared, examine
 
-    if bundle is None and (target or engines):
+    if bundle is None and (place.target or place.engines):
         raise InputError("--target and --engines say where a bundle runs; name the bundle, or leave them out")
     findings = examine()
-    segments = [] if bundle is None else compared(bundle, target, engines)
+    segments = [] if bundle is None else compared(bundle, place.target, place.engines)
     if json_:
         print_json([finding._asdict() for finding in findings + segments])
     else:
@@ -46,42 +44,33 @@ def doctor_command(bundle: Path | None, target: str | None, engines: Path | None
         )
 
 
-@click.command("bisect")
-@click.argument("bundle", type=A_PATH)
-@click.option("--by", metavar="layer|branch|block", default="layer", show_default=True, help="What a group is.")
-@click.option(
-    "--mode", metavar="only|without", default="only", show_default=True, help="Quantize only the group, or all but it."
-)
-@click.option("--points", type=int, default=16, show_default=True, help="Calibration points to measure at.")
-@click.option("--top", type=int, default=20, show_default=True, help="Groups the table shows; --json has all.")
-@click.option("--target", metavar="cpu|tensorrt", default="cpu", show_default=True, help="Where the variants run.")
+@click.command("bisect", cls=Command)
+@a_bundle
+@takes(options=BisectOptions)
 @as_json
-def bisect_command(bundle: Path, by: str, mode: str, points: int, top: int, target: str, json_: bool) -> None:
+def bisect_command(bundle: Path, options: BisectOptions, json_: bool) -> None:
     """Rank the linear layers of a bundle by the error that quantizing them causes."""
-    if top < 1:
-        raise InputError(f"--top must be at least 1, found {top}")
-    from ditc.diagnosis.bisecting import BisectOptions, bisect_bundle, open_target
+    from ditc.diagnosis.bisecting import bisect_bundle, open_target
 
-    options = BisectOptions(by=by, mode=mode, points=points).checked()
-    with progress_on_stderr() as progress, open_target(target, bundle) as where:
+    with progress_on_stderr() as progress, open_target(options.target, bundle) as where:
         found = bisect_bundle(bundle, options, target=where, progress=progress)
     if json_:
         print_json(found.model_dump(mode="json"))
     else:
-        print_bisection(found, top)
+        print_bisection(found, options.top)
 
 
-@click.command("export-polygraphy")
-@click.argument("bundle", type=A_PATH)
-@click.option("-o", "--out", type=A_PATH, required=True, help="The folder to write.")
-@click.option("--points", type=int, default=4, show_default=True, help="Calls recorded of each segment.")
-@click.option("--force", is_flag=True, help="Replace an earlier export.")
+@click.command("export-polygraphy", cls=Command)
+@a_bundle
+@takes(options=PolygraphyOptions)
+@out_option("The folder to write.", required=True)
+@force_option()
 @as_json
-def export_polygraphy_command(bundle: Path, out: Path, points: int, force: bool, json_: bool) -> None:
+def export_polygraphy_command(bundle: Path, options: PolygraphyOptions, out: Path, force: bool, json_: bool) -> None:
     """Write data loaders and commands for Polygraphy: compare backends, inspect and reduce a failing segment."""
     from ditc.diagnosis.polygraphy_export import export_polygraphy
 
-    found = export_polygraphy(bundle, out, points=points, force=force)
+    found = export_polygraphy(bundle, out, points=options.points, force=force)
     if json_:
         print_json(found)
         return

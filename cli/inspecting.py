@@ -8,17 +8,14 @@ from typing import Any
 
 import click
 
-from ditc.cli.options import (
-    A_PATH,
-    as_json,
-)
+from ditc.cli.options import Command, a_bundle, as_json
 from ditc.cli.output import print_facts, print_json
 
 __all__ = ["inspect_command"]
 
 
-@click.command("inspect")
-@click.argument("bundle", type=A_PATH)
+@click.command("inspect", cls=Command)
+@a_bundle
 @as_json
 def inspect_command(bundle: Path, json_: bool) -> None:
     """Print a bundle's program, schedule, sizes, and how it was made."""

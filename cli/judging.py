@@ -7,58 +7,26 @@ from typing import Any
 
 import click
 
-from ditc.cli.options import (
-    A_PATH,
-    ModelSettings,
-    as_json,
-    compile_options,
-    echo_note,
-    feature_options,
-    model_options,
-    place_options,
-    processor_options,
-    taken_place,
-    whole_numbers,
-)
+from ditc.cli.model_options import ModelOptions, echo_note, model_argument
+from ditc.cli.options import BUNDLE, Command, a_bundle, as_json, force_option, out_option, part_of, save_option, takes
 from ditc.cli.output import print_json, print_table
 from ditc.cli.progress import progress_on_stderr
-from ditc.errors import InputError
+from ditc.compiler.options import CompileOptions
+from ditc.quality.options import SEARCHED, EvaluateOptions, TuneOptions
+from ditc.runtime.options import Place
 
 __all__ = ["evaluate_command", "print_evaluation", "print_veto", "tune_command"]
 
 
-@click.command("evaluate")
-@click.argument("bundle", type=A_PATH)
-@click.option("--images", type=int, default=1000, show_default=True, help="Images of each seed.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of the noise: 0,1,2.")
-@feature_options
-@click.option("--step-images", type=int, default=64, show_default=True, help="Images followed step by step.")
-@click.option(
-    "--veto",
-    "veto_images",
-    metavar="IMAGES",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Images at which quantization noise is held against the change that a reuse exploits; 0 leaves it out.",
-)
-@click.option("--rounds", type=int, default=1000, show_default=True, help="Rounds of the bootstrap.")
-@click.option("--save", type=A_PATH, help="Folder for report, features and FP images.")
-@click.option(
-    "--fail-if-worse",
-    type=float,
-    help="Fail (exit code 1) where the interval of the Frechet distance less FP's lies above this.",
-)
-@place_options
-@processor_options
+@click.command("evaluate", cls=Command)
+@a_bundle
+@takes(options=EvaluateOptions, place=Place)
+@save_option
 @as_json
-def evaluate_command(bundle: Path, seeds: str, save: Path | None, json_: bool, **settings: Any) -> None:
+def evaluate_command(bundle: Path, options: EvaluateOptions, place: Place, save: Path | None, json_: bool) -> None:
     """Measure a bundle's images: against FP on the same noise, and against real images, with intervals."""
-    from ditc.quality.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle
-    from ditc.runtime.running import Place
+    from ditc.quality.evaluating import check_not_worse, evaluate_bundle
 
-    place = Place(**taken_place(settings))
-    options = EvaluateOptions(seeds=whole_numbers(seeds, "--seeds"), **settings).checked()
     with progress_on_stderr() as progress:
         found = evaluate_bundle(bundle, options, place=place, save=save, progress=progress)
     print_json(found) if json_ else print_evaluation(found)
@@ -66,58 +34,32 @@ def evaluate_command(bundle: Path, seeds: str, save: Path | None, json_: bool, *
         check_not_worse(found, options.fail_if_worse)
 
 
-@click.command("tune")
-@model_options
-@click.option("-o", "--out", type=A_PATH, required=True, help="The bundle to write.")
-@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
-@click.option("--worse-by", type=float, help="Most that the Frechet distance may lie above FP's, interval and all.")
-@click.option("--least-psnr", "least_psnr_db", type=float, help="Least mean PSNR against FP in dB, interval and all.")
-@click.option("--seconds", type=float, help="Most seconds per image on this machine.")
-@click.option("--images", type=int, default=500, show_default=True, help="Images of each seed that judge a candidate.")
-@click.option("--seeds", default="0", show_default=True, help="Seeds of their noise: 0,1,2.")
-@feature_options
-@click.option("--intervals", default="2,3,4,5,6,8,10", show_default=True, help="Cache intervals to try.")
-@compile_options
+@click.command("tune", cls=Command)
+@model_argument
+@out_option("The bundle to write.", required=True)
+@takes(
+    options=TuneOptions,
+    stated=ModelOptions,
+    base=part_of(CompileOptions, refused=SEARCHED, reason="is what tune searches; leave it out, or use ditc compile"),
+)
+@force_option(BUNDLE)
 @as_json
-@click.pass_context
 def tune_command(
-    context: click.Context,
-    /,
+    model: str | None,
     out: Path,
     force: bool,
-    worse_by: float | None,
-    least_psnr_db: float | None,
-    seconds: float | None,
-    images: int,
-    seeds: str,
-    features: str | None,
-    real: str | None,
-    intervals: str,
+    options: TuneOptions,
+    stated: ModelOptions,
+    base: CompileOptions,
     json_: bool,
-    **settings: Any,
 ) -> None:
     """Search for the fastest bundle of MODEL within a budget of quality, by compiling and measuring candidates."""
-    from ditc.compiler.options import CompileOptions
-    from ditc.quality.tuning import SEARCHED, Budget, TuneOptions, tune_model
+    from ditc.quality.tuning import tune_model
 
-    for name in SEARCHED:
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} is what tune searches; leave it out, or use ditc compile")
-    model = ModelSettings.of(settings)
-    base = CompileOptions(**settings).checked()
-    budget = Budget(worse_by=worse_by, least_psnr_db=least_psnr_db, seconds=seconds)
-    options = TuneOptions(
-        budget=budget,
-        images=images,
-        seeds=whole_numbers(seeds, "--seeds"),
-        features=features,
-        real=real,
-        intervals=whole_numbers(intervals, "--intervals", "2,3,4"),
-    )
+    name = stated.name(model, base.seed)
     with progress_on_stderr(lines=False) as progress:  # a line for each candidate says more
         found = tune_model(
-            model.name,
+            name,
             out,
             base,
             options,
@@ -125,7 +67,7 @@ def tune_command(
             on_trial=print_trial,
             on_note=echo_note,
             force=force,
-            **model.reading,
+            **stated.reading,
         )
     print_json(found) if json_ else print_tuning(found)
 

@@ -3,69 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from ditc.cli.options import (
-    A_PATH,
-    as_json,
-    place_options,
-    taken_place,
-    whole_numbers,
-)
+from ditc.cli.options import Command, a_bundle, as_json, out_option, part_of, takes
 from ditc.cli.output import print_json
 from ditc.cli.progress import progress_on_stderr
+from ditc.report.options import ReportOptions
+from ditc.runtime.options import Place
 
 __all__ = ["report_command"]
 
 
-@click.command("report")
-@click.argument("bundle", type=A_PATH)
-@click.option("-o", "--out", type=A_PATH, help="The page; default BUNDLE-report.html.")
-@click.option("--images", type=int, default=16, show_default=True, help="Images to hold against FP, step by step.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the noise.")
-@click.option("--requests", type=int, default=10, show_default=True, help="Full batches to time.")
-@click.option(
-    "--against",
-    metavar="PEER,...|all|none",
-    multiple=True,
-    help="Peers to time in turn with the bundle; default FP in ONNX Runtime.",
-)
-@click.option("--evaluate-images", type=int, help="Also measure distributions over so many images of each seed.")
-@click.option("--evaluate-seeds", default="0,1,2", show_default=True, help="Seeds of those images: 0,1,2.")
-@click.option(
-    "--fail-if-worse",
-    type=float,
-    help="Fail (exit code 1) where the interval of the Frechet distance less FP's lies above this.",
-)
-@click.option(
-    "--fail-if-slower",
-    type=float,
-    metavar="RATIO",
-    help="Fail (exit code 1) where a peer's whole run takes less than RATIO times the bundle's.",
-)
-@place_options
+@click.command("report", cls=Command)
+@a_bundle
+@out_option("The page, ending in .html, outside the bundle; default BUNDLE-report.html.")
+@takes(options=ReportOptions, place=part_of(Place, "target", "engines", "graphs"))
 @as_json
-def report_command(
-    bundle: Path, out: Path | None, against: tuple[str, ...], evaluate_seeds: str, json_: bool, **settings: Any
-) -> None:
+def report_command(bundle: Path, out: Path | None, options: ReportOptions, place: Place, json_: bool) -> None:
     """Write one page about a bundle: pictures, program, latencies, errors, calibration, how it was made."""
-    from ditc.report.gathering import (
-        ReportOptions,
-        check_page_path,
-        check_report,
-        default_page,
-        report_bundle,
-        write_report,
-    )
-    from ditc.runtime.running import Place
-    from ditc.speed.peers import peer_names
+    from ditc.report.gathering import check_page_path, check_report, default_page, report_bundle, write_report
 
-    place = Place(**taken_place(settings))
-    peers = () if against == ("none",) else peer_names(against) if against else None
-    seeds = whole_numbers(evaluate_seeds, "--evaluate-seeds")
-    options = ReportOptions(against=peers, evaluate_seeds=seeds, **settings)
     page = out or default_page(bundle)
     check_page_path(page, bundle)
     with progress_on_stderr() as progress:

@@ -7,91 +7,40 @@ from typing import Any
 
 import click
 
-from ditc.cli.options import (
-    A_PATH,
-    as_json,
-    place_options,
-    threads_option,
-)
+from ditc.cli.options import Command, a_bundle, as_json, part_of, takes
 from ditc.cli.output import print_arithmetic, print_json, print_table
 from ditc.cli.progress import progress_on_stderr
+from ditc.runtime.options import Place
+from ditc.speed.options import BenchOptions, EstimateOptions
 
 __all__ = ["bench_command", "estimate_command"]
 
 
-@click.command("bench")
-@click.argument("bundle", type=A_PATH)
-@click.option("--requests", type=int, default=10, show_default=True, help="Full batches to measure.")
-@click.option("--warmup", type=int, default=2, show_default=True, help="Full batches before those.")
-@click.option("--trace", type=A_PATH, help="Folder for layers_*.json and profile_*.json.")
-@click.option("--max-seconds", type=float, help="Fail (exit code 1) where the median request takes longer.")
-@click.option("--against", metavar="PEER,...|all", multiple=True, help="Peers to measure in turn with the bundle.")
-@click.option("--model", metavar="MODEL", help="The model it was compiled from, for peers in torch.")
-@click.option("--heads", type=int, help="Attention heads of --model, where its width does not tell.")
-@click.option(
-    "--fail-if-slower",
-    "least_ratio",
-    type=float,
-    metavar="RATIO",
-    help="Fail (exit code 1) where a peer's whole run takes less than RATIO times the bundle's.",
-)
-@click.option("--roofline", is_flag=True, help="Measure this machine's ceilings, and hold every segment to them.")
-@place_options
-@threads_option
+@click.command("bench", cls=Command)
+@a_bundle
+@takes(options=BenchOptions, place=part_of(Place, "target", "engines", "graphs", "threads"))
 @as_json
-def bench_command(
-    bundle: Path,
-    requests: int,
-    warmup: int,
-    trace: Path | None,
-    max_seconds: float | None,
-    against: tuple[str, ...],
-    model: str | None,
-    heads: int | None,
-    least_ratio: float | None,
-    roofline: bool,
-    json_: bool,
-    **place: Any,
-) -> None:
+def bench_command(bundle: Path, options: BenchOptions, place: Place, json_: bool) -> None:
     """Measure a bundle's latency per request, step and segment: beside its peers, and against the machine's limits."""
-    from ditc.runtime.running import Place
-    from ditc.speed.bench_options import BenchOptions, ModelChoice
     from ditc.speed.benching import bench_bundle
-    from ditc.speed.peers import peer_names
     from ditc.speed.side_by_side import check_not_slower
 
-    options = BenchOptions(
-        requests=requests,
-        warmup=warmup,
-        trace=trace,
-        most_seconds=max_seconds,
-        against=peer_names(against),
-        model=ModelChoice(model, heads),
-        least_ratio=least_ratio,
-        roofline=roofline,
-    )
     with progress_on_stderr() as progress:
-        found = bench_bundle(bundle, options, place=Place(**place), progress=progress)
+        found = bench_bundle(bundle, options, place=place, progress=progress)
     print_json(found) if json_ else print_bench(found)
-    if least_ratio is not None:
-        check_not_slower(found["against"], least_ratio)
+    if options.fail_if_slower is not None:
+        check_not_slower(found["against"], options.fail_if_slower)
 
 
-@click.command("estimate")
-@click.argument("bundle", type=A_PATH)
-@click.option(
-    "--device",
-    metavar="agx-orin|h100|h200|here|l4|orin-nx",
-    default="here",
-    show_default=True,
-    help="Where the bundle would run.",
-)
+@click.command("estimate", cls=Command)
+@a_bundle
+@takes(options=EstimateOptions)
 @as_json
-def estimate_command(bundle: Path, device: str, json_: bool) -> None:
+def estimate_command(bundle: Path, options: EstimateOptions, json_: bool) -> None:
     """Predict latency and memory of a bundle on a device from operations, bytes and published rates."""
     from ditc.speed.estimating import estimate_bundle
 
-    found = estimate_bundle(bundle, device)
+    found = estimate_bundle(bundle, options.device)
     print_json(found) if json_ else print_estimate(found)
 
 

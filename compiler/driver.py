@@ -87,7 +87,7 @@ def compile_model(
     (`manifest.model.assumptions`), as do doubts about it; `on_note` takes a line about each before the work begins.
     Without it doubts are Python warnings (`DoubtWarning`).
     """
-    options = (options or CompileOptions()).checked()
+    options = options or CompileOptions()
     target, kept = Path(out).absolute(), None if exports is None else Path(exports).absolute()
     check_places(target, kept, force=force)
     opened = _opened(model, num_heads, vae, facts)

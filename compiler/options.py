@@ -1,37 +1,50 @@
-"""Every setting of a compile, checked at birth."""
+"""Every setting of a compile."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, model_validator
 
-from ditc.calib_data.selection import SelectionOptions, check_selector
-from ditc.calib_data.tap import TapSettings
-from ditc.engines.targets import TARGETS
-from ditc.errors import InputError, unknown_name
+from ditc.choices import (
+    AUTO,
+    AutoCaches,
+    AutoReuse,
+    Compensation,
+    Midpoint,
+    PoolSteps,
+    Precision,
+    RangeMethod,
+    SamplerName,
+    ScaleBinding,
+    Selector,
+    Smoothing,
+    Spacing,
+    Target,
+    Variance,
+)
+from ditc.errors import InputError
 from ditc.precision import INT8, PRECISIONS, Bits
-from ditc.quantize.midpoints import MIDPOINTS
-from ditc.quantize.ranges import RANGES
-from ditc.quantize.scale_binding import BINDINGS
-from ditc.quantize.transforms import TRANSFORMS
-from ditc.runtime.compensation import ESTIMATORS
-from ditc.schedule import APPROXIMATORS
-from ditc.spec import Record, SamplerSpec
+from ditc.settings import Option, Settings
+from ditc.spec import SamplerSpec
+
+if TYPE_CHECKING:
+    from ditc.calib_data.selection import SelectionOptions
 
 __all__ = ["AUTO", "CompileOptions"]
 
-AUTO = "auto"  # for a setting that is decided when the model and the schedule are known
-
-LARGEST_SEED = 1 << 31
 POOL_FACTOR = 4  # the pool holds about this many times the points that are selected from it
-CACHES = (AUTO, "sums", "branches")
-POOL_STEPS = ("computed", "all", "uncached")
-SPACINGS = ("linspace", "leading", "trailing")
-VARIANCES = ("learned", "fixed-small", "fixed-large")
+
+# headings in `--help`
+SAMPLER = "Sampler"
+CACHE = "Cache and what corrects it"
+INTEGERS = "INT8"
+CALIBRATION = "Calibration"
+BUNDLE = "Bundle"
 
 
-class CompileOptions(Record):
+class CompileOptions(Settings):
     """The settings of `ditc compile`; each default is the recommended one.
 
     None for a sampler setting means the model's own. `pool_images` of None records about four times the points.
@@ -46,94 +59,107 @@ class CompileOptions(Record):
     so many steps at either end have linear layers in floating point.
     """
 
-    steps: int = 50
-    sampler: str | None = None
-    spacing: str | None = None
-    variance: str | None = None
-    eta: float | None = None
-    clip: float | None = None
-    cfg: float = 1.5
-    policy: str = "fora:3"
-    caches: str = AUTO
-    reuse: str = AUTO
-    precision: str = "w8a8"
-    float_steps: str = "none"
-    select: str = "tap"
-    points: int = 800
-    clusters: int | None = None
-    tap_alpha: float = 0.5
-    tap_tau: float = 1.0
-    tap_subsamples: int = 3
-    tap_share: float = 1 / 20
-    pool_images: int | None = None
-    pool_steps: str = "computed"
-    ranges: str = "mse"
-    scales: str = "static"
-    midpoint: str = "zero"
-    smooth: str = AUTO
-    vc: str = AUTO
-    vc_images: int = 64
-    verify_images: int = 16
-    target: str = "cpu"
-    batch: int = 1
-    seed: int = 0
-    reference: bool = True
+    steps: Annotated[int, Field(ge=2), Option("Denoising steps.")] = 50
+    sampler: Annotated[SamplerName | None, Option("Sampler; default is the model's own.")] = None
+    spacing: Annotated[
+        Spacing | None, Option("How timesteps are picked; default is the model's own.", group=SAMPLER)
+    ] = None
+    variance: Annotated[Variance | None, Option("DDPM's variance; default is the model's own.", group=SAMPLER)] = None
+    eta: Annotated[float | None, Field(ge=0, le=1), Option("Noise of DDIM, 0 to 1.", group=SAMPLER)] = None
+    clip: Annotated[float | None, Field(gt=0), Option("Bound of the predicted clean sample.", group=SAMPLER)] = None
+    cfg: Annotated[float, Field(gt=0, lt=1000), Option("Guidance weight; 1 is none.", advice="1 means no guidance")] = (
+        1.5
+    )
+    policy: Annotated[
+        str,
+        Option(
+            "Cache policy: none, fora:N, window:N:FIRST:LAST (fora, but the ends compute), or a schedule FILE.json.",
+            metavar="POLICY",
+        ),
+    ] = "fora:3"
+    caches: Annotated[
+        AutoCaches,
+        AutoReuse,
+        Option("What a computing step leaves: a sum for each step that reuses, or every branch's output.", group=CACHE),
+    ] = "auto"
+    reuse: Annotated[
+        AutoReuse,
+        Option(
+            "What a reuse takes: the last outputs, corrected per channel, or extrapolated; auto: if it pays.",
+            group=CACHE,
+        ),
+    ] = "auto"
+    precision: Annotated[
+        Precision,
+        Option(
+            "Arithmetic of linear layers; fp16 is for GPUs, w7a8 for CPUs without VNNI; w4a8 and w8a6 are simulated."
+        ),
+    ] = "w8a8"
+    float_steps: Annotated[
+        str,
+        Option("So many of the first and last steps are not quantized.", metavar="none|FIRST:LAST", group=INTEGERS),
+    ] = "none"
+    select: Annotated[Selector, Option("How points are selected from the pool.", group=CALIBRATION)] = "tap"
+    points: Annotated[int, Field(ge=1), Option("Calibration points.", group=CALIBRATION)] = 800
+    clusters: Annotated[
+        int | None, Field(ge=1), Option("Clusters of tap and kmeans; default one for 8 points.", group=CALIBRATION)
+    ] = None
+    tap_alpha: Annotated[float, Field(ge=0, le=1), Option("TAP: weight of looks against time.", group=CALIBRATION)] = (
+        0.5
+    )
+    tap_tau: Annotated[float, Field(gt=0), Option("TAP: reach of the time kernel, in steps.", group=CALIBRATION)] = 1.0
+    tap_subsamples: Annotated[int, Field(ge=1), Option("TAP: random sub-samples.", group=CALIBRATION)] = 3
+    tap_share: Annotated[
+        float, Field(gt=0, le=1), Option("TAP: size of one, as a share of the pool.", group=CALIBRATION)
+    ] = 1 / 20
+    pool_images: Annotated[
+        int | None,
+        Field(ge=1),
+        Option("Images recorded for the pool; default fills 4 times the points.", flag="--pool", group=CALIBRATION),
+    ] = None
+    pool_steps: Annotated[
+        PoolSteps,
+        Option("Steps that enter the pool: computed, all, or all of a run without a cache.", group=CALIBRATION),
+    ] = "computed"
+    ranges: Annotated[RangeMethod, Option("How ranges are chosen.", group=INTEGERS)] = "mse"
+    scales: Annotated[
+        ScaleBinding,
+        Option("Activation scales: one for all steps, one for each, or of the tensor as it comes.", group=INTEGERS),
+    ] = "static"
+    midpoint: Annotated[
+        Midpoint,
+        Option("Middle of the ranges; bounded: those after GELU begin at its least value.", group=INTEGERS),
+    ] = "zero"
+    smooth: Annotated[
+        Smoothing,
+        Option(
+            "Factors per channel folded in front of linear layers, against outliers; auto: smooth for INT8.",
+            group=INTEGERS,
+        ),
+    ] = "auto"
+    vc: Annotated[
+        Compensation,
+        Option("Variance compensation; auto: std where a reuse holds and the sampler adds no noise.", group=CACHE),
+    ] = "auto"
+    vc_images: Annotated[int, Field(ge=2), Option("Image pairs that fit compensation and reuse.", group=CACHE)] = 64
+    verify_images: Annotated[int, Field(ge=1), Option("Images that check the result.", group=BUNDLE)] = 16
+    target: Annotated[Target, Option("Where the bundle runs by default.")] = "cpu"
+    batch: Annotated[
+        int,
+        Field(ge=1),
+        Option("Images that a built engine takes at once; on a CPU a request may have any number.", group=BUNDLE),
+    ] = 1
+    seed: Annotated[int, Field(ge=0, lt=1 << 31), Option("Seed of everything random.")] = 0
+    reference: Annotated[bool, Option("Keep the FP segments for `verify`.", group=BUNDLE)] = True
 
-    def checked(self) -> CompileOptions:
-        """Self, or InputError naming the setting that makes no sense."""
-        for kind, found, known in (
-            ("precision", self.precision, PRECISIONS),
-            ("range method", self.ranges, RANGES),
-            ("scale binding", self.scales, BINDINGS),
-            ("midpoint", self.midpoint, MIDPOINTS),
-            ("smoothing", self.smooth, (AUTO, "none", *TRANSFORMS)),
-            ("compensation", self.vc, (AUTO, "none", *ESTIMATORS)),
-            ("target", self.target, TARGETS),
-            ("sampler", self.sampler or "ddim", ("ddim", "ddpm")),
-            ("spacing", self.spacing or "linspace", SPACINGS),
-            ("variance", self.variance or "learned", VARIANCES),
-            ("kind of caches", self.caches, CACHES),
-            ("approximator", self.reuse, (AUTO, *APPROXIMATORS)),
-            ("pool steps", self.pool_steps, POOL_STEPS),
-        ):
-            if found not in known:
-                raise unknown_name(kind, found, known)
-        check_selector(self.select)
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> CompileOptions:
+        """Raise InputError for settings that can't be meant together, or are for integers where there are none."""
         self.selection()
-        self._check_numbers()
-        self._check_precision()
-        return self
-
-    def _check_numbers(self) -> None:
-        for name, number, least in (
-            ("--steps", self.steps, 2),
-            ("--batch", self.batch, 1),
-            ("--pool", 1 if self.pool_images is None else self.pool_images, 1),
-            ("--vc-images", self.vc_images, 2),
-            ("--verify-images", self.verify_images, 1),
-        ):
-            if number < least:
-                raise InputError(f"{name} must be at least {least}, found {number}")
-        if not 0 < self.cfg < 1000:
-            raise InputError(f"--cfg must be above 0 and below 1000, found {self.cfg:g}; 1 means no guidance")
-        if not 0 <= self.seed < LARGEST_SEED:
-            raise InputError(f"--seed must be 0 to {LARGEST_SEED - 1}, found {self.seed}")
-
-    def _check_precision(self) -> None:
-        """What is for integers only, and what simulated ones don't have."""
         bindings = (("--scales", self.scales, "static"), ("--midpoint", self.midpoint, "zero"))
-        other = [(name, found, default) for name, found, default in bindings if found != default]
-        for name, found, default in other:
-            if self.bits is None:
-                raise InputError(
-                    f"{name} {found} is for activations in INT8, and --precision {self.precision} has none; "
-                    "leave it out, or compile with --precision w8a8"
-                )
-            if self.bits.activations < INT8.activations:
-                raise InputError(
-                    f"--precision {self.precision} is simulated with {name} {default} only, found {found}; "
-                    "leave it out, or compile with --precision w8a8"
-                )
+        for flag, given, default in bindings:
+            if given != default:
+                self._check_has_integers(flag, given, default)
         if self.scales == "dynamic" and self.midpoint != "zero":
             raise InputError(
                 f"--scales dynamic measures every tensor as it comes, so --midpoint {self.midpoint} has nothing to do; "
@@ -149,6 +175,19 @@ class CompileOptions(Record):
                 f"--float-steps {self.float_steps} names steps not to be quantized, and --precision {self.precision} "
                 "quantizes none; leave it out, or compile with --precision w8a8"
             )
+        return self
+
+    def _check_has_integers(self, flag: str, given: str, default: str) -> None:
+        if self.bits is None:
+            raise InputError(
+                f"{flag} {given} is for activations in INT8, and --precision {self.precision} has none; "
+                "leave it out, or compile with --precision w8a8"
+            )
+        if self.bits.activations < INT8.activations:
+            raise InputError(
+                f"--precision {self.precision} is simulated with {flag} {default} only, found {given}; "
+                "leave it out, or compile with --precision w8a8"
+            )
 
     @property
     def bits(self) -> Bits | None:
@@ -160,8 +199,8 @@ class CompileOptions(Record):
         """How many of the first and of the last steps are not quantized; None for none. Raises InputError."""
         if self.float_steps == "none":
             return None
-        found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", self.float_steps, re.ASCII)
-        first, last = (0, 0) if found is None else (int(number) for number in found.groups())
+        ends = re.fullmatch(r"(\d{1,4}):(\d{1,4})", self.float_steps, re.ASCII)
+        first, last = (0, 0) if ends is None else (int(number) for number in ends.groups())
         if first + last == 0:
             raise InputError(
                 f"--float-steps needs FIRST:LAST, found {self.float_steps!r}; write for example --float-steps 2:2 to "
@@ -171,12 +210,15 @@ class CompileOptions(Record):
 
     def selection(self) -> SelectionOptions:
         """The selector's share of the settings."""
+        from ditc.calib_data.selection import SelectionOptions
+        from ditc.calib_data.tap import TapSettings
+
         tap = TapSettings(self.tap_alpha, self.tap_tau, self.tap_subsamples, self.tap_share)
         return SelectionOptions(points=self.points, clusters=self.clusters, seed=self.seed, tap=tap)
 
     def sampler_spec(self, default: SamplerSpec) -> SamplerSpec:
         """The model's sampler with the settings that were given."""
-        given = {
+        given: dict[str, Any] = {
             "name": self.sampler,
             "spacing": self.spacing,
             "variance": self.variance,
@@ -186,11 +228,7 @@ class CompileOptions(Record):
         changes = {name: value for name, value in given.items() if value is not None}
         if "spacing" in changes and changes["spacing"] != "leading":
             changes["offset"] = 0
-        try:
-            return SamplerSpec.model_validate(default.model_dump() | changes)
-        except ValidationError as e:
-            first = e.errors()[0]
-            raise InputError(f"sampler setting {first['loc'][0]}: {first['msg']}, found {first['input']!r}") from e
+        return SamplerSpec.model_validate(default.model_dump() | changes)
 
     def pool_size(self, recorded_steps: int) -> int:
         """Images to record for the pool."""

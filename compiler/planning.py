@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditc.choices import Caches, Reuse
 from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import InputError
 from ditc.passes import NoSumsError, ends_in_float, program_from_schedule
-from ditc.program import AHEAD, FULL, Caches, Program
+from ditc.program import AHEAD, FULL, Program
 from ditc.progress import Progress, silent
 from ditc.runtime.samplers import adds_noise, sampler_table
-from ditc.schedule import CacheSchedule, Reuse, schedule_for
+from ditc.schedule import CacheSchedule, schedule_for
 
 __all__ = ["SmallPoolError", "make_plan"]
 

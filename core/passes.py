@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from ditc.choices import Caches
 from ditc.errors import InputError
 from ditc.program import (
     AHEAD,
@@ -14,7 +15,6 @@ from ditc.program import (
     FLOAT,
     FULL,
     REUSE,
-    Caches,
     Program,
     SegmentPlan,
     Step,

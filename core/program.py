@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal
 
+from ditc.choices import Reuse
 from ditc.files import digest_of
-from ditc.schedule import Reuse
 from ditc.spec import Record
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "REUSE",
     "REUSE_ROWS",
     "UPDATE",
-    "Caches",
     "Program",
     "SegmentPlan",
     "Step",
@@ -49,7 +47,6 @@ BEFORE = "before"
 REUSE_ROWS = "reuse.rows"
 
 # what a step that computes leaves for the steps that don't: the output of each branch, or one sum for each such step
-Caches = Literal["branches", "sums"]
 
 # metadata of every ONNX node of a segment: the branch it belongs to, and the torch module path it came from
 BRANCH_KEY, PATH_KEY = "ditc.branch", "ditc.path"

@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, StrictBool, ValidationError
 
+from ditc.choices import Reuse
 from ditc.errors import InputError, unknown_name
 from ditc.spec import ModelSpec, Record
 
-__all__ = ["APPROXIMATORS", "POLICIES", "Approximator", "CacheSchedule", "Reuse", "schedule_for"]
-
-Reuse = Literal["hold", "affine", "variance", "taylor"]
+__all__ = ["APPROXIMATORS", "POLICIES", "Approximator", "CacheSchedule", "schedule_for"]
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ditc.choices import BetaSchedule, Prediction, SamplerName, Spacing, Variance
 from ditc.errors import InputError
 
 __all__ = ["DiffusionSpec", "ModelSpec", "Record", "SamplerSpec"]
@@ -25,10 +24,10 @@ class DiffusionSpec(Record):
     """
 
     train_steps: int = Field(default=1000, ge=2)
-    beta_schedule: Literal["linear", "scaled-linear", "squared-cosine"] = "linear"
+    beta_schedule: BetaSchedule = "linear"
     beta_start: float = Field(default=1e-4, gt=0)
     beta_end: float = Field(default=2e-2, lt=1)
-    prediction: Literal["epsilon", "v", "sample"] = "epsilon"
+    prediction: Prediction = "epsilon"
     learned_sigma: bool = True
 
     @model_validator(mode="after")
@@ -48,10 +47,10 @@ class SamplerSpec(Record):
     `clip` bounds the predicted clean sample to [-clip, clip].
     """
 
-    name: Literal["ddim", "ddpm"] = "ddim"
-    spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    name: SamplerName = "ddim"
+    spacing: Spacing = "linspace"
     offset: int = Field(default=0, ge=0)
-    variance: Literal["learned", "fixed-small", "fixed-large"] = "fixed-small"
+    variance: Variance = "fixed-small"
     eta: float = Field(default=0.0, ge=0, le=1)
     final_alpha_one: bool = True
     clip: float | None = Field(default=None, gt=0)

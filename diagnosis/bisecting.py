@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ditc.bundle import Bundle, open_bundle
 from ditc.calibset import CalibSet
 from ditc.compiler.calibrating import calibration_feeds, chosen_points, scales_of
+from ditc.diagnosis.options import BisectOptions
 from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, InputError, unknown_name
@@ -32,7 +33,7 @@ from ditc.lowering.backend_forms import lower
 from ditc.precision import quantized
 from ditc.program import CONDITION
 from ditc.progress import Progress, silent
-from ditc.quantize.layer_groups import LayerGroup, check_grouping, groups_of
+from ditc.quantize.layer_groups import LayerGroup, groups_of
 from ditc.quantize.qdq import insert_qdq
 from ditc.quantize.scale_table import ScaleTable
 from ditc.quantize.segment_outputs import keep_outputs
@@ -43,7 +44,6 @@ from ditc.tables import step_inputs
 
 __all__ = [
     "MODES",
-    "BisectOptions",
     "Bisection",
     "GroupError",
     "StepError",
@@ -83,23 +83,6 @@ def gone(error: float, together: float) -> float:
 
 
 MODES: dict[str, Mode] = {"only": Mode(only, caused), "without": Mode(without, gone)}
-
-
-class BisectOptions(Record):
-    """The settings of `ditc bisect`: how layers are grouped, which way they are toggled, at how many points."""
-
-    by: str = "layer"
-    mode: str = "only"
-    points: int = 16
-
-    def checked(self) -> BisectOptions:
-        """Self, or InputError naming the setting that makes no sense."""
-        check_grouping(self.by)
-        if self.mode not in MODES:
-            raise unknown_name("mode", self.mode, MODES)
-        if self.points < 1:
-            raise InputError(f"--points must be at least 1, found {self.points}")
-        return self
 
 
 class StepError(Record):
@@ -198,7 +181,7 @@ def bisect_bundle(
     (in TMPDIR), and a variant adds only what it changes. Raises InputError for a bundle that is not quantized or has
     no FP reference, and CheckError where a prediction is not finite.
     """
-    options = (options or BisectOptions()).checked()
+    options = options or BisectOptions()
     bundle = open_bundle(Path(path))
     check_can_be_bisected(bundle)
     target = target or Target("onnxrt", OnnxRuntimeBackend().open)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
+from ditc.choices import BetaSchedule, Prediction, names_of
 from ditc.errors import InputError, unknown_name
 from ditc.exporter.config_files import LARGEST
 
-__all__ = ["FACT_OPTIONS", "BetaSchedule", "ModelFacts", "Prediction", "beta_schedule_facts", "given_options"]
-
-Prediction = Literal["epsilon", "v", "sample"]
-BetaSchedule = Literal["linear", "scaled-linear", "squared-cosine"]
+__all__ = ["FACT_OPTIONS", "ModelFacts", "beta_schedule_facts", "given_options"]
 
 # fields of ModelFacts -> the option of the command line that states them
 OPTIONS = {
@@ -42,8 +40,8 @@ class ModelFacts:
 
     def __post_init__(self) -> None:
         for kind, name, known in (
-            ("prediction", self.prediction, get_args(Prediction)),
-            ("beta schedule", self.beta_schedule, get_args(BetaSchedule)),
+            ("prediction", self.prediction, names_of(Prediction)),
+            ("beta schedule", self.beta_schedule, names_of(BetaSchedule)),
         ):
             if name is not None and name not in known:
                 raise unknown_name(kind, name, known)

@@ -10,9 +10,10 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
+from ditc.choices import BetaSchedule
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DIT_SIZES, DiT, DiTConfig
-from ditc.exporter.model_facts import BetaSchedule, ModelFacts
+from ditc.exporter.model_facts import ModelFacts
 from ditc.exporter.state_dicts import read_checkpoint
 from ditc.exporter.training_args import TrainingArgs, training_args
 from ditc.exporter.weight_files import load_weights

@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ditc.choices import BetaSchedule, Prediction
 from ditc.errors import CheckpointError, one_line
 from ditc.exporter.config_files import LARGEST, spelled
-from ditc.exporter.model_facts import BetaSchedule, ModelFacts, Prediction, given_options
+from ditc.exporter.model_facts import ModelFacts, given_options
 
 __all__ = ["TrainingArgs", "training_args"]
 

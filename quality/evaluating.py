@@ -39,65 +39,20 @@ from ditc.quality.features import (
     real_features,
 )
 from ditc.quality.generating import ImageSource, classes_in_turn, stored_images
-from ditc.quality.manifolds import K
+from ditc.quality.options import EvaluateOptions, VetoOptions
 from ditc.quality.pretrained import lpips_distance
 from ditc.runtime.closeness import PAIRED, ssim_window, step_drift
 from ditc.runtime.executor import Samples
-from ditc.runtime.running import HERE, Place
-from ditc.spec import Record
+from ditc.runtime.options import HERE, Place
 
-__all__ = ["EvaluateOptions", "check_not_worse", "evaluate_bundle"]
+__all__ = ["check_not_worse", "evaluate_bundle"]
 
 Array = NDArray[Any]
 
-LEAST_IMAGES = K + 1  # of a seed; fewer have no neighbourhoods
 BOOTSTRAP_SEED = 0
 FEATURES_AT_ONCE = 64  # images
 LOWER_IS_BETTER = ("lpips",)
 REPORTED = ("policy", "reuse", "select", "ranges", "smooth", "vc", "seed")  # settings of the compile
-
-
-class EvaluateOptions(Record):
-    """The settings of `ditc evaluate`.
-
-    `images` are made for each of `seeds`. `features` and `real` of None are the model's own (`quality/features.py`);
-    "fp" as `real` is FP images of other noise. `step_images` are walked step by step; at `veto_images` of them the
-    branches are looked at (`quality/veto.py`). `rounds` is of the bootstrap. `fail_if_worse` is the bound of
-    `check_not_worse`. Where it or `features` is given, or `require_features`, distribution measures have to be
-    possible; else they are left out with the reason.
-    """
-
-    images: int = 1000
-    seeds: tuple[int, ...] = (0, 1, 2)
-    features: str | None = None
-    real: str | None = None
-    step_images: int = 64
-    veto_images: int = 0
-    rounds: int = 1000
-    fail_if_worse: float | None = None
-    require_features: bool = False
-
-    def checked(self) -> EvaluateOptions:
-        """Self, or InputError naming the setting that makes no sense."""
-        for name, number, least in (
-            ("--images", self.images, LEAST_IMAGES),
-            ("--step-images", self.step_images, 1),
-            ("--veto", self.veto_images, 0),
-            ("--rounds", self.rounds, 2),
-        ):
-            if number < least:
-                raise InputError(f"{name} must be at least {least}, found {number}")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"--seeds must be different numbers from 0 on, like 0,1,2; found {self.seeds}")
-        if self.fail_if_worse is not None and not np.isfinite(self.fail_if_worse):
-            raise InputError(f"--fail-if-worse must be a number, found {self.fail_if_worse}")
-        check_sources(self.features, self.real)
-        return self
-
-    @property
-    def needs_features(self) -> bool:
-        """Is it an error to have no features?"""
-        return self.require_features or self.features is not None or self.fail_if_worse is not None
 
 
 def evaluate_bundle(
@@ -114,16 +69,17 @@ def evaluate_bundle(
     Raises BundleError for a bundle without its FP reference, CheckError where images are NaN, and InputError where the
     veto is asked of a bundle that is not quantized.
     """
-    if options.checked().veto_images:
+    check_sources(options.features, options.real)
+    if options.veto_images:
         from ditc.quality.veto import check_has_noise
 
         check_has_noise(open_bundle(bundle))  # before anything takes its time
     with TemporaryDirectory(prefix="ditc-evaluate-") if save is None else nullcontext(save) as folder:
-        work = _Work(options.checked(), place, Path(folder), progress)
+        work = _Work(options, place, Path(folder), progress)
         pairs = _pairs(bundle, work)
         found = _report(pairs, work)
     if options.veto_images:
-        from ditc.quality.veto import VetoOptions, veto_of
+        from ditc.quality.veto import veto_of
 
         settings = VetoOptions(images=options.veto_images, seed=options.seeds[0])
         found["veto"] = veto_of(bundle, settings, progress=progress).model_dump(mode="json")

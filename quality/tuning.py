@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -38,15 +37,16 @@ from ditc.exporter.model_facts import ModelFacts
 from ditc.files import atomic_write, digest_of
 from ditc.passes import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress, silent
-from ditc.quality.evaluating import EvaluateOptions, evaluate_bundle
-from ditc.quality.veto import VetoOptions, veto_of
+from ditc.quality.evaluating import evaluate_bundle
+from ditc.quality.features import check_sources
+from ditc.quality.options import Budget, TuneOptions, VetoOptions
+from ditc.quality.veto import veto_of
 from ditc.spec import Record
-from ditc.speed.bench_options import BenchOptions
 from ditc.speed.benching import bench_bundle
+from ditc.speed.options import BenchOptions
 
-__all__ = ["SEARCHED", "Budget", "Trial", "TuneOptions", "described", "pareto_front", "tune_model"]
+__all__ = ["Trial", "described", "pareto_front", "tune_model"]
 
-SEARCHED = ("policy", "ranges", "scales", "smooth", "float_steps", "reuse", "vc")
 QUANTIZERS = tuple(
     {"ranges": ranges, "scales": scales, "smooth": smooth}
     for smooth, scales, ranges in product(("none", "smooth"), ("static", "per-step"), ("mse", "percentile"))
@@ -57,74 +57,12 @@ CORRECTIONS = (
     {"reuse": "hold", "vc": "lsq"},
     {"reuse": "taylor", "vc": "none"},  # with it compensation has nothing left to do (docs/approximators.md)
 )
-INTERVALS = (2, 3, 4, 5, 6, 8, 10)
 WINDOWS = ((2, 2), (4, 4), (8, 8))  # first and last steps that compute, or are not quantized
 PATIENCE = 2  # intervals beyond the budget before longer ones are given up
 VETO_IMAGES = 2
 MOST_VETOED = 0.5  # of branches and steps whose change from step to step is less than quantization noise
 EXPORTS = "exports"  # folder of what candidates have in common
 WORTH = 1.1  # a cache has to be this much faster than no cache
-
-
-class Budget(Record):
-    """What a bundle must keep to. At least one of the first two is given.
-
-    `worse_by` bounds the upper end of the interval of Frechet distance less FP's; `least_psnr_db` the lower end of the
-    mean PSNR's against FP; `seconds` the time per image on this machine.
-    """
-
-    worse_by: float | None = None
-    least_psnr_db: float | None = None
-    seconds: float | None = None
-
-    def checked(self) -> Budget:
-        """Self, or InputError where there is nothing to keep to."""
-        if self.worse_by is None and self.least_psnr_db is None:
-            raise InputError("a budget of quality is needed; give --worse-by DISTANCE or --least-psnr DB")
-        for option, bound in (("--worse-by", self.worse_by), ("--least-psnr", self.least_psnr_db)):
-            if bound is not None and not isfinite(bound):
-                raise InputError(f"{option} must be a number, found {bound:g}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise InputError(f"--seconds must be above 0, found {self.seconds:g}")
-        return self
-
-
-class TuneOptions(Record):
-    """The settings of `ditc tune`: images and seeds of each evaluation, and the intervals that are tried.
-
-    `features` and `real` are those of EvaluateOptions.
-    """
-
-    budget: Budget
-    images: int = 500
-    seeds: tuple[int, ...] = (0,)
-    features: str | None = None
-    real: str | None = None
-    intervals: tuple[int, ...] = INTERVALS
-    requests: int = 3
-
-    def checked(self) -> TuneOptions:
-        """Self, or InputError naming the setting that makes no sense."""
-        self.budget.checked()
-        if not self.intervals or min(self.intervals) < 2 or list(self.intervals) != sorted(set(self.intervals)):
-            raise InputError(f"--intervals must be growing numbers from 2 on, found {self.intervals}")
-        if self.requests < 1:
-            raise InputError(f"--requests must be at least 1, found {self.requests}")
-        self.evaluation.checked()
-        return self
-
-    @property
-    def evaluation(self) -> EvaluateOptions:
-        """How a candidate is evaluated."""
-        return EvaluateOptions(
-            images=self.images,
-            seeds=self.seeds,
-            features=self.features,
-            real=self.real,
-            step_images=1,
-            rounds=200,
-            require_features=self.budget.worse_by is not None,
-        )
 
 
 class Trial(Record):
@@ -255,13 +193,14 @@ def tune_model(
     CheckError, with what came nearest, where no candidate is within the budget; `out` is then as it was, and what was
     measured stays in the work folder beside it.
     """
-    options, target = options.checked(), Path(out).absolute()
+    target = Path(out).absolute()
+    check_sources(options.features, options.real)
     check_places(target, None, force=force)
     work = target.with_name(f".{target.name}.tune")
     subject = _Subject(model, num_heads, vae, facts, on_note)
 
     def judge(stage: str, changes: dict[str, str]) -> Trial:
-        trial = _measured(subject, base.model_copy(update=changes).checked(), stage, changes, options, work, progress)
+        trial = _measured(subject, base.model_copy(update=changes), stage, changes, options, work, progress)
         on_trial(trial)
         return trial
 
@@ -360,7 +299,7 @@ def _schedules(search: _Search, kept: dict[str, str]) -> Iterator[int]:
 
 def _chosen(search: _Search) -> Trial:
     """The fastest within the budget. Raises CheckError where there is none."""
-    within, budget = [trial for trial in search.measured if trial.within], search.options.budget
+    within, budget = [trial for trial in search.measured if trial.within], search.options
     if not within:
         nearest = max(search.measured, key=lambda trial: trial.quality)
         raise CheckError(f"no candidate is within the budget; the nearest is {described(nearest)}")
@@ -402,7 +341,7 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
 
 def _report(search: _Search, chosen: Trial) -> dict[str, Any]:
     return {
-        "budget": search.options.budget.model_dump(),
+        "budget": search.options.model_dump(include=set(Budget.model_fields)),
         "images": search.options.images,
         "seeds": list(search.options.seeds),
         "chosen": chosen.model_dump(),
@@ -451,7 +390,7 @@ def _judged(
     timed = bench_bundle(bundle.path, BenchOptions(requests=options.requests, warmup=1), progress=progress)
     psnr, difference = found["paired"]["psnr_db"], found["distribution"].get("difference")
     distance = None if difference is None else difference["frechet_distance"]
-    budget = options.budget
+    budget = options
     near = True
     if budget.worse_by is not None:
         assert distance is not None

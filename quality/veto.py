@@ -31,35 +31,16 @@ from ditc.precision import quantized
 from ditc.program import CONDITION, FULL, Program
 from ditc.progress import Progress, silent
 from ditc.quality.branch_probe import BranchProbe, condition_tables, open_branch_probe
+from ditc.quality.options import VetoOptions
 from ditc.runtime.executor import Samples
 from ditc.runtime.guidance import GuidedRun
 from ditc.runtime.pipeline import Pipeline, load
 from ditc.spec import Record
 
-__all__ = ["Veto", "VetoOptions", "check_has_noise", "reuse_sources", "veto_of"]
+__all__ = ["Veto", "check_has_noise", "reuse_sources", "veto_of"]
 
 Squares = NDArray[np.float64]  # (3, steps, branches): of E's numerator, of D's, of their denominator
 Cells = tuple[tuple[float | None, ...], ...]
-
-
-class VetoOptions(Record):
-    """At how many images the veto is measured, and for which reuse.
-
-    `lag` of None is the bundle's own schedule, or 1 where that reuses nothing; a number k is the reuse of the step k
-    before, at every step.
-    """
-
-    images: int = 8
-    seed: int = 0
-    lag: int | None = None
-
-    def checked(self) -> VetoOptions:
-        """Self, or InputError naming the setting that makes no sense."""
-        if self.images < 1:
-            raise InputError(f"the veto needs at least 1 image, found {self.images}")
-        if self.lag is not None and self.lag < 1:
-            raise InputError(f"a reuse lags at least 1 step behind, found {self.lag}")
-        return self
 
 
 class Veto(Record):
@@ -94,7 +75,7 @@ def veto_of(
     Raises InputError for a bundle that is not quantized or no longer than the lag, BundleError for one without its FP
     reference.
     """
-    options = (options or VetoOptions()).checked()
+    options = options or VetoOptions()
     with load(path, reference=True) as pipe, ExitStack() as stack:
         sides = _Sides.of(pipe, stack)
         sources = reuse_sources(pipe.bundle.manifest.program, options.lag)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,70 +17,21 @@ from ditc.errors import DitcError, InputError, one_line
 from ditc.files import atomic_write
 from ditc.machine import machine
 from ditc.progress import Progress, silent
-from ditc.quality.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle
+from ditc.quality.evaluating import check_not_worse, evaluate_bundle
 from ditc.report.calibration import activations_of, calibration_of
 from ditc.report.facts import Report, SegmentTime, Skipped, Speed
+from ditc.report.options import ReportOptions
 from ditc.report.page import page_from_report
 from ditc.report.samples import sample_parts
-from ditc.runtime.running import HERE, Place
-from ditc.speed.bench_options import BenchOptions
+from ditc.runtime.options import HERE, Place
 from ditc.speed.benching import bench_bundle
 from ditc.speed.latency import Latency
 from ditc.speed.side_by_side import check_not_slower
 
-__all__ = ["ReportOptions", "check_page_path", "check_report", "default_page", "report_bundle", "write_report"]
+__all__ = ["check_page_path", "check_report", "default_page", "report_bundle", "write_report"]
 
 DEFAULT_TARGET = "cpu"
 USUAL_PEER = "onnxruntime-f32"
-GATED_IMAGES = 1000  # of each seed, where --fail-if-worse asks for distributions and nothing says how many
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """The settings of `ditc report`.
-
-    `images` are walked step by step beside FP, from `seed`; `requests` full batches are timed after one other.
-    `against` of None is the FP program in ONNX Runtime where that can be measured. `evaluate_images` of each of
-    `evaluate_seeds` measure distributions as `ditc evaluate` does; None leaves them out unless `fail_if_worse` asks.
-    """
-
-    images: int = 16
-    seed: int = 1
-    requests: int = 10
-    against: tuple[str, ...] | None = None
-    evaluate_images: int | None = None
-    evaluate_seeds: tuple[int, ...] = (0, 1, 2)
-    fail_if_worse: float | None = None
-    fail_if_slower: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.images < 1:
-            raise InputError(f"--images must be at least 1, found {self.images}")
-        if self.seed < 0:
-            raise InputError(f"--seed must not be negative, found {self.seed}")
-        _ = self.bench, self.evaluation  # what they refuse is refused before anything runs
-
-    @property
-    def bench(self) -> BenchOptions:
-        return BenchOptions(
-            requests=self.requests, warmup=1, against=self.against or (), least_ratio=self.fail_if_slower
-        )
-
-    @property
-    def evaluation(self) -> EvaluateOptions | None:
-        images = self.evaluate_images
-        if images is None and self.fail_if_worse is None:
-            return None
-        options = EvaluateOptions(
-            images=GATED_IMAGES if images is None else images,
-            seeds=self.evaluate_seeds,
-            fail_if_worse=self.fail_if_worse,
-        )
-        try:
-            return options.checked()
-        except InputError as e:  # two of its options have other names here
-            named = str(e).replace("--images", "--evaluate-images").replace("--seeds", "--evaluate-seeds")
-            raise InputError(named) from e
 
 
 def report_bundle(path: Path, options: ReportOptions, *, place: Place = HERE, progress: Progress = silent) -> Report:
@@ -165,7 +115,7 @@ def _runnable_place(bundle: Bundle, place: Place) -> tuple[Place, str]:
             return place, ""
     except DitcError as e:
         reason = f"the bundle is for {target}, which does not run here ({e})"
-        return replace(place, target=DEFAULT_TARGET, engines=None), reason
+        return place.model_copy(update={"target": DEFAULT_TARGET, "engines": None}), reason
 
 
 def _target(bundle: Bundle, place: Place) -> str:
@@ -182,7 +132,9 @@ def _place_text(bundle: Bundle, place: Place) -> str:
 def _speed(bundle: Bundle, options: ReportOptions, place: Place, progress: Progress) -> Speed:
     """Latencies of the bundle, with the usual peer in turn where nothing else was asked for and it can be had."""
     against = _usual_peer(bundle, place) if options.against is None else options.against
-    found = bench_bundle(bundle.path, replace(options.bench, against=against), place=place, progress=progress)
+    found = bench_bundle(
+        bundle.path, options.bench.model_copy(update={"against": against}), place=place, progress=progress
+    )
     return Speed(
         target=_target(bundle, place),
         batch=found["batch"],

@@ -16,8 +16,8 @@ from ditc.report.facts import Drift, Fidelity, Measure, Picture, Pictures, Skipp
 from ditc.runtime.closeness import PAIRED, psnr_db, step_drift
 from ditc.runtime.executor import Samples
 from ditc.runtime.images import png_bytes
+from ditc.runtime.options import Place
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.running import Place
 
 __all__ = ["SampleParts", "sample_parts"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -19,39 +18,14 @@ from ditc.files import writing
 from ditc.runtime.closeness import trajectory_comparison
 from ditc.runtime.executor import Samples, StepEvent, check_stream
 from ditc.runtime.images import grid, save_png
-from ditc.runtime.pipeline import Pipeline, load
+from ditc.runtime.options import HERE, Place
+from ditc.runtime.pipeline import Pipeline
 
-__all__ = ["Place", "run_bundle", "verify_bundle"]
+__all__ = ["run_bundle", "verify_bundle"]
 
 Watch = Callable[[StepEvent], None]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where and how a bundle runs: target, folder of engines, how much one CUDA graph holds; and on a processor how
-    many threads an engine call has and how many images walk together.
-    """
-
-    target: str | None = None
-    engines: Path | None = None
-    graphs: str = "trajectory"
-    threads: int | None = None
-    batch: int | None = None
-
-    def load(self, bundle: Path, *, reference: bool = False, compensation: bool = True) -> Pipeline:
-        return load(
-            bundle,
-            target=self.target,
-            engines=self.engines,
-            graphs=self.graphs,
-            reference=reference,
-            compensation=compensation,
-            threads=self.threads,
-            batch=self.batch,
-        )
-
-
-HERE = Place()
 UNWATCHED_TOLERANCE = 1e-3  # of a request queued whole against its steps one by one, of the largest value
 LEAST_WIDTH = 64  # pixels an image takes in the grid at least
 

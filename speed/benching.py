@@ -18,10 +18,10 @@ from ditc.files import atomic_write
 from ditc.machine import machine
 from ditc.program import CONDITION, DECODE
 from ditc.progress import Progress
+from ditc.runtime.options import HERE, Place
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.running import HERE, Place
-from ditc.speed.bench_options import BenchOptions
 from ditc.speed.latency import Latency, latency_of
+from ditc.speed.options import BenchOptions
 from ditc.speed.peer_match import bench_labels
 from ditc.speed.side_by_side import against_peers
 from ditc.speed.tracing import trace_bundle
@@ -32,9 +32,9 @@ Times = Mapping[str, list[float]]
 
 
 def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, progress: Progress) -> dict[str, Any]:
-    """Measure a bundle. `side_by_side.check_not_slower` holds what is found to `options.least_ratio`.
+    """Measure a bundle. `side_by_side.check_not_slower` holds what is found to `options.fail_if_slower`.
 
-    Raises CheckError where the median request takes longer than `options.most_seconds`.
+    Raises CheckError where the median request takes longer than `options.max_seconds`.
     """
     pipe = place.load(bundle)
     if place.threads is not None and (options.roofline or options.against):
@@ -50,7 +50,7 @@ def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, pr
     if options.trace is not None:
         found["trace"] = trace_bundle(bundle, options.trace, place)
         atomic_write(options.trace / "bench.json", json.dumps(found, indent=1).encode() + b"\n")
-    median, most = found["request"]["median"], options.most_seconds
+    median, most = found["request"]["median"], options.max_seconds
     if most is not None and median > most:
         raise CheckError(f"the median request takes {median:.4f} s, allowed are {most:g} s (--max-seconds)")
     return found

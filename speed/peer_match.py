@@ -25,16 +25,23 @@ from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import Samples
 from ditc.runtime.guidance import GuidedRun
 from ditc.runtime.pipeline import Pipeline
-from ditc.speed.bench_options import ModelChoice
 
 if TYPE_CHECKING:
     from ditc.exporter.model_facts import ModelFacts
 
-__all__ = ["Match", "bench_labels", "match_of"]
+__all__ = ["Match", "ModelChoice", "bench_labels", "match_of"]
 
 CALIBRATION_POINTS = 16  # at most, of the bundle's own run, for peers that quantize
 # relative error of a torch model's output against the bundle's FP reference, whose conditioning may be stored as FP16
 SAME_MODEL = 3e-3
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The torch model that a user names, as `compile` takes it; without a name, the one that the manifest tells."""
+
+    name: str | None = None
+    heads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 
-from ditc.errors import DitcError, unknown_name
+from ditc.errors import DitcError
 from ditc.speed import onnx_peers, torch_peers
 from ditc.speed.peer import Peer
 from ditc.speed.peer_match import Match
 
-__all__ = ["ALL", "PEERS", "ReadyPeer", "peer_names", "ready_peer"]
-
-ALL = "all"
+__all__ = ["PEERS", "ReadyPeer", "ready_peer"]
 
 # what is measured -> how it is made; it raises where this machine or this bundle has no such peer
 PEERS: dict[str, Callable[[Match], Peer]] = {
@@ -37,15 +35,6 @@ class ReadyPeer:
 
     peer: Peer
     relative_error: float
-
-
-def peer_names(given: Iterable[str]) -> tuple[str, ...]:
-    """The peers that were asked for, each once, in the table's order. An item may be a comma list, or "all"."""
-    names = {part.strip() for item in given for part in item.split(",")}
-    unknown = sorted(names - {ALL, *PEERS})
-    if unknown:
-        raise unknown_name("peer", unknown[0], (ALL, *PEERS))
-    return tuple(name for name in PEERS if name in names or ALL in names)
 
 
 def ready_peer(name: str, match: Match) -> ReadyPeer | str:

@@ -20,10 +20,10 @@ from ditc.program import FULL
 from ditc.progress import Progress
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.pipeline import Pipeline
-from ditc.speed.bench_options import BenchOptions
 from ditc.speed.latency import latency_of
+from ditc.speed.options import BenchOptions
 from ditc.speed.peer import Peer
-from ditc.speed.peer_match import Match, bench_labels, match_of
+from ditc.speed.peer_match import Match, ModelChoice, bench_labels, match_of
 from ditc.speed.peers import ReadyPeer, ready_peer
 
 __all__ = ["RUN", "Turn", "against_peers", "bundle_turn", "check_not_slower", "peer_turn", "take_turns"]
@@ -47,7 +47,7 @@ def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> 
     if not pipe.bundle.has_reference:
         return _none_measured(dict.fromkeys(options.against, NO_REFERENCE), options)
     with TemporaryDirectory(prefix="ditc-bench-") as scratch:
-        match = match_of(pipe.bundle, options.model, Path(scratch).resolve())
+        match = match_of(pipe.bundle, ModelChoice(options.model, options.heads), Path(scratch).resolve())
         ready: dict[str, ReadyPeer | str] = {}
         for done, name in enumerate(options.against):
             progress("peers", done, len(options.against))
@@ -72,7 +72,7 @@ def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> 
 
 
 def _none_measured(skipped: dict[str, str], options: BenchOptions) -> dict[str, Any]:
-    if options.least_ratio is not None:
+    if options.fail_if_slower is not None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise InputError(f"--fail-if-slower needs a peer that can be measured here, found none ({reasons})")
     return {"peers": {}, "skipped": skipped}

@@ -15,7 +15,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,8 +29,8 @@ from ditc.engines.trt_runtime import TensorRTEngine
 from ditc.errors import InputError
 from ditc.files import atomic_write
 from ditc.program import PATH_KEY
+from ditc.runtime.options import Place
 from ditc.runtime.pipeline import Pipeline
-from ditc.runtime.running import Place
 
 __all__ = ["profile_rows", "trace_bundle"]
 
@@ -40,7 +39,7 @@ RUNS = 5  # of each segment under ONNX Runtime's profiler
 
 def trace_bundle(bundle: Path, folder: Path, place: Place) -> list[str]:
     """Trace every segment into `folder`; returns the files' names. Raises InputError for a target without layers."""
-    closed = replace(place, graphs="none").load(bundle)  # a profiler waits inside a run, a capture can't
+    closed = place.model_copy(update={"graphs": "none"}).load(bundle)  # a profiler waits inside a run, a capture can't
     if not closed.on_device:
         return _trace_onnxruntime(closed.bundle, folder, OnnxRuntimeBackend(place.threads or 0))
     with closed as pipe:

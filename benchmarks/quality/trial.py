@@ -59,7 +59,7 @@ def digest_of_trial(cell: Cell, seed: int) -> str:
 
 def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     """The measures of one trial and of FP on the same noise."""
-    options = CompileOptions(**cell.every_setting, seed=seed).checked()
+    options = CompileOptions(**cell.every_setting, seed=seed)
     plan = replace(make_plan(MODELS[cell.model](), options), threads=THREADS)
     segments = exported(cell.model, plan, work)
     exact = exact_side(cell, seed, work)
@@ -136,7 +136,7 @@ def exact_side(cell: Cell, seed: int, work: Path) -> Made:
     with in_turn(path.with_name(f".{path.name}.lock")):
         if not path.is_file():
             without = {"policy": "none", "precision": "fp32", "float_steps": "none", "smooth": "none", "reuse": "hold"}
-            options = CompileOptions(**{**cell.every_setting, **without}).checked()
+            options = CompileOptions(**{**cell.every_setting, **without})
             plan = replace(make_plan(MODELS["plain"](), options), threads=THREADS)
             found = made(plan, plan.program, exported("plain", plan, work), {}, seed, cell.images)
             np.savez(path, images=found.images, steps=found.steps)

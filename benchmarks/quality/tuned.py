@@ -22,11 +22,11 @@ from trial import MODELS
 from ditc.compiler.options import CompileOptions
 from ditc.files import atomic_write
 from ditc.machine import machine
-from ditc.quality.tuning import Budget, Trial, TuneOptions, described, tune_model
+from ditc.quality.options import TuneOptions
+from ditc.quality.tuning import Trial, described, tune_model
 
 SEED = 100  # no trial has it
-BUDGET = Budget(worse_by=0.05)
-SEARCH = TuneOptions(budget=BUDGET, seeds=(SEED,), features="digits", real="digits", intervals=(3, 5))
+SEARCH = TuneOptions(worse_by=0.05, seeds=(SEED,), features="digits", real="digits", intervals=(3, 5))
 
 
 def searched(model: str, base: CompileOptions, out: Path) -> dict[str, Any]:

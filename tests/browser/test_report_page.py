@@ -10,7 +10,8 @@ from PIL import Image
 
 from ditc.bundle import Bundle
 from ditc.report.facts import Report
-from ditc.report.gathering import ReportOptions, report_bundle, write_report
+from ditc.report.gathering import report_bundle, write_report
+from ditc.report.options import ReportOptions
 
 if TYPE_CHECKING:
     from tests.browser.conftest import Tab

@@ -110,7 +110,7 @@ def test_quantized_extrapolation_of_the_reference_model_is_nearer_to_fp(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--reuse spline", "unknown approximator 'spline'; choose one of: affine, auto, hold, taylor, variance"),
+        ("--reuse spline", "unknown --reuse 'spline'; choose one of: affine, auto, hold, taylor, variance"),
         ("--reuse taylor --policy none", "--reuse taylor works on sums made ahead: it needs a policy that reuses"),
         ("--reuse affine --caches branches", "--reuse affine works on sums made ahead"),
         ("--policy {file} --reuse hold", "was made for --reuse taylor, found hold; give --reuse taylor"),

@@ -21,7 +21,8 @@ from ditc.errors import DoubtWarning, InputError
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.models import load_model
 from ditc.quality import tuning
-from ditc.quality.tuning import Budget, Trial, TuneOptions
+from ditc.quality.options import TuneOptions
+from ditc.quality.tuning import Trial
 
 QUICK = ["--steps", "4", "--precision", "fp32", "--vc", "none", "--verify-images", "1"]
 HEADS = "6 attention heads, as the released DiT of width 384 has (--heads)"
@@ -181,7 +182,7 @@ def test_the_last_class_of_a_model_without_a_null_class_is_a_class(checkpoint: P
         ("digits --vae nowhere", "digits makes images itself; leave out --vae"),
         ("digits --no-null --prediction v", "leave out --no-null and --prediction"),
         ("--random dit-s-8-256 --classes 10", "leave out --classes"),
-        ("{file} --prediction noise", "unknown prediction 'noise'; choose one of: epsilon, sample, v"),
+        ("{file} --prediction noise", "unknown --prediction 'noise'; choose one of: epsilon, sample, v"),
         ("{file} --beta-schedule cosine", "unknown beta schedule 'cosine'"),
         ("{file} --beta-schedule linear:1", "NAME or NAME:START:END, found 'linear:1'"),
         ("{file} --beta-schedule linear:0.5:0.1", "0 < START <= END < 1, found 0.5 and 0.1"),
@@ -237,7 +238,7 @@ def test_tune_says_each_thing_once_and_reads_every_candidate_alike(
     monkeypatch.setattr(tuning, "compile_model", compiled)
     monkeypatch.setattr(tuning, "_judged", judged)
     facts = ditc.ModelFacts(null_class=False)
-    options = TuneOptions(budget=Budget(least_psnr_db=1), intervals=(2, 3))
+    options = TuneOptions(least_psnr_db=1, intervals=(2, 3))
     base = CompileOptions(precision="fp32", cfg=1)
     tuning.tune_model("a.pt", tmp_path / "b", base, options, on_note=notes.append, facts=facts, num_heads=3, vae="v")
     assert notes == ["assumed: something"]

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditc.choices import Caches
 from ditc.errors import InputError
 from ditc.passes import NothingQuantizedError, ends_in_float, program_from_schedule
-from ditc.program import Caches, Program, SegmentPlan, Step
+from ditc.program import Program, SegmentPlan, Step
 from ditc.program_checks import check_program, contradictions, reads_get_the_newest
 from ditc.schedule import CacheSchedule
 

@@ -17,10 +17,10 @@ from ditc.bundle import Bundle, open_bundle, seal_bundle
 from ditc.cli.main import run
 from ditc.compiler.calibrating import calibration_feeds, chosen_points, spread_points
 from ditc.diagnosis.bisecting import (
-    BisectOptions,
     Target,
     bisect_bundle,
 )
+from ditc.diagnosis.options import BisectOptions
 from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.fake import FakeEngine
 from ditc.engines.onnxrt import OnnxRuntimeBackend
@@ -234,8 +234,8 @@ def without_reference(bundles: dict[str, Bundle], tmp_path: Path) -> Path:
         ("{bare}", "has no FP reference to compare with; compile it with --reference, or copy its reference/ folder"),
         ("{good} --points 0", "--points must be at least 1, found 0"),
         ("{good} --top 0", "--top must be at least 1, found 0"),
-        ("{good} --by head", "unknown grouping 'head'; choose one of: block, branch, layer"),
-        ("{good} --mode both", "unknown mode 'both'; choose one of: only, without"),
+        ("{good} --by head", "unknown --by 'head'; choose one of: block, branch, layer"),
+        ("{good} --mode both", "unknown --mode 'both'; choose one of: only, without"),
         ("{good}/calib", "is not a bundle"),
     ],
 )

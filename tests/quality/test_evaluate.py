@@ -17,9 +17,10 @@ from ditc.cli.judging import print_evaluation
 from ditc.cli.main import run
 from ditc.compiler.options import CompileOptions
 from ditc.errors import CheckError, InputError
-from ditc.quality.evaluating import EvaluateOptions, check_not_worse, evaluate_bundle
+from ditc.quality.evaluating import check_not_worse, evaluate_bundle
 from ditc.quality.generating import fp_digest
-from ditc.runtime.running import Place
+from ditc.quality.options import EvaluateOptions
+from ditc.runtime.options import Place
 
 STEPS = 4
 K = 0.6
@@ -202,7 +203,7 @@ def test_latents_without_a_decoder_have_pairs_and_no_distribution(
         ("--batch 0", "--batch must be at least 1"),
         ("--step-images 0", "--step-images must be at least 1"),
         ("--fail-if-worse nan", "--fail-if-worse must be a number"),
-        ("--features vgg", "unknown features 'vgg'; choose one of"),
+        ("--features vgg", "unknown --features 'vgg'; choose one of"),
         ("--features digits", "take images of shape (1, 8, 8)"),
         ("--real {bad}/nowhere", "--real takes fp, digits"),
     ],

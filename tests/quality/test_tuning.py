@@ -19,9 +19,10 @@ from ditc.errors import CheckError, InputError
 from ditc.passes import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress
 from ditc.quality import tuning
-from ditc.quality.tuning import Budget, Trial, TuneOptions, pareto_front, tune_model
+from ditc.quality.options import TuneOptions
+from ditc.quality.tuning import Trial, pareto_front, tune_model
 
-OPTIONS = TuneOptions(budget=Budget(least_psnr_db=30.0), intervals=(2, 3, 4, 5, 6))
+OPTIONS = TuneOptions(least_psnr_db=30.0, intervals=(2, 3, 4, 5, 6))
 BASE = CompileOptions()
 
 
@@ -96,7 +97,7 @@ def test_windows_are_tried_at_the_shortest_interval_beyond_the_budget_only() -> 
 
 
 def test_a_budget_of_distance_asks_for_features_before_images_are_made() -> None:
-    needing = TuneOptions(budget=Budget(worse_by=0.1))
+    needing = TuneOptions(worse_by=0.1)
     assert [options.evaluation.needs_features for options in (needing, OPTIONS)] == [True, False]
 
 
@@ -245,7 +246,7 @@ def test_nothing_within_the_budget_names_the_nearest() -> None:
 
 def test_a_time_that_cannot_be_met_names_the_fastest() -> None:
     search = searched(falling)
-    search.options = TuneOptions(budget=Budget(least_psnr_db=30.0, seconds=0.01))
+    search.options = TuneOptions(least_psnr_db=30.0, seconds=0.01)
     with pytest.raises(CheckError, match=r"takes at most 0\.01 s per image; the fastest is .*window:5"):
         tuning._chosen(search)
 
@@ -258,22 +259,27 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": Budget()}, "--worse-by DISTANCE or --least-psnr DB"),
-        ({"budget": Budget(worse_by=0.1, seconds=0.0)}, "--seconds must be above 0"),
-        ({"budget": Budget(worse_by=float("nan"))}, "--worse-by must be a number, found nan"),
-        ({"budget": Budget(least_psnr_db=float("inf"))}, "--least-psnr must be a number, found inf"),
+        ({"least_psnr_db": None}, "--worse-by DISTANCE or --least-psnr DB"),
+        ({"worse_by": 0.1, "seconds": 0.0}, "--seconds must be above 0"),
+        ({"worse_by": float("nan")}, "--worse-by must be a number, found nan"),
+        ({"least_psnr_db": float("inf")}, "--least-psnr must be a number, found inf"),
         ({"intervals": (1, 2)}, "growing numbers from 2 on"),
         ({"intervals": (3, 2)}, "growing numbers from 2 on"),
-        ({"requests": 0}, "--requests must be at least 1"),
+        ({"requests": 0}, "requests must be at least 1"),
         ({"images": 3}, "--images must be at least 4"),
-        ({"features": "vgg"}, "unknown features 'vgg'"),
-        ({"real": "nowhere"}, "--real takes fp, digits, a folder of pictures or an .npz file, found 'nowhere'"),
+        ({"features": "vgg"}, "unknown --features 'vgg'"),
     ],
     ids=str,
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        OPTIONS.model_copy(update=changes).checked()
+        OPTIONS.model_copy(update=changes)
+
+
+def test_real_images_that_are_not_there_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--real takes fp, digits, .* found 'nowhere'"):
+        tune_model("digits", tmp_path / "o", CompileOptions(), OPTIONS.model_copy(update={"real": "nowhere"}))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -281,7 +287,7 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], mes
     [
         ("digits --policy fora:3", "--policy is what tune searches"),
         ("digits --real nowhere", "--real takes fp, digits"),
-        ("digits --target tpu", "unknown target 'tpu'"),
+        ("digits --target tpu", "unknown --target 'tpu'"),
         ("nowhere.pt", "nowhere.pt"),
     ],
 )
@@ -322,7 +328,7 @@ def test_a_search_on_a_real_model_writes_the_bundle_it_chose_and_goes_on_where_i
     base = quick_options.model_copy(
         update={"precision": "fp32", "batch": 1, "steps": 4, "vc_images": 2, "verify_images": 1}
     )
-    options = TuneOptions(budget=Budget(least_psnr_db=-100.0), images=4, intervals=(2,), requests=1)
+    options = TuneOptions(least_psnr_db=-100.0, images=4, intervals=(2,), requests=1)
     model, out = make_small_model(), tmp_path / "tuned"
     seen: list[Trial] = []
     stopped = tuning.bench_bundle

@@ -18,7 +18,8 @@ from ditc.exporter.onnx_files import load_graph
 from ditc.passes import program_from_schedule
 from ditc.program import CONDITION, Program
 from ditc.quality.branch_probe import condition_tables, open_branch_probe
-from ditc.quality.veto import VetoOptions, reuse_sources, veto_of
+from ditc.quality.options import VetoOptions
+from ditc.quality.veto import reuse_sources, veto_of
 from ditc.quantize.segment_outputs import branch_outputs
 from ditc.runtime.closeness import relative_error
 from ditc.schedule import CacheSchedule
@@ -132,8 +133,8 @@ def test_evaluate_reports_every_cell_and_prints_a_line_a_branch(
     [
         ("fp32-cached", {}, "is fp32, the veto needs w8a8: nothing in it is quantized, so there is no noise"),
         ("cached", {"lag": STEPS}, "a reuse 6 steps behind needs more than 6 steps, found 6"),
-        ("cached", {"lag": 0}, "a reuse lags at least 1 step behind, found 0"),
-        ("cached", {"images": 0}, "the veto needs at least 1 image, found 0"),
+        ("cached", {"lag": 0}, "lag must be at least 1, found 0"),
+        ("cached", {"images": 0}, "images must be at least 1, found 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

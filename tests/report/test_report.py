@@ -6,7 +6,6 @@ import base64
 import json
 import re
 import shutil
-from dataclasses import replace
 from html import unescape
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +24,8 @@ from ditc.errors import CheckError, InputError
 from ditc.precision import PRECISIONS, quantized
 from ditc.quantize.scale_table import ScaleTable
 from ditc.report.facts import Activations, Calibration, Drift, Fidelity, Pictures, Report, Skipped, Speed
-from ditc.report.gathering import ReportOptions, check_report, default_page, report_bundle
+from ditc.report.gathering import check_report, default_page, report_bundle
+from ditc.report.options import ReportOptions
 from ditc.report.page import page_from_report, program_sentence
 from ditc.report.samples import gain_for
 from ditc.report.tables import segment_bytes
@@ -50,7 +50,7 @@ def changed_settings(manifest: Manifest, **changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def cached(bundles: dict[str, Bundle]) -> Report:
     """Everything measured: INT8, a cache, compensation."""
-    return report_bundle(bundles["cached"].path, replace(QUICK, against=("onnxruntime-f32",)))
+    return report_bundle(bundles["cached"].path, QUICK.model_copy(update={"against": ("onnxruntime-f32",)}))
 
 
 @pytest.fixture(scope="module")
@@ -258,14 +258,14 @@ def test_a_bundle_for_another_target_says_what_could_not_be_measured(
     assert "Latency of each step" not in text
     assert "median ms" not in text
     with pytest.raises(InputError, match="--fail-if-slower needs latencies, and the bundle is for cuda"):
-        report_bundle(path, replace(QUICK, against=("torch-f32",), fail_if_slower=1.0))
+        report_bundle(path, QUICK.model_copy(update={"against": ("torch-f32",), "fail_if_slower": 1.0}))
 
 
 def test_without_the_reference_there_are_images_and_nothing_to_compare_with(
     bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:
     shutil.copytree(bundles["cached"].path, tmp_path / "b", ignore=shutil.ignore_patterns("reference", "calib"))
-    found = report_bundle(tmp_path / "b", replace(QUICK, against=None))
+    found = report_bundle(tmp_path / "b", QUICK.model_copy(update={"against": None}))
     assert isinstance(found.pictures, Pictures)
     assert found.pictures.pictures[0].exact is None
     assert all(
@@ -328,7 +328,7 @@ def test_the_gates_are_those_of_evaluate_and_bench(cached: Report) -> None:
     gated = ReportOptions(against=("onnxruntime-f32",), fail_if_slower=1e6)
     with pytest.raises(CheckError, match=r"of onnxruntime-f32 takes .* expected at least 1e\+06x"):
         check_report(cached, gated)
-    check_report(cached, replace(gated, fail_if_slower=1e-6))
+    check_report(cached, gated.model_copy(update={"fail_if_slower": 1e-6}))
     difference = {"frechet_distance": {"value": 0.5, "low": 0.1, "high": 0.9}}
     evaluated = cached.model_copy(update={"evaluation": {"distribution": {"difference": difference}}})
     with pytest.raises(CheckError, match=r"interval 0\.1 to 0\.9, all above 0\.05"):
@@ -347,7 +347,7 @@ def test_a_gate_asks_for_what_it_needs() -> None:
     ("more", "message"),
     [
         ("--images 0", "--images must be at least 1"),
-        ("--seed -1", "--seed must not be negative"),
+        ("--seed -1", "--seed must be at least 0, found -1"),
         ("--requests 0", "--requests must be at least 1"),
         ("--against fastest", "unknown peer 'fastest'"),
         ("--fail-if-slower 1", "--fail-if-slower is about peers; name some with --against"),
@@ -357,7 +357,7 @@ def test_a_gate_asks_for_what_it_needs() -> None:
         ("--evaluate-seeds a", "--evaluate-seeds must be whole numbers"),
         ("-o {bundle}/r.html", "lies inside the bundle, which is sealed"),
         ("-o {bad}/r.pdf", "--out must end in .html"),
-        ("--target warp", "unknown target 'warp'"),
+        ("--target warp", "unknown --target 'warp'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -10,7 +10,7 @@ from ditc.bundle import Bundle
 from ditc.cli.main import run
 from ditc.engines.memory_needs import footprints
 from ditc.footprint import Footprint
-from ditc.speed.estimating import DEVICES, MEASURED, Rates, segment_seconds
+from ditc.speed.estimating import DEVICES, MEASURED, Rates, estimate_bundle, segment_seconds
 
 UNIT = Rates(
     name="unit", int8_operations=100, float_operations=10, bandwidth=1, memory_bytes=1, source="made up", float_bytes=2
@@ -42,13 +42,11 @@ def test_floats_are_as_wide_as_the_device_has_them(
     bundle: str,
     factor: int,
     bundles: dict[str, Bundle],
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a quantized bundle the form with two-byte floats was counted, and a CPU has four; else there is one form."""
     monkeypatch.setitem(DEVICES, "cpu", UNIT.model_copy(update={"float_bytes": 4}))
-    assert run(["estimate", str(bundles[bundle].path), "--device", "cpu", "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)["segments"]["full"]
+    row = estimate_bundle(bundles[bundle].path, "cpu")["segments"]["full"]
     assert row["moved_bytes"] == factor * footprints(bundles[bundle])["full"].moved_bytes
 
 
@@ -81,4 +79,4 @@ def test_linear_layers_are_counted_by_hand(bundles: dict[str, Bundle], capsys: p
 
 def test_an_unknown_device_is_named(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["estimate", str(bundles["cached"].path), "--device", "a100"]) == 2
-    assert "unknown device 'a100'; choose one of: agx-orin, h100, h200, here, l4, orin-nx" in capsys.readouterr().err
+    assert "unknown --device 'a100'; choose one of: agx-orin, h100, h200, here, l4, orin-nx" in capsys.readouterr().err

@@ -24,9 +24,8 @@ from ditc.exporter.models import builtin_digits, random_dit
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.pipeline import load
 from ditc.speed import onnx_peers, side_by_side
-from ditc.speed.bench_options import ModelChoice
 from ditc.speed.peer import Peer
-from ditc.speed.peer_match import Match, match_of
+from ditc.speed.peer_match import Match, ModelChoice, match_of
 from ditc.speed.peers import PEERS, ReadyPeer, ready_peer
 from ditc.speed.side_by_side import bundle_turn, check_not_slower, peer_turn, take_turns
 

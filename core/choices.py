@@ -1,0 +1,101 @@
+"""The names that a user may choose from, each list once: tables elsewhere have a row for every one of them.
+
+They stand here, away from what they name, so that a command line and its help load nothing heavy. That no row is
+missing and none is left over is a test (`tests/core/test_choices.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+__all__ = [
+    "AUTO",
+    "AutoCaches",
+    "AutoReuse",
+    "BetaSchedule",
+    "BisectMode",
+    "BisectTarget",
+    "Caches",
+    "Calibration",
+    "Calibrator",
+    "Compensation",
+    "Device",
+    "Estimator",
+    "Features",
+    "GraphScope",
+    "Grouping",
+    "Midpoint",
+    "Peer",
+    "PoolSteps",
+    "Precision",
+    "Prediction",
+    "PublishedDevice",
+    "RangeMethod",
+    "Reuse",
+    "SamplerName",
+    "ScaleBinding",
+    "Selector",
+    "Smoothing",
+    "Spacing",
+    "Target",
+    "Transform",
+    "Variance",
+    "names_of",
+]
+
+AUTO = "auto"  # for a setting that is decided when the model and the schedule are known
+
+# of a model and its sampler
+Prediction = Literal["epsilon", "v", "sample"]
+BetaSchedule = Literal["linear", "scaled-linear", "squared-cosine"]
+SamplerName = Literal["ddim", "ddpm"]
+Spacing = Literal["linspace", "leading", "trailing"]
+Variance = Literal["learned", "fixed-small", "fixed-large"]
+
+# of a cache
+Caches = Literal["branches", "sums"]
+AutoCaches = Literal["auto", Caches]
+Reuse = Literal["hold", "affine", "variance", "taylor"]
+AutoReuse = Literal["auto", Reuse]
+Estimator = Literal["std", "lsq", "paper"]
+Compensation = Literal["auto", "none", Estimator]
+
+# of quantization and its calibration
+Precision = Literal["fp32", "fp16", "w8a8", "w7a8", "w4a8", "w8a6"]
+RangeMethod = Literal["max", "percentile", "mse", "entropy"]
+ScaleBinding = Literal["static", "per-step", "dynamic"]
+Midpoint = Literal["zero", "bounded"]
+Transform = Literal["smooth", "balance"]
+Smoothing = Literal["auto", "none", Transform]
+Selector = Literal["tap", "random", "uniform-time", "kmeans", "tap-activations"]
+PoolSteps = Literal["computed", "all", "uncached"]
+
+# of where a bundle runs, and is built
+Target = Literal["cpu", "openvino", "openvino-bf16", "cuda", "tensorrt", "ort-tensorrt"]
+GraphScope = Literal["trajectory", "step", "none"]
+Calibrator = Literal["entropy", "minmax"]
+Calibration = Literal["explicit", Calibrator]
+
+# of what is measured
+Features = Literal["digits", "pixels", "inception"]
+Peer = Literal[
+    "torch-f32",
+    "torch-bf16",
+    "torch-compile",
+    "cache-dit",
+    "onnxruntime-f32",
+    "onnxruntime-quant",
+    "openvino-f32",
+    "openvino-bf16",
+    "openvino-int8",
+]
+PublishedDevice = Literal["orin-nx", "agx-orin", "l4", "h100", "h200"]
+Device = Literal["here", PublishedDevice]
+Grouping = Literal["layer", "branch", "block"]
+BisectMode = Literal["only", "without"]
+BisectTarget = Literal["cpu", "tensorrt"]
+
+
+def names_of(choice: Any) -> tuple[str, ...]:
+    """Return the names of one of the lists above, in their order."""
+    return get_args(choice)

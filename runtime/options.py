@@ -1,0 +1,74 @@
+"""The settings of running a bundle: where, and what for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from ditc.choices import GraphScope, Target
+from ditc.settings import Option, Settings
+
+if TYPE_CHECKING:
+    from ditc.runtime.pipeline import Pipeline
+
+__all__ = ["HERE", "PLACE", "Place", "RunOptions", "VerifyOptions"]
+
+PLACE = "Where it runs"  # the heading of these options
+
+
+class Place(Settings):
+    """Where and how a bundle runs: target, folder of engines, how much one CUDA graph holds; and on a processor how
+    many threads an engine call has and how many images walk together.
+    """
+
+    target: Annotated[Target | None, Option("Where to run; default is the one it was compiled for.", group=PLACE)] = (
+        None
+    )
+    engines: Annotated[Path | None, Option("Folder of built engines; default is the bundle's own.", group=PLACE)] = None
+    graphs: Annotated[GraphScope, Option("How much one CUDA graph holds.", group=PLACE)] = "trajectory"
+    threads: Annotated[
+        int | None,
+        Field(ge=1),
+        Option(
+            "Threads of one engine call on a CPU; default every core that the process may use.",
+            group=PLACE,
+            advice="leave it out for every core",
+        ),
+    ] = None
+    batch: Annotated[
+        int | None,
+        Field(ge=1),
+        Option(
+            "Images that walk together on a CPU; default what fits a buffer of 256 MiB.",
+            group=PLACE,
+            advice="leave it out for what fits a small buffer",
+        ),
+    ] = None
+
+    def load(self, bundle: Path, *, reference: bool = False, compensation: bool = True) -> Pipeline:
+        """Open a bundle here; see `runtime.pipeline.load`."""
+        from ditc.runtime.pipeline import load
+
+        return load(bundle, reference=reference, compensation=compensation, **self.__dict__)
+
+
+HERE = Place()
+
+
+class RunOptions(Settings):
+    """The settings of `ditc run`: an image for each of `labels`, which draw their noise from `seed`."""
+
+    labels: Annotated[tuple[int, ...], Option("Classes, one image each: 207,360.")]
+    seed: Annotated[int, Field(ge=0), Option("Seed of the noise.", advice="set --seed 0 or more")] = 0
+
+
+class VerifyOptions(Settings):
+    """The settings of `ditc verify`: how many images are compared, and the mean PSNR in dB that they have to reach."""
+
+    images: Annotated[int, Field(ge=1), Option("Images to compare.")] = 8
+    seed: Annotated[int, Field(ge=0), Option("Seed of the noise.", advice="set --seed 0 or more")] = 1
+    min_psnr: Annotated[
+        float | None, Field(allow_inf_nan=False), Option("Fail (exit code 1) below this mean PSNR in dB.")
+    ] = None

@@ -1,0 +1,89 @@
+"""The settings of `ditc bench` and `ditc estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from ditc.choices import Device, Peer, names_of
+from ditc.errors import InputError, unknown_name
+from ditc.settings import Option, Settings
+
+__all__ = ["ALL", "BenchOptions", "EstimateOptions", "peer_names"]
+
+ALL = "all"
+PEERS = "Peers"
+
+
+def peer_names(given: Any) -> tuple[str, ...]:
+    """Return the peers that were asked for, each once, in the order of their table; an item may be a comma list.
+
+    Raises InputError for one that there is not.
+    """
+    names = {part.strip() for item in given for part in item.split(",")}
+    known = names_of(Peer)
+    if unknown := sorted(names - {ALL, *known}):
+        raise unknown_name("peer", unknown[0], (ALL, *known))
+    return tuple(name for name in known if name in names or ALL in names)
+
+
+class BenchOptions(Settings):
+    """What is measured: `requests` full batches after `warmup` others, as many turns of each peer in `against`.
+
+    `model` is the torch model that a user names, as `compile` takes it; without one, what the manifest tells. A median
+    request above `max_seconds`, or a peer whose whole run takes less than `fail_if_slower` times the bundle's, is a
+    failure.
+    """
+
+    requests: Annotated[int, Field(ge=1), Option("Full batches to measure.")] = 10
+    warmup: Annotated[int, Field(ge=0), Option("Full batches before those.")] = 2
+    trace: Annotated[Path | None, Option("Folder for layers_*.json and profile_*.json.")] = None
+    max_seconds: Annotated[
+        float | None, Field(gt=0), Option("Fail (exit code 1) where the median request takes longer.")
+    ] = None
+    roofline: Annotated[bool, Option("Measure this machine's ceilings, and hold every segment to them.")] = False
+    against: Annotated[
+        tuple[Peer, ...],
+        Option(
+            "Peers to measure in turn with the bundle; may be given again.",
+            metavar="PEER,...|all",
+            group=PEERS,
+            several=True,
+        ),
+    ] = ()
+    model: Annotated[
+        str | None,
+        Option("The model it was compiled from, for peers in torch; digits and random sizes are known.", group=PEERS),
+    ] = None
+    heads: Annotated[
+        int | None, Field(ge=1), Option("Attention heads of --model, where its width does not tell.", group=PEERS)
+    ] = None
+    fail_if_slower: Annotated[
+        float | None,
+        Field(gt=0, allow_inf_nan=False),
+        Option(
+            "Fail (exit code 1) where a peer's whole run takes less than RATIO times the bundle's.",
+            metavar="RATIO",
+            group=PEERS,
+            advice="1 asks for no slower",
+        ),
+    ] = None
+
+    _names = field_validator("against", mode="before")(peer_names)
+
+    @model_validator(mode="after")
+    def _about_something(self) -> BenchOptions:
+        for option, given in (("--fail-if-slower", self.fail_if_slower), ("--model", self.model)):
+            if given is not None and not self.against:
+                raise InputError(f"{option} is about peers; name some with --against")
+        if self.heads is not None and self.model is None:
+            raise InputError("--heads is about the checkpoint of --model; name that too")
+        return self
+
+
+class EstimateOptions(Settings):
+    """Where a bundle would run: a device with published rates, or "here", whose rates are measured."""
+
+    device: Annotated[Device, Option("Where the bundle would run.")] = "here"

@@ -1,0 +1,61 @@
+"""Every name that a user may choose has a row in the table that it stands for, and no row is without a name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytest
+
+from ditc import choices
+from ditc.calib_data.selection import SELECTORS
+from ditc.choices import names_of
+from ditc.diagnosis.bisecting import MODES
+from ditc.engines.calibrator import CALIBRATORS
+from ditc.engines.targets import TARGETS
+from ditc.passes import FOLDING
+from ditc.precision import PRECISIONS
+from ditc.quality.features import FEATURES
+from ditc.quantize.layer_groups import GROUPINGS
+from ditc.quantize.midpoints import MIDPOINTS
+from ditc.quantize.ranges import RANGES
+from ditc.quantize.scale_binding import BINDINGS
+from ditc.quantize.transforms import TRANSFORMS
+from ditc.runtime.compensation import ESTIMATORS
+from ditc.runtime.device_executor import GRAPHS
+from ditc.schedule import APPROXIMATORS
+from ditc.speed.estimating import DEVICES, HERE
+from ditc.speed.peers import PEERS
+
+TABLES: dict[str, Collection[str]] = {
+    "AutoCaches": ("auto", *FOLDING),
+    "AutoReuse": ("auto", *APPROXIMATORS),
+    "BisectMode": MODES,
+    "Caches": FOLDING,
+    "Calibration": ("explicit", *CALIBRATORS),
+    "Calibrator": CALIBRATORS,
+    "Compensation": ("auto", "none", *ESTIMATORS),
+    "Device": (HERE, *DEVICES),
+    "Estimator": ESTIMATORS,
+    "Features": FEATURES,
+    "GraphScope": GRAPHS,
+    "Grouping": GROUPINGS,
+    "Midpoint": MIDPOINTS,
+    "Peer": PEERS,
+    "Precision": PRECISIONS,
+    "PublishedDevice": DEVICES,
+    "RangeMethod": RANGES,
+    "Reuse": APPROXIMATORS,
+    "ScaleBinding": BINDINGS,
+    "Selector": SELECTORS,
+    "Smoothing": ("auto", "none", *TRANSFORMS),
+    "Target": TARGETS,
+    "Transform": TRANSFORMS,
+}
+# those without a table are read where they are declared: fields of a spec, and settings with two or three ways
+TYPES = {"BetaSchedule", "BisectTarget", "PoolSteps", "Prediction", "SamplerName", "Spacing", "Variance"}
+CHOICES = set(choices.__all__) - {"AUTO", "names_of"}
+
+
+@pytest.mark.parametrize("name", sorted(CHOICES - TYPES))
+def test_the_names_are_those_of_the_table(name: str) -> None:
+    assert sorted(names_of(getattr(choices, name))) == sorted(TABLES[name])
