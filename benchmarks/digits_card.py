@@ -33,7 +33,7 @@ def sample(sampler: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray,
     model = builtin_digits()
     spec = model.sampler.model_copy(update={"name": sampler})
     table = sampler_table(model.diffusion, spec, 50)
-    labels = np.arange(count) % 10
+    labels = np.array(model.spec.labels_in_turn(0, count))
     parts, start = [], time.perf_counter()
     for first in range(0, count, BATCH):
         noise, fresh = seeded_noise(seed, first, BATCH, model.spec.latent_shape)

@@ -19,6 +19,7 @@ from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.files import atomic_write
 from ditc.program import AHEAD, CONDITION, DECODE, FULL, REUSE_ROWS
 from ditc.runtime.approximation import Moments, Rows, fitted_rows
+from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import Executor, Samples
 from ditc.runtime.pipeline import open_engines
 from ditc.tables import step_inputs
@@ -90,12 +91,9 @@ class _Target:
     def sums(self, step: int, x: Samples, part: range) -> NDArray[np.float32]:
         """(rows, *branch_shape) for samples (images, ...) that are images `part` of the plan's."""
         labels = self.plan.labels(part.stop)[part.start :]
-        every = [*labels, *[self.plan.guidance_label] * len(labels)] if self.plan.halves == 2 else labels
-        names = [port.name for port in self.condition.get_outputs()]
-        t = self.plan.table["t"][step : step + 1].astype(np.float32)
-        found = self.condition.run(names, {"t": t, "y": np.array(every, np.int64)})
-        tables = dict(zip(names, found, strict=True))
-        feeds = {"x": np.concatenate([x] * self.plan.halves), **{name: table[0] for name, table in tables.items()}}
+        guidance, t = self.plan.guidance, self.plan.table["t"][step : step + 1]
+        tables = condition_tables(self.condition, t, guidance.labels(labels))
+        feeds = {"x": guidance.rows(x), **{name: table[0] for name, table in tables.items()}}
         for name, table in tables.items():  # the next step's gates are this step's
             feeds[f"{AHEAD}.{name}"] = np.repeat(table, self.plan.program.segment(FULL).ahead, axis=0)
         taken = {port.name: feeds[port.name] for port in self.full.get_inputs()}

@@ -26,6 +26,7 @@ from ditc.compiler.observing import (
 from ditc.compiler.plan import Plan, Segments
 from ditc.errors import BundleError, InputError
 from ditc.files import sha256_of
+from ditc.guidance import row_labels
 from ditc.precision import INT8, levels_of
 from ditc.program import CONDITION, FULL
 from ditc.quantize.midpoints import lower_bounds
@@ -41,6 +42,7 @@ from ditc.quantize.scales import (
     scale_table,
     uncalibrated_scale_table,
 )
+from ditc.runtime.conditioning import condition_tables
 
 __all__ = [
     "OBSERVED",
@@ -113,18 +115,14 @@ def calibration_feeds(
     `condition` is the ONNX Runtime session of that segment. With a `null_label` every point has two rows, those of
     both guidance halves; None is a model that runs without guidance.
     """
-    names = [port.name for port in condition.get_outputs()]
     for step in np.unique(calib.step):
         at_step = np.flatnonzero(calib.step == step)
         for start in range(0, len(at_step), points_at_once):
             part = at_step[start : start + points_at_once]
-            halves = [calib.label[part]]
-            if null_label is not None:
-                halves.append(np.full(len(part), null_label))
-            t = np.array([calib.t[part[0]]], np.float32)
-            tables = condition.run(names, {"t": t, "y": np.concatenate(halves).astype(np.int64)})
-            x = np.concatenate([calib.x[part]] * len(halves))
-            yield {"x": x, **{name: table[0] for name, table in zip(names, tables, strict=True)}}
+            labels = row_labels(calib.label[part], null_label)
+            tables = condition_tables(condition, calib.t[part[:1]], labels)
+            x = np.concatenate([calib.x[part]] * (len(labels) // len(part)))
+            yield {"x": x, **{name: table[0] for name, table in tables.items()}}
 
 
 def watched(plan: Plan, feeds: Iterable[dict[str, Any]], done: int, points: int) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,7 @@ from ditc.progress import Progress, silent
 from ditc.runtime.approximation import FITS
 from ditc.runtime.compensation import TableCompensation
 from ditc.spec import ModelSpec
+from ditc.tables import sampler_tables
 
 __all__ = ["check_places", "compile_model"]
 
@@ -296,8 +297,7 @@ def _assemble(done: _Compile, segments: Segments, compiled: Segments, target: Pa
         if stage in done.folders:
             (target / "calib").mkdir(exist_ok=True)
             shutil.copyfile(done.folders[stage] / name, target / "calib" / name)
-    sampler = {f"sampler.{name}": column for name, column in plan.table.items()}
-    write_tables(target / TABLES, sampler | done.tables)
+    write_tables(target / TABLES, sampler_tables(plan.table) | done.tables)
     # of the files as they are deployed: a GPU's form shares the portable one's weights file, and opens beside it only
     fingerprint(plan, {path.stem: target / "segments" / path.name for path in compiled.values()}, done.tables, target)
     seal_bundle(target, _manifest(done))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ditc.calibset import CalibSet
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
+from ditc.guidance import Guidance
 from ditc.program import REUSE_ROWS, Program
 from ditc.progress import Progress
 from ditc.quantize.scale_binding import BINDINGS, Groups
@@ -44,13 +45,18 @@ class Plan:
     threads: int = 0
 
     @property
+    def guidance(self) -> Guidance:
+        return Guidance.of(self.spec, self.options.cfg)
+
+    @property
     def halves(self) -> int:
-        return 1 if self.options.cfg == 1 else 2
+        """Network rows of an image."""
+        return self.guidance.halves
 
     @property
     def guidance_label(self) -> int | None:
         """The label of the unconditional half; None without guidance."""
-        return self.spec.null_label if self.halves == 2 else None
+        return self.guidance.null_label
 
     @property
     def backend(self) -> OnnxRuntimeBackend:

@@ -22,6 +22,7 @@ from ditc.engines.backend import Backend, lowered_path, runnable_path
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
 from ditc.errors import CheckError
 from ditc.files import atomic_write
+from ditc.guidance import row_labels
 from ditc.host_memory import return_free_memory
 from ditc.lowering.backend_forms import lower
 from ditc.lowering.half_storage import half_storage
@@ -33,6 +34,7 @@ from ditc.quantize.linears import linear_count
 from ditc.quantize.qdq import insert_qdq
 from ditc.runtime.closeness import relative_error, trajectory_comparison
 from ditc.runtime.compensation import TableCompensation, fit_closed_loop
+from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
 from ditc.runtime.pipeline import open_engines
 from ditc.tables import step_inputs
@@ -217,12 +219,9 @@ def store_condition(plan: Plan, segment: Path, path: Path) -> None:
     if not half_storage(model):
         return
     save_graph(model, path)
-    feeds = {
-        "t": plan.table["t"].astype(np.float32),
-        "y": np.array(plan.labels(LABELS_COMPARED), np.int64),
-    }
-    exact, found = (plan.backend.session(file).run(None, feeds) for file in (segment, path))
-    error = max(relative_error(f, e) for f, e in zip(found, exact, strict=True))
+    labels = row_labels(plan.labels(LABELS_COMPARED), None)
+    exact, found = (condition_tables(plan.backend.session(file), plan.table["t"], labels) for file in (segment, path))
+    error = max(relative_error(found[name], table) for name, table in exact.items())
     _write_json(path.with_name("storage.json"), {CONDITION: {"relative_error": error}})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import JsonValue
 
+from ditc.guidance import halves_of
 from ditc.program import Program
 from ditc.spec import ModelSpec, Record
 
@@ -43,7 +44,7 @@ class Manifest(Record):
     @property
     def halves(self) -> int:
         """Network rows per image: 2 with guidance (conditional, unconditional), else 1."""
-        return 1 if self.guidance == 1 else 2
+        return halves_of(self.guidance)
 
     def size_bytes(self, *, reference: bool) -> int:
         """Bytes of the deployed files, or of the reference files that only `verify` needs."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ditc.manifest import REFERENCE, SEGMENTS, Manifest
 from ditc.onnx_ports import Ports, Shape
-from ditc.program import AHEAD, CONDITION, DECODE, REUSE_ROWS, UPDATE, SegmentPlan
+from ditc.program import AHEAD, CONDITION, DECODE, LABELS, REUSE_ROWS, TIMESTEPS, UPDATE, SegmentPlan
 from ditc.tables import SAMPLER, STEP_INPUTS, Tables
 
 __all__ = ["port_contradictions"]
@@ -60,7 +60,7 @@ def _unlisted(manifest: Manifest, folder: str, found: Ports) -> Iterator[str]:
 
 
 def _condition(graphs: Graphs, found: Ports) -> Iterator[str]:
-    yield from _differences("takes", found.inputs, {"t": ("steps",), "y": ("batch",)})
+    yield from _differences("takes", found.inputs, {TIMESTEPS: ("steps",), LABELS: ("batch",)})
     for name, shape in found.outputs.items():
         if shape[1:2] != ("batch",):
             yield f"it returns {name!r} of shape {_shown(shape)}, expected a row for each step and label"

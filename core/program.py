@@ -22,9 +22,11 @@ __all__ = [
     "EXTRAPOLATE",
     "FLOAT",
     "FULL",
+    "LABELS",
     "PATH_KEY",
     "REUSE",
     "REUSE_ROWS",
+    "TIMESTEPS",
     "UPDATE",
     "Program",
     "SegmentPlan",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 CONDITION, DECODE = "condition", "decode"
+TIMESTEPS, LABELS = "t", "y"  # what CONDITION takes: float32 (steps,), and int64 (rows,), the class of each row
 UPDATE = "update"  # guidance, sampler and compensation of a step, for devices
 FULL, REUSE, EXTRAPOLATE = "full", "reuse", "extrapolate"
 FLOAT = "float"  # `full` as it was before its linear layers became INT8

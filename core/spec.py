@@ -107,6 +107,10 @@ class ModelSpec(Record):
         """(channels, height, width) of one sample."""
         return self.in_channels, self.height, self.width
 
+    def labels_in_turn(self, first: int, count: int) -> list[int]:
+        """Return the classes of images `first` to `first + count`, where the classes take turns."""
+        return [number % self.num_classes for number in range(first, first + count)]
+
     def check_labels(self, labels: tuple[int, ...]) -> None:
         """Raise InputError unless every label is a class of this model."""
         if not labels:

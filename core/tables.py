@@ -26,6 +26,8 @@ __all__ = [
     "STEP_INPUTS",
     "Tables",
     "read_tables",
+    "sampler_columns",
+    "sampler_tables",
     "step_inputs",
     "write_tables",
 ]
@@ -66,6 +68,16 @@ def read_tables(path: Path) -> dict[str, NDArray[Any]]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def sampler_columns(tables: Tables) -> dict[str, NDArray[np.float64]]:
+    """Return what of a bundle's tables is the sampler's: name of the column -> (steps,)."""
+    return {name.removeprefix(SAMPLER): table for name, table in tables.items() if name.startswith(SAMPLER)}
+
+
+def sampler_tables(columns: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """Return the sampler's columns under the names that they have among a bundle's tables."""
+    return {f"{SAMPLER}{name}": column for name, column in columns.items()}
 
 
 def step_inputs(tables: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:

@@ -29,6 +29,7 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, InputError, unknown_name
 from ditc.exporter.onnx_files import data_path, load_graph, save_derived
 from ditc.files import digest_of, writing
+from ditc.guidance import Guidance
 from ditc.lowering.backend_forms import lower
 from ditc.precision import quantized
 from ditc.program import CONDITION
@@ -216,10 +217,11 @@ def check_can_be_bisected(bundle: Bundle) -> None:
 @contextmanager
 def _bench(bundle: Bundle, points: int, target: Target) -> Iterator[_Bench]:
     """The FP segment copied to a folder that lives as long as the block, and the inputs of the chosen points."""
-    spec, guided = bundle.manifest.model, bundle.manifest.guidance != 1
+    spec = bundle.manifest.model
+    null_label = Guidance.of(spec, bundle.manifest.guidance).null_label
     table, calib = scales_of(bundle), chosen_points(bundle, points)
     condition = OnnxRuntimeBackend().session(runnable_path(bundle.segment_path(CONDITION), "onnxrt"))
-    feeds = list(calibration_feeds(condition, calib, spec.null_label if guided else None, points_at_once=1))
+    feeds = list(calibration_feeds(condition, calib, null_label, points_at_once=1))
     for name, rows in step_inputs(bundle.tables()).items():
         feeds = [feed | {name: rows[step]} for feed, step in zip(feeds, calib.step, strict=True)]
     with TemporaryDirectory(prefix="ditc-bisect-") as folder:

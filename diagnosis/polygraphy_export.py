@@ -21,8 +21,9 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.errors import InputError
 from ditc.files import atomic_folder
-from ditc.program import CONDITION, REUSE_ROWS, Program
-from ditc.runtime.guidance import GuidedRun
+from ditc.guidance import Guidance
+from ditc.program import CONDITION, LABELS, REUSE_ROWS, TIMESTEPS, Program
+from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.pipeline import Pipeline
 from ditc.tables import step_inputs
 
@@ -89,7 +90,7 @@ def recorded_runs(bundle: Bundle, points: int) -> dict[str, list[RecordedRun]]:
     """What the engine of every segment was bound to at `points` of its calls, along one request of the bundle."""
     manifest = bundle.manifest
     backend = RecordingBackend(OnnxRuntimeBackend(), recorded_calls(manifest.program, points))
-    labels = [number % manifest.model.num_classes for number in range(manifest.batch)]
+    labels = manifest.model.labels_in_turn(0, manifest.batch)
     with Pipeline(bundle, backend=backend) as pipe:
         for _ in pipe.generate(labels):
             pass
@@ -101,11 +102,10 @@ def with_every_row(bundle: Bundle, labels: list[int], run: RecordedRun) -> Recor
 
     On the CPU it was given each label once.
     """
-    from ditc.quality.branch_probe import condition_tables
-
-    rows = GuidedRun.of(bundle).labels(labels)
-    tables = condition_tables(bundle.segment_path(CONDITION), run.inputs["t"], rows)
-    return RecordedRun(run.call, {**run.inputs, "y": rows}, tables)
+    rows = Guidance.of(bundle.manifest.model, bundle.manifest.guidance).labels(labels)
+    session = OnnxRuntimeBackend().session(bundle.segment_path(CONDITION))
+    tables = condition_tables(session, run.inputs[TIMESTEPS], rows)
+    return RecordedRun(run.call, {**run.inputs, LABELS: rows}, tables)
 
 
 def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> SegmentFacts:

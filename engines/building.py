@@ -38,6 +38,7 @@ from ditc.engines.trt_runtime import calibration_cache, wanted_key
 from ditc.engines.trt_worker import PLAN, TIMINGS, BuildRequest, MachineDescription
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, locked, writing
+from ditc.guidance import Guidance
 from ditc.openable import check_utf8
 from ditc.program import CONDITION, UPDATE
 from ditc.progress import Progress
@@ -219,7 +220,7 @@ class _BuildRun:
             points=(bundle.path / CALIBRATION_SET).absolute(),
             condition_plan=store.plan_path(condition).absolute(),
             condition_sha256=store.record(condition).sha256,
-            null_label=bundle.manifest.model.null_label if bundle.manifest.halves == 2 else None,
+            null_label=Guidance.of(bundle.manifest.model, bundle.manifest.guidance).null_label,
             ahead=bundle.manifest.program.segment(key.segment).ahead,
             cache=calibration_cache(store, bundle, key.segment, method).absolute(),
         )

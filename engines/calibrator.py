@@ -24,7 +24,8 @@ from ditc.engines.trt import open_runtime
 from ditc.engines.trt_runtime import TensorRTEngine, calibration_cache, share_scratch
 from ditc.errors import DitcError, InputError
 from ditc.files import atomic_write
-from ditc.program import AHEAD, CONDITION
+from ditc.guidance import row_labels
+from ditc.program import AHEAD, CONDITION, LABELS, TIMESTEPS
 from ditc.spec import Record
 
 __all__ = [
@@ -131,24 +132,22 @@ def calibration_batches(
 
     Points of one step share a batch; the last of a step is filled up by repeating. `rows` counts guidance halves.
     """
-    halves = 1 if request.null_label is None else 2
+    halves = len(row_labels([0], request.null_label))
     images = rows // halves
-    t = device.empty(condition.inputs["t"].fixed_shape, condition.inputs["t"].dtype)
+    t = device.empty(condition.inputs[TIMESTEPS].fixed_shape, condition.inputs[TIMESTEPS].dtype)
     y = device.empty((rows,), "int64")
     tables = {name: device.empty(port.fixed_shape, port.dtype) for name, port in condition.outputs.items()}
     row = {name: device.empty(table.shape[1:], table.dtype) for name, table in tables.items()}
     later = {f"{AHEAD}.{name}": table.rows(0, request.ahead) for name, table in tables.items() if request.ahead}
     x = device.empty((rows, *points.x.shape[1:]), "float32")
-    for name, tensor in (("t", t), ("y", y), *tables.items()):
+    for name, tensor in ((TIMESTEPS, t), (LABELS, y), *tables.items()):
         condition.bind(name, tensor)
     for step in np.unique(points.step):
         at_step = np.flatnonzero(points.step == step)
         device.upload(np.full(t.shape, points.t[at_step[0]], np.float32), t)
         for start in range(0, len(at_step), images):
             part = np.resize(at_step[start : start + images], images)
-            labels = points.label[part]
-            nulls = [] if request.null_label is None else [np.full(images, request.null_label)]
-            device.upload(np.concatenate([labels, *nulls]).astype(np.int64), y)
+            device.upload(row_labels(points.label[part], request.null_label), y)
             device.upload(np.concatenate([points.x[part]] * halves), x)
             condition.enqueue()
             for name, table in tables.items():

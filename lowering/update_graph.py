@@ -1,7 +1,8 @@
 """The graph of the `update` segment: guidance, the sampler's update and the compensation of one step.
 
-On a GPU this keeps the sample on the device between steps. It is the arithmetic of `runtime.samplers.update` and
-`runtime.compensation` in the same order, FP32; the coefficients of a step are an input, one row of a table.
+On a GPU this keeps the sample on the device between steps. It is the arithmetic of `Guidance.combine`, of
+`runtime.samplers.update` and of `runtime.compensation` in the same order, FP32; the coefficients of a step are an
+input, one row of a table.
 
     inputs   x    (rows, channels, height, width)      the sample, once per guidance half
              out  (rows, out_channels, height, width)  what the network returned
@@ -20,6 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
+from ditc.guidance import Guidance
 from ditc.program import UPDATE
 from ditc.spec import ModelSpec
 from ditc.update_form import COLUMNS, UpdateForm
@@ -70,8 +72,8 @@ def _input(name: str, shape: list[int | str]) -> ir.Value:
 
 def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
     """The segment for a batch of `images`."""
-    channels = spec.in_channels
-    halves = 1 if form.guidance == 1 else 2
+    guidance = Guidance.of(spec, form.guidance)
+    channels, halves = spec.in_channels, guidance.halves
     plane: list[int | str] = [spec.height, spec.width]
     x = _input("x", [images * halves, channels, *plane])
     out = _input("out", [images * halves, spec.out_channels, *plane])
@@ -81,7 +83,7 @@ def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
     sizes = [1] * len(COLUMNS) + [channels, channels]
     parts = dict(zip((*COLUMNS, "k", "mu"), write.pieces(row, sizes, [*COLUMNS, "k", "mu"], 0), strict=True))
     sample = write.pieces(x, [images] * halves, ["sample", "sample_again"][:halves], 0)[0]
-    prediction, raw_variance = _guided(write, spec, form, out, images)
+    prediction, raw_variance = _guided(write, guidance, out, images)
     after = _stepped(write, form, parts, sample, prediction)
     if form.adds_noise:
         after = _noised(write, form, parts, after, raw_variance, z)
@@ -104,16 +106,14 @@ def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
     return model
 
 
-def _guided(
-    write: _Writer, spec: ModelSpec, form: UpdateForm, out: ir.Value, images: int
-) -> tuple[ir.Value, ir.Value | None]:
-    """(prediction after guidance, raw variance or None)."""
-    channels, guided = spec.in_channels, spec.cfg_channels
-    if form.guidance == 1:
+def _guided(write: _Writer, guidance: Guidance, out: ir.Value, images: int) -> tuple[ir.Value, ir.Value | None]:
+    """(prediction after guidance, raw variance or None), as `Guidance.combine` has them."""
+    channels, guided = guidance.channels, guidance.guided_channels
+    if guidance.halves == 1:
         conditional, unconditional = out, None
     else:
         conditional, unconditional = write.pieces(out, [images, images], ["conditional", "unconditional"], 0)
-    variance = [spec.out_channels - channels] if spec.out_channels > channels else []
+    variance = [channels] if guidance.learned_variance else []
     rest = [channels - guided] if channels > guided else []
     sizes = [guided, *rest, *variance]
     names = ["guided", *(["unguided"] if rest else []), *(["raw_variance"] if variance else [])]
@@ -122,7 +122,7 @@ def _guided(
     prediction = own[0]
     if unconditional is not None:
         free = write.pieces(unconditional, sizes, [f"unconditional.{name}" for name in names], 1)[0]
-        weight = write.constant("guidance", np.array(form.guidance, np.float32))
+        weight = write.constant("guidance", np.array(guidance.weight, np.float32))
         difference = write.node("Sub", [own[0], free], "difference")
         prediction = write.plus(free, write.times(weight, difference, "weighted"), "prediction.guided")
     if rest:

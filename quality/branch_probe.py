@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ditc.engines.onnxrt import OnnxRuntimeBackend
@@ -20,7 +19,7 @@ from ditc.quantize.segment_outputs import branch_outputs, keep_outputs
 from ditc.runtime.executor import Samples
 from ditc.tables import step_inputs
 
-__all__ = ["BranchProbe", "condition_tables", "open_branch_probe"]
+__all__ = ["BranchProbe", "open_branch_probe"]
 
 Tables = Mapping[str, NDArray[Any]]
 NO_TABLES: Tables = {}
@@ -58,10 +57,3 @@ def open_branch_probe(segment: Path, branches: tuple[str, ...], tables: Tables =
         with writing(path):
             save_graph(model, path)
         yield BranchProbe(backend.session(path), step_inputs(tables))
-
-
-def condition_tables(segment: Path, t: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """What a `condition` segment makes of timesteps (steps,) and the labels of all rows: each (steps, rows, ...)."""
-    session = OnnxRuntimeBackend().session(segment)
-    names = [port.name for port in session.get_outputs()]
-    return dict(zip(names, session.run(names, {"t": t.astype(np.float32), "y": labels}), strict=True))

@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
@@ -19,9 +18,10 @@ from ditc.quality.features import digit_quality
 from ditc.runtime.closeness import psnr_db
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.images import grid, save_png
-from ditc.runtime.pipeline import Pipeline, load
+from ditc.runtime.pipeline import load
 from ditc.speed.eager import eager_images
 from ditc.speed.side_by_side import RUN, take_turns
+from ditc.tables import sampler_columns
 
 __all__ = ["run_demo"]
 
@@ -44,7 +44,7 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str
     bundle = compile_model("digits", out / "bundle", options, progress=progress, force=True)
     model = builtin_digits()
     with load(bundle.path) as pipe:
-        columns, arithmetic = _columns(pipe), arithmetic_of(pipe.backend, bundle.manifest.precision)
+        columns, arithmetic = sampler_columns(bundle.tables()), arithmetic_of(pipe.backend, bundle.manifest.precision)
 
         def plain(labels: list[int], first: int) -> Samples:
             noise, fresh = seeded_noise(SEED, first, len(labels), model.spec.latent_shape)
@@ -56,18 +56,18 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str
         speed = {}
         for batch in TIMED_BATCHES:
             progress("time", TIMED_BATCHES.index(batch), len(TIMED_BATCHES))
-            speed[str(batch)] = _side_by_side(plain, compiled, batch)
+            speed[str(batch)] = _side_by_side(plain, compiled, model.spec.labels_in_turn(0, batch))
         progress("time", 1, 1)
         fp, int8 = [], []
         for first in range(0, QUALITY_IMAGES, QUALITY_BATCH):
             progress("quality", first, QUALITY_IMAGES)
-            labels = [number % 10 for number in range(first, first + QUALITY_BATCH)]
+            labels = model.spec.labels_in_turn(first, QUALITY_BATCH)
             fp.append(plain(labels, first))
             int8.append(compiled(labels, first))
     exact, found = np.concatenate(fp), np.concatenate(int8)
     picture = out / "grid.png"
     save_png(grid([exact[:10], found[:10], exact[10:20], found[10:20]], scale=10, gap=4), picture)
-    labels_all = np.arange(QUALITY_IMAGES) % 10
+    labels_all = np.array(model.spec.labels_in_turn(0, QUALITY_IMAGES))
     progress("quality", 1, 1)
     return {
         "grid": str(picture),
@@ -82,19 +82,13 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str
     }
 
 
-def _columns(pipe: Pipeline) -> dict[str, NDArray[np.float64]]:
-    tables = pipe.bundle.tables()
-    return {name.removeprefix("sampler."): table for name, table in tables.items() if name.startswith("sampler.")}
-
-
-def _side_by_side(plain: Images, compiled: Images, batch: int) -> dict[str, float]:
+def _side_by_side(plain: Images, compiled: Images, labels: list[int]) -> dict[str, float]:
     """Median seconds per image of both sides, run in turn after one turn each that warms up."""
-    labels = [number % 10 for number in range(batch)]
 
     def turn(run: Images) -> Iterator[tuple[str, float]]:
         start = perf_counter()
         run(labels, 0)
-        yield RUN, (perf_counter() - start) / batch
+        yield RUN, (perf_counter() - start) / len(labels)
 
     times = take_turns([partial(turn, run) for run in (plain, compiled)], ROUNDS, 1, silent)
     torch, bundle = (float(np.median(found[RUN])) for found in times)

@@ -38,7 +38,7 @@ from ditc.quality.features import (
     open_extractor,
     real_features,
 )
-from ditc.quality.generating import ImageSource, classes_in_turn, stored_images
+from ditc.quality.generating import ImageSource, stored_images
 from ditc.quality.options import EvaluateOptions, VetoOptions
 from ditc.quality.pretrained import lpips_distance
 from ditc.runtime.closeness import PAIRED, ssim_window, step_drift
@@ -244,7 +244,7 @@ def _distribution_report(pairs: _Pairs, work: _Work) -> dict[str, Any]:
     extractor, real, options = pairs.judges.extractor, pairs.real, work.options
     if extractor is None or real is None:
         return {"skipped": pairs.judges.no_extractor}
-    classes = classes_in_turn(pairs.bundle.manifest.model.num_classes, 0, options.images)
+    classes = pairs.bundle.manifest.model.labels_in_turn(0, options.images)
     asked = np.tile(classes, len(options.seeds))
     found, exact = (_generated(parts, extractor, asked) for parts in (pairs.found, pairs.exact))
     against = RealSet(real.features)

@@ -15,13 +15,9 @@ from ditc.files import digest_of, writing
 from ditc.progress import Progress
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline
+from ditc.tables import sampler_columns, sampler_tables
 
-__all__ = ["ImageSource", "classes_in_turn", "stored_images"]
-
-
-def classes_in_turn(num_classes: int, first: int, count: int) -> list[int]:
-    """The classes that images `first` to `first + count` of a seed are asked for."""
-    return [number % num_classes for number in range(first, first + count)]
+__all__ = ["ImageSource", "stored_images"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,11 @@ class ImageSource:
         return [np.concatenate(parts) for _, parts in sorted(steps.items())]
 
     def _requests(self, stage: str, first: int, count: int) -> Iterator[tuple[slice, list[int]]]:
-        classes = self.pipe.bundle.manifest.model.num_classes
+        spec = self.pipe.bundle.manifest.model
         for start in range(0, count, self.size):
             self.progress(stage, start, count)
             places = slice(start, min(start + self.size, count))
-            yield places, classes_in_turn(classes, first + start, places.stop - start)
+            yield places, spec.labels_in_turn(first + start, places.stop - start)
         self.progress(stage, count, count)
 
     def _finished(self, labels: Sequence[int], seed: int, first: int) -> Samples:
@@ -115,7 +111,7 @@ def fp_digest(bundle: Bundle) -> str:
         raise InputError(f"{bundle.path} has no FP program; compile it again")
     graphs = [bundle.reference_path(name).relative_to(bundle.path).as_posix() for name in program.calls]
     weights = [_weights_of(manifest, graph) for graph in graphs]
-    sampler = {name: table.tolist() for name, table in bundle.tables().items() if name.startswith("sampler.")}
+    sampler = {name: table.tolist() for name, table in sampler_tables(sampler_columns(bundle.tables())).items()}
     model = manifest.model.model_dump(mode="json")
     return digest_of([manifest.ditc_version, model, weights, sampler, manifest.guidance])
 

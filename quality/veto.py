@@ -26,15 +26,17 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ditc.bundle import Bundle
+from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import InputError
 from ditc.precision import quantized
 from ditc.program import CONDITION, FULL, Program
 from ditc.progress import Progress, silent
-from ditc.quality.branch_probe import BranchProbe, condition_tables, open_branch_probe
+from ditc.quality.branch_probe import BranchProbe, open_branch_probe
 from ditc.quality.options import VetoOptions
+from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import Samples
-from ditc.runtime.guidance import GuidedRun
 from ditc.runtime.pipeline import Pipeline, load
+from ditc.runtime.reference_run import GuidedRun
 from ditc.spec import Record
 
 __all__ = ["Veto", "check_has_noise", "reuse_sources", "veto_of"]
@@ -137,12 +139,14 @@ class _Sides:
 
 def _add_image(squares: Squares, sides: _Sides, sources: NDArray[np.int64], seed: int, image: int) -> None:
     """Add what one image contributes to every cell; outputs are kept until nothing refers to them any more."""
-    label = image % sides.pipe.bundle.manifest.model.num_classes
-    rows = sides.run.labels([label])
-    exact_tables, found_tables = (condition_tables(path, sides.run.table["t"], rows) for path in sides.conditions)
+    labels, session = sides.run.spec.labels_in_turn(image, 1), OnnxRuntimeBackend().session
+    rows = sides.run.guidance.labels(labels)
+    exact_tables, found_tables = (
+        condition_tables(session(path), sides.run.table["t"], rows) for path in sides.conditions
+    )
     kept: dict[int, list[Samples]] = {}
-    for event in sides.pipe.generate([label], seed=seed, first=image):
-        step, x = event.index, sides.run.rows(event.before)
+    for event in sides.pipe.generate(labels, seed=seed, first=image):
+        step, x = event.index, sides.run.guidance.rows(event.before)
         kept[step] = exact = sides.exact.run(step, x, exact_tables)
         found = exact if step in sides.unquantized else sides.found.run(step, x, found_tables)
         for place, (y, q) in enumerate(zip(exact, found, strict=True)):

@@ -14,6 +14,7 @@ from ditc.bundle import Bundle
 from ditc.calib_data.pool import Pool
 from ditc.calibset import CalibSet
 from ditc.errors import DitcError
+from ditc.guidance import Guidance
 from ditc.precision import quantized
 from ditc.progress import Progress
 from ditc.report.facts import Activation, Activations, Calibration, Cluster, Skipped
@@ -138,7 +139,7 @@ def _probe(
     session = backend.session(folder / "probe.onnx")
     condition = backend.session(runnable_path(bundle.segment_path(CONDITION), backend.name))
     taken, names = {port.name for port in session.get_inputs()}, list(readers)
-    null_label = None if bundle.manifest.halves == 1 else bundle.manifest.model.null_label
+    null_label = Guidance.of(bundle.manifest.model, bundle.manifest.guidance).null_label
 
     def run(points: CalibSet) -> dict[str, float]:
         largest = dict.fromkeys(names, 0.0)

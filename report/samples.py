@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ditc.errors import CheckError
 from ditc.progress import Progress
-from ditc.quality.generating import ImageSource, classes_in_turn
+from ditc.quality.generating import ImageSource
 from ditc.report.facts import Drift, Fidelity, Measure, Picture, Pictures, Skipped
 from ditc.runtime.closeness import PAIRED, psnr_db, step_drift
 from ditc.runtime.executor import Samples
@@ -49,7 +49,7 @@ def sample_parts(path: Path, images: int, seed: int, place: Place, progress: Pro
     """
     pipe = place.load(path)
     bundle = pipe.bundle
-    labels = classes_in_turn(bundle.manifest.model.num_classes, 0, images)
+    labels = bundle.manifest.model.labels_in_turn(0, images)
     found = _run(pipe, "bundle", images, seed, progress)
     if not bundle.has_reference:
         missing = Skipped(

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditc.engines.backend import Buffer, Engine, Port
-from ditc.program import AHEAD
+from ditc.program import AHEAD, LABELS, TIMESTEPS
 
-__all__ = ["Conditioning", "steps_ahead"]
+__all__ = ["Conditioning", "condition_tables", "steps_ahead"]
 
 Labels = NDArray[np.int64]
 
@@ -40,8 +41,8 @@ class Conditioning:
         """Run the conditioning for the labels of all rows, (rows,)."""
         distinct, index = _distinct(labels)
         self._index = None if len(distinct) == len(labels) else index
-        self._binding.bind("t", self._t)
-        self._binding.bind("y", distinct)
+        self._binding.bind(TIMESTEPS, self._t)
+        self._binding.bind(LABELS, distinct)
         for port in self._outputs.values():
             shape = self._shape(port, len(distinct))
             table = self._tables[port.name] = self._memory[port.name][: prod(shape)].reshape(shape)
@@ -78,6 +79,16 @@ class Conditioning:
     def _shape(self, port: Port, rows: int) -> tuple[int, ...]:
         sizes = {"batch": rows, "steps": len(self._t) + self._most_ahead}
         return tuple(sizes[size] if isinstance(size, str) else size for size in port.shape)
+
+
+def condition_tables(session: Any, t: NDArray[Any], labels: Labels) -> dict[str, Buffer]:
+    """Return what `condition` makes of timesteps (steps,) and the labels of all rows, (rows,): each (steps, rows, ...).
+
+    `session` is ONNX Runtime's of that segment.
+    """
+    names = [port.name for port in session.get_outputs()]
+    feeds = {TIMESTEPS: np.asarray(t, np.float32), LABELS: np.asarray(labels, np.int64)}
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def _distinct(labels: Labels) -> tuple[Labels, Labels]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ from ditc.bundle import Manifest
 from ditc.engines.backend import DeviceEngine
 from ditc.engines.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor
 from ditc.errors import CheckError, InputError
-from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Step
+from ditc.guidance import Guidance
+from ditc.program import AHEAD, CONDITION, DECODE, LABELS, TIMESTEPS, UPDATE, Step
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.conditioning import steps_ahead
 from ditc.runtime.executor import (
@@ -33,7 +34,7 @@ from ditc.runtime.executor import (
     closed_while_running,
     written_ports,
 )
-from ditc.tables import step_inputs
+from ditc.tables import sampler_columns, step_inputs
 from ditc.update_form import COLUMNS
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
@@ -47,8 +48,9 @@ def update_rows(tables: Mapping[str, NDArray[np.float64]], channels: int) -> NDA
 
     `tables` are a bundle's: the sampler's columns, and the compensation where there is one.
     """
-    steps = len(tables["sampler.t"])
-    columns = {name: tables.get(f"sampler.{name}", np.zeros(steps)) for name in COLUMNS}
+    given = sampler_columns(tables)
+    steps = len(given["t"])
+    columns = {name: given.get(name, np.zeros(steps)) for name in COLUMNS}
     columns["noise"] = (columns["sigma"] > 0).astype(np.float64)
     k, mu = np.ones((steps, channels)), np.zeros((steps, channels))
     compensation = TableCompensation.from_tables(tables)
@@ -90,12 +92,12 @@ class DeviceExecutor:
         self.spec = manifest.model
         self.program = manifest.program
         self.batch = manifest.batch
-        self.halves = manifest.halves
+        self._guidance = Guidance.of(manifest.model, manifest.guidance)
         self.graphs = graphs
         self._engines = engines
         self._device = device
         self._adds_noise = "z" in engines[UPDATE].inputs
-        self._allocate(tables["sampler.t"], update_rows(tables, self.spec.in_channels))
+        self._allocate(sampler_columns(tables)["t"], update_rows(tables, self.spec.in_channels))
         self._step_inputs = {
             name: [self._uploaded(row) for row in table] for name, table in step_inputs(tables).items()
         }
@@ -178,15 +180,14 @@ class DeviceExecutor:
     def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> list[Observation]:
         """As `Executor.outputs_at`: what the engines return for one image, call by call and without a graph."""
         first, found = samples[min(samples)], list[Observation]()
-        labels = {label, self.spec.null_label} if self.halves == 2 else {label}
-        rows = [0, self.batch][: len(labels)]
+        rows = [0, self.batch][: len(set(self._guidance.labels([label]).tolist()))]
         with self._turn_of(None):
             self._start([label], first, lambda _: np.zeros_like(first))
             self._queue_condition()
             tables = {name: self._device.download(table) for name, table in self._tables.items()}
             found.append((None, CONDITION, {name: table[sorted(samples)][:, rows] for name, table in tables.items()}))
             for step in (step for step in self.program.steps if step.index in samples):
-                x = np.concatenate([_filled(samples[step.index], self.batch)] * self.halves)
+                x = self._guidance.rows(_filled(samples[step.index], self.batch))
                 self._device.upload(np.ascontiguousarray(x, np.float32), self._x[step.index % 2])
                 self._queue_step(step)
                 written = {"out": self._out, **{port: self._slots[slot] for port, slot in written_ports(step)}}
@@ -235,10 +236,8 @@ class DeviceExecutor:
                 "take images() or latents(), which split them, or compile the bundle with a larger --batch"
             )
         own = _filled(np.asarray(labels, np.int64), self.batch)
-        if self.halves == 2:
-            own = np.concatenate([own, np.full(self.batch, cast(int, self.spec.null_label), np.int64)])
-        self._device.upload(own, self._labels)
-        self._device.upload(np.concatenate([_filled(noise, self.batch)] * self.halves), self._start_x)
+        self._device.upload(self._guidance.labels(own), self._labels)
+        self._device.upload(self._guidance.rows(_filled(noise, self.batch)), self._start_x)
         if self._adds_noise:
             fresh = [_filled(fresh_noise(step.index), self.batch) for step in self.program.steps]
             for z, tensor in zip(fresh, self._z, strict=True):
@@ -249,8 +248,8 @@ class DeviceExecutor:
     def _queue_condition(self) -> None:
         """All steps' tables in one call, and x_T in its place."""
         engine = self._engines[CONDITION]
-        engine.bind("t", self._t)
-        engine.bind("y", self._labels)
+        engine.bind(TIMESTEPS, self._t)
+        engine.bind(LABELS, self._labels)
         for name, table in self._tables.items():
             engine.bind(name, table.rows(0, len(self.program.steps)))
         engine.enqueue()
@@ -334,7 +333,7 @@ class DeviceExecutor:
 
     def _allocate(self, t: NDArray[np.float64], rows: NDArray[np.float32]) -> None:
         device, spec, steps = self._device, self.spec, len(self.program.steps)
-        count = self.batch * self.halves
+        count = self.batch * self._guidance.halves
         sample = (count, *spec.latent_shape)
         self._x = (device.empty(sample, "float32"), device.empty(sample, "float32"))
         self._start_x = device.empty(sample, "float32")

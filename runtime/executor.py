@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from math import prod
 from operator import index
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditc.engines.backend import Binding, Buffer, Engine
 from ditc.errors import DitcError, InputError
+from ditc.guidance import Guidance
 from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Program, Step
 from ditc.runtime.conditioning import Conditioning, steps_ahead
 from ditc.runtime.samplers import Row, needs_noise, update
@@ -85,7 +86,6 @@ class _Buffers:
 
     images: int
     x: Samples
-    labels: NDArray[np.int64]
     out: Samples
     conditioning: Conditioning
     slots: tuple[Buffer, ...]  # each (rows, *branch_shape)
@@ -116,11 +116,9 @@ class Executor:
         step_inputs: Mapping[str, Samples] = NO_INPUTS,
         together: int | None = None,
     ) -> None:
-        if guidance != 1 and spec.null_label is None:
-            raise InputError(f"{spec.name} has no unconditional class, so guidance must be 1, found {guidance:g}")
         self.spec = spec
         self.program = program
-        self.guidance = guidance
+        self.guidance = Guidance.of(spec, guidance)
         self.compensation = compensation
         self._engines = engines
         self._step_inputs = step_inputs
@@ -132,11 +130,6 @@ class Executor:
         self._closed = False
 
     @property
-    def halves(self) -> int:
-        """Network rows per image: 2 with guidance (conditional, unconditional), else 1."""
-        return 1 if self.guidance == 1 else 2
-
-    @property
     def at_once(self) -> int:
         """How many images one request should hold: as many as REQUEST_BYTES has buffers for, 1 where none go together.
 
@@ -145,7 +138,7 @@ class Executor:
         if self.together is not None:
             return self.together
         branch, latent = prod(self.spec.branch_shape), prod(self.spec.latent_shape)
-        values = self.halves * ((self.program.slots + BLOCK_INSIDES) * branch + 3 * latent)
+        values = self.guidance.halves * ((self.program.slots + BLOCK_INSIDES) * branch + 3 * latent)
         one = np.dtype(np.float32).itemsize * (values + self._table_values())
         return int(np.clip(REQUEST_BYTES // one, 1, MOST_AT_ONCE))
 
@@ -224,11 +217,7 @@ class Executor:
 
     def _run_condition(self, labels: Sequence[int], buffers: _Buffers) -> None:
         """All steps and both guidance halves in one call, each label once."""
-        count = len(labels)
-        buffers.labels[:count] = labels
-        if self.halves == 2:
-            buffers.labels[count:] = cast(int, self.spec.null_label)  # the constructor refused guidance without one
-        buffers.conditioning.compute(buffers.labels)
+        buffers.conditioning.compute(self.guidance.labels(labels))
 
     def _run_step(self, step: Step, x: Samples, parts: Sequence[Part], fresh_noise: NoiseSource) -> StepEvent:
         start = perf_counter()
@@ -250,7 +239,7 @@ class Executor:
 
     def _run_engine(self, step: Step, x: Samples, buffers: _Buffers) -> float:
         """The network's output for samples, left in the buffers; returns the seconds inside the engine."""
-        for half in range(self.halves):
+        for half in range(self.guidance.halves):
             buffers.x[half * len(x) : (half + 1) * len(x)] = x
         binding = self._bound(step, buffers)
         start = perf_counter()
@@ -259,7 +248,7 @@ class Executor:
 
     def _updated(self, step: Step, x: Samples, out: Samples, z: Samples | None) -> Samples:
         """The samples after guidance, the sampler's update and the compensation."""
-        prediction, raw_variance = self._guided(out, len(x))
+        prediction, raw_variance = self.guidance.combine(out, len(x))
         after = update(self._rows[step.index], x, prediction, raw_variance, z)
         return after if self.compensation is None else self.compensation(step.index, after)
 
@@ -278,24 +267,13 @@ class Executor:
             binding.bind(port, buffers.slots[slot])
         return binding
 
-    def _guided(self, out: Samples, count: int) -> tuple[Samples, Samples | None]:
-        """(prediction after guidance, raw variance or None): eps_u + w (eps_c - eps_u) on the guided channels."""
-        channels, guided = self.spec.in_channels, self.spec.cfg_channels
-        raw_variance = out[:count, channels:] if self.spec.diffusion.learned_sigma else None
-        prediction = out[:count, :channels].copy()
-        if self.halves == 2:
-            conditional, unconditional = out[:count, :guided], out[count:, :guided]
-            prediction[:, :guided] = unconditional + np.float32(self.guidance) * (conditional - unconditional)
-        return prediction, raw_variance
-
     def _allocate(self, images: int) -> _Buffers:
-        rows = images * self.halves
+        rows = images * self.guidance.halves
         t = np.array([row["t"] for row in self._rows], dtype=np.float32)
         slot_shape, slot_type = (rows, *self.spec.branch_shape), self._slot_type()
         return _Buffers(
             images=images,
             x=np.empty((rows, *self.spec.latent_shape), np.float32),
-            labels=np.empty(rows, np.int64),
             out=np.empty((rows, self.spec.out_channels, self.spec.height, self.spec.width), np.float32),
             conditioning=Conditioning(self._engines[CONDITION], t, rows, self._most_ahead()),
             slots=tuple(np.empty(slot_shape, slot_type) for _ in range(self.program.slots)),

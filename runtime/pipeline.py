@@ -28,7 +28,7 @@ from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise, whole_numbers
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
-from ditc.tables import DYNAMIC, step_inputs
+from ditc.tables import DYNAMIC, sampler_columns, step_inputs
 
 __all__ = ["Pipeline", "load", "open_engines"]
 
@@ -159,12 +159,11 @@ class Pipeline:
         place = self.bundle.reference_path if self.reference else self.bundle.segment_path
         self.engines = engines = open_engines(self._stack, backend, {name: place(name) for name in names})
         manifest, tables = self.bundle.manifest, self._tables()
-        columns = {n.removeprefix("sampler."): t for n, t in tables.items() if n.startswith("sampler.")}
         measures = manifest.settings.get("scales") == DYNAMIC and not self.reference
         return Executor(
             manifest.model,
             self.program,
-            columns,
+            sampler_columns(tables),
             engines,
             manifest.guidance,
             TableCompensation.from_tables(tables),

@@ -109,7 +109,7 @@ def verify_bundle(
     def trajectory(reference: bool) -> list[Samples]:
         steps: dict[int, list[Samples]] = defaultdict(list)
         with place.load(bundle, reference=reference) as pipe:
-            labels = [number % pipe.bundle.manifest.model.num_classes for number in range(images)]
+            labels = pipe.bundle.manifest.model.labels_in_turn(0, images)
             for part, first in _parts(pipe, labels):
                 for event in pipe.generate(part, seed=seed, first=first):
                     watch(event)

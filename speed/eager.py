@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditc.guidance import Guidance
 from ditc.runtime.executor import NoiseSource, Samples
-from ditc.runtime.guidance import Forward, GuidedRun
+from ditc.runtime.reference_run import Forward, GuidedRun
 
 __all__ = ["eager_forward", "eager_images"]
 
@@ -28,8 +29,8 @@ def eager_images(
     The network computes in the type of its weights, the sampler in float32. `table` is the sampler's
     (`runtime.samplers.sampler_table`); `noise` is x_T, (n, channels, height, width).
     """
-    run = GuidedRun(model.spec, table, guidance)
-    forward = eager_forward(model, table["t"], run.labels(list(labels)), next(model.parameters()).dtype)
+    run = GuidedRun(model.spec, table, Guidance.of(model.spec, guidance))
+    forward = eager_forward(model, table["t"], run.guidance.labels(labels), next(model.parameters()).dtype)
     return run.last(forward, noise, fresh_noise)
 
 

@@ -111,7 +111,7 @@ def _openvino_model(match: Match) -> Any:
     import openvino
 
     model = openvino.Core().read_model(str(match.reference))
-    feeds = match.feeds(match.index, match.run.rows(match.x))
+    feeds = match.feeds(match.index, match.run.guidance.rows(match.x))
     model.reshape({name: list(array.shape) for name, array in feeds.items()})
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ditc.runtime.guidance import Forward
+from ditc.runtime.reference_run import Forward
 
 __all__ = ["Peer"]
 

@@ -22,9 +22,10 @@ from ditc.engines.recording import RecordingBackend
 from ditc.errors import InputError
 from ditc.program import CONDITION, FULL
 from ditc.runtime.closeness import relative_error
+from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import Samples
-from ditc.runtime.guidance import GuidedRun
 from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.reference_run import GuidedRun
 
 if TYPE_CHECKING:
     from ditc.exporter.model_facts import ModelFacts
@@ -73,7 +74,7 @@ class Match:
 
     def calibration(self) -> list[dict[str, NDArray[Any]]]:
         """The same at every calibration point."""
-        return [self.feeds(index, self.run.rows(x)) for index, x in self.points]
+        return [self.feeds(index, self.run.guidance.rows(x)) for index, x in self.points]
 
     def error(self, out: Samples) -> float:
         """How far an output is from the FP one at the step that is compared."""
@@ -87,19 +88,21 @@ class Match:
 
 def bench_labels(manifest: Manifest) -> list[int]:
     """A full batch of classes."""
-    return [number % manifest.model.num_classes for number in range(manifest.batch)]
+    return manifest.model.labels_in_turn(0, manifest.batch)
 
 
 def match_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> Match:
     """The match of a bundle that has its FP reference. Raises InputError where a named model is another one."""
     run = GuidedRun.of(bundle)
-    labels = run.labels(bench_labels(bundle.manifest))
+    labels = run.guidance.labels(bench_labels(bundle.manifest))
     before, found = _own_run(bundle)
     computing = sorted(before)
     index = computing[len(computing) // 2]
-    tables = _tables(bundle, run, labels)
+    condition = OnnxRuntimeBackend().session(bundle.reference_path(CONDITION))
+    tables = condition_tables(condition, run.table["t"], labels)
     reference = _bare_reference(bundle, scratch)
-    expected = OnnxRuntimeBackend().session(reference).run(["out"], _feeds(tables, index, run.rows(before[index])))[0]
+    feeds = _feeds(tables, index, run.guidance.rows(before[index]))
+    expected = OnnxRuntimeBackend().session(reference).run(["out"], feeds)[0]
     match = Match(
         bundle=bundle,
         reference=reference,
@@ -128,13 +131,6 @@ def _own_run(bundle: Bundle) -> tuple[dict[int, Samples], Samples]:
         events = pipe.generate(bench_labels(bundle.manifest), seed=0)
         before = {event.index: event.before for event in events if event.segment == FULL}
     return before, np.asarray(recorder.runs[FULL][0].outputs["out"])
-
-
-def _tables(bundle: Bundle, run: GuidedRun, labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    session = OnnxRuntimeBackend().session(bundle.reference_path(CONDITION))
-    names = [port.name for port in session.get_outputs()]
-    found = session.run(names, {"t": run.table["t"].astype(np.float32), "y": labels})
-    return dict(zip(names, found, strict=True))
 
 
 def _feeds(tables: Mapping[str, NDArray[Any]], index: int, rows: Samples) -> dict[str, NDArray[Any]]:
@@ -183,7 +179,7 @@ def _checked_model(match: Match) -> Any:
         if own != wanted:
             raise InputError(f"{name} is another model: its {kind} is {own}, expected {wanted}; {advice}")
     forward = eager_forward(model, match.run.table["t"], match.labels, next(model.parameters()).dtype)
-    error = match.error(forward(match.index, match.run.rows(match.x)))
+    error = match.error(forward(match.index, match.run.guidance.rows(match.x)))
     if not error < SAME_MODEL:
         raise InputError(
             f"{name} is another model: its output is {error:.2g} from the bundle's FP reference (relative), "

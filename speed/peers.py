@@ -44,7 +44,7 @@ def ready_peer(name: str, match: Match) -> ReadyPeer | str:
             peer = PEERS[name](match)
             if peer.begin is not None:
                 peer.begin()
-        return ReadyPeer(peer, match.error(peer.forward(match.index, match.run.rows(match.x))))
+        return ReadyPeer(peer, match.error(peer.forward(match.index, match.run.guidance.rows(match.x))))
     except DitcError as e:
         return str(e)
     except ModuleNotFoundError as e:

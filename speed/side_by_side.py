@@ -61,7 +61,7 @@ def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> 
             turns = [bundle_turn(pipe), *(peer_turn(found.peer, match) for found in peers.values())]
             own, *others = take_turns(turns, options.requests, options.warmup, progress)
     return {
-        "guidance": match.run.guidance,
+        "guidance": match.run.guidance.weight,
         "step": match.index,
         "bundle": _summary(own) | {"relative_error": match.error(match.found)},
         "peers": {

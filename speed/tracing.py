@@ -56,7 +56,7 @@ def _trace_tensorrt(pipe: Pipeline, folder: Path) -> list[str]:
     with ExitStack() as stack:
         for name, engine in engines.items():
             stack.enter_context(engine.layer_times(_collector(times[name])))
-        *_, _ = pipe.generate([n % manifest.model.num_classes for n in range(manifest.batch)], seed=0)
+        *_, _ = pipe.generate(manifest.model.labels_in_turn(0, manifest.batch), seed=0)
     written = []
     for name, engine in engines.items():
         written += _write(folder, name, engine.layers(), profile_rows(times[name]))
@@ -72,7 +72,7 @@ def _trace_onnxruntime(bundle: Bundle, folder: Path, backend: OnnxRuntimeBackend
     manifest = bundle.manifest
     recorder = RecordingBackend(backend, {name: {0} for name in manifest.program.calls})
     with Pipeline(bundle, backend=recorder) as recorded:
-        labels = [n % manifest.model.num_classes for n in range(manifest.batch)]
+        labels = manifest.model.labels_in_turn(0, manifest.batch)
         (recorded.images if recorded.makes_images else recorded.latents)(labels)
     written = []
     for name, runs in recorder.runs.items():

@@ -51,7 +51,7 @@ def walked(pipe: Pipeline, images: int) -> list[Samples]:
     """The samples after every step, each (images, channels, height, width)."""
     steps: list[list[Samples]] = [[] for _ in pipe.program.steps]
     for first in range(0, images, OPTIONS.batch):
-        labels = [number % 10 for number in range(first, min(first + OPTIONS.batch, images))]
+        labels = pipe.bundle.manifest.model.labels_in_turn(first, min(OPTIONS.batch, images - first))
         for event in pipe.generate(labels, seed=NOISE_SEED, first=first):
             steps[event.index].append(event.x)
     return [np.concatenate(parts) for parts in steps]
@@ -66,7 +66,7 @@ def eps_error(bundle: Bundle) -> float:
         save_graph(model, Path(folder) / "full.onnx")
         exact = OnnxRuntimeBackend().session(Path(folder) / "full.onnx")
     with Pipeline(bundle, backend=recorder, compensation=False) as pipe:
-        for _ in pipe.generate([number % 10 for number in range(EPS_IMAGES)], seed=NOISE_SEED):
+        for _ in pipe.generate(bundle.manifest.model.labels_in_turn(0, EPS_IMAGES), seed=NOISE_SEED):
             pass
     errors = []
     for run in (run for runs in recorder.runs.values() for run in runs):

@@ -31,6 +31,7 @@ from ditc.exporter.models import builtin_digits
 from ditc.files import atomic_write
 from ditc.machine import machine
 from ditc.program import AHEAD, CONDITION, EXTRAPOLATE, FULL, distance_of
+from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import Samples
 
 HERE = Path(__file__).parent
@@ -53,14 +54,12 @@ class Exact:
     def of(plan: Plan, segments: Segments) -> Exact:
         samples = stages.exact_trajectory(plan, segments, IMAGES, PURPOSE, "exact")
         condition, full = (plan.backend.session(segments[name]) for name in (CONDITION, FULL))
-        labels = [*plan.labels(IMAGES), *[plan.guidance_label] * IMAGES]
-        names = [port.name for port in condition.get_outputs()]
-        found = condition.run(names, {"t": plan.table["t"].astype(np.float32), "y": np.array(labels, np.int64)})
-        return Exact(plan, samples, dict(zip(names, found, strict=True)), full)
+        labels = plan.guidance.labels(plan.labels(IMAGES))
+        return Exact(plan, samples, condition_tables(condition, plan.table["t"], labels), full)
 
     def sums(self, step: int, gates: int) -> Sums:
         """What all branches add at a step's own sample, with the gates of step `gates`: (rows, *branch_shape)."""
-        feeds = {"x": np.concatenate([self.samples[step - 1]] * 2)}
+        feeds = {"x": self.plan.guidance.rows(self.samples[step - 1])}
         for name, table in self.tables.items():
             feeds[name] = table[step]
             feeds[f"{AHEAD}.{name}"] = np.repeat(

@@ -30,7 +30,6 @@ from ditc.files import digest_of, in_turn
 from ditc.program import Program
 from ditc.quality.distributions import Generated, RealSet, distribution_values
 from ditc.quality.features import DIGITS_SHAPE, open_extractor, real_digits
-from ditc.quality.generating import classes_in_turn
 from ditc.runtime.approximation import FITS
 from ditc.runtime.closeness import psnr_db, ssim, step_drift
 from ditc.runtime.executor import Samples, seeded_noise
@@ -122,7 +121,7 @@ def made(plan: Plan, program: Program, segments: Segments, tables: stages.Tables
         for first in range(0, count, BATCH):
             size = min(BATCH, count - first)
             noise, fresh = seeded_noise(seed, first, size, plan.spec.latent_shape)
-            for event in runner.run(classes_in_turn(plan.spec.num_classes, first, size), noise, fresh):
+            for event in runner.run(plan.spec.labels_in_turn(first, size), noise, fresh):
                 if first < WATCHED:
                     watched[event.index].append(event.x.copy())
             images.append(event.x.copy())
@@ -150,7 +149,7 @@ def measures(images: Samples) -> dict[str, float]:
     real, _ = real_digits()
     features = extractor.features(images)
     assert extractor.classes is not None
-    asked = classes_in_turn(10, 0, len(images))
+    asked = builtin_digits().spec.labels_in_turn(0, len(images))
     return distribution_values(
         Generated(features, extractor.classes(features) == np.array(asked)), RealSet(extractor.features(real))
     )

@@ -18,9 +18,10 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.exporter.onnx_files import load_graph
 from ditc.program import CONDITION, REUSE_ROWS
-from ditc.quality.branch_probe import condition_tables, open_branch_probe
+from ditc.quality.branch_probe import open_branch_probe
 from ditc.runtime.approximation import holding_rows
 from ditc.runtime.closeness import relative_error
+from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import StepEvent
 from ditc.runtime.pipeline import Pipeline
 
@@ -59,7 +60,7 @@ def test_taylor_extrapolates_every_branch(bundles: dict[str, Bundle]) -> None:
     kept, spec = bundles["fp32-branches"], bundles["fp32-branches"].manifest.model
     t = kept.tables()["sampler.t"]
     labels = np.array([*LABELS, *[spec.null_label] * 4], np.int64)
-    conditioning = condition_tables(kept.segment_path(CONDITION), t, labels)
+    conditioning = condition_tables(OnnxRuntimeBackend().session(kept.segment_path(CONDITION)), t, labels)
     with open_branch_probe(kept.segment_path("full"), spec.branches) as probe:
         before, near = (probe.run(i, np.concatenate([events[i].before] * 2), conditioning) for i in (0, 2))
     weight = (t[2] - t[3]) / (t[0] - t[2])

@@ -30,6 +30,7 @@ from ditc.quantize.transforms import TRANSFORMS
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import seeded_noise
 from ditc.speed.eager import eager_images
+from ditc.tables import sampler_columns
 
 PATHS = {"blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1"}
 
@@ -145,7 +146,7 @@ def test_a_bundles_reference_is_the_models_own_function(bundle: Bundle) -> None:
     """Its `full` and its `condition` were changed together, and the compiled `full` takes the same tables."""
     spec = bundle.manifest.model
     noise, fresh = seeded_noise(0, 0, 2, spec.latent_shape)
-    table = {name.removeprefix("sampler."): t for name, t in bundle.tables().items()}
+    table = sampler_columns(bundle.tables())
     expected = eager_images(hard_model(), table, [1, 2], noise, fresh, bundle.manifest.guidance)
     with ditc.load(bundle.path, reference=True) as reference, ditc.load(bundle.path) as compiled:
         assert relative_error(reference.latents([1, 2], noise=noise), expected) < 1e-3

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 
 from ditc.exporter.onnx_files import save_graph
+from ditc.guidance import Guidance
 from ditc.lowering.segment_footprint import footprint_of
 from ditc.lowering.tensorrt_rules import violations_of
 from ditc.lowering.update_graph import update_model
@@ -17,6 +18,7 @@ from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import update_rows
 from ditc.runtime.samplers import needs_noise, sampler_table, update
 from ditc.spec import DiffusionSpec, ModelSpec, SamplerSpec
+from ditc.tables import sampler_tables
 from ditc.update_form import COLUMNS, UpdateForm
 
 STEPS, IMAGES = 5, 2
@@ -43,12 +45,7 @@ def host_step(
     spec: ModelSpec, row: dict[str, float], guidance: float, x: Any, out: Any, z: Any, compensate: Any, step: int
 ) -> np.ndarray:
     """Do as `runtime.executor` does after the network."""
-    channels, guided = spec.in_channels, spec.cfg_channels
-    prediction = out[:IMAGES, :channels].copy()
-    if guidance != 1:
-        conditional, free = out[:IMAGES, :guided], out[IMAGES:, :guided]
-        prediction[:, :guided] = free + np.float32(guidance) * (conditional - free)
-    variance = out[:IMAGES, channels:] if spec.diffusion.learned_sigma else None
+    prediction, variance = Guidance.of(spec, guidance).combine(out, IMAGES)
     after = update(row, x, prediction, variance, z if needs_noise(row) else None)
     return np.asarray(compensate(step, after) if compensate is not None else after)
 
@@ -77,8 +74,8 @@ def test_update_is_the_arithmetic_of_the_host(
     save_graph(update_model(spec, form, IMAGES), tmp_path / "update.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "update.onnx"), providers=["CPUExecutionProvider"])
     assert ("z" in {port.name for port in session.get_inputs()}) == form.adds_noise
-    halves = 1 if guidance == 1 else 2
-    tables = {f"sampler.{name}": column for name, column in table.items()}
+    halves = Guidance.of(spec, guidance).halves
+    tables = sampler_tables(table)
     if compensation is not None:
         tables |= {"compensation.k": compensation.k, "compensation.mu": compensation.mu}
     rows = update_rows(tables, 4)
@@ -96,7 +93,7 @@ def test_update_is_the_arithmetic_of_the_host(
 
 def test_a_step_without_compensation_is_left_as_it_is() -> None:
     table = sampler_table(DiffusionSpec(), SamplerSpec(), STEPS)
-    tables = {f"sampler.{name}": column for name, column in table.items()}
+    tables = sampler_tables(table)
     tables |= {"compensation.k": np.ones((STEPS, 4)), "compensation.mu": np.full((STEPS, 4), 3.0)}
     rows = update_rows(tables, 4)
     assert (rows[:, len(COLUMNS) + 4 :] == 0).all()  # 0 + 1 * (x - 0) is x itself

@@ -19,10 +19,9 @@ AT_ONCE = 16
 
 def images(pipe, count):
     """The first images of seed 0, classes in turn."""
-    classes = pipe.bundle.manifest.model.num_classes
-    parts = []
+    spec, parts = pipe.bundle.manifest.model, []
     for first in range(0, count, AT_ONCE):
-        labels = [number % classes for number in range(first, min(first + AT_ONCE, count))]
+        labels = spec.labels_in_turn(first, min(AT_ONCE, count - first))
         *_, last = pipe.generate(labels, seed=0, first=first)
         parts.append(last.images)
     return np.concatenate(parts)

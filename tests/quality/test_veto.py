@@ -13,15 +13,17 @@ import ditc
 from ditc.bundle import Bundle
 from ditc.cli.judging import print_veto
 from ditc.cli.main import run
+from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import InputError
 from ditc.exporter.onnx_files import load_graph
 from ditc.passes import program_from_schedule
 from ditc.program import CONDITION, Program
-from ditc.quality.branch_probe import condition_tables, open_branch_probe
+from ditc.quality.branch_probe import open_branch_probe
 from ditc.quality.options import VetoOptions
 from ditc.quality.veto import reuse_sources, veto_of
 from ditc.quantize.segment_outputs import branch_outputs
 from ditc.runtime.closeness import relative_error
+from ditc.runtime.conditioning import condition_tables
 from ditc.schedule import CacheSchedule
 
 STEPS = 6
@@ -33,7 +35,7 @@ def walked(bundle: Bundle, branch: int, seed: int) -> tuple[list[np.ndarray], li
     labels = np.array([0, spec.null_label], np.int64)
     sides = []
     for place, own in ((bundle.reference_path, {}), (bundle.segment_path, tables)):
-        conditioning = condition_tables(place(CONDITION), tables["sampler.t"], labels)
+        conditioning = condition_tables(OnnxRuntimeBackend().session(place(CONDITION)), tables["sampler.t"], labels)
         with ditc.load(bundle.path, reference=True) as pipe, open_branch_probe(place("full"), spec.branches, own) as p:
             events = pipe.generate([0], seed=seed)
             sides.append([p.run(e.index, np.concatenate([e.before] * 2), conditioning)[branch] for e in events])
@@ -69,9 +71,8 @@ def test_a_probe_gives_what_a_step_would_cache(bundles: dict[str, Bundle]) -> No
     spec, probed = bundles["fp32-cached"].manifest.model, []
     for name in ("fp32-cached", "fp32-branches"):
         bundle = bundles[name]
-        conditioning = condition_tables(
-            bundle.segment_path(CONDITION), bundle.tables()["sampler.t"], np.array([1, 2], np.int64)
-        )
+        session = OnnxRuntimeBackend().session(bundle.segment_path(CONDITION))
+        conditioning = condition_tables(session, bundle.tables()["sampler.t"], np.array([1, 2], np.int64))
         with open_branch_probe(bundle.segment_path("full"), spec.branches) as probe:
             x = np.random.default_rng(0).standard_normal((2, *spec.latent_shape), np.float32)
             probed.append(probe.run(3, x, conditioning))

@@ -14,6 +14,7 @@ from ditc.program import Program
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import Executor, seeded_noise
 from ditc.runtime.pipeline import Pipeline, load
+from ditc.tables import sampler_columns
 
 LABELS = [0, 3, 1, 4]
 
@@ -121,7 +122,7 @@ def guided(bundle: Bundle, guidance: float, program: Program | None = None) -> n
     with load(bundle.path) as pipe:
         base = pipe._executor
         assert base is not None
-        columns = {n.removeprefix("sampler."): t for n, t in bundle.tables().items() if n.startswith("sampler.")}
+        columns = sampler_columns(bundle.tables())
         runner = Executor(base.spec, program or base.program, columns, base._engines, guidance)
         noise, fresh = seeded_noise(0, 0, 2, base.spec.latent_shape)
         return list(runner.run([1, 2], noise, fresh))[-1].x
@@ -142,7 +143,7 @@ def test_guidance_leaves_the_unguided_channel_conditional(bundles: dict[str, Bun
         for weight in (1.0, 4.0):
             base = pipe._executor
             assert base is not None
-            columns = {n.removeprefix("sampler."): t for n, t in bundle.tables().items() if n.startswith("sampler.")}
+            columns = sampler_columns(bundle.tables())
             runner = Executor(base.spec, base.program, columns, base._engines, weight)
             noise, fresh = seeded_noise(0, 0, 2, base.spec.latent_shape)
             events[weight] = next(iter(runner.run([1, 2], noise, fresh)))

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.bundle import Bundle
+from ditc.guidance import Guidance
 from ditc.runtime.executor import NoiseSource, Samples
 from ditc.runtime.samplers import needs_noise, update
 from ditc.spec import ModelSpec
+from ditc.tables import sampler_columns
 
 __all__ = ["Forward", "GuidedRun"]
 
@@ -25,43 +27,22 @@ class GuidedRun:
 
     spec: ModelSpec
     table: Mapping[str, NDArray[np.float64]]
-    guidance: float
+    guidance: Guidance
 
     @staticmethod
     def of(bundle: Bundle) -> GuidedRun:
         """The run that a bundle was compiled for."""
-        tables = bundle.tables()
-        columns = {name.removeprefix("sampler."): t for name, t in tables.items() if name.startswith("sampler.")}
-        return GuidedRun(bundle.manifest.model, columns, bundle.manifest.guidance)
-
-    @property
-    def halves(self) -> int:
-        """Network rows per image: 2 with guidance (conditional, unconditional), else 1."""
-        return 1 if self.guidance == 1 else 2
+        spec, weight = bundle.manifest.model, bundle.manifest.guidance
+        return GuidedRun(spec, sampler_columns(bundle.tables()), Guidance.of(spec, weight))
 
     @property
     def steps(self) -> int:
         return len(self.table["t"])
 
-    def rows(self, x: Samples) -> Samples:
-        """What the network takes for samples (n, channels, height, width): all of them for each half."""
-        return np.concatenate([x] * self.halves)
-
-    def labels(self, labels: list[int]) -> NDArray[np.int64]:
-        """The class of every row: the images' own, then the null class for each."""
-        null = [] if self.halves == 1 else [self.spec.null_label] * len(labels)
-        return np.array([*labels, *null], np.int64)
-
     def step(self, forward: Forward, index: int, x: Samples, fresh_noise: NoiseSource) -> Samples:
         """The samples after step `index`."""
         row = {name: float(column[index]) for name, column in self.table.items()}
-        out, count, channels = forward(index, self.rows(x)), len(x), self.spec.in_channels
-        prediction = out[:count, :channels].copy()
-        if self.halves == 2:
-            guided = slice(0, self.spec.cfg_channels)
-            unconditional = out[count:, guided]
-            prediction[:, guided] = unconditional + np.float32(self.guidance) * (out[:count, guided] - unconditional)
-        raw_variance = out[:count, channels:] if self.spec.diffusion.learned_sigma else None
+        prediction, raw_variance = self.guidance.combine(forward(index, self.guidance.rows(x)), len(x))
         return update(row, x, prediction, raw_variance, fresh_noise(index) if needs_noise(row) else None)
 
     def last(self, forward: Forward, noise: Samples, fresh_noise: NoiseSource) -> Samples:

@@ -1,0 +1,102 @@
+"""Guidance: which rows a network is given, and what becomes of the ones that it returns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditc.errors import InputError
+from ditc.guidance import Guidance, halves_of, row_labels
+from ditc.spec import DiffusionSpec, ModelSpec
+
+SPEC = ModelSpec(
+    name="small",
+    family="dit",
+    in_channels=4,
+    height=3,
+    width=5,
+    num_classes=3,
+    null_label=3,
+    cfg_channels=3,
+    branches=("a",),
+    branch_shape=(1, 1),
+    parameters=0,
+)
+COUNT = 2
+
+
+def returned(spec: ModelSpec, weight: float) -> np.ndarray:
+    """What a network may return for COUNT images."""
+    shape = COUNT * halves_of(weight), spec.out_channels, spec.height, spec.width
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+@given(weight=st.floats(0.25, 16).filter(lambda weight: weight != 1), learned=st.booleans())
+def test_guided_channels_go_from_the_unconditional_prediction_towards_the_conditional(
+    weight: float, learned: bool
+) -> None:
+    spec = SPEC.model_copy(update={"diffusion": DiffusionSpec(learned_sigma=learned)})
+    out = returned(spec, weight)
+    conditional, unconditional = np.split(out, 2)
+    prediction, raw_variance = Guidance.of(spec, weight).combine(out, COUNT)
+    expected = unconditional[:, :3] + np.float32(weight) * (conditional[:, :3] - unconditional[:, :3])
+    assert np.array_equal(prediction[:, :3], expected)
+    assert np.array_equal(prediction[:, 3], conditional[:, 3])
+    assert (raw_variance is not None) == learned
+    if raw_variance is not None:
+        assert np.array_equal(raw_variance, conditional[:, 4:])
+
+
+def test_combining_leaves_what_the_network_returned_alone() -> None:
+    out = returned(SPEC, 2.0)
+    Guidance.of(SPEC, 2.0).combine(out, COUNT)
+    assert np.array_equal(out, returned(SPEC, 2.0))
+
+
+def test_without_guidance_the_only_row_of_an_image_is_its_prediction() -> None:
+    guidance, out = Guidance.of(SPEC, 1.0), returned(SPEC, 1.0)
+    assert guidance.halves == halves_of(1.0) == 1
+    assert np.array_equal(guidance.combine(out, COUNT)[0], out[:, :4])
+    assert guidance.labels([2, 0]).tolist() == [2, 0]
+    assert np.array_equal(guidance.rows(out), out)
+
+
+def test_with_guidance_all_images_come_once_with_their_class_and_once_without() -> None:
+    guidance, x = Guidance.of(SPEC, 1.5), returned(SPEC, 1.0)
+    assert guidance.halves == halves_of(1.5) == 2
+    labels = guidance.labels([2, 0])
+    assert (labels.tolist(), labels.dtype) == ([2, 0, 3, 3], np.int64)
+    assert np.array_equal(guidance.rows(x), np.concatenate([x, x]))
+    assert row_labels(np.array([1, 2]), None).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weight", "told"),
+    [
+        ({"null_label": None}, 1.5, "small has no unconditional class, so guidance must be 1, found 1.5"),
+        ({}, 0.0, "guidance must be above 0 and finite, found 0"),
+        ({}, float("nan"), "guidance must be above 0 and finite, found nan"),
+    ],
+)
+def test_guidance_that_makes_no_sense_is_refused(changes: dict[str, None], weight: float, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        Guidance.of(SPEC.model_copy(update=changes), weight)
+
+
+@pytest.mark.parametrize("changes", [{"guided_channels": 0}, {"guided_channels": 5}, {"null_label": None}])
+def test_a_guidance_that_contradicts_itself_is_none(changes: dict[str, int | None]) -> None:
+    settings = {"weight": 2.0, "channels": 4, "guided_channels": 3, "learned_variance": True, "null_label": 3}
+    with pytest.raises(InputError, match="guidance"):
+        Guidance(**settings | changes)  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_null_class_runs_without_guidance() -> None:
+    assert Guidance.of(SPEC.model_copy(update={"null_label": None}), 1.0).null_label is None
+
+
+def test_classes_take_turns_from_any_image_on() -> None:
+    assert SPEC.labels_in_turn(0, 7) == [0, 1, 2, 0, 1, 2, 0]
+    assert SPEC.labels_in_turn(4, 3) == SPEC.labels_in_turn(0, 7)[4:]
+    assert SPEC.labels_in_turn(4, 0) == []
