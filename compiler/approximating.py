@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from ditc.bundle import write_tables
 from ditc.compiler.plan import Plan, Segments
-from ditc.compiler.stages import Tables, exact_trajectory, start_requests
+from ditc.compiler.stages import Tables, exact_trajectory, executor, start_requests
 from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.files import atomic_write
-from ditc.program import AHEAD, CONDITION, DECODE, FULL, REUSE_ROWS
+from ditc.program import AHEAD, CONDITION, FULL, REUSE_ROWS
 from ditc.runtime.approximation import Moments, Rows, fitted_rows
 from ditc.runtime.conditioning import condition_tables
-from ditc.runtime.executor import Executor, Samples
-from ditc.runtime.pipeline import open_engines
-from ditc.tables import step_inputs
+from ditc.runtime.executor import Samples
+from ditc.runtime.host_executor import HostExecutor
 
 __all__ = ["approximate"]
 
@@ -38,9 +37,9 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
     """
     count, steps = plan.options.vc_images, plan.program.steps
     exact = exact_trajectory(plan, segments, count, REUSE_NOISE, "approximate")
-    rows = plan.reuse_tables[REUSE_ROWS]
     target = _Target.of(plan, segments)
-    with _recorded(plan, compiled, tables, rows) as (runner, runs):
+    with _recorded(plan, compiled, {**tables, **plan.reuse_tables}) as (runner, runs):
+        rows = runner.step_inputs[REUSE_ROWS]  # read when a step begins, and filled in before
         requests = start_requests(plan, runner, count, REUSE_NOISE, plan.served_at_once)
         made: list[RecordedRun] = []
         for step in steps:
@@ -60,20 +59,14 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
 
 
 @contextmanager
-def _recorded(
-    plan: Plan, compiled: Segments, tables: Tables, rows: Rows
-) -> Iterator[tuple[Executor, list[list[RecordedRun]]]]:
-    """The compiled program, reading `rows` as they are when a step begins, and the runs that compute as they come."""
+def _recorded(plan: Plan, compiled: Segments, tables: Tables) -> Iterator[tuple[HostExecutor, list[list[RecordedRun]]]]:
+    """The compiled program, and the runs that compute as they come."""
     computing = [part.name for part in plan.program.segments if any(part.compute)]
     recorder = RecordingBackend(
         plan.backend, dict.fromkeys(computing, range(plan.options.vc_images * len(plan.program.steps)))
     )
-    names = [name for name in plan.program.calls if name != DECODE]
-    with ExitStack() as stack:
-        engines = open_engines(stack, recorder, {name: compiled[name] for name in names})
-        inputs = {**step_inputs(tables), REUSE_ROWS: rows}
-        executor = Executor(plan.spec, plan.program, plan.table, engines, plan.options.cfg, step_inputs=inputs)
-        yield executor, [recorder.runs[name] for name in computing]
+    with executor(plan, plan.program, compiled, tables, recorder) as runner:
+        yield runner, [recorder.runs[name] for name in computing]
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,14 @@ class Plan:
         rounds = -(-count // self.spec.num_classes)
         return [int(label) for _ in range(rounds) for label in rng.permutation(self.spec.num_classes)][:count]
 
+    def batch_size(self, at_most: int = LARGEST_BATCH) -> int:
+        """Images whose cache slots stay within bounds."""
+        slots = len(self.spec.branches) * int(np.prod(self.spec.branch_shape)) * 4 * self.halves
+        return int(np.clip(BUFFER_BYTES // slots, 1, at_most))
+
     def batches(self, count: int, at_most: int = LARGEST_BATCH) -> list[range]:
         """Image numbers in batches whose cache slots stay within bounds."""
-        slots = len(self.spec.branches) * int(np.prod(self.spec.branch_shape)) * 4 * self.halves
-        size = int(np.clip(BUFFER_BYTES // slots, 1, at_most))
+        size = self.batch_size(at_most)
         return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
     @property

@@ -33,11 +33,12 @@ from ditc.program import CONDITION, DECODE, FULL, UPDATE, Program
 from ditc.quantize.linears import linear_count
 from ditc.quantize.qdq import insert_qdq
 from ditc.runtime.closeness import relative_error, trajectory_comparison
-from ditc.runtime.compensation import TableCompensation, fit_closed_loop
+from ditc.runtime.compensation import ClosedLoopFit
 from ditc.runtime.conditioning import condition_tables
-from ditc.runtime.executor import Executor, Samples, StepEvent, seeded_noise
+from ditc.runtime.executor import Correction, Samples, StepEvent, seeded_noise
+from ditc.runtime.host_executor import HostExecutor
 from ditc.runtime.pipeline import open_engines
-from ditc.tables import step_inputs
+from ditc.tables import sampler_tables
 from ditc.update_form import UpdateForm
 
 __all__ = ["export", "fit", "model_digest", "quantize", "record_pool", "replaced", "select", "verify"]
@@ -103,20 +104,29 @@ def _parity(plan: Plan, segment: Any, path: Path) -> float:
 
 @contextmanager
 def executor(
-    plan: Plan, program: Program, segments: Segments, tables: Tables = NO_TABLES, backend: Backend | None = None
-) -> Iterator[Executor]:
-    """An executor over segment files, engines closed at the end. `tables` are a bundle's beside the sampler's."""
+    plan: Plan,
+    program: Program,
+    segments: Segments,
+    tables: Tables = NO_TABLES,
+    backend: Backend | None = None,
+    correction: Correction | None = None,
+) -> Iterator[HostExecutor]:
+    """An executor over segment files, engines closed at the end. `tables` are a bundle's beside the sampler's.
+
+    With a `correction` of its own it is for one request of any size, whose images go through the engines in batches.
+    """
     names = [name for name in program.calls if name != DECODE]
+    together = None if correction is None else plan.batch_size(plan.served_at_once)
     with ExitStack() as stack:
         engines = open_engines(stack, backend or plan.backend, {name: segments[name] for name in names})
-        compensation = TableCompensation.from_tables(tables)
-        yield Executor(
-            plan.spec, program, plan.table, engines, plan.options.cfg, compensation, step_inputs=step_inputs(tables)
+        every = {**sampler_tables(plan.table), **tables}
+        yield HostExecutor(
+            plan.spec, program, every, engines, plan.options.cfg, correction=correction, together=together
         )
 
 
 def start_requests(
-    plan: Plan, runner: Executor, count: int, purpose: int, at_most: int = LARGEST_BATCH
+    plan: Plan, runner: HostExecutor, count: int, purpose: int, at_most: int = LARGEST_BATCH
 ) -> list[tuple[range, Iterator[StepEvent]]]:
     """Requests over `count` images with a purpose's own noise, not yet run."""
     labels, requests = plan.labels(count), []
@@ -144,7 +154,7 @@ def record_pool(
     count = plan.options.pool_size(len(wanted))
     labels = np.array(plan.labels(count))
 
-    def visits(runner: Executor) -> Iterator[Visit]:
+    def visits(runner: HostExecutor) -> Iterator[Visit]:
         for part, request in start_requests(plan, runner, count, POOL_NOISE, at_most):
             for event in request:
                 plan.progress("pool", part.start * event.steps + event.index * len(part), count * event.steps)
@@ -278,10 +288,11 @@ def exact_trajectory(plan: Plan, segments: Segments, count: int, purpose: int, s
 def fit(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
     """The compensation table, fitted in a closed loop against the FP program: compensation.safetensors."""
     count = plan.options.vc_images
-    exact = exact_trajectory(plan, segments, count, FIT_NOISE, "fit")
-    with executor(plan, plan.program, compiled, tables) as runner:
-        requests = [request for _, request in start_requests(plan, runner, count, FIT_NOISE, plan.served_at_once)]
-        table = fit_closed_loop(requests, exact, plan.options.vc)
+    correction = ClosedLoopFit(exact_trajectory(plan, segments, count, FIT_NOISE, "fit"), plan.options.vc)
+    noise, fresh = seeded_noise(plan.options.seed + FIT_NOISE, 0, count, plan.spec.latent_shape)
+    with executor(plan, plan.program, compiled, tables, correction=correction) as runner:
+        runner.last(plan.labels(count), noise, fresh)
+    table = correction.table
     write_tables(folder / "compensation.safetensors", {"compensation.k": table.k, "compensation.mu": table.mu})
 
 

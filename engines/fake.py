@@ -1,4 +1,4 @@
-"""A backend made of plain functions, so that the runtime is tested with no accelerator and no engine library."""
+"""A backend made of plain functions, and a device whose memory is the host's: a runtime without an accelerator."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from types import TracebackType
 import numpy as np
 
 from ditc.engines.backend import Buffer, Engine, Port
+from ditc.engines.device import ALIGNMENT, DeviceGraph, DeviceTensor
 
-__all__ = ["FakeBackend", "FakeBinding", "FakeEngine"]
+__all__ = ["FakeBackend", "FakeBinding", "FakeDevice", "FakeEngine"]
 
 SegmentFunction = Callable[[Mapping[str, Buffer]], Mapping[str, Buffer]]
 
@@ -65,3 +66,55 @@ class FakeBackend:
 
     def open(self, segment: Path) -> Engine:
         return self.engines[segment.stem]
+
+
+class FakeDevice:
+    """A device whose memory is the host's, so that engines of a processor run on it. What is queued is done at once."""
+
+    name = "fake"
+    compute_capability = "0.0"
+    stream = 0
+
+    def memory_bytes(self) -> tuple[int, int]:
+        return 1 << 40, 1 << 40
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
+        memory = np.empty(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + ALIGNMENT, np.uint8)
+        return DeviceTensor(memory.ctypes.data + -memory.ctypes.data % ALIGNMENT, dtype, shape, memory)
+
+    def upload(self, array: Buffer, tensor: DeviceTensor) -> None:
+        if array.shape != tensor.shape:
+            raise ValueError(f"expected {tensor.shape} to upload, found {array.shape}")
+        _view(tensor)[...] = array
+
+    def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
+        _view(target)[...] = _view(source)
+
+    def download(self, tensor: DeviceTensor) -> Buffer:
+        return _view(tensor).copy()
+
+    def synchronize(self) -> None:
+        """Nothing waits."""
+
+    def hold(self, *things: object) -> None:
+        """Nothing is left to be done."""
+
+    def activate(self) -> None:
+        """There is no other one."""
+
+    def capture(self, queue_work: Callable[[], None]) -> DeviceGraph:
+        return _FakeGraph(queue_work)
+
+
+@dataclass(frozen=True)
+class _FakeGraph:
+    queue_work: Callable[[], None]
+
+    def launch(self) -> None:
+        self.queue_work()
+
+
+def _view(tensor: DeviceTensor) -> Buffer:
+    """The tensor's part of its memory as an array."""
+    offset = tensor.pointer - tensor.memory.ctypes.data
+    return np.ndarray(tensor.shape, tensor.dtype, tensor.memory, offset)

@@ -9,18 +9,17 @@ already carry the K of the steps before. mu is the population mean of the compil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditc.errors import unknown_name
-from ditc.runtime.executor import StepEvent
+from ditc.runtime.executor import Samples
 
-__all__ = ["ESTIMATORS", "TableCompensation", "estimate_k", "fit_closed_loop"]
+__all__ = ["ESTIMATORS", "ClosedLoopFit", "TableCompensation", "estimate_k"]
 
-Samples = NDArray[np.float32]
 Channels = NDArray[np.float64]
 Estimator = Callable[[NDArray[np.float64], NDArray[np.float64], Channels], Channels]
 
@@ -92,22 +91,27 @@ class TableCompensation:
         return TableCompensation(k=tables["compensation.k"], mu=tables["compensation.mu"])
 
 
-def fit_closed_loop(
-    runs: Sequence[Iterator[StepEvent]], exact: Sequence[Samples], method: str, prior_samples: float = 4.0
-) -> TableCompensation:
-    """Walk compiled requests in lockstep, correcting every sample with the K just estimated from all of them.
+@dataclass
+class ClosedLoopFit:
+    """A correction that is fitted as it is applied: every step's K from samples that carry the K of those before it.
 
-    `runs` are started requests of an executor without compensation; `exact[i]`, (n, channels, height, width), are the
-    FP samples after step i on the same noise and labels, in the order of the runs.
+    Hand it to an executor and walk one request. `exact[i]`, (n, channels, height, width), are the FP samples after step
+    i on the same noise and labels.
     """
-    k_rows, mu_rows = [], []
-    for step, target in enumerate(exact):
-        events = [next(run) for run in runs]
-        k, mu = estimate_k(method, target, np.concatenate([event.x for event in events]), prior_samples)
-        correct = TableCompensation(k=k[None], mu=mu[None])
-        for event in events:
-            event.x[...] = correct(0, event.x)
-        k_rows.append(k)
-        mu_rows.append(mu)
-        assert events[0].index == step
-    return TableCompensation(k=np.stack(k_rows), mu=np.stack(mu_rows))
+
+    exact: Sequence[Samples]
+    method: str
+    prior_samples: float = 4.0
+    _rows: list[TableCompensation] = field(default_factory=list, init=False)  # of the steps so far, one row each
+
+    def __call__(self, step: int, x: Samples) -> Samples:
+        assert step == len(self._rows), "one request, from its first step on"
+        k, mu = estimate_k(self.method, self.exact[step], x, self.prior_samples)
+        self._rows.append(TableCompensation(k=k[None], mu=mu[None]))
+        return self._rows[step](0, x)
+
+    @property
+    def table(self) -> TableCompensation:
+        """What the steps so far were corrected with."""
+        k, mu = ([getattr(row, name) for row in self._rows] for name in ("k", "mu"))
+        return TableCompensation(k=np.concatenate(k), mu=np.concatenate(mu))

@@ -32,6 +32,7 @@ from ditc.runtime.executor import (
     StepEvent,
     check_request,
     closed_while_running,
+    in_range,
     written_ports,
 )
 from ditc.tables import sampler_columns, step_inputs
@@ -108,13 +109,22 @@ class DeviceExecutor:
         self._owner: _Watched | None = None  # whose values the buffers hold, if it has steps left
         self._closed = False
 
+    @property
+    def at_once(self) -> int:
+        """How many images one request should hold: what its engines are made for."""
+        return self.batch
+
+    @property
+    def decodes(self) -> bool:
+        return DECODE in self._engines
+
     def close(self) -> None:
-        """Wait for whose turn it is. Requests under way end at their next step with an error of ours."""
+        """As `Executor.close`, once whose turn it is has had it."""
         with self._turn:
             self._closed = True
 
     def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
-        """One request, observed: a StepEvent per step, whose sample is copied to the host. `last` does without."""
+        """As `Executor.run`, with every step's sample copied to the host. `last` does without."""
         request = _Watched()
         try:
             with self._turn_of(request):
@@ -171,14 +181,14 @@ class DeviceExecutor:
             yield
 
     def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
-        """The finished latents of one request, (n, channels, height, width): queued whole, waited for once."""
+        """As `Executor.last`: queued whole, waited for once."""
         with self._turn_of(None):
             count = self._start(labels, noise, fresh_noise)
             self._launch_trajectory()
             return self._device.download(self._final)[:count]
 
     def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> list[Observation]:
-        """As `Executor.outputs_at`: what the engines return for one image, call by call and without a graph."""
+        """As `Executor.outputs_at`: call by call and without a graph."""
         first, found = samples[min(samples)], list[Observation]()
         rows = [0, self.batch][: len(set(self._guidance.labels([label]).tolist()))]
         with self._turn_of(None):
@@ -196,23 +206,27 @@ class DeviceExecutor:
                 found += [(step.index, step.segment, outputs), (step.index, UPDATE, {"next": after[:1]})]
         return found
 
-    def last_images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
-        """The decoded images of one request, (n, channels, height, width); the latents never leave the device."""
+    def images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+        """As `Executor.images`; latents that are decoded never leave the device."""
+        if not self.decodes:
+            return in_range(self.last(labels, noise, fresh_noise))
         with self._turn_of(None):
             count = self._start(labels, noise, fresh_noise)
             self._launch_trajectory()
             self._device.copy(self._final, self._latent)
-            return self._decoded(count)
+            return in_range(self._decoded(count))
 
     def decode(self, latents: Samples) -> Samples:
-        """Images of latents, (n, channels, height, width), through the decoder's engine."""
+        """As `Executor.decode`."""
+        if not self.decodes:
+            return in_range(latents)
         images = []
         for first in range(0, len(latents), self.batch):
             part = latents[first : first + self.batch]
             with self._own_turn():
                 self._device.upload(_filled(part, self.batch), self._latent)
                 images.append(self._decoded(len(part)))
-        return np.concatenate(images)
+        return in_range(np.concatenate(images))
 
     def _decoded(self, count: int) -> Samples:
         engine = self._engines[DECODE]
@@ -220,11 +234,6 @@ class DeviceExecutor:
         engine.bind("image", self._image)
         engine.enqueue()
         return self._device.download(self._image)[:count]
-
-    @property
-    def decodes(self) -> bool:
-        """Is there a decoder among the engines?"""
-        return DECODE in self._engines
 
     def _start(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> int:
         """Check a request and upload all it needs: labels, x_T, and every step's noise."""

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ditc.bundle import read_tables, write_tables
 from ditc.errors import BundleError
 from ditc.program import DECODE, UPDATE, Program
-from ditc.runtime.executor import Observation, Samples
+from ditc.runtime.executor import Executor, Samples
 from ditc.spec import ModelSpec
 
 __all__ = [
@@ -72,12 +72,6 @@ MARGIN = 2.0  # over the largest difference that they made
 
 Outputs = Mapping[tuple[str, str], NDArray[np.float32]]  # (call, port) -> values, (at most VALUES,)
 Observer = Callable[[Mapping[int, Samples]], Outputs]
-
-
-class Executes(Protocol):
-    """An executor, on a processor or a device."""
-
-    def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> Iterable[Observation]: ...
 
 
 class Difference(NamedTuple):
@@ -243,7 +237,7 @@ def _coarseness(rest: str) -> float:
     return ROUNDING[rest].moves
 
 
-def observer(executor: Executes, label: int, decode: Callable[[Samples], Samples] | None) -> Observer:
+def observer(executor: Executor, label: int, decode: Callable[[Samples], Samples] | None) -> Observer:
     """From samples, as a Fingerprint has them, to what the segments of an executor return for them."""
 
     def outputs(samples: Mapping[int, Samples]) -> Outputs:

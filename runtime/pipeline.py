@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +23,11 @@ from ditc.engines.integer_form import SaysType
 from ditc.engines.targets import backend_for
 from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_name
 from ditc.program import DECODE, UPDATE, Program
-from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise, whole_numbers
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
-from ditc.tables import DYNAMIC, sampler_columns, step_inputs
+from ditc.runtime.host_executor import HostExecutor
+from ditc.tables import DYNAMIC
 
 __all__ = ["Pipeline", "load", "open_engines"]
 
@@ -119,7 +118,7 @@ class Pipeline:
         self._graphs = graphs
         self._check = check
         self._batch = self._checked_batch(batch)
-        self._executor: Executor | DeviceExecutor | None = None
+        self._executor: Executor | None = None
         self.engines: Mapping[str, Engine | DeviceEngine] = {}
 
     def _checked_batch(self, batch: int | None) -> int | None:
@@ -155,19 +154,18 @@ class Pipeline:
             raise
         return self
 
-    def _on_host(self, backend: Backend, names: Sequence[str]) -> Executor:
+    def _on_host(self, backend: Backend, names: Sequence[str]) -> HostExecutor:
         place = self.bundle.reference_path if self.reference else self.bundle.segment_path
         self.engines = engines = open_engines(self._stack, backend, {name: place(name) for name in names})
-        manifest, tables = self.bundle.manifest, self._tables()
+        manifest = self.bundle.manifest
         measures = manifest.settings.get("scales") == DYNAMIC and not self.reference
-        return Executor(
+        return HostExecutor(
             manifest.model,
             self.program,
-            sampler_columns(tables),
+            self._tables(),
             engines,
             manifest.guidance,
-            TableCompensation.from_tables(tables),
-            step_inputs=step_inputs(tables),
+            batch=manifest.batch,
             together=1 if measures else None,
         )
 
@@ -203,11 +201,8 @@ class Pipeline:
         """
         return self._at_once(self._open_executor())
 
-    def _at_once(self, executor: Executor | DeviceExecutor) -> int:
-        if isinstance(executor, DeviceExecutor):
-            return executor.batch
-        least = self.bundle.manifest.batch if executor.together is None else executor.together
-        return self._batch or max(least, executor.at_once)
+    def _at_once(self, executor: Executor) -> int:
+        return self._batch or executor.at_once
 
     def generate(
         self,
@@ -218,7 +213,7 @@ class Pipeline:
         noise: Samples | None = None,
         first: int = 0,
     ) -> Iterator[StepEvent]:
-        """All labels as one batch: a StepEvent per step, the last one carrying `images`.
+        """All labels as one batch: a StepEvent per step, the last one carrying `images`; their arrays are read-only.
 
         `noise` is x_T, (len(labels), channels, height, width); without it each image draws from the stream of
         (seed, first + its place), seed 0 where none is given. `seeds` are one for each image instead, each giving what
@@ -232,7 +227,7 @@ class Pipeline:
         drawn, fresh = streamed_noise(streams, self.bundle.manifest.model.latent_shape)
         for event in executor.run(labels, drawn if noise is None else noise, fresh):
             last = event.index == event.steps - 1
-            yield replace(event, images=self._decoded(executor, event.x)) if last and self.makes_images else event
+            yield replace(event, images=executor.decode(event.x)) if last and self.makes_images else event
 
     def latents(
         self,
@@ -264,9 +259,7 @@ class Pipeline:
         self.check_makes_images()
         executor, labels = self._open_executor(), whole_numbers("labels", labels, "[3, 1, 4]")
         requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
-        if isinstance(executor, DeviceExecutor) and executor.decodes:  # the latents stay on the device
-            return np.concatenate([np.clip(executor.last_images(*request), -1, 1) for request in requests])
-        return np.concatenate([self._decoded(executor, executor.last(*request)) for request in requests])
+        return np.concatenate([executor.images(*request) for request in requests])
 
     def decode(self, latents: Samples) -> Samples:
         """Latents to images in [-1, 1]. A model of 1 or 3 channels without a decoder works on pixels already.
@@ -274,28 +267,7 @@ class Pipeline:
         Raises InputError where the latents are of another kind and the bundle has no decoder.
         """
         self.check_makes_images()
-        return self._decoded(self._open_executor(), latents)
-
-    def _decoded(self, executor: Executor | DeviceExecutor, latents: Samples) -> Samples:
-        """Images in [-1, 1], by what an executor has open: another thread may close the pipeline meanwhile."""
-        if DECODE not in self.program.epilogue:
-            images = latents
-        elif isinstance(executor, DeviceExecutor):
-            images = executor.decode(latents)
-        else:
-            images = self._through(executor.decoder, latents)
-        return np.asarray(np.clip(images, -1, 1))
-
-    def _through(self, decoder: Any, latents: Samples) -> Samples:
-        """As many at a time as the bundle was compiled for: a decoder's insides are many times what it takes."""
-        port, binding, size = decoder.outputs["image"], decoder.binding(), self.bundle.manifest.batch
-        shape = (len(latents), *(length for length in port.shape[1:] if isinstance(length, int)))
-        images: NDArray[Any] = np.empty(shape, port.dtype)
-        for first in range(0, len(latents), size):
-            binding.bind("latent", np.ascontiguousarray(latents[first : first + size], np.float32))
-            binding.bind("image", images[first : first + size])
-            binding.run()
-        return images
+        return self._open_executor().decode(latents)
 
     @property
     def makes_images(self) -> bool:
@@ -322,8 +294,7 @@ class Pipeline:
         kept = Fingerprint.of(self.bundle.path)
         kept.check_fits(self.program, self.bundle.manifest.model)
         engines, executor = self.engines, self._open_executor()  # in this order: engines that are gone have none
-        decode = partial(self._decoded, executor) if DECODE in self.program.epilogue else None
-        found = observer(executor, kept.label, decode)(kept.samples)
+        found = observer(executor, kept.label, executor.decode if executor.decodes else None)(kept.samples)
         if not self._compensated:  # then the next sample is another one
             found = {(call, port): values for (call, port), values in found.items() if not call.startswith(UPDATE)}
         types = types_of_calls(self.program, {name: self._type_of(engine) for name, engine in engines.items()})
@@ -358,7 +329,7 @@ class Pipeline:
 
     def _requests(
         self,
-        executor: Executor | DeviceExecutor,
+        executor: Executor,
         labels: Sequence[int],
         streams: Sequence[tuple[int, int]],
         noise: Samples | None,
@@ -372,7 +343,7 @@ class Pipeline:
             drawn, fresh = streamed_noise(streams[part], self.bundle.manifest.model.latent_shape)
             yield labels[part], drawn if noise is None else noise[part], fresh
 
-    def _open_executor(self) -> Executor | DeviceExecutor:
+    def _open_executor(self) -> Executor:
         executor = self._executor  # one look: another thread may close the pipeline right after it
         if executor is None:
             raise DitcError("the pipeline is not open; use it in a block: with ditc.load(path) as pipe: ...")

@@ -33,7 +33,7 @@ def trajectory(bundle: Bundle, *, holding: bool = False, reference: bool = False
     with ditc.load(bundle.path, reference=reference) as pipe:
         if holding:
             assert pipe._executor is not None
-            rows = pipe._executor._step_inputs[REUSE_ROWS]
+            rows = pipe._executor.step_inputs[REUSE_ROWS]
             rows[...] = holding_rows(*rows.shape)
         return list(pipe.generate(LABELS, seed=3))
 

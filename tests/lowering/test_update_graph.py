@@ -44,7 +44,7 @@ def spec_of(*, learned_sigma: bool = True, cfg_channels: int = 3, prediction: An
 def host_step(
     spec: ModelSpec, row: dict[str, float], guidance: float, x: Any, out: Any, z: Any, compensate: Any, step: int
 ) -> np.ndarray:
-    """Do as `runtime.executor` does after the network."""
+    """Do as `runtime.host_executor` does after the network."""
     prediction, variance = Guidance.of(spec, guidance).combine(out, IMAGES)
     after = update(row, x, prediction, variance, z if needs_noise(row) else None)
     return np.asarray(compensate(step, after) if compensate is not None else after)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditc.errors import InputError
-from ditc.runtime.compensation import ESTIMATORS, TableCompensation, estimate_k, fit_closed_loop
-from ditc.runtime.executor import StepEvent
+from ditc.runtime.compensation import ESTIMATORS, ClosedLoopFit, TableCompensation, estimate_k
+from ditc.runtime.executor import Correction
 
 LAW = settings(deadline=None)  # a busy machine stalls now and then
 
@@ -153,36 +151,47 @@ GAINS = np.linspace(0.7, 1.3, STEPS * CHANNELS).reshape(STEPS, CHANNELS)
 ERRORS = np.array([[1.2, 0.9, 1.0], [0.8, 1.1, 1.5], [1.1, 1.1, 0.5], [1.0, 0.7, 0.9], [0.6, 2.0, 1.3]])
 
 
-def linear_run(x: np.ndarray, errors: np.ndarray) -> Iterator[StepEvent]:
-    """A request whose step multiplies each channel by its gain, and by an error of its own."""
+def linear_walk(x: np.ndarray, errors: np.ndarray, correction: Correction | None = None) -> list[np.ndarray]:
+    """The samples after each step, which multiplies each channel by its gain and by an error of its own."""
+    samples = []
     for step in range(STEPS):
-        after = (x * per_channel(*(GAINS[step] * errors[step]))).astype(np.float32)
-        yield StepEvent(step, STEPS, float(STEPS - step), "full", x, after, 0.0, 0.0)
-        x = after
+        x = (x * per_channel(*(GAINS[step] * errors[step]))).astype(np.float32)
+        x = x if correction is None else correction(step, x)
+        samples.append(x)
+    return samples
 
 
 def exact_walk(x: np.ndarray) -> list[np.ndarray]:
-    return [event.x for event in linear_run(x, np.ones_like(ERRORS))]
+    return linear_walk(x, np.ones_like(ERRORS))
 
 
-@pytest.mark.parametrize("requests", [1, 4])
-def test_a_closed_loop_fit_recovers_the_error_of_each_single_step(requests: int) -> None:
-    x = normal(0)
-    runs = [linear_run(part, ERRORS) for part in np.split(x, requests)]
-    table = fit_closed_loop(runs, exact_walk(x), "std", prior_samples=0)
+def fitted(x: np.ndarray, errors: np.ndarray, method: str, prior_samples: float) -> ClosedLoopFit:
+    """A fit that has been walked with."""
+    correction = ClosedLoopFit(exact_walk(x), method, prior_samples)
+    linear_walk(x, errors, correction)
+    return correction
+
+
+def test_a_closed_loop_fit_recovers_the_error_of_each_single_step() -> None:
+    table = fitted(normal(0), ERRORS, "std", 0).table
     np.testing.assert_allclose(table.k, 1 / ERRORS, rtol=1e-4)
+
+
+def test_a_fit_corrects_as_its_table_will() -> None:
+    x, correction = normal(0), ClosedLoopFit(exact_walk(normal(0)), "lsq")
+    on_the_way = linear_walk(x, ERRORS, correction)
+    assert all(map(np.array_equal, linear_walk(x, ERRORS, correction.table), on_the_way))
+    assert not np.array_equal(on_the_way[-1], linear_walk(x, ERRORS)[-1])
 
 
 def test_a_run_with_the_fitted_table_has_the_variance_of_the_exact_one() -> None:
     x = normal(0)
-    table = fit_closed_loop([linear_run(x, ERRORS)], exact_walk(x), "std", prior_samples=0)
-    for event, exact in zip(linear_run(x, ERRORS), exact_walk(x), strict=True):
-        event.x[...] = table(event.index, event.x)
-        np.testing.assert_allclose(event.x.std(axis=(0, 2, 3)), exact.std(axis=(0, 2, 3)), rtol=1e-4)
+    table = fitted(x, ERRORS, "std", 0).table
+    for found, exact in zip(linear_walk(x, ERRORS, table), exact_walk(x), strict=True):
+        np.testing.assert_allclose(found.std(axis=(0, 2, 3)), exact.std(axis=(0, 2, 3)), rtol=1e-4)
 
 
 def test_a_fit_of_an_exact_program_finds_ones() -> None:
-    x = normal(0)
-    table = fit_closed_loop([linear_run(x, np.ones_like(ERRORS))], exact_walk(x), "lsq")
+    table = fitted(normal(0), np.ones_like(ERRORS), "lsq", 4).table
     assert table.k.shape == table.mu.shape == (STEPS, CHANNELS)
     np.testing.assert_allclose(table.k, 1, atol=1e-6)

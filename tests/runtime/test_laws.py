@@ -12,9 +12,9 @@ from ditc.errors import DitcError, InputError
 from ditc.exporter.onnx_files import load_graph
 from ditc.program import Program
 from ditc.runtime.closeness import relative_error
-from ditc.runtime.executor import Executor, seeded_noise
+from ditc.runtime.executor import seeded_noise
+from ditc.runtime.host_executor import HostExecutor
 from ditc.runtime.pipeline import Pipeline, load
-from ditc.tables import sampler_columns
 
 LABELS = [0, 3, 1, 4]
 
@@ -88,7 +88,7 @@ def test_every_step_takes_its_own_row_of_a_table(bundles: dict[str, Bundle], nam
     with load(bundles["per-step"].path) as pipe:
         right = [event.x for event in pipe.generate(LABELS, seed=5)]
         assert pipe._executor is not None
-        pipe._executor._step_inputs[name][2] *= 0.5
+        pipe._executor.step_inputs[name][2] *= 0.5
         wrong = [event.x for event in pipe.generate(LABELS, seed=5)]
     assert [np.array_equal(a, b) for a, b in zip(right, wrong, strict=True)] == [True] * 2 + [False] * 4
 
@@ -122,8 +122,7 @@ def guided(bundle: Bundle, guidance: float, program: Program | None = None) -> n
     with load(bundle.path) as pipe:
         base = pipe._executor
         assert base is not None
-        columns = sampler_columns(bundle.tables())
-        runner = Executor(base.spec, program or base.program, columns, base._engines, guidance)
+        runner = HostExecutor(base.spec, program or base.program, bundle.tables(), base._engines, guidance)
         noise, fresh = seeded_noise(0, 0, 2, base.spec.latent_shape)
         return list(runner.run([1, 2], noise, fresh))[-1].x
 
@@ -143,8 +142,7 @@ def test_guidance_leaves_the_unguided_channel_conditional(bundles: dict[str, Bun
         for weight in (1.0, 4.0):
             base = pipe._executor
             assert base is not None
-            columns = sampler_columns(bundle.tables())
-            runner = Executor(base.spec, base.program, columns, base._engines, weight)
+            runner = HostExecutor(base.spec, base.program, bundle.tables(), base._engines, weight)
             noise, fresh = seeded_noise(0, 0, 2, base.spec.latent_shape)
             events[weight] = next(iter(runner.run([1, 2], noise, fresh)))
         np.testing.assert_allclose(events[4.0].x[:, 2], events[1.0].x[:, 2], atol=1e-5)

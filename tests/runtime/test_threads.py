@@ -23,7 +23,8 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import DitcError, InputError
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import with_vae
-from ditc.runtime.executor import KEPT_BUFFERS, Executor, streamed_noise
+from ditc.runtime.executor import streamed_noise
+from ditc.runtime.host_executor import KEPT_BUFFERS, HostExecutor
 from ditc.runtime.pipeline import Pipeline, load
 
 Images = NDArray[Any]
@@ -154,17 +155,17 @@ def test_images_walk_together_as_many_as_the_buffer_holds(
     pipes: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, sizes = pipes["cached"], []
-    last = Executor.last
+    last = HostExecutor.last
 
-    def noted(self: Executor, labels: list[int], *rest: Any) -> Images:
+    def noted(self: HostExecutor, labels: list[int], *rest: Any) -> Images:
         sizes.append(len(labels))
         return last(self, labels, *rest)
 
-    monkeypatch.setattr(Executor, "last", noted)
+    monkeypatch.setattr(HostExecutor, "last", noted)
     labels = [n % 5 for n in range(70)]
     everything = pipe.images(labels, seed=1)
     assert (pipe.at_once, sizes) == (64, [64, 6])
-    monkeypatch.setattr("ditc.runtime.executor.REQUEST_BYTES", 1 << 18)
+    monkeypatch.setattr("ditc.runtime.host_executor.REQUEST_BYTES", 1 << 18)
     assert 4 <= pipe.at_once < 16  # no fewer than the bundle was compiled for
     assert np.array_equal(pipe.images(labels, seed=1), everything)
 
@@ -179,7 +180,7 @@ def test_buffers_that_wait_for_their_next_request_are_few(bundles: dict[str, Bun
     with load(bundles["cached"].path) as pipe:
         for count in range(1, 10):
             pipe.images([1] * count)
-        assert isinstance(pipe._executor, Executor)
+        assert isinstance(pipe._executor, HostExecutor)
         assert len(pipe._executor._free) == KEPT_BUFFERS
 
 

@@ -1,0 +1,291 @@
+"""The executor on a processor: runs a program step by step on named buffers. It decides nothing.
+
+One request: the conditioning once for all steps, then per step one segment call, guidance, the sampler's update and
+the correction. What a request computes on is its own: buffers, and their bindings to the engines. They are allocated
+at its first step or come from an earlier request of the same size; cache slots carry nothing over, because a program
+writes every slot before it reads it. So requests may run in any number of threads, half-way, nested or abandoned.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.engines.backend import Binding, Buffer, Engine
+from ditc.guidance import Guidance
+from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Program, Step
+from ditc.runtime.compensation import TableCompensation
+from ditc.runtime.conditioning import Conditioning, steps_ahead
+from ditc.runtime.executor import (
+    Correction,
+    NoiseSource,
+    Observation,
+    Samples,
+    StepEvent,
+    check_request,
+    closed_while_running,
+    in_range,
+    written_ports,
+)
+from ditc.runtime.samplers import Row, needs_noise, update
+from ditc.spec import ModelSpec
+from ditc.tables import Tables, sampler_columns, step_inputs
+
+__all__ = ["HostExecutor"]
+
+REQUEST_BYTES = 256 << 20  # about what the buffers of one request may take
+MOST_AT_ONCE = 64  # images; more of the smallest models gain nothing
+BLOCK_INSIDES = 16  # tensors of a branch's size that are alive inside a block, beside the cache slots
+KEPT_BUFFERS = 4  # sets of buffers that wait for their next request, whatever their sizes
+
+
+@dataclass(frozen=True, eq=False)
+class _Buffers:
+    """Everything one engine call needs, for one number of images; `rows` of the network are images times halves.
+
+    `bindings` are those of the segments that these buffers have been bound to, by name.
+    """
+
+    images: int
+    x: Samples
+    out: Samples
+    conditioning: Conditioning
+    slots: tuple[Buffer, ...]  # each (rows, *branch_shape)
+    bindings: dict[str, Binding]
+
+
+Part = tuple[slice, _Buffers]  # the images of a request that go through the engines together
+
+
+class HostExecutor:
+    """Runs one program over opened engines, for any number of threads; a request's buffers and bindings are its own.
+
+    `engines` maps segment names to engines; `guidance` is the weight of classifier-free guidance, at 1 the
+    unconditional half is not computed at all. `tables` are a bundle's: the sampler's columns, the compensation where
+    there is one, and what segments take a row of at each step. `step_inputs` holds the latter, name of the input ->
+    (steps, ...); each row is read when its step begins. A `correction` stands in for the tables' compensation; it is
+    called with the samples of a whole request.
+
+    `batch` is how many images the bundle was compiled for: a request should hold no fewer, and a decoder takes no more.
+    `together` is how many images a call of an engine may hold at most, None for any number: scales measured as a tensor
+    comes are those of all its images.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        program: Program,
+        tables: Tables,
+        engines: Mapping[str, Engine],
+        guidance: float,
+        *,
+        correction: Correction | None = None,
+        batch: int = 1,
+        together: int | None = None,
+    ) -> None:
+        self.spec = spec
+        self.program = program
+        self.guidance = Guidance.of(spec, guidance)
+        self.step_inputs = step_inputs(tables)
+        self._correction = TableCompensation.from_tables(tables) if correction is None else correction
+        self._batch = batch
+        self._together = together
+        self._engines = engines
+        columns = sampler_columns(tables)
+        self._rows: list[Row] = [
+            {name: float(column[i]) for name, column in columns.items()} for i in range(len(program.steps))
+        ]
+        self._free: deque[_Buffers] = deque(maxlen=KEPT_BUFFERS)
+        self._closed = False
+
+    @property
+    def at_once(self) -> int:
+        """How many images one request should hold: as many as REQUEST_BYTES has buffers for, or a call of an engine.
+
+        An image has its rows of every buffer, one label's tables of all steps, and what is alive inside a block.
+        """
+        if self._together is not None:
+            return self._together
+        branch, latent = prod(self.spec.branch_shape), prod(self.spec.latent_shape)
+        values = self.guidance.halves * ((self.program.slots + BLOCK_INSIDES) * branch + 3 * latent)
+        one = np.dtype(np.float32).itemsize * (values + self._table_values())
+        return max(self._batch, min(REQUEST_BYTES // one, MOST_AT_ONCE))
+
+    @property
+    def decodes(self) -> bool:
+        return DECODE in self._engines
+
+    def close(self) -> None:
+        """As `Executor.close`."""
+        self._closed = True
+        self._free.clear()
+
+    def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
+        """As `Executor.run`."""
+        check_request(self.spec, labels, noise)
+        size = self._together or len(labels)
+        places = [slice(first, min(first + size, len(labels))) for first in range(0, len(labels), size)]
+        parts = [(place, self._lent(place.stop - place.start)) for place in places]
+        try:
+            for place, buffers in parts:
+                self._run_condition(labels[place], buffers)
+            x = np.ascontiguousarray(noise, dtype=np.float32)
+            for step in self.program.steps:
+                if self._closed:
+                    raise closed_while_running()
+                event = self._run_step(step, x, parts, fresh_noise)
+                x = event.x
+                yield event
+        finally:
+            for _, buffers in parts:
+                self._free.append(buffers)
+
+    def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+        """As `Executor.last`."""
+        x = noise
+        for event in self.run(labels, noise, fresh_noise):
+            x = event.x
+        return np.array(x)
+
+    def images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+        """As `Executor.images`."""
+        return self.decode(self.last(labels, noise, fresh_noise))
+
+    def decode(self, latents: Samples) -> Samples:
+        """As `Executor.decode`: as many at a time as the bundle was compiled for, a decoder's insides are large."""
+        if not self.decodes:
+            return in_range(latents)
+        decoder = self._engines[DECODE]
+        port, binding = decoder.outputs["image"], decoder.binding()
+        shape = (len(latents), *(length for length in port.shape[1:] if isinstance(length, int)))
+        images: NDArray[Any] = np.empty(shape, port.dtype)
+        for first in range(0, len(latents), self._batch):
+            part = slice(first, first + self._batch)
+            binding.bind("latent", np.ascontiguousarray(latents[part], np.float32))
+            binding.bind("image", images[part])
+            binding.run()
+        return in_range(images)
+
+    def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> Iterator[Observation]:
+        """As `Executor.outputs_at`."""
+        buffers = self._lent(1)
+        try:
+            self._run_condition([label], buffers)
+            yield None, CONDITION, buffers.conditioning.tables_at(sorted(samples))
+            for step in (step for step in self.program.steps if step.index in samples):
+                x = np.ascontiguousarray(samples[step.index], np.float32)
+                self._run_engine(step, x, buffers)
+                yield (
+                    step.index,
+                    step.segment,
+                    {"out": buffers.out, **{port: buffers.slots[slot] for port, slot in written_ports(step)}},
+                )
+                after = self._updated(step, x, buffers.out, np.zeros_like(x))
+                yield step.index, UPDATE, {"next": self._corrected(step, after)}
+        finally:
+            self._free.append(buffers)
+
+    def _lent(self, images: int) -> _Buffers:
+        """Buffers for so many images: some that an earlier request has given back, else new ones."""
+        for _ in range(len(self._free)):  # no lock: each call on the deque is whole, and a miss costs an allocation
+            try:
+                buffers = self._free.popleft()
+            except IndexError:
+                break
+            if buffers.images == images:
+                return buffers
+            self._free.append(buffers)
+        return self._allocate(images)
+
+    def _run_condition(self, labels: Sequence[int], buffers: _Buffers) -> None:
+        """All steps and both guidance halves in one call, each label once."""
+        buffers.conditioning.compute(self.guidance.labels(labels))
+
+    def _run_step(self, step: Step, x: Samples, parts: Sequence[Part], fresh_noise: NoiseSource) -> StepEvent:
+        start = perf_counter()
+        z = fresh_noise(step.index) if needs_noise(self._rows[step.index]) else None
+        after, engine_seconds = list[Samples](), 0.0
+        for place, buffers in parts:
+            engine_seconds += self._run_engine(step, x[place], buffers)
+            after.append(self._updated(step, x[place], buffers.out, None if z is None else z[place]))
+        return StepEvent(
+            index=step.index,
+            steps=len(self.program.steps),
+            t=step.t,
+            segment=step.segment,
+            before=x,
+            x=self._corrected(step, after[0] if len(after) == 1 else np.concatenate(after)),
+            seconds=perf_counter() - start,
+            engine_seconds=engine_seconds,
+        )
+
+    def _run_engine(self, step: Step, x: Samples, buffers: _Buffers) -> float:
+        """The network's output for samples, left in the buffers; returns the seconds inside the engine."""
+        for half in range(self.guidance.halves):
+            buffers.x[half * len(x) : (half + 1) * len(x)] = x
+        binding = self._bound(step, buffers)
+        start = perf_counter()
+        binding.run()
+        return perf_counter() - start
+
+    def _updated(self, step: Step, x: Samples, out: Samples, z: Samples | None) -> Samples:
+        """The samples after guidance and the sampler's update."""
+        prediction, raw_variance = self.guidance.combine(out, len(x))
+        return update(self._rows[step.index], x, prediction, raw_variance, z)
+
+    def _corrected(self, step: Step, x: Samples) -> Samples:
+        """The samples that the next step starts from."""
+        return x if self._correction is None else self._correction(step.index, x)
+
+    def _bound(self, step: Step, buffers: _Buffers) -> Binding:
+        engine = self._engines[step.segment]
+        binding = buffers.bindings.get(step.segment)
+        if binding is None:
+            binding = buffers.bindings[step.segment] = engine.binding()
+        binding.bind("x", buffers.x)
+        binding.bind("out", buffers.out)
+        for name, rows in buffers.conditioning.inputs(step.index, engine.inputs).items():
+            binding.bind(name, rows)
+        for name in self.step_inputs.keys() & engine.inputs.keys():
+            binding.bind(name, self.step_inputs[name][step.index])
+        for port, slot in step.cache_ports:
+            binding.bind(port, buffers.slots[slot])
+        return binding
+
+    def _allocate(self, images: int) -> _Buffers:
+        rows = images * self.guidance.halves
+        t = np.array([row["t"] for row in self._rows], dtype=np.float32)
+        slot_shape, slot_type = (rows, *self.spec.branch_shape), self._slot_type()
+        return _Buffers(
+            images=images,
+            x=np.empty((rows, *self.spec.latent_shape), np.float32),
+            out=np.empty((rows, self.spec.out_channels, self.spec.height, self.spec.width), np.float32),
+            conditioning=Conditioning(self._engines[CONDITION], t, rows, self._most_ahead()),
+            slots=tuple(np.empty(slot_shape, slot_type) for _ in range(self.program.slots)),
+            bindings={},
+        )
+
+    def _table_values(self) -> int:
+        """Numbers in the tables of all steps for one label."""
+        sizes = {"batch": 1, "steps": len(self._rows)}
+        ports = self._engines[CONDITION].outputs.values()
+        return sum(prod(sizes[size] if isinstance(size, str) else size for size in port.shape) for port in ports)
+
+    def _most_ahead(self) -> int:
+        """How many rows of the tables past its own a step may be given."""
+        ports = (port for engine in self._engines.values() for port in engine.inputs.values())
+        return max((steps_ahead(port) for port in ports if port.name.startswith(f"{AHEAD}.")), default=0)
+
+    def _slot_type(self) -> str:
+        """The type in which segments hand over cached outputs: that of the first one written."""
+        for step in self.program.steps:
+            for value in step.writes:
+                return self._engines[step.segment].outputs[f"cache.{value}"].dtype
+        return "float32"
