@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ditc.engines.backend import Backend, Engine, Port
-from ditc.engines.fake import FakeBackend, FakeEngine
+from ditc.engines.device import ALIGNMENT, Device
+from ditc.engines.fake import FakeBackend, FakeDevice, FakeEngine
 
 
 def port(name: str) -> Port:
@@ -100,3 +101,27 @@ def test_a_backend_opens_engines_by_the_name_of_their_segment() -> None:
 def test_a_segment_without_an_engine_is_refused() -> None:
     with pytest.raises(KeyError, match="row-1"):
         FakeBackend({"full": doubling_engine()}).open(Path("row-1.onnx"))
+
+
+def test_a_fake_device_keeps_what_is_uploaded_in_aligned_memory() -> None:
+    device: Device = FakeDevice()
+    tensor, values = device.empty((3, 2), "float32"), np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert tensor.pointer % ALIGNMENT == 0
+    device.upload(values, tensor)
+    device.copy(tensor.row(0), tensor.row(2))
+    assert device.download(tensor).tolist() == [[0, 1], [2, 3], [0, 1]]
+    assert device.download(tensor.rows(1, 2)).tolist() == [[2, 3], [0, 1]]
+    values[:] = 9
+    assert device.download(tensor).max() == 3
+    with pytest.raises(ValueError, match="to upload"):
+        device.upload(values[:2], tensor)
+
+
+def test_a_graph_of_a_fake_device_queues_its_work_when_it_is_launched() -> None:
+    device: Device = FakeDevice()
+    tensor = device.empty((2,), "float32")
+    graph = device.capture(lambda: device.upload(np.ones(2, np.float32), tensor))
+    device.upload(np.zeros(2, np.float32), tensor)
+    assert device.download(tensor).tolist() == [0, 0]
+    graph.launch()
+    assert device.download(tensor).tolist() == [1, 1]
