@@ -127,7 +127,7 @@ def main() -> None:
         print(json.dumps(row))
     given = {name: value for name, value in vars(options).items() if name != "out"}
     settings = {"model": "digits", "guidance": base.cfg, "images": len(exact), "seed": SEED, **given}
-    found = {"machine": machine(), **settings, "rows": rows}
+    found = {"machine": machine().model_dump(), **settings, "rows": rows}
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -51,13 +51,18 @@ def main() -> None:
     for sampler in ("ddim", "ddpm"):
         for seed in options.seeds:
             images, labels, seconds = sample(sampler, seed, options.images)
-            row = {"sampler": sampler, "seed": seed, "images": options.images, **digit_quality(images, labels)}
+            row = {
+                "sampler": sampler,
+                "seed": seed,
+                "images": options.images,
+                **digit_quality(images, labels).model_dump(),
+            }
             results.append(row | {"seconds_per_10000_images": seconds * 10_000 / options.images})
             print(results[-1])
     extractors = [open_extractor(name, train.shape[1:]) for name in ("pixels", "digits")]
     floor = {each.name: frechet_distance(each.features(held_out), each.features(train)) for each in extractors}
     found = {
-        "machine": machine(),
+        "machine": machine().model_dump(),
         "steps": 50,
         "guidance": 1.5,
         "frechet_distance_real_train_to_held_out": floor,

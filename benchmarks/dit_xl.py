@@ -166,7 +166,7 @@ def main() -> None:
         cost = {f"fora:{n}": compile_cost(options.size, n, bundles[f"fora:{n}"]) for n in intervals}
     manifest = open_bundle(next(iter(bundles.values()))).manifest
     found = {
-        "machine": machine(),
+        "machine": machine().model_dump(),
         "size": options.size,
         "settings": manifest.settings,
         "compile": cost,

@@ -18,9 +18,10 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    found = run_demo(Path("out/bench"), CompileOptions(), silent)
-    print_demo(found)
-    (HERE / "end_to_end.json").write_text(json.dumps({"machine": machine()} | found, indent=1) + "\n")
+    demo = run_demo(Path("out/bench"), CompileOptions(), silent)
+    print_demo(demo)
+    measured = {"machine": machine().model_dump()} | demo.model_dump(mode="json")
+    (HERE / "end_to_end.json").write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def main() -> None:
         path: times | predicted(path, rates) for path, times in zip(paths, measured(paths, options.rounds), strict=True)
     }
     found: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine().model_dump(),
         "rates": rates.model_dump(),
         "model": {
             "width": WIDTH,

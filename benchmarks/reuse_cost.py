@@ -61,7 +61,7 @@ def main() -> None:
         for name, model in models.items()
         for interval in (3, 5)
     }
-    about = {"machine": machine(), "depth": options.depth, "rounds": options.rounds}
+    about = {"machine": machine().model_dump(), "depth": options.depth, "rounds": options.rounds}
     options.out.write_text(json.dumps(about | {"found": found}, indent=1) + "\n")
     print_table(
         ("", "a step that computes", "whole run"),

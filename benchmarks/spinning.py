@@ -63,7 +63,7 @@ def main() -> None:
             compile_model(model, path, OPTIONS.model_copy(update={"policy": policy}))
             found[f"{name}, {policy}"] = in_turn(path, options.rounds)
     options.out.write_text(
-        json.dumps({"machine": machine(), "rounds": options.rounds, "found": found}, indent=1) + "\n"
+        json.dumps({"machine": machine().model_dump(), "rounds": options.rounds, "found": found}, indent=1) + "\n"
     )
     print_table(
         ("", "default, ms per run", "stopped", "ratio"),

@@ -66,7 +66,7 @@ def profiled(path: Path) -> dict[str, Any]:
     float_rate = 2 * prod(WIDEST) / product_seconds(WIDEST, quantized=False)
     step = sum(kinds.values()) / 1e3
     return {
-        "machine": machine(),
+        "machine": machine().model_dump(),
         "model": bundle.manifest.model.name,
         "milliseconds": kinds,
         "step_milliseconds": step * 1e3,

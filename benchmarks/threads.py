@@ -158,7 +158,7 @@ def main() -> None:
     with ExitStack() as stack:
         merged = in_turns(batches(paths["w8a8"], stack), options.rounds, len(LABELS))
     found = {
-        "machine": machine(),
+        "machine": machine().model_dump(),
         "threads": THREADS,
         "malloc_perturb": os.environ.get("MALLOC_PERTURB_"),
         "equal": same,

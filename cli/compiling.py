@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,10 +19,14 @@ from ditc.cli.options import (
     out_option,
     takes,
 )
-from ditc.cli.output import print_arithmetic, print_facts, print_json
+from ditc.cli.output import print_arithmetic, print_facts, print_record
 from ditc.cli.progress import progress_on_stderr
 from ditc.compiler.options import CompileOptions
 from ditc.engines.options import BuildOptions
+
+if TYPE_CHECKING:
+    from ditc.cli.building import BuildPreview, BuiltEngines
+    from ditc.quality.demo import Demo
 
 __all__ = ["build_command", "compile_command", "demo_command", "print_demo"]
 
@@ -63,7 +67,9 @@ def compile_command(
             **stated.reading,
         )
     if json_:
-        print_json({"bundle": str(out), "manifest": bundle.manifest.model_dump(mode="json")})
+        from ditc.cli.listing import CompiledBundle
+
+        print_record(CompiledBundle(bundle=str(out), manifest=bundle.manifest))
     else:
         print_facts(out, bundle)
 
@@ -77,11 +83,8 @@ def demo_command(out: Path, options: CompileOptions, json_: bool) -> None:
     from ditc.quality.demo import run_demo
 
     with progress_on_stderr() as progress:
-        found = run_demo(out, options, progress)
-    if json_:
-        print_json(found)
-        return
-    print_demo(found)
+        demo = run_demo(out, options, progress)
+    print_record(demo) if json_ else print_demo(demo)
 
 
 @click.command("build", cls=Command)
@@ -100,50 +103,50 @@ def build_command(bundle: Path, options: BuildOptions, dry_run: bool, json_: boo
 
     if dry_run:
         planned = planned_build(bundle, options)
-        print_json(planned) if json_ else print_plan(planned)
+        print_record(planned) if json_ else print_plan(planned)
         return
     with progress_on_stderr() as progress:
-        found = build_bundle(bundle, options, progress=progress, on_plan=None if json_ else print_plan)
-    if json_:
-        print_json(found)
-        return
-    for engine in found["engines"]:
-        state = f"built in {engine['build_seconds']:.1f} s" if engine["built"] else "built earlier"
-        click.echo(f"  {engine['segment']:<14} {engine['size_bytes'] / 1e6:>10,.2f} MB  {state:<18} {engine['file']}")
+        built = build_bundle(bundle, options, progress=progress, on_plan=None if json_ else print_plan)
+    print_record(built) if json_ else print_engines(built)
 
 
-def print_demo(found: dict[str, Any]) -> None:
+def print_demo(demo: Demo) -> None:
     """The comparison with plain torch."""
     from ditc.report.wording import megabytes
 
-    torch, ours = found["torch"], found["compiled"]
+    torch, ours = demo.torch, demo.compiled
     click.echo(f"\n{'':<30}{'torch float32':>16}{'bundle':>16}{'ratio':>9}")
-    for batch, times in found["seconds_per_image"].items():
+    for batch, times in demo.seconds_per_image.items():
         name = f"ms per image, batch {batch}"
-        numbers = f"{times['torch'] * 1e3:>16.2f}{times['compiled'] * 1e3:>16.2f}{times['ratio']:>8.1f}x"
-        click.echo(f"{name:<30}{numbers}")
-    for name, key in (("pixels", "frechet_distance"), ("classifier", "frechet_distance_classifier")):
-        click.echo(f"{f'Frechet distance ({name})':<30}{torch[key]:>16.3f}{ours[key]:>16.3f}")
-    click.echo(f"{'class agreement':<30}{torch['class_agreement']:>16.1%}{ours['class_agreement']:>16.1%}")
-    click.echo(f"{'PSNR against torch':<30}{'':>16}{ours['psnr_db']:>13.1f} dB")
-    ratio = torch["size_bytes"] / ours["size_bytes"]
-    click.echo(f"{'size':<30}{megabytes(torch['size_bytes']):>16}{megabytes(ours['size_bytes']):>16}{ratio:>8.1f}x")
-    click.echo(f"\nquality over {found['images']} images of each, same noise")
-    print_arithmetic(found["arithmetic"])
-    click.echo(f"picture: {found['grid']} (torch above, bundle below)\nbundle:  {found['bundle']}")
+        click.echo(f"{name:<30}{times.torch * 1e3:>16.2f}{times.compiled * 1e3:>16.2f}{times.ratio:>8.1f}x")
+    for name, theirs, own in (
+        ("pixels", torch.frechet_distance, ours.frechet_distance),
+        ("classifier", torch.frechet_distance_classifier, ours.frechet_distance_classifier),
+    ):
+        click.echo(f"{f'Frechet distance ({name})':<30}{theirs:>16.3f}{own:>16.3f}")
+    click.echo(f"{'class agreement':<30}{torch.class_agreement:>16.1%}{ours.class_agreement:>16.1%}")
+    click.echo(f"{'PSNR against torch':<30}{'':>16}{ours.psnr_db:>13.1f} dB")
+    ratio = torch.size_bytes / ours.size_bytes
+    click.echo(f"{'size':<30}{megabytes(torch.size_bytes):>16}{megabytes(ours.size_bytes):>16}{ratio:>8.1f}x")
+    click.echo(f"\nquality over {demo.images} images of each, same noise")
+    print_arithmetic(demo.arithmetic)
+    click.echo(f"picture: {demo.grid} (torch above, bundle below)\nbundle:  {demo.bundle}")
 
 
-def print_plan(planned: dict[str, Any]) -> None:
+def print_plan(planned: BuildPreview) -> None:
     """What a build will make: platform, memory, keys."""
-    click.echo(f"{planned['platform']}\n")
-    for name, size_bytes in planned["memory"].items():
+    click.echo(f"{planned.platform}\n")
+    for name, size_bytes in planned.memory.items():
         click.echo(f"  {name:<24} {size_bytes / 1e6:>12,.2f} MB")
-    click.echo(
-        f"  {'device':<24} {planned['total_bytes'] / 1e6:>12,.2f} MB, {planned['free_bytes'] / 1e6:,.2f} MB free\n"
-    )
-    click.echo(f"  cache key  {planned['cache_key']}")
-    for engine in planned["engines"]:
-        click.echo(
-            f"  {engine['segment']:<14} {engine['file']}  {'built earlier' if engine['present'] else ''}".rstrip()
-        )
+    click.echo(f"  {'device':<24} {planned.total_bytes / 1e6:>12,.2f} MB, {planned.free_bytes / 1e6:,.2f} MB free\n")
+    click.echo(f"  cache key  {planned.cache_key}")
+    for engine in planned.engines:
+        click.echo(f"  {engine.segment:<14} {engine.file}  {'built earlier' if engine.present else ''}".rstrip())
     click.echo("")
+
+
+def print_engines(built: BuiltEngines) -> None:
+    """Every engine, with its size and how long it took."""
+    for engine in built.engines:
+        state = f"built in {engine.build_seconds:.1f} s" if engine.built else "built earlier"
+        click.echo(f"  {engine.segment:<14} {engine.size_bytes / 1e6:>10,.2f} MB  {state:<18} {engine.file}")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ditc.cli.options import Command, a_bundle, as_json
-from ditc.cli.output import print_facts, print_json
+from ditc.cli.output import print_facts, print_record
+
+if TYPE_CHECKING:
+    from ditc.bundle import Bundle
+    from ditc.cli.listing import CalibrationComparison
 
 __all__ = ["inspect_command"]
 
@@ -20,17 +24,13 @@ __all__ = ["inspect_command"]
 def inspect_command(bundle: Path, json_: bool) -> None:
     """Print a bundle's program, schedule, sizes, and how it was made."""
     from ditc.bundle import open_bundle
-    from ditc.cli.listing import calibration_comparisons
+    from ditc.cli.listing import inspected
 
     opened = open_bundle(bundle)
-    if json_:
-        found = {"calibrations": calibration_comparisons(opened)}
-        print_json(opened.manifest.model_dump(mode="json") | found)
-        return
-    print_inspection(opened)
+    print_record(inspected(opened)) if json_ else print_inspection(opened)
 
 
-def print_inspection(bundle: Any) -> None:
+def print_inspection(bundle: Bundle) -> None:
     """Everything that `ditc inspect` shows."""
     from ditc.cli.listing import calibration_comparisons, schedule_map, step_runs
     from ditc.report.wording import megabytes
@@ -41,25 +41,25 @@ def print_inspection(bundle: Any) -> None:
     click.echo(f"\nprogram: {' '.join(manifest.program.prologue)} once, then")
     click.echo("  steps      t               segment       reads  writes")
     for row in step_runs(manifest.program):
-        click.echo(f"  {row['steps']:<9}  {row['t']:<14}  {row['segment']:<12}  {row['reads']:>5}  {row['writes']:>6}")
+        click.echo(f"  {row.steps:<9}  {row.t:<14}  {row.segment:<12}  {row.reads:>5}  {row.writes:>6}")
     if manifest.program.epilogue:
         click.echo(f"  then {' '.join(manifest.program.epilogue)}")
     in_float = any(plan.in_float for plan in manifest.program.segments)
     click.echo(f"\nschedule (# computed, {'f computed in floating point, ' if in_float else ''}. reused)")
     for line in schedule_map(manifest.program):
         click.echo(f"  {line}")
-    for row in calibration_comparisons(bundle):
-        print_calibration(row)
+    for comparison in calibration_comparisons(bundle):
+        print_calibration(comparison)
     click.echo("\nfiles")
     for name, entry in manifest.files.items():
         click.echo(f"  {name:<36} {megabytes(entry.size_bytes):>12}  {entry.sha256[:16]}")
     click.echo("\nmade with")
     for name, value in manifest.settings.items():
         click.echo(f"  {name:<16} {json.dumps(value)}")
-    click.echo("  versions         " + ", ".join(f"{name} {found}" for name, found in manifest.versions.items()))
+    click.echo("  versions         " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
 
 
-def print_notes(bundle: Any) -> None:
+def print_notes(bundle: Bundle) -> None:
     """What was assumed when the model was read, and what speaks against it; nothing where all is stated."""
     notes = bundle.manifest.model.notes
     if notes:
@@ -68,9 +68,9 @@ def print_notes(bundle: Any) -> None:
         click.echo(f"  {note}")
 
 
-def print_calibration(row: dict[str, Any]) -> None:
+def print_calibration(comparison: CalibrationComparison) -> None:
     """What a calibrator of TensorRT 10 found over the bundle's own scales; of a long list its two ends."""
-    click.echo(f"\n{row['file']}: scale over the bundle's own, {row['layers']} linear layers")
-    ranked = sorted(row["ratios"].items(), key=lambda item: item[1])
+    click.echo(f"\n{comparison.file}: scale over the bundle's own, {comparison.layers} linear layers")
+    ranked = sorted(comparison.ratios.items(), key=lambda item: item[1])
     for path, ratio in ranked if len(ranked) <= 6 else [*ranked[:3], ("...", None), *ranked[-3:]]:
         click.echo(f"  {path}" if ratio is None else f"  {path:<36} {ratio:>8.3f}")

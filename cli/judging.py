@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ditc.cli.model_options import ModelOptions, echo_note, model_argument
 from ditc.cli.options import BUNDLE, Command, a_bundle, as_json, force_option, out_option, part_of, save_option, takes
-from ditc.cli.output import print_json, print_table
+from ditc.cli.output import print_record, print_table
 from ditc.cli.progress import progress_on_stderr
 from ditc.compiler.options import CompileOptions
 from ditc.quality.options import SEARCHED, EvaluateOptions, TuneOptions
 from ditc.runtime.options import Place
+
+if TYPE_CHECKING:
+    from ditc.quality.evaluation import Distributions, Drifts, Evaluation, Veto
+    from ditc.quality.tuning import Trial, Tuning
 
 __all__ = ["evaluate_command", "print_evaluation", "print_veto", "tune_command"]
 
@@ -28,10 +32,10 @@ def evaluate_command(bundle: Path, options: EvaluateOptions, place: Place, save:
     from ditc.quality.evaluating import check_not_worse, evaluate_bundle
 
     with progress_on_stderr() as progress:
-        found = evaluate_bundle(bundle, options, place=place, save=save, progress=progress)
-    print_json(found) if json_ else print_evaluation(found)
+        evaluation = evaluate_bundle(bundle, options, place=place, save=save, progress=progress)
+    print_record(evaluation) if json_ else print_evaluation(evaluation)
     if options.fail_if_worse is not None:
-        check_not_worse(found, options.fail_if_worse)
+        check_not_worse(evaluation, options.fail_if_worse)
 
 
 @click.command("tune", cls=Command)
@@ -58,7 +62,7 @@ def tune_command(
 
     name = stated.name(model, base.seed)
     with progress_on_stderr(lines=False) as progress:  # a line for each candidate says more
-        found = tune_model(
+        tuning = tune_model(
             name,
             out,
             base,
@@ -69,100 +73,111 @@ def tune_command(
             force=force,
             **stated.reading,
         )
-    print_json(found) if json_ else print_tuning(found)
+    print_record(tuning) if json_ else print_tuning(tuning)
 
 
-def print_evaluation(found: dict[str, Any]) -> None:
+def print_evaluation(evaluation: Evaluation) -> None:
     """Pairs, distributions with their intervals, and the drift of every step."""
-    bundle, seeds = found["bundle"], ", ".join(map(str, found["seeds"]))
-    click.echo(f"{bundle['model']} {bundle['precision']}, {bundle['policy']}: {found['n']:,} images, seeds {seeds}")
-    click.echo(f"intervals: {found['bootstrap']['level']:.0%}, {found['bootstrap']['rounds']:,} bootstrap rounds\n")
+    from ditc.spec import Skipped
+
+    bundle, seeds = evaluation.bundle, ", ".join(map(str, evaluation.seeds))
+    click.echo(f"{bundle.model} {bundle.precision}, {bundle.policy}: {evaluation.n:,} images, seeds {seeds}")
+    bootstrap = evaluation.bootstrap
+    click.echo(f"intervals: {bootstrap.level:.0%}, {bootstrap.rounds:,} bootstrap rounds\n")
     click.echo(f"{'against FP, same noise':<26}{'mean':>10}{'interval':>22}{'worst':>11}")
-    for name, row in found["paired"].items():
-        if "skipped" in row:
-            click.echo(f"{name:<26}not measured: {row['skipped']}")
+    for name, measure in evaluation.paired.items():
+        if isinstance(measure, Skipped):
+            click.echo(f"{name:<26}not measured: {measure.skipped}")
             continue
-        label = f"{name}, window {row['window']}" if "window" in row else name
-        span = f"{row['low']:.4f} to {row['high']:.4f}"
-        click.echo(f"{label:<26}{row['mean']:>10.4f}{span:>22}{row['worst']:>11.4f}")
-    print_distribution(found["distribution"])
-    print_drift(found["steps"])
-    if "veto" in found:
-        print_veto(found["veto"])
+        label = name if measure.window is None else f"{name}, window {measure.window}"
+        span = f"{measure.low:.4f} to {measure.high:.4f}"
+        click.echo(f"{label:<26}{measure.mean:>10.4f}{span:>22}{measure.worst:>11.4f}")
+    if isinstance(evaluation.distribution, Skipped):
+        click.echo(f"\nno distribution measures: {evaluation.distribution.skipped}")
+    else:
+        print_distributions(evaluation.distribution)
+    print_drifts(evaluation.steps)
+    if evaluation.veto is not None:
+        print_veto(evaluation.veto)
 
 
-def print_distribution(found: dict[str, Any]) -> None:
+def print_distributions(distributions: Distributions) -> None:
     """Both sides against the real images, and their difference."""
-    if "skipped" in found:
-        click.echo(f"\nno distribution measures: {found['skipped']}")
-        return
-    click.echo(f"\nfeatures: {found['features']['name']}, {found['features']['about']}; real: {found['real']['about']}")
-    sides = ("bundle", "fp", "difference")
+    features, real = distributions.features, distributions.real
+    click.echo(f"\nfeatures: {features.name}, {features.about}; real: {real.about}")
+    sides = (distributions.bundle, distributions.fp, distributions.difference)
     click.echo(f"{'':<18}" + "".join(f"{name:>11}{'interval':>20}" for name in ("bundle", "FP", "difference")))
-    for name in (name for name, row in found["bundle"].items() if row is not None):
-        cells = (found[side][name] for side in sides)
-        text = (f"{row['value']:>11.4f}{row['low']:>9.4f} to{row['high']:>8.4f}" for row in cells)
+    for name in distributions.bundle.measures:
+        estimates = (side.measures[name] for side in sides)
+        text = (f"{row.value:>11.4f}{row.low:>9.4f} to{row.high:>8.4f}" for row in estimates)
         click.echo(f"{name.replace('_', ' '):<18}{''.join(text)}")
-    small = [found[side]["frechet_distance"]["bias"] for side in sides[:2]]
+    small = [side.frechet_distance.bias for side in sides[:2]]
     click.echo(f"of the Frechet distances about {small[0]:.4f} and {small[1]:.4f} come from the number of images alone")
-    for row in found["per_seed"]:
-        distances = f"{row['bundle']['frechet_distance']:.4f}, FP {row['fp']['frechet_distance']:.4f}"
-        click.echo(f"  seed {row['seed']}, {row['n']:,} images: Frechet distance {distances}")
+    for row in distributions.per_seed:
+        distances = f"{row.bundle.frechet_distance:.4f}, FP {row.fp.frechet_distance:.4f}"
+        click.echo(f"  seed {row.seed}, {row.n:,} images: Frechet distance {distances}")
 
 
-def print_drift(steps: dict[str, Any]) -> None:
+def print_drifts(drifts: Drifts) -> None:
     """Per step the relative error, and of mean and variance the channel that drifts most; beside it without VC."""
     names = {"bundle": "bundle", "uncompensated": "without compensation"}
-    click.echo(f"\n{steps['bundle']['images']} images step by step; of the channels the one that drifts most")
-    click.echo("      " + "".join(f"{names[side]:<34}" for side in steps))
-    click.echo("step  " + f"{'error':<10}{'mean/std':<12}{'variance':<12}" * len(steps))
-    for step in range(len(steps["bundle"]["relative_error"])):
+    sides = drifts.sides
+    click.echo(f"\n{drifts.bundle.images} images step by step; of the channels the one that drifts most")
+    click.echo("      " + "".join(f"{names[side]:<34}" for side in sides))
+    click.echo("step  " + f"{'error':<10}{'mean/std':<12}{'variance':<12}" * len(sides))
+    for step in range(len(drifts.bundle.relative_error)):
         cells = ""
-        for drift in steps.values():
-            mean, variance = (max(drift[name][step], key=abs) for name in ("mean_drift", "variance_drift"))
-            cells += f"{drift['relative_error'][step]:<10.5f}{mean:<+12.5f}{variance:<+12.5f}"
+        for drift in sides.values():
+            mean, variance = max(drift.mean_drift[step], key=abs), max(drift.variance_drift[step], key=abs)
+            cells += f"{drift.relative_error[step]:<10.5f}{mean:<+12.5f}{variance:<+12.5f}"
         click.echo(f"{step:4d}  {cells.rstrip()}")
 
 
-def print_veto(found: dict[str, Any]) -> None:
+def print_veto(veto: Veto) -> None:
     """Of every branch the ratio of quantization noise to the change that a reuse exploits; every step in JSON only."""
+    width = max(map(len, ["branch", *veto.branches]))
+    click.echo(f"\nquantization noise over the change that a reuse exploits, {veto.images} images; above 1 is vetoed")
+    click.echo(f"{'branch':<{width}}  {'noise':>9}{'change':>9}{'ratio':>9}{'largest':>9}{'at step':>9}{'vetoed':>9}")
+    for place, branch in enumerate(veto.branches):
+        if cells := _veto_cells(veto, place):
+            click.echo(f"{branch:<{width}}  {cells}")
+    click.echo(f"medians over the steps that reuse; of all reuses {veto.vetoed:.1%} are vetoed")
+
+
+def _veto_cells(veto: Veto, place: int) -> str:
+    """The numbers of one branch; nothing where it never reuses."""
     from statistics import median
 
-    width = max(map(len, ["branch", *found["branches"]]))
-    click.echo(
-        f"\nquantization noise over the change that a reuse exploits, {found['images']} images; above 1 is vetoed"
+    ratio = {step: row[place] for step, row in enumerate(veto.ratio)}
+    ratios = {step: value for step, value in ratio.items() if value is not None}
+    if not ratios:
+        return ""
+    worst = max(ratios, key=ratios.__getitem__)
+    middle = "".join(
+        f"{median(value for step in ratios if (value := rows[step][place]) is not None):>9.4f}"
+        for rows in (veto.noise, veto.change)
     )
-    click.echo(f"{'branch':<{width}}  {'noise':>9}{'change':>9}{'ratio':>9}{'largest':>9}{'at step':>9}{'vetoed':>9}")
-    for place, branch in enumerate(found["branches"]):
-        noise, change, ratio = ([row[place] for row in found[name]] for name in ("noise", "change", "ratio"))
-        steps = [step for step, value in enumerate(ratio) if value is not None]
-        if not steps:
-            continue
-        worst = max(steps, key=ratio.__getitem__)
-        middle = (f"{median(column[step] for step in steps):>9.4f}" for column in (noise, change))
-        cells = f"{median(ratio[step] for step in steps):>9.2f}{ratio[worst]:>9.2f}{worst:>9}"
-        share = sum(ratio[step] > 1 for step in steps) / len(steps)
-        click.echo(f"{branch:<{width}}  {''.join(middle)}{cells}{share:>9.0%}")
-    click.echo(f"medians over the steps that reuse; of all reuses {found['vetoed']:.1%} are vetoed")
+    share = sum(value > 1 for value in ratios.values()) / len(ratios)
+    return f"{middle}{median(ratios.values()):>9.2f}{ratios[worst]:>9.2f}{worst:>9}{share:>9.0%}"
 
 
-def print_trial(trial: Any) -> None:
+def print_trial(trial: Trial) -> None:
     """A candidate of `ditc tune` as it comes, on stderr."""
     from ditc.quality.tuning import described
 
     click.echo(f"{trial.stage}: {described(trial)}{', within the budget' if trial.within else ''}", err=True)
 
 
-def print_tuning(found: dict[str, Any]) -> None:
+def print_tuning(tuning: Tuning) -> None:
     """The front, fastest first; a star marks what was chosen."""
     rows = []
-    for trial in found["front"]:
-        mark = " *" if trial["changes"] == found["chosen"]["changes"] else ""
-        worse = "" if trial["worse_by"] is None else f"{trial['worse_by']:+.3f} to {trial['worse_high']:+.3f}"
-        settings = ", ".join(f"{name} {value}" for name, value in trial["changes"].items())
-        kept = "yes" if trial["within"] else "no"
-        rows.append((settings + mark, f"{trial['seconds'] * 1e3:.2f}", f"{trial['psnr_db']:.1f}", worse, kept))
+    for trial in tuning.front:
+        mark = " *" if trial.changes == tuning.chosen.changes else ""
+        worse = "" if trial.worse_by is None else f"{trial.worse_by:+.3f} to {trial.worse_high:+.3f}"
+        settings = ", ".join(f"{name} {value}" for name, value in trial.changes.items())
+        within = "yes" if trial.within else "no"
+        rows.append((settings + mark, f"{trial.seconds * 1e3:.2f}", f"{trial.psnr_db:.1f}", worse, within))
     print_table(("none is faster and better", "ms per image", "PSNR dB", "worse by, up to", "in budget"), rows)
-    click.echo(f"{len(found['trials'])} candidates, {found['images']:,} images of seeds {found['seeds']} each")
-    for note in found["notes"]:
+    click.echo(f"{len(tuning.trials)} candidates, {tuning.images:,} images of seeds {list(tuning.seeds)} each")
+    for note in tuning.notes:
         click.echo(note)

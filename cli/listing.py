@@ -4,29 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
-from ditc.bundle import Bundle
+from ditc.bundle import Bundle, Manifest
 from ditc.errors import BundleError
 from ditc.precision import quantized
 from ditc.program import Program
 from ditc.quantize.scale_table import ScaleTable
 from ditc.report.wording import megabytes
+from ditc.spec import Record
 from ditc.tables import SCALES_INPUT, step_inputs
 
-__all__ = ["bundle_facts", "schedule_map", "step_runs"]
+__all__ = [
+    "CalibrationComparison",
+    "CompiledBundle",
+    "Inspection",
+    "StepRun",
+    "bundle_facts",
+    "inspected",
+    "schedule_map",
+    "step_runs",
+]
 
 
-def step_runs(program: Program) -> Iterator[dict[str, Any]]:
+class StepRun(Record):
+    """Neighbouring steps that make the same call: numbers and timesteps as text, slots that each reads and writes."""
+
+    steps: str
+    t: str
+    segment: str
+    reads: int
+    writes: int
+
+
+class CalibrationComparison(Record):
+    """A calibrator's scales over the bundle's own, by linear layer; `file` is its cache beside the engines."""
+
+    file: str
+    layers: int
+    ratios: dict[str, float]
+
+
+class CompiledBundle(Record):
+    """What `ditc compile` made, and where."""
+
+    bundle: str
+    manifest: Manifest
+
+
+class Inspection(Manifest):
+    """A bundle's manifest, and what calibrators of TensorRT 10 found beside its engines."""
+
+    calibrations: tuple[CalibrationComparison, ...]
+
+
+def inspected(bundle: Bundle) -> Inspection:
+    """Return all that `ditc inspect` knows of a bundle."""
+    return Inspection(**dict(bundle.manifest), calibrations=tuple(calibration_comparisons(bundle)))
+
+
+def step_runs(program: Program) -> Iterator[StepRun]:
     """The steps as rows of a table; neighbouring steps that make the same call are one row."""
     steps = list(program.steps)
     for (segment, reads, writes), group in groupby(steps, key=lambda s: (s.segment, len(s.reads), len(s.writes))):
         run = list(group)
         last = f"-{run[-1].index}" if len(run) > 1 else ""
         times = f"{run[0].t:g}" + (f" .. {run[-1].t:g}" if len(run) > 1 else "")
-        yield {"steps": f"{run[0].index}{last}", "t": times, "segment": segment, "reads": reads, "writes": writes}
+        yield StepRun(steps=f"{run[0].index}{last}", t=times, segment=segment, reads=reads, writes=writes)
 
 
 def schedule_map(program: Program) -> list[str]:
@@ -43,10 +88,10 @@ def schedule_map(program: Program) -> list[str]:
     return lines
 
 
-def calibration_comparisons(bundle: Bundle) -> list[dict[str, Any]]:
-    """What each calibrator of TensorRT 10 found beside this bundle's engines, against the bundle's own scales.
+def calibration_comparisons(bundle: Bundle) -> list[CalibrationComparison]:
+    """Hold what each calibrator of TensorRT 10 found beside this bundle's engines against the bundle's own scales.
 
-    `ratios` are the calibrator's scale over ours by linear layer; layers whose tensor it does not know are left out.
+    Layers whose tensor a calibrator does not know are left out.
     """
     from ditc.engines.calibrator import calibration_caches, scales_from_cache
 
@@ -56,19 +101,19 @@ def calibration_comparisons(bundle: Bundle) -> list[dict[str, Any]]:
     table = ScaleTable.model_validate_json(table_file.read_bytes())
     rows = []
     for cache in calibration_caches(bundle):
-        found = scales_from_cache(cache.read_bytes())
+        scales = scales_from_cache(cache.read_bytes())
         ratios = {
-            path: found[name] / table.scales[path]
+            path: scales[name] / table.scales[path]
             for path, name in table.tensors.items()
-            if name in found and path in table.scales
+            if name in scales and path in table.scales
         }
-        rows.append({"file": cache.name, "layers": len(ratios), "ratios": ratios})
+        rows.append(CalibrationComparison(file=cache.name, layers=len(ratios), ratios=ratios))
     return rows
 
 
 def activation_scales(bundle: Bundle) -> str:
     """How the activation scales are bound, and how far those of one activation lie apart."""
-    binding = str(bundle.manifest.settings.get("scales", "static"))
+    binding = bundle.manifest.scales
     magnitudes = step_inputs(bundle.tables()).get(SCALES_INPUT)
     if magnitudes is None:
         return f"{binding} scales"
@@ -81,14 +126,13 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
     """The headline facts of a bundle, name -> text. Raises BundleError where they aren't there to be told."""
     try:
         return _facts(bundle)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise BundleError(
-            f"the `checks` in the manifest of {bundle.path} are not those of a compile ({e!r}); compile it again"
-        ) from e
+    except BundleError as e:
+        raise BundleError(f"{bundle.path}: {e}") from e
 
 
 def _facts(bundle: Bundle) -> dict[str, str]:
     m = bundle.manifest
+    measured = m.measured("smooth", "kernels", "tensorrt", "verify", "compensation")
     called = [m.program.segment(step.segment) for step in m.program.steps]
     computed, in_float = sum(any(plan.compute) for plan in called), sum(plan.in_float for plan in called)
     unquantized = f" ({in_float} of them in floating point)" if in_float else ""
@@ -101,28 +145,21 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "size": f"{megabytes(m.size_bytes(reference=False))} deployed, "
         f"{megabytes(m.size_bytes(reference=True))} FP reference",
     }
-    smoothed = m.checks.get("smooth")
-    if isinstance(smoothed, dict):
-        facts["smoothing"] = "{method}: {smoothed} of {linears} linear layers".format(**smoothed)
-    kernels = m.checks.get("kernels")
-    if isinstance(kernels, dict):
+    if (smooth := measured.smooth) is not None:
+        facts["smoothing"] = f"{smooth.method}: {smooth.smoothed} of {smooth.linears} linear layers"
+    if measured.kernels is not None:
         facts["integer kernels"] = ", ".join(
-            f"{name}: {found['integer']} of {found['linears']} linear layers"
-            for name, found in kernels.items()
-            if isinstance(found, dict)
+            f"{name}: {kernels.integer} of {kernels.linears} linear layers"
+            for name, kernels in measured.kernels.items()
         )
     if quantized(m.precision):
         facts["activations"] = activation_scales(bundle)
-    rules = m.checks.get("tensorrt")
-    if isinstance(rules, dict):
-        broken = [text for found in rules.values() if isinstance(found, list) for text in found]
+    if measured.tensorrt is not None:
+        broken = [sentence for sentences in measured.tensorrt.values() for sentence in sentences]
         verdict = f"{len(broken)} rules broken: {broken[0]}" if broken else "no rule broken"
-        facts["TensorRT form"] = f"{len(rules)} segments, {verdict}"
-    verified = m.checks.get("verify")
-    if isinstance(verified, dict):
-        facts["against FP"] = f"PSNR {verified['psnr_db_mean']:.1f} dB mean over {verified['images']} images"
-    compensation = m.checks.get("compensation")
-    if isinstance(compensation, dict):
-        least, mean, most = (compensation[name] for name in ("k_min", "k_mean", "k_max"))
-        facts["compensation"] = f"K {least:.4f} to {most:.4f}, mean {mean:.4f}"
+        facts["TensorRT form"] = f"{len(measured.tensorrt)} segments, {verdict}"
+    if (verified := measured.verify) is not None:
+        facts["against FP"] = f"PSNR {verified.psnr_db_mean:.1f} dB mean over {verified.images} images"
+    if (k := measured.compensation) is not None:
+        facts["compensation"] = f"K {k.k_min:.4f} to {k.k_max:.4f}, mean {k.k_mean:.4f}"
     return facts

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-__all__ = ["print_arithmetic", "print_facts", "print_json", "print_table"]
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from ditc.bundle import Bundle
+    from ditc.engines.integer_form import Arithmetic
+
+__all__ = ["print_arithmetic", "print_facts", "print_record", "print_table"]
 
 
-def print_json(value: Any) -> None:
-    """One JSON document, indented."""
-    click.echo(json.dumps(value, indent=1))
+def print_record(result: BaseModel) -> None:
+    """Print the result of a command as one JSON document, indented."""
+    click.echo(json.dumps(result.model_dump(mode="json"), indent=1))
 
 
-def print_facts(path: Path, bundle: Any) -> None:
+def print_facts(path: Path, bundle: Bundle) -> None:
     """The headline facts of a bundle."""
     from ditc.cli.listing import bundle_facts
 
@@ -26,10 +32,10 @@ def print_facts(path: Path, bundle: Any) -> None:
         click.echo(f"  {name:<16} {text}")
 
 
-def print_arithmetic(found: dict[str, Any] | None) -> None:
+def print_arithmetic(arithmetic: Arithmetic | None) -> None:
     """How integer products run on this machine, where there are any."""
-    if found is not None:
-        click.echo(f"INT8 on this CPU: {found['text']}")
+    if arithmetic is not None:
+        click.echo(f"INT8 on this CPU: {arithmetic.text}")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

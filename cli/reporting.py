@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ditc.cli.options import Command, a_bundle, as_json, out_option, part_of, takes
-from ditc.cli.output import print_json
+from ditc.cli.output import print_record
 from ditc.cli.progress import progress_on_stderr
 from ditc.report.options import ReportOptions
 from ditc.runtime.options import Place
@@ -29,5 +29,5 @@ def report_command(bundle: Path, out: Path | None, options: ReportOptions, place
     with progress_on_stderr() as progress:
         report = report_bundle(bundle, options, place=place, progress=progress)
     numbers = write_report(report, page)
-    print_json(report.model_dump(mode="json")) if json_ else click.echo(f"{page}\n{numbers}")
+    print_record(report) if json_ else click.echo(f"{page}\n{numbers}")
     check_report(report, options)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ditc.cli.options import Command, a_bundle, as_json, out_option, takes
-from ditc.cli.output import print_json
+from ditc.cli.output import print_record
 from ditc.cli.progress import steps_on_stderr
 from ditc.runtime.options import Place, RunOptions, VerifyOptions
 
@@ -24,14 +24,14 @@ def run_command(bundle: Path, options: RunOptions, place: Place, out: Path, json
     from ditc.runtime.running import run_bundle
 
     with steps_on_stderr("run") as watch:
-        found = run_bundle(bundle, options.labels, out, seed=options.seed, watch=watch, place=place)
+        generated = run_bundle(bundle, options.labels, out, seed=options.seed, watch=watch, place=place)
     if json_:
-        print_json(found)
+        print_record(generated)
         return
-    click.echo(f"{len(found['images'])} images and grid.png in {out}")
-    click.echo(f"{found['seconds_per_image'] * 1e3:.2f} ms per image")
-    for name, times in found["segments"].items():
-        click.echo(f"  {name}: {times['calls']} calls, median {times['median_seconds'] * 1e3:.3f} ms")
+    click.echo(f"{len(generated.images)} images and {generated.grid} in {out}")
+    click.echo(f"{generated.seconds_per_image * 1e3:.2f} ms per image")
+    for name, times in generated.segments.items():
+        click.echo(f"  {name}: {times.calls} calls, median {times.median_seconds * 1e3:.3f} ms")
 
 
 @click.command("verify", cls=Command)
@@ -43,7 +43,7 @@ def verify_command(bundle: Path, options: VerifyOptions, place: Place, json_: bo
     from ditc.runtime.running import verify_bundle
 
     with steps_on_stderr("verify") as watch:
-        found = verify_bundle(
+        verification = verify_bundle(
             bundle,
             images=options.images,
             seed=options.seed,
@@ -52,10 +52,10 @@ def verify_command(bundle: Path, options: VerifyOptions, place: Place, json_: bo
             place=place,
         )
     if json_:
-        print_json(found)
+        print_record(verification)
         return
     click.echo("step  relative error  std / exact std")
-    for step, (error, ratio) in enumerate(zip(found["relative_error"], found["std_ratio"], strict=True)):
+    for step, (error, ratio) in enumerate(zip(verification.relative_error, verification.std_ratio, strict=True)):
         click.echo(f"{step:4d}  {error:14.5f}  {ratio:15.5f}")
-    mean, lowest = found["psnr_db_mean"], found["psnr_db_min"]
+    mean, lowest = verification.psnr_db_mean, verification.psnr_db_min
     click.echo(f"PSNR of {options.images} finished latents: mean {mean:.2f} dB, lowest {lowest:.2f} dB")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.bundle import write_tables
+from ditc.checks import Approximation, ValueRange
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.stages import Tables, exact_trajectory, executor, start_requests
 from ditc.engines.recording import RecordedRun, RecordingBackend
@@ -55,7 +56,8 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
             for recorded in runs:
                 recorded.clear()
     write_tables(folder / "approximate.safetensors", {REUSE_ROWS: rows})
-    atomic_write(folder / "approximation.json", json.dumps(_summary(plan, rows), indent=1).encode() + b"\n")
+    summary = _summary(plan, rows).model_dump(mode="json")
+    atomic_write(folder / "approximation.json", json.dumps(summary, indent=1).encode() + b"\n")
 
 
 @contextmanager
@@ -93,11 +95,11 @@ class _Target:
         return np.asarray(self.full.run([f"cache.{AHEAD}.1"], taken)[0])
 
 
-def _summary(plan: Plan, rows: Rows) -> dict[str, Any]:
+def _summary(plan: Plan, rows: Rows) -> Approximation:
     """What the manifest keeps: over the steps that reuse, the range and the mean of each number."""
     used = rows[[step.index for step in plan.program.steps if step.reads]]
-    numbers = {
-        name: {"least": float(part.min()), "mean": float(part.mean()), "largest": float(part.max())}
-        for name, part in zip(("scale", "shift"), np.moveaxis(used, 1, 0), strict=True)
-    }
-    return {"method": plan.options.reuse, "images": plan.options.vc_images, **numbers}
+    scale, shift = (
+        ValueRange(least=float(part.min()), mean=float(part.mean()), largest=float(part.max()))
+        for part in np.moveaxis(used, 1, 0)
+    )
+    return Approximation(method=plan.options.reuse, images=plan.options.vc_images, scale=scale, shift=shift)

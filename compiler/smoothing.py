@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ditc.calibset import CalibSet
+from ditc.checks import SmoothedLayer, Smoothing
 from ditc.compiler.calibrating import calibration_feeds, open_probe
 from ditc.compiler.plan import Plan, Segments
 from ditc.errors import CheckError
@@ -46,15 +47,15 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
     choices = choose(plan, models["full"], statistics_of(plan, segments, calib, sites))
     factors = {site: choice.factors for site, choice in choices.items() if choice.alpha is not None}
     made = write_folded(models, segments[CONDITION], factors, folder)
-    report = {
-        "method": plan.options.smooth,
-        "linears": len(paths),
-        "smoothed": sum(len(site.layers) for site in factors),
-        "layers": {layer: summary(choice) for site, choice in choices.items() for layer in site.layers},
-        "left": [path for path in paths if not any(path in site.layers for site in choices)],
-        "parity": parity_of(plan, segments, {**segments, **made}, calib),
-    }
-    atomic_write(folder / "smooth.json", json.dumps(report, indent=1).encode() + b"\n")
+    smoothing = Smoothing(
+        method=plan.options.smooth,
+        linears=len(paths),
+        smoothed=sum(len(site.layers) for site in factors),
+        layers={layer: smoothed_layer(choice) for site, choice in choices.items() for layer in site.layers},
+        left=tuple(path for path in paths if not any(path in site.layers for site in choices)),
+        parity=parity_of(plan, segments, {**segments, **made}, calib),
+    )
+    atomic_write(folder / "smooth.json", json.dumps(smoothing.model_dump(mode="json"), indent=1).encode() + b"\n")
 
 
 def write_folded(
@@ -74,9 +75,9 @@ def write_folded(
     return {name: folder / f"{name}.onnx" for name in changed}
 
 
-def summary(choice: Choice) -> dict[str, float | None]:
-    """What the manifest keeps of a layer's factors; alpha is None where the search found it best without any."""
-    return {"alpha": choice.alpha, "least": float(choice.factors.min()), "largest": float(choice.factors.max())}
+def smoothed_layer(choice: Choice) -> SmoothedLayer:
+    """What the manifest keeps of a layer's factors."""
+    return SmoothedLayer(alpha=choice.alpha, least=float(choice.factors.min()), largest=float(choice.factors.max()))
 
 
 def statistics_of(

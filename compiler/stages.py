@@ -305,7 +305,8 @@ def verify(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, f
         for _, request in start_requests(plan, runner, count, VERIFY_NOISE, plan.served_at_once):
             for event in request:
                 found[event.index].append(event.x)
-    _write_json(folder / "verify.json", trajectory_comparison([np.concatenate(parts) for parts in found], exact))
+    verification = trajectory_comparison([np.concatenate(parts) for parts in found], exact)
+    _write_json(folder / "verify.json", verification.model_dump(mode="json"))
 
 
 def _write_json(path: Path, value: Mapping[str, Any] | Iterable[Any]) -> None:

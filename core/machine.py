@@ -6,25 +6,35 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import ditc
 from ditc.cpu_features import cpu_features
+from ditc.spec import Record
 
-__all__ = ["machine", "package_versions", "processor"]
+__all__ = ["Machine", "machine", "package_versions", "processor"]
 
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "scikit-learn", "numpy", "scipy")
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores and the versions that decide speed."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "features": cpu_features(),
-        "python": platform.python_version(),
-        "versions": package_versions(),
-    }
+class Machine(Record):
+    """Processor, cores and the versions that decide speed; `features` are the instructions that matter here."""
+
+    processor: str
+    cores: int | None
+    features: tuple[str, ...]
+    python: str
+    versions: dict[str, str]
+
+
+def machine() -> Machine:
+    """Return what this process runs on."""
+    return Machine(
+        processor=processor(),
+        cores=os.cpu_count(),
+        features=tuple(cpu_features()),
+        python=platform.python_version(),
+        versions=package_versions(),
+    )
 
 
 def processor() -> str:
@@ -39,10 +49,10 @@ def processor() -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of what decides the bytes of a bundle."""
-    found = {"ditc": ditc.__version__}
+    versions = {"ditc": ditc.__version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from pydantic import JsonValue
+from typing import Any
 
+from pydantic import ConfigDict, JsonValue, ValidationError, field_validator, model_validator
+
+from ditc.checks import Checks
+from ditc.errors import BundleError
 from ditc.guidance import halves_of
 from ditc.program import Program
 from ditc.spec import ModelSpec, Record
 
-__all__ = ["MANIFEST", "REFERENCE", "SCHEMA_VERSION", "SEAL", "SEGMENTS", "TABLES", "FileEntry", "Manifest"]
+__all__ = [
+    "MANIFEST",
+    "REFERENCE",
+    "SCHEMA_VERSION",
+    "SEAL",
+    "SEGMENTS",
+    "TABLES",
+    "AskedSettings",
+    "FileEntry",
+    "Manifest",
+    "SamplerSetting",
+]
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -25,8 +40,52 @@ class FileEntry(Record):
     size_bytes: int
 
 
+class SamplerSetting(Record):
+    """What is read of the sampler that a compile took; others of its numbers are in the tables."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str | None = None
+    variance: str | None = None
+
+
+class AskedSettings(Record):
+    """The settings of a compile that are read again when its bundle is opened, run or described.
+
+    None is a setting that the bundle does not name: it came later than the ditc that compiled it.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    target: str | None = None
+    scales: str | None = None
+    sampler: SamplerSetting | None = None
+    policy: str | None = None
+    reuse: str | None = None
+    select: str | None = None
+    points: int | None = None
+    ranges: str | None = None
+    smooth: str | None = None
+    vc: str | None = None
+    seed: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_named_is_not_null(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (null := [name for name in cls.model_fields if given.get(name, "") is None]):
+            raise ValueError(f"{null[0]} is null")
+        return given
+
+
 class Manifest(Record):
-    """What a bundle is and how it was made: `settings` as compiled, `checks` as measured on the way."""
+    """What a bundle is and how it was made: `settings` as compiled, `checks` as measured on the way.
+
+    Both are kept as they were written: every setting of the ditc that compiled the bundle, whichever that was, in its
+    order, so that nothing of an older or newer bundle is lost, renamed or given a default when it is shown or copied.
+    They are read through typed views: `asked`, which is checked when a manifest is made or opened, and `measured`.
+    (Typed in full here, the settings would be all of CompileOptions a second time, to the left of it, and every key
+    that a later ditc adds or drops would have to be told apart from one that a bundle never had.)
+    """
 
     schema_version: int = SCHEMA_VERSION
     ditc_version: str
@@ -41,6 +100,44 @@ class Manifest(Record):
     checks: dict[str, JsonValue] = {}
     files: dict[str, FileEntry] = {}
 
+    @field_validator("settings")
+    @classmethod
+    def _settings_can_be_read(cls, settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        try:
+            AskedSettings.model_validate(settings)
+        except ValidationError as e:
+            raise ValueError(_first(e)) from e
+        return settings
+
+    @property
+    def asked(self) -> AskedSettings:
+        """What was asked for at the compile, as far as it is read again."""
+        return AskedSettings.model_validate(self.settings)
+
+    @property
+    def target(self) -> str:
+        """The target that the bundle was compiled for."""
+        return "cpu" if self.asked.target is None else self.asked.target
+
+    @property
+    def scales(self) -> str:
+        """How the scales of activations are bound."""
+        return "static" if self.asked.scales is None else self.asked.scales
+
+    def measured(self, *stages: str) -> Checks:
+        """Return what `stages` of the compile measured, or all of them.
+
+        Raises BundleError where one of their checks is of another form: what a bundle says of its own making decides
+        nothing that runs, so it is looked at only here.
+        """
+        wanted = {name: check for name, check in self.checks.items() if not stages or name in stages}
+        try:
+            return Checks.model_validate(wanted)
+        except ValidationError as e:
+            raise BundleError(
+                f"the `checks` in its manifest are not those of a compile ({_first(e)}); compile it again"
+            ) from e
+
     @property
     def halves(self) -> int:
         """Network rows per image: 2 with guidance (conditional, unconditional), else 1."""
@@ -49,3 +146,9 @@ class Manifest(Record):
     def size_bytes(self, *, reference: bool) -> int:
         """Bytes of the deployed files, or of the reference files that only `verify` needs."""
         return sum(entry.size_bytes for name, entry in self.files.items() if name.startswith(REFERENCE) == reference)
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}".removeprefix(": ")

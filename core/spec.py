@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from ditc.choices import BetaSchedule, Prediction, SamplerName, Spacing, Variance
 from ditc.errors import InputError
 
-__all__ = ["DiffusionSpec", "ModelSpec", "Record", "SamplerSpec"]
+__all__ = ["DiffusionSpec", "ModelSpec", "PartialRecord", "Record", "SamplerSpec", "Skipped"]
 
 
 class Record(BaseModel):
     """Base of the values that go to disk as JSON: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PartialRecord(Record):
+    """A record with parts that are there only where they were asked for: those in `LEFT_OUT` are no null as JSON."""
+
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        return {name: value for name, value in written.items() if value is not None or name not in self.LEFT_OUT}
+
+
+class Skipped(Record):
+    """Why a part of a result is not there."""
+
+    skipped: str
 
 
 class DiffusionSpec(Record):

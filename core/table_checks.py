@@ -79,15 +79,13 @@ def tables_are_complete(manifest: Manifest, tables: Tables) -> Iterator[str]:
 
 def tables_follow_the_settings(manifest: Manifest, tables: Tables) -> Iterator[str]:
     """A learned variance and a compensation are there where the bundle was made with them, and only there."""
-    settings = manifest.settings
-    sampler = settings.get("sampler")
-    if isinstance(sampler, dict):
-        learned = sampler.get("name") == "ddpm" and sampler.get("variance") == "learned"
-        yield from _presence(tables, f"{SAMPLER}{LOG_VARIANCES[0]}", learned, f"variance {sampler.get('variance')}")
-    if "vc" in settings and settings["vc"] != "auto":
+    sampler, vc = manifest.asked.sampler, manifest.asked.vc
+    if sampler is not None:
+        learned = sampler.name == "ddpm" and sampler.variance == "learned"
+        yield from _presence(tables, f"{SAMPLER}{LOG_VARIANCES[0]}", learned, f"variance {sampler.variance}")
+    if vc not in (None, "auto"):
         something = quantized(manifest.precision) or manifest.program.slots > 0
-        wanted = settings["vc"] != "none" and something
-        yield from _presence(tables, COMPENSATION[0], wanted, f"--vc {settings['vc']}")
+        yield from _presence(tables, COMPENSATION[0], vc != "none" and something, f"--vc {vc}")
 
 
 def compensation_is_the_one_that_was_measured(manifest: Manifest, tables: Tables) -> Iterator[str]:
@@ -95,9 +93,9 @@ def compensation_is_the_one_that_was_measured(manifest: Manifest, tables: Tables
     k, measured = tables.get(COMPENSATION[0]), manifest.checks.get("compensation")
     if k is None or not isinstance(measured, dict):
         return
-    for name, found in (("k_min", float(k.min())), ("k_max", float(k.max()))):
-        if measured.get(name, found) != found:
-            yield f"{COMPENSATION[0]!r} has {name} {found:g}, and `checks` say {measured[name]!r}"
+    for name, end in (("k_min", float(k.min())), ("k_max", float(k.max()))):
+        if measured.get(name, end) != end:
+            yield f"{COMPENSATION[0]!r} has {name} {end:g}, and `checks` say {measured[name]!r}"
 
 
 def _presence(tables: Tables, name: str, wanted: bool, made_with: str) -> Iterator[str]:

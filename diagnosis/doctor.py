@@ -9,24 +9,37 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from pydantic import ConfigDict, RootModel
 
 from ditc.errors import DitcError
 from ditc.precision import INT8
 from ditc.program import UPDATE
+from ditc.spec import Record
 
 if TYPE_CHECKING:
     from ditc.engines.integer_form import SaysArithmetic
 
-__all__ = ["Finding", "compared", "examine"]
+__all__ = ["Finding", "Findings", "compared", "examine"]
 
 
-class Finding(NamedTuple):
+class Finding(Record):
     """One thing that works or doesn't, and what was seen."""
 
     name: str
     works: bool
     detail: str
+
+
+class Findings(RootModel[tuple[Finding, ...]]):
+    """What `ditc doctor` found; as JSON it is a list."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+def _finding(name: str, works: bool, detail: str) -> Finding:
+    return Finding(name=name, works=works, detail=detail)
 
 
 def examine() -> list[Finding]:
@@ -45,9 +58,9 @@ def compared(bundle: Path, target: str | None = None, engines: Path | None = Non
     with load(bundle, target=target, engines=engines) as pipe:
         differences = pipe.differences()
     findings = []
-    for segment in sorted(dict.fromkeys(found.segment for found in differences), key=UPDATE.__eq__):
-        worst = max((found for found in differences if found.segment == segment), key=attrgetter("excess"))
-        findings.append(Finding(f"segment {segment}", worst.is_rounding, worst.told))
+    for segment in sorted(dict.fromkeys(difference.segment for difference in differences), key=UPDATE.__eq__):
+        worst = max((one for one in differences if one.segment == segment), key=attrgetter("excess"))
+        findings.append(_finding(f"segment {segment}", worst.is_rounding, worst.told))
     return findings
 
 
@@ -61,7 +74,7 @@ def installed(package: str) -> str | None:
 def python_runtime() -> Finding:
     import ditc
 
-    return Finding(
+    return _finding(
         "runtime", True, f"ditc {ditc.__version__}, Python {platform.python_version()}, {platform.machine()}"
     )
 
@@ -76,25 +89,25 @@ def tried_platform() -> Finding:
     system, processor = platform.system(), platform.machine()
     how = TRIED.get((system, processor)) if platform.libc_ver()[0] == "glibc" else None
     seen = f"{system} on {processor}: {how or 'never tried'}"
-    return Finding("platform", how is not None, f"{seen}; never tried at all: {NEVER_TRIED}")
+    return _finding("platform", how is not None, f"{seen}; never tried at all: {NEVER_TRIED}")
 
 
 def compile_stages() -> Finding:
     needed = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "scikit-learn")
     missing = [name for name in needed if installed(name) is None]
     if missing:
-        return Finding("compile", False, f"missing {', '.join(missing)}; install with: pip install 'ditc[export]'")
-    return Finding("compile", True, ", ".join(f"{name} {installed(name)}" for name in needed))
+        return _finding("compile", False, f"missing {', '.join(missing)}; install with: pip install 'ditc[export]'")
+    return _finding("compile", True, ", ".join(f"{name} {installed(name)}" for name in needed))
 
 
 def onnxruntime_cpu() -> Finding:
     """Integer products are run, and held to the exact ones."""
-    found = installed("onnxruntime") or installed("onnxruntime-gpu")
-    if found is None:
-        return Finding("target cpu", False, "not installed; install with: pip install 'ditc[cpu]'")
+    release = installed("onnxruntime") or installed("onnxruntime-gpu")
+    if release is None:
+        return _finding("target cpu", False, "not installed; install with: pip install 'ditc[cpu]'")
     from ditc.engines.onnxrt import OnnxRuntimeBackend
 
-    return _integers("target cpu", f"onnxruntime {found}", OnnxRuntimeBackend())
+    return _integers("target cpu", f"onnxruntime {release}", OnnxRuntimeBackend())
 
 
 def openvino_cpu() -> Finding:
@@ -108,33 +121,33 @@ def openvino_bf16() -> Finding:
 
 
 def _openvino(target: str, rest: str) -> Finding:
-    found = installed("openvino")
-    if found is None:
-        return Finding(f"target {target}", False, "not installed; install with: pip install 'ditc[openvino]'")
+    release = installed("openvino")
+    if release is None:
+        return _finding(f"target {target}", False, "not installed; install with: pip install 'ditc[openvino]'")
     from ditc.engines.openvino_host import OpenVinoBackend
 
-    return _integers(f"target {target}", f"openvino {found}", OpenVinoBackend(rest=rest))
+    return _integers(f"target {target}", f"openvino {release}", OpenVinoBackend(rest=rest))
 
 
 def _integers(name: str, library: str, backend: SaysArithmetic) -> Finding:
     """What a library makes of integers here; it works where those of w8a8 are exact."""
     try:
-        found = backend.arithmetic(INT8.weights)
+        arithmetic = backend.arithmetic(INT8.weights)
     except DitcError as e:
-        return Finding(name, False, str(e))
-    return Finding(name, found.integers is not None, f"{library}; INT8 {found.text}")
+        return _finding(name, False, str(e))
+    return _finding(name, arithmetic.integers is not None, f"{library}; INT8 {arithmetic.text}")
 
 
 def onnxruntime_provider(target: str, provider: str) -> Finding:
     """Is a provider in this onnxruntime? Whether its libraries load shows when a session opens."""
     name = f"target {target}"
     if find_spec("onnxruntime") is None:
-        return Finding(name, False, "onnxruntime is not installed; install with: pip install 'ditc[cuda]'")
+        return _finding(name, False, "onnxruntime is not installed; install with: pip install 'ditc[cuda]'")
     import onnxruntime
 
     if provider not in onnxruntime.get_available_providers():
-        return Finding(name, False, f"this onnxruntime has no {provider}; it needs onnxruntime-gpu")
-    return Finding(name, True, f"{provider} of onnxruntime {onnxruntime.__version__}")
+        return _finding(name, False, f"this onnxruntime has no {provider}; it needs onnxruntime-gpu")
+    return _finding(name, True, f"{provider} of onnxruntime {onnxruntime.__version__}")
 
 
 def onnxruntime_cuda() -> Finding:
@@ -153,9 +166,9 @@ def gpu() -> Finding:
         device = open_device()
         free, total = device.memory_bytes()
     except DitcError as e:
-        return Finding("gpu", False, str(e))
+        return _finding("gpu", False, str(e))
     memory = f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB free"
-    return Finding("gpu", True, f"{device.name}, SM {device.compute_capability}, {memory}")
+    return _finding("gpu", True, f"{device.name}, SM {device.compute_capability}, {memory}")
 
 
 def tensorrt() -> Finding:
@@ -167,10 +180,10 @@ def tensorrt() -> Finding:
         trt = import_tensorrt()
         open_builder(trt)
     except DitcError as e:
-        return Finding(name, False, str(e))
+        return _finding(name, False, str(e))
     calibrators = hasattr(trt, "IInt8EntropyCalibrator2")
     forms = "explicit Q/DQ and calibrators" if calibrators else "explicit Q/DQ (no calibrators since 11)"
-    return Finding(name, True, f"TensorRT {trt.__version__}; {forms}")
+    return _finding(name, True, f"TensorRT {trt.__version__}; {forms}")
 
 
 # L4T release -> JetPack and its TensorRT; the newest that is not later counts
@@ -189,16 +202,16 @@ def jetpack(root: Path = Path("/")) -> Finding | None:
         text = (root / "etc" / "nv_tegra_release").read_text()
     except OSError:
         return None
-    found = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", text)
-    if found is None:
-        return Finding("jetpack", False, f"a Jetson whose release is not understood: {text.splitlines()[0]!r}")
-    release = (int(found[1]), *(int(part) for part in found[2].split(".") if part))
+    stated = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", text)
+    if stated is None:
+        return _finding("jetpack", False, f"a Jetson whose release is not understood: {text.splitlines()[0]!r}")
+    release = (int(stated[1]), *(int(part) for part in stated[2].split(".") if part))
     known = [row for row in JETPACKS if row[0] <= release]
     shown = ".".join(str(part) for part in release)
     if not known or release < (36, 4):
         older = f"JetPack {known[-1][1]} with TensorRT {known[-1][2]}" if known else "an early JetPack"
-        return Finding("jetpack", False, f"L4T {shown}, {older}; ditc needs TensorRT 10.3, which JetPack 6.1 brings")
-    return Finding("jetpack", True, f"L4T {shown}, JetPack {known[-1][1]} (brings TensorRT {known[-1][2]} or later)")
+        return _finding("jetpack", False, f"L4T {shown}, {older}; ditc needs TensorRT 10.3, which JetPack 6.1 brings")
+    return _finding("jetpack", True, f"L4T {shown}, JetPack {known[-1][1]} (brings TensorRT {known[-1][2]} or later)")
 
 
 CHECKS: tuple[Callable[[], Finding | None], ...] = (

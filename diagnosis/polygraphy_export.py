@@ -25,16 +25,37 @@ from ditc.guidance import Guidance
 from ditc.program import CONDITION, LABELS, REUSE_ROWS, TIMESTEPS, Program
 from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.pipeline import Pipeline
+from ditc.spec import Record
 from ditc.tables import step_inputs
 
-__all__ = ["export_polygraphy", "recorded_calls", "recorded_runs"]
+__all__ = ["PolygraphyExport", "RecordedSegment", "export_polygraphy", "recorded_calls", "recorded_runs"]
 
 Runs = Mapping[str, Sequence[RecordedRun]]
 
 TITLE = "# Polygraphy on the segments of a bundle"
 
 
-def export_polygraphy(bundle: Path, out: Path, *, points: int = 4, force: bool = False) -> dict[str, Any]:
+class RecordedSegment(Record):
+    """How many calls of a segment were recorded, with inputs of which shapes.
+
+    `steps` are those it was recorded at, none for one that runs outside the loop.
+    """
+
+    points: int
+    steps: tuple[int, ...]
+    inputs: dict[str, tuple[int, ...]]
+
+
+class PolygraphyExport(Record):
+    """What was written into `folder`; `tensorrt` says whether there is anything for TensorRT in it."""
+
+    folder: str
+    tensorrt: bool
+    segments: dict[str, RecordedSegment]
+    files: tuple[str, ...]
+
+
+def export_polygraphy(bundle: Path, out: Path, *, points: int = 4, force: bool = False) -> PolygraphyExport:
     """Write everything that Polygraphy needs to compare, inspect and reduce the segments of a bundle into `out`.
 
     `points` is how many calls of each segment are recorded. Returns the recorded steps and input shapes per segment,
@@ -56,12 +77,12 @@ def export_polygraphy(bundle: Path, out: Path, *, points: int = 4, force: bool =
         _write_scripts(folder, facts, os.fsencode(Path(place).as_posix()).decode(errors="surrogateescape"))
         (folder / "README.md").write_text(readme(opened, facts), "utf-8")
         files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return {
-        "folder": str(out),
-        "tensorrt": any(part.typed is not None for part in facts),
-        "segments": {part.name: _summary(opened.manifest.program, part, runs[part.name]) for part in facts},
-        "files": files,
-    }
+    return PolygraphyExport(
+        folder=str(out),
+        tensorrt=any(part.typed is not None for part in facts),
+        segments={part.name: _recorded(opened.manifest.program, part, runs[part.name]) for part in facts},
+        files=tuple(files),
+    )
 
 
 def _check_target(target: Path, bundle: Path, force: bool) -> None:
@@ -185,14 +206,13 @@ def _write_scripts(folder: Path, facts: Sequence[SegmentFacts], bundle: str) -> 
             path.chmod(0o755)
 
 
-def _summary(program: Program, part: SegmentFacts, runs: Sequence[RecordedRun]) -> dict[str, Any]:
-    """A segment as --json prints it; `steps` are those it was recorded at, none for one that runs outside the loop."""
+def _recorded(program: Program, part: SegmentFacts, runs: Sequence[RecordedRun]) -> RecordedSegment:
     steps = [step.index for step in program.steps if step.segment == part.name]
-    return {
-        "points": len(runs),
-        "steps": [steps[run.call] for run in runs] if steps else [],
-        "inputs": {name: list(shape) for name, shape in part.shapes.items()},
-    }
+    return RecordedSegment(
+        points=len(runs),
+        steps=tuple(steps[run.call] for run in runs) if steps else (),
+        inputs={name: tuple(shape) for name, shape in part.shapes.items()},
+    )
 
 
 def readme(bundle: Bundle, facts: Sequence[SegmentFacts]) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from pydantic import ValidationError
-
 from ditc.bundle import Bundle
 from ditc.engines.device import ALIGNMENT
 from ditc.engines.store import EXPLICIT
 from ditc.engines.trt_runtime import profile_sizes
-from ditc.errors import InputError
+from ditc.errors import BundleError, InputError
 from ditc.footprint import Footprint, PortShape
 from ditc.program import CONDITION, DECODE
 from ditc.spec import Record
@@ -68,11 +66,13 @@ def _mb(size_bytes: int) -> str:
 
 def footprints(bundle: Bundle) -> dict[str, Footprint]:
     """The needs of every segment, as measured at compile time."""
-    measured = bundle.manifest.checks.get("footprints")
     try:
-        return {name: Footprint.model_validate(value) for name, value in dict(measured).items()}  # type: ignore[arg-type]
-    except (TypeError, ValueError, ValidationError) as e:
-        raise InputError(f"{bundle.path} was compiled by a ditc that measured no memory needs; compile it again") from e
+        needs = bundle.manifest.measured("footprints").footprints
+    except BundleError:
+        needs = None
+    if needs is None:
+        raise InputError(f"{bundle.path} was compiled by a ditc that measured no memory needs; compile it again")
+    return needs
 
 
 def memory_needs(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryNeeds:

@@ -6,24 +6,25 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
+from pydantic import JsonValue
 
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
-from ditc.engines.integer_form import arithmetic_of
+from ditc.engines.integer_form import Arithmetic, arithmetic_of
 from ditc.progress import Progress, silent
-from ditc.quality.features import digit_quality
+from ditc.quality.features import DigitQuality, digit_quality
 from ditc.runtime.closeness import psnr_db
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.images import grid, save_png
 from ditc.runtime.pipeline import load
+from ditc.spec import Record
 from ditc.speed.eager import eager_images
 from ditc.speed.side_by_side import RUN, take_turns
 from ditc.tables import sampler_columns
 
-__all__ = ["run_demo"]
+__all__ = ["BatchSeconds", "BundleSide", "Demo", "TorchSide", "run_demo"]
 
 QUALITY_IMAGES = 1000
 QUALITY_BATCH = 50
@@ -33,7 +34,45 @@ SEED = 7
 Images = Callable[[list[int], int], Samples]  # those of some labels, counted from the first
 
 
-def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str, Any]:
+class BatchSeconds(Record):
+    """Median seconds per image of both sides, and how many times as fast as torch the bundle is."""
+
+    torch: float
+    compiled: float
+    ratio: float
+
+
+class TorchSide(DigitQuality):
+    """How good the images of plain torch are, and how many bytes its parameters take."""
+
+    size_bytes: int
+
+
+class BundleSide(DigitQuality):
+    """How good the bundle's images are, its size, and its mean PSNR against torch in dB."""
+
+    size_bytes: int
+    psnr_db: float
+
+
+class Demo(Record):
+    """The reference model as a bundle beside plain torch, on the same noise; quality over `images` of each.
+
+    `seconds_per_image` is by batch; `arithmetic` is how the bundle's integers ran, if it has any; `grid` and `bundle`
+    are paths.
+    """
+
+    grid: str
+    bundle: str
+    seconds_per_image: dict[str, BatchSeconds]
+    arithmetic: Arithmetic | None
+    images: int
+    torch: TorchSide
+    compiled: BundleSide
+    settings: dict[str, JsonValue]
+
+
+def run_demo(out: Path, options: CompileOptions, progress: Progress) -> Demo:
     """Compile "digits" into `out`/bundle, draw `out`/grid.png (rows of FP, the compiled row below each), and measure.
 
     Speed: both sides in turn, median of `ROUNDS`. Quality: `QUALITY_IMAGES` images of each on the same noise, their
@@ -64,25 +103,30 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> dict[str
             labels = model.spec.labels_in_turn(first, QUALITY_BATCH)
             fp.append(plain(labels, first))
             int8.append(compiled(labels, first))
-    exact, found = np.concatenate(fp), np.concatenate(int8)
+    exact, ours = np.concatenate(fp), np.concatenate(int8)
     picture = out / "grid.png"
-    save_png(grid([exact[:10], found[:10], exact[10:20], found[10:20]], scale=10, gap=4), picture)
+    save_png(grid([exact[:10], ours[:10], exact[10:20], ours[10:20]], scale=10, gap=4), picture)
     labels_all = np.array(model.spec.labels_in_turn(0, QUALITY_IMAGES))
     progress("quality", 1, 1)
-    return {
-        "grid": str(picture),
-        "bundle": str(out / "bundle"),
-        "seconds_per_image": speed,
-        "arithmetic": None if arithmetic is None else arithmetic.model_dump(),
-        "images": QUALITY_IMAGES,
-        "torch": digit_quality(exact, labels_all) | {"size_bytes": sum(p.numel() * 4 for p in model.parameters())},
-        "compiled": digit_quality(found, labels_all)
-        | {"size_bytes": bundle.manifest.size_bytes(reference=False), "psnr_db": float(psnr_db(found, exact).mean())},
-        "settings": bundle.manifest.settings,
-    }
+    return Demo(
+        grid=str(picture),
+        bundle=str(out / "bundle"),
+        seconds_per_image=speed,
+        arithmetic=arithmetic,
+        images=QUALITY_IMAGES,
+        torch=TorchSide(
+            **dict(digit_quality(exact, labels_all)), size_bytes=sum(p.numel() * 4 for p in model.parameters())
+        ),
+        compiled=BundleSide(
+            **dict(digit_quality(ours, labels_all)),
+            size_bytes=bundle.manifest.size_bytes(reference=False),
+            psnr_db=float(psnr_db(ours, exact).mean()),
+        ),
+        settings=bundle.manifest.settings,
+    )
 
 
-def _side_by_side(plain: Images, compiled: Images, labels: list[int]) -> dict[str, float]:
+def _side_by_side(plain: Images, compiled: Images, labels: list[int]) -> BatchSeconds:
     """Median seconds per image of both sides, run in turn after one turn each that warms up."""
 
     def turn(run: Images) -> Iterator[tuple[str, float]]:
@@ -91,5 +135,5 @@ def _side_by_side(plain: Images, compiled: Images, labels: list[int]) -> dict[st
         yield RUN, (perf_counter() - start) / len(labels)
 
     times = take_turns([partial(turn, run) for run in (plain, compiled)], ROUNDS, 1, silent)
-    torch, bundle = (float(np.median(found[RUN])) for found in times)
-    return {"torch": torch, "compiled": bundle, "ratio": torch / bundle}
+    torch, bundle = (float(np.median(side[RUN])) for side in times)
+    return BatchSeconds(torch=torch, compiled=bundle, ratio=torch / bundle)

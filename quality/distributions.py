@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from ditc.errors import InputError
 from ditc.quality.bootstrap import Estimate, Watch, bootstrapped, estimates, share, share_difference
 from ditc.quality.manifolds import K, coverage, neighbours
-from ditc.spec import Record
+from ditc.spec import PartialRecord, Record
 
 __all__ = [
     "Comparison",
     "Distribution",
+    "DistributionValues",
     "Generated",
     "MeasuredSet",
     "RealSet",
@@ -107,6 +108,22 @@ class Distribution(Record):
     precision: Estimate
     recall: Estimate
     class_consistency: Estimate | None
+
+    @property
+    def measures(self) -> dict[str, Estimate]:
+        """Those that are there, by name."""
+        return {name: estimate for name, estimate in self if estimate is not None}
+
+
+class DistributionValues(PartialRecord):
+    """The measures of a set of images without intervals; `class_consistency` needs a classifier."""
+
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"class_consistency"})
+
+    frechet_distance: float
+    precision: float
+    recall: float
+    class_consistency: float | None = None
 
 
 class Comparison(Record):
@@ -192,13 +209,16 @@ def compare_sets(found: MeasuredSet, exact: MeasuredSet) -> Comparison:
     )
 
 
-def distribution_values(generated: Generated, real: RealSet) -> dict[str, float]:
+def distribution_values(generated: Generated, real: RealSet) -> DistributionValues:
     """The measures without intervals."""
     side = _Side(generated, real)
     distance, recall = side.resampled().tolist()
-    values = {"frechet_distance": distance, "precision": float(side.precise.mean()), "recall": recall}
-    consistent = generated.consistent
-    return values if consistent is None else values | {"class_consistency": float(consistent.mean())}
+    return DistributionValues(
+        frechet_distance=distance,
+        precision=float(side.precise.mean()),
+        recall=recall,
+        class_consistency=None if generated.consistent is None else float(generated.consistent.mean()),
+    )
 
 
 class _Side:

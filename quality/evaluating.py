@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.bundle import Bundle, open_bundle
+from ditc.bundle import Bundle, Manifest, open_bundle
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write
 from ditc.machine import machine
@@ -29,6 +29,17 @@ from ditc.quality.distributions import (
     distribution_values,
     measure_set,
 )
+from ditc.quality.evaluation import (
+    Bootstrap,
+    Distributions,
+    Drifts,
+    EvaluatedBundle,
+    Evaluation,
+    FeaturesUsed,
+    PairedMeasure,
+    RealImages,
+    SeedValues,
+)
 from ditc.quality.features import (
     Extractor,
     RealFeatures,
@@ -41,9 +52,10 @@ from ditc.quality.features import (
 from ditc.quality.generating import ImageSource, stored_images
 from ditc.quality.options import EvaluateOptions, VetoOptions
 from ditc.quality.pretrained import lpips_distance
-from ditc.runtime.closeness import PAIRED, ssim_window, step_drift
+from ditc.runtime.closeness import PAIRED, StepDrift, ssim_window, step_drift
 from ditc.runtime.executor import Samples
 from ditc.runtime.options import HERE, Place
+from ditc.spec import Skipped
 
 __all__ = ["check_not_worse", "evaluate_bundle"]
 
@@ -52,7 +64,6 @@ Array = NDArray[Any]
 BOOTSTRAP_SEED = 0
 FEATURES_AT_ONCE = 64  # images
 LOWER_IS_BETTER = ("lpips",)
-REPORTED = ("policy", "reuse", "select", "ranges", "smooth", "vc", "seed")  # settings of the compile
 
 
 def evaluate_bundle(
@@ -62,8 +73,8 @@ def evaluate_bundle(
     place: Place = HERE,
     save: Path | None = None,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Paired measures, drifts per step, and distribution measures with intervals, as JSON has them.
+) -> Evaluation:
+    """Measure pairs, drifts per step, and distributions with intervals.
 
     `save` is a folder for the report, the features, and FP's images; those that lie there already are taken again.
     Raises BundleError for a bundle without its FP reference, CheckError where images are NaN, and InputError where the
@@ -77,24 +88,26 @@ def evaluate_bundle(
     with TemporaryDirectory(prefix="ditc-evaluate-") if save is None else nullcontext(save) as folder:
         work = _Work(options, place, Path(folder), progress)
         pairs = _pairs(bundle, work)
-        found = _report(pairs, work)
+        evaluation = _evaluation(pairs, work)
     if options.veto_images:
         from ditc.quality.veto import veto_of
 
         settings = VetoOptions(images=options.veto_images, seed=options.seeds[0])
-        found["veto"] = veto_of(bundle, settings, progress=progress).model_dump(mode="json")
+        evaluation = evaluation.model_copy(update={"veto": veto_of(bundle, settings, progress=progress)})
     if save is not None:
-        _save(found, pairs, save)
-    return found
+        _save(evaluation, pairs, save)
+    return evaluation
 
 
-def check_not_worse(found: dict[str, Any], most: float) -> None:
+def check_not_worse(evaluation: Evaluation, most: float) -> None:
     """Raise CheckError where the whole interval of the difference in Frechet distance lies above `most`."""
-    difference = found["distribution"]["difference"]["frechet_distance"]
-    if difference["low"] > most:
+    if isinstance(evaluation.distribution, Skipped):
+        raise CheckError(f"no Frechet distance was measured: {evaluation.distribution.skipped} (--fail-if-worse)")
+    difference = evaluation.distribution.difference.frechet_distance
+    if difference.low > most:
         raise CheckError(
-            f"the Frechet distance is worse than FP's by {difference['value']:.4g}, {LEVEL:.0%} interval "
-            f"{difference['low']:.4g} to {difference['high']:.4g}, all above {most:g} (--fail-if-worse)"
+            f"the Frechet distance is worse than FP's by {difference.value:.4g}, {LEVEL:.0%} interval "
+            f"{difference.low:.4g} to {difference.high:.4g}, all above {most:g} (--fail-if-worse)"
         )
 
 
@@ -126,9 +139,9 @@ class _Pairs:
     judges: _Judges
     image_shape: tuple[int, ...]
     real: RealFeatures | None
-    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: dict[str, StepDrift] = field(default_factory=dict)
     paired: dict[str, list[Array]] = field(default_factory=lambda: defaultdict(list))
-    found: list[Array] = field(default_factory=list)
+    ours: list[Array] = field(default_factory=list)
     exact: list[Array] = field(default_factory=list)
 
     def add(self, images: Samples, twins: Samples) -> None:
@@ -136,7 +149,7 @@ class _Pairs:
         for name, measure in self.judges.paired.items():
             self.paired[name].append(measure(images, twins))
         if self.judges.extractor is not None:
-            self.found.append(self.judges.extractor.features(images))
+            self.ours.append(self.judges.extractor.features(images))
             self.exact.append(self.judges.extractor.features(twins))
 
 
@@ -152,14 +165,14 @@ def _pairs(path: Path, work: _Work) -> _Pairs:
         exact = [stored_images(fp, work.folder, f"fp-{seed}", seed, 0, options.images) for seed in options.seeds]
         pairs = _Pairs(pipe.bundle, judges, exact[0].shape[1:], real)
     with source.pipe:
-        pairs.steps["bundle"] = step_drift(source.trajectory("steps", *watched), exact_steps).model_dump(mode="json")
+        pairs.steps["bundle"] = step_drift(source.trajectory("steps", *watched), exact_steps)
         for seed, stored in zip(options.seeds, exact, strict=True):
             for places, images in source.images(f"bundle-{seed}", seed, 0, options.images):
                 pairs.add(images, np.asarray(stored[places]))
     if "compensation.k" in pairs.bundle.tables():
         with work.place.load(path, compensation=False) as pipe:
             bare = ImageSource(pipe, work.progress).trajectory("steps-without-vc", *watched)
-            pairs.steps["uncompensated"] = step_drift(bare, exact_steps).model_dump(mode="json")
+            pairs.steps["uncompensated"] = step_drift(bare, exact_steps)
     return pairs
 
 
@@ -204,49 +217,59 @@ def _real(fp: ImageSource, work: _Work, judges: _Judges) -> RealFeatures | None:
     return RealFeatures(f"{len(features):,} FP images of other noise", features)
 
 
-def _report(pairs: _Pairs, work: _Work) -> dict[str, Any]:
-    options, manifest = work.options, pairs.bundle.manifest
-    settings = {name: manifest.settings.get(name) for name in REPORTED}
-    return {
-        "machine": machine(),
-        "bundle": {
-            "model": manifest.model.name,
-            "precision": manifest.precision,
-            "steps": len(manifest.program.steps),
-            "guidance": manifest.guidance,
-            **settings,
-        },
-        "images": options.images,
-        "seeds": list(options.seeds),
-        "n": options.images * len(options.seeds),
-        "bootstrap": {"rounds": options.rounds, "level": LEVEL, "seed": BOOTSTRAP_SEED},
-        "paired": _paired_report(pairs, options.rounds),
-        "steps": pairs.steps,
-        "distribution": _distribution_report(pairs, work),
-    }
+def _evaluation(pairs: _Pairs, work: _Work) -> Evaluation:
+    options = work.options
+    return Evaluation(
+        machine=machine(),
+        bundle=_evaluated(pairs.bundle.manifest),
+        images=options.images,
+        seeds=options.seeds,
+        n=options.images * len(options.seeds),
+        bootstrap=Bootstrap(rounds=options.rounds, level=LEVEL, seed=BOOTSTRAP_SEED),
+        paired=_paired(pairs, options.rounds),
+        steps=Drifts(**pairs.steps),
+        distribution=_distributions(pairs, work),
+    )
 
 
-def _paired_report(pairs: _Pairs, rounds: int) -> dict[str, Any]:
+def _evaluated(manifest: Manifest) -> EvaluatedBundle:
+    asked = manifest.asked
+    return EvaluatedBundle(
+        model=manifest.model.name,
+        precision=manifest.precision,
+        steps=len(manifest.program.steps),
+        guidance=manifest.guidance,
+        policy=asked.policy,
+        reuse=asked.reuse,
+        select=asked.select,
+        ranges=asked.ranges,
+        smooth=asked.smooth,
+        vc=asked.vc,
+        seed=asked.seed,
+    )
+
+
+def _paired(pairs: _Pairs, rounds: int) -> dict[str, PairedMeasure | Skipped]:
     values = np.stack([np.concatenate(parts) for parts in pairs.paired.values()], axis=1)  # (n, measures)
     n = len(values)
     means = bootstrapped(lambda counts: counts @ values / n, n, rounds, BOOTSTRAP_SEED)
-    found: dict[str, Any] = {}
+    paired: dict[str, PairedMeasure | Skipped] = {}
     for name, row, column in zip(pairs.paired, estimates(values.mean(axis=0), means), values.T, strict=True):
         worst = column.max() if name in LOWER_IS_BETTER else column.min()
-        found[name] = {"mean": row.value, "low": row.low, "high": row.high, "worst": float(worst)}
-    found["ssim"]["window"] = ssim_window(*pairs.image_shape[1:])
+        window = ssim_window(*pairs.image_shape[1:]) if name == "ssim" else None
+        paired[name] = PairedMeasure(mean=row.value, low=row.low, high=row.high, worst=float(worst), window=window)
     if pairs.judges.no_lpips:
-        found["lpips"] = {"skipped": pairs.judges.no_lpips}
-    return found
+        paired["lpips"] = Skipped(skipped=pairs.judges.no_lpips)
+    return paired
 
 
-def _distribution_report(pairs: _Pairs, work: _Work) -> dict[str, Any]:
+def _distributions(pairs: _Pairs, work: _Work) -> Distributions | Skipped:
     extractor, real, options = pairs.judges.extractor, pairs.real, work.options
     if extractor is None or real is None:
-        return {"skipped": pairs.judges.no_extractor}
+        return Skipped(skipped=pairs.judges.no_extractor)
     classes = pairs.bundle.manifest.model.labels_in_turn(0, options.images)
     asked = np.tile(classes, len(options.seeds))
-    found, exact = (_generated(parts, extractor, asked) for parts in (pairs.found, pairs.exact))
+    ours, exact = (_generated(parts, extractor, asked) for parts in (pairs.ours, pairs.exact))
     against = RealSet(real.features)
 
     def measured(stage: str, side: Generated) -> MeasuredSet:
@@ -255,19 +278,23 @@ def _distribution_report(pairs: _Pairs, work: _Work) -> dict[str, Any]:
 
         return measure_set(side, against, rounds=options.rounds, seed=BOOTSTRAP_SEED, watch=watch)
 
-    comparison = compare_sets(measured("bundle", found), measured("fp", exact))
-    return {
-        "features": {"name": extractor.name, "about": extractor.about, "dimensions": comparison.dimensions},
-        "real": {"n": comparison.real, "about": real.about},
-        "bundle": comparison.found.model_dump(mode="json"),
-        "fp": comparison.exact.model_dump(mode="json"),
-        "difference": comparison.difference.model_dump(mode="json"),
-        "per_seed": [
-            {"seed": seed, "n": options.images}
-            | {name: distribution_values(side.part(rows), against) for name, side in (("bundle", found), ("fp", exact))}
+    comparison = compare_sets(measured("bundle", ours), measured("fp", exact))
+    return Distributions(
+        features=FeaturesUsed(name=extractor.name, about=extractor.about, dimensions=comparison.dimensions),
+        real=RealImages(n=comparison.real, about=real.about),
+        bundle=comparison.found,
+        fp=comparison.exact,
+        difference=comparison.difference,
+        per_seed=tuple(
+            SeedValues(
+                seed=seed,
+                n=options.images,
+                bundle=distribution_values(ours.part(rows), against),
+                fp=distribution_values(exact.part(rows), against),
+            )
             for seed, rows in zip(options.seeds, _rows_of_seeds(options), strict=True)
-        ],
-    }
+        ),
+    )
 
 
 def _rows_of_seeds(options: EvaluateOptions) -> Iterator[slice]:
@@ -280,12 +307,13 @@ def _generated(parts: Sequence[Array], extractor: Extractor, asked: Array) -> Ge
     return Generated(features, None if extractor.classes is None else extractor.classes(features) == asked)
 
 
-def _save(found: dict[str, Any], pairs: _Pairs, folder: Path) -> None:
+def _save(evaluation: Evaluation, pairs: _Pairs, folder: Path) -> None:
     """The report, the numbers of every pair, and the real features in the form that --real takes."""
-    atomic_write(folder / "evaluate.json", json.dumps(found, indent=1).encode() + b"\n")
+    written = json.dumps(evaluation.model_dump(mode="json"), indent=1)
+    atomic_write(folder / "evaluate.json", written.encode() + b"\n")
     arrays = {name: np.concatenate(parts) for name, parts in pairs.paired.items()}
     if pairs.judges.extractor is not None and pairs.real is not None:
-        arrays |= {"bundle": np.concatenate(pairs.found), "fp": np.concatenate(pairs.exact)}
+        arrays |= {"bundle": np.concatenate(pairs.ours), "fp": np.concatenate(pairs.exact)}
         name = np.array(pairs.judges.extractor.name)
         _save_arrays(folder / "real.npz", {"features": pairs.real.features, "extractor": name})
     _save_arrays(folder / "pairs.npz", arrays)

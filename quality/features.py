@@ -18,9 +18,11 @@ from ditc.errors import InputError, unknown_name
 from ditc.quality.classifier import Classifier
 from ditc.quality.distributions import frechet_distance
 from ditc.runtime.executor import Samples
+from ditc.spec import Record
 
 __all__ = [
     "FEATURES",
+    "DigitQuality",
     "Extractor",
     "RealFeatures",
     "check_sources",
@@ -188,7 +190,15 @@ def real_digits() -> tuple[Samples, NDArray[np.int64]]:
     return np.asarray(found.images[:, None] / 8.0 - 1.0, np.float32), np.asarray(found.target, np.int64)
 
 
-def digit_quality(images: Samples, labels: Array) -> dict[str, float]:
+class DigitQuality(Record):
+    """Frechet distances to the real digits, of pixels and of the classifier's features; the share of right classes."""
+
+    frechet_distance: float
+    frechet_distance_classifier: float
+    class_agreement: float
+
+
+def digit_quality(images: Samples, labels: Array) -> DigitQuality:
     """Generated digits, (n, 1, 8, 8), against the real ones, and the share that shows its label, (n,).
 
     The Frechet distance is over the 64 pixels, and over the classifier's 64 features.
@@ -197,11 +207,11 @@ def digit_quality(images: Samples, labels: Array) -> dict[str, float]:
     real, _ = real_digits()
     assert classifier.classes is not None
     features = classifier.features(images)
-    return {
-        "frechet_distance": frechet_distance(pixels.features(images), pixels.features(real)),
-        "frechet_distance_classifier": frechet_distance(features, classifier.features(real)),
-        "class_agreement": float((classifier.classes(features) == labels).mean()),
-    }
+    return DigitQuality(
+        frechet_distance=frechet_distance(pixels.features(images), pixels.features(real)),
+        frechet_distance_classifier=frechet_distance(features, classifier.features(real)),
+        class_agreement=float((classifier.classes(features) == labels).mean()),
+    )
 
 
 def _features_of_folder(folder: Path, extractor: Extractor, shape: Shape) -> RealFeatures:

@@ -41,11 +41,11 @@ from ditc.quality.evaluating import evaluate_bundle
 from ditc.quality.features import check_sources
 from ditc.quality.options import Budget, TuneOptions, VetoOptions
 from ditc.quality.veto import veto_of
-from ditc.spec import Record
+from ditc.spec import Record, Skipped
 from ditc.speed.benching import bench_bundle
 from ditc.speed.options import BenchOptions
 
-__all__ = ["Trial", "described", "pareto_front", "tune_model"]
+__all__ = ["Trial", "Tuning", "described", "pareto_front", "tune_model"]
 
 QUANTIZERS = tuple(
     {"ranges": ranges, "scales": scales, "smooth": smooth}
@@ -86,6 +86,24 @@ class Trial(Record):
     def quality(self) -> float:
         """What the front holds against time; higher is better."""
         return self.psnr_db if self.worse_by is None else -self.worse_by
+
+
+class Tuning(Record):
+    """A search and what it chose.
+
+    `trials` are all that were measured, `front` those that no other one beats, fastest first.
+    `vetoed` is the share of branches and steps where quantization noise exceeds what a cache saves, None where nothing
+    is quantized; `notes` say what was not tried, and why.
+    """
+
+    budget: Budget
+    images: int
+    seeds: tuple[int, ...]
+    chosen: Trial
+    front: tuple[Trial, ...]
+    trials: tuple[Trial, ...]
+    vetoed: float | None
+    notes: tuple[str, ...]
 
 
 @dataclass
@@ -186,8 +204,8 @@ def tune_model(
     num_heads: int | None = None,
     vae: str | PathLike[str] | None = None,
     facts: ModelFacts | None = None,
-) -> dict[str, Any]:
-    """Search, and leave the fastest bundle within the budget at `out`; returns all trials and the front as JSON has it.
+) -> Tuning:
+    """Search, and leave the fastest bundle within the budget at `out`; returns all trials and the front.
 
     `base` holds what is not searched; `num_heads`, `vae`, `facts` and `on_note` are those of `compile_model`. Raises
     CheckError, with what came nearest, where no candidate is within the budget; `out` is then as it was, and what was
@@ -215,20 +233,20 @@ def tune_model(
     best = base.model_copy(update=chosen.changes)
     subject.compiled(target, best, work, progress, force=force)
     shutil.rmtree(work)
-    return _report(search, chosen)
+    return _tuning(search, chosen)
 
 
 def seven_bits_may_pay(base: CompileOptions) -> bool:
     """Are the products of W8A8 exact on this machine, but in a slower form? Raises InputError where they are not."""
     if base.precision != "w8a8":
         return False
-    found = arithmetic_of(backend_for(base.target), base.precision)
-    if found is not None and found.integers is None:
+    arithmetic = arithmetic_of(backend_for(base.target), base.precision)
+    if arithmetic is not None and arithmetic.integers is None:
         raise InputError(
             f"--target {base.target} does not run w8a8 exactly on this machine, so it can't be measured here; "
             "search with --precision w7a8, or for another --target"
         )
-    return found is not None and found.integers == IntegerForm.SWITCHED.value
+    return arithmetic is not None and arithmetic.integers == IntegerForm.SWITCHED.value
 
 
 def _explore(search: _Search) -> None:
@@ -339,17 +357,17 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     return front
 
 
-def _report(search: _Search, chosen: Trial) -> dict[str, Any]:
-    return {
-        "budget": search.options.model_dump(include=set(Budget.model_fields)),
-        "images": search.options.images,
-        "seeds": list(search.options.seeds),
-        "chosen": chosen.model_dump(),
-        "front": [trial.model_dump() for trial in pareto_front(search.measured)],
-        "trials": [trial.model_dump() for trial in search.measured],
-        "vetoed": search.vetoed,
-        "notes": search.notes,
-    }
+def _tuning(search: _Search, chosen: Trial) -> Tuning:
+    return Tuning(
+        budget=Budget.model_validate(search.options.model_dump(include=set(Budget.model_fields))),
+        images=search.options.images,
+        seeds=search.options.seeds,
+        chosen=chosen,
+        front=tuple(pareto_front(search.measured)),
+        trials=tuple(search.measured),
+        vetoed=search.vetoed,
+        notes=tuple(search.notes),
+    )
 
 
 def _measured(
@@ -363,8 +381,8 @@ def _measured(
 ) -> Trial:
     """Compile, time and evaluate a candidate, unless an earlier search did."""
     path = work / f"{digest_of([subject.digest, candidate.model_dump(), options.model_dump()])[:16]}.json"
-    if (found := _earlier(path)) is not None:
-        return found
+    if (earlier := _earlier(path)) is not None:
+        return earlier
     bundle = _candidate(subject, candidate, work, progress)
     trial = _judged(bundle, stage, changes, options, work, progress)
     atomic_write(path, trial.model_dump_json().encode())
@@ -386,23 +404,23 @@ def _earlier(path: Path) -> Trial | None:
 def _judged(
     bundle: Bundle, stage: str, changes: dict[str, str], options: TuneOptions, work: Path, progress: Progress
 ) -> Trial:
-    found = evaluate_bundle(bundle.path, options.evaluation, save=work / "evaluated", progress=progress)
-    timed = bench_bundle(bundle.path, BenchOptions(requests=options.requests, warmup=1), progress=progress)
-    psnr, difference = found["paired"]["psnr_db"], found["distribution"].get("difference")
-    distance = None if difference is None else difference["frechet_distance"]
+    evaluation = evaluate_bundle(bundle.path, options.evaluation, save=work / "evaluated", progress=progress)
+    bench = bench_bundle(bundle.path, BenchOptions(requests=options.requests, warmup=1), progress=progress)
+    psnr, distribution = evaluation.measured_pairs["psnr_db"], evaluation.distribution
+    distance = None if isinstance(distribution, Skipped) else distribution.difference.frechet_distance
     budget = options
     near = True
     if budget.worse_by is not None:
         assert distance is not None
-        near = distance["high"] <= budget.worse_by
+        near = distance.high <= budget.worse_by
     return Trial(
         stage=stage,
         changes=changes,
-        seconds=timed["seconds_per_image"],
-        psnr_db=psnr["mean"],
-        psnr_low=psnr["low"],
-        worse_by=None if distance is None else distance["value"],
-        worse_high=None if distance is None else distance["high"],
+        seconds=bench.seconds_per_image,
+        psnr_db=psnr.mean,
+        psnr_low=psnr.low,
+        worse_by=None if distance is None else distance.value,
+        worse_high=None if distance is None else distance.high,
         size_bytes=open_bundle(bundle.path).manifest.size_bytes(reference=False),
-        within=near and (budget.least_psnr_db is None or psnr["low"] >= budget.least_psnr_db),
+        within=near and (budget.least_psnr_db is None or psnr.low >= budget.least_psnr_db),
     )

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from ditc.bundle import Bundle
 from ditc.engines.onnxrt import OnnxRuntimeBackend
@@ -32,38 +31,16 @@ from ditc.precision import quantized
 from ditc.program import CONDITION, FULL, Program
 from ditc.progress import Progress, silent
 from ditc.quality.branch_probe import BranchProbe, open_branch_probe
+from ditc.quality.evaluation import Cells, Veto
 from ditc.quality.options import VetoOptions
 from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline, load
 from ditc.runtime.reference_run import GuidedRun
-from ditc.spec import Record
 
 __all__ = ["Veto", "check_has_noise", "reuse_sources", "veto_of"]
 
 Squares = NDArray[np.float64]  # (3, steps, branches): of E's numerator, of D's, of their denominator
-Cells = tuple[tuple[float | None, ...], ...]
-
-
-class Veto(Record):
-    """Noise, change and their ratio, each [steps][branches]; the formulas are at the head of this module.
-
-    `since` is the step whose output would be reused, None where the branch computes and nothing is to be compared;
-    `change` and `ratio` are None there, and `ratio` also where nothing changes at all.
-    """
-
-    model: str
-    images: int
-    seed: int
-    lag: int | None
-    branches: tuple[str, ...]
-    t: tuple[float, ...]
-    since: tuple[tuple[int | None, ...], ...]
-    noise: Cells
-    change: Cells
-    ratio: Cells
-
-    vetoed: float = Field(description="the share of the ratios that are above 1")
 
 
 def veto_of(

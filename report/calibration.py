@@ -26,14 +26,13 @@ POINTS_OF_A_STEP = 4  # at which activations are recorded
 
 def calibration_of(bundle: Bundle) -> Calibration | Skipped:
     """The calibration set of a bundle."""
-    settings = bundle.manifest.settings
     path = bundle.path / "calib" / "calib.npz"
     if not path.is_file():
         return Skipped(skipped=_no_calibration(bundle))
     calib = CalibSet.load(path)
     counts = np.bincount(calib.step, minlength=len(bundle.manifest.program.steps))
     return Calibration(
-        selector=str(settings.get("select", "tap")),
+        selector=bundle.manifest.asked.select or "tap",
         points=len(calib),
         images=len(np.unique(calib.sample)),
         digest=calib.digest,
@@ -58,11 +57,11 @@ def _clusters(bundle: Bundle, calib: CalibSet) -> tuple[Cluster, ...] | Skipped:
         return Skipped(skipped=f"clustering needs {e.name}; install it with: pip install 'ditc[export]'")
     except DitcError as e:
         return Skipped(skipped=str(e))
-    found = [
+    clusters = [
         Cluster(steps=dict(sorted(Counter(calib.step[labels == label].tolist()).items())))
         for label in np.unique(labels)
     ]
-    return tuple(sorted(found, key=lambda cluster: (cluster.middle, cluster.size)))
+    return tuple(sorted(clusters, key=lambda cluster: (cluster.middle, cluster.size)))
 
 
 def _tap_labels(bundle: Bundle, calib: CalibSet) -> NDArray[np.int64]:

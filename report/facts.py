@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import field_serializer, field_validator
+
 from ditc.bundle import Manifest
 from ditc.engines.integer_form import Arithmetic
+from ditc.machine import Machine
+from ditc.quality.evaluation import Evaluation
 from ditc.runtime.closeness import StepDrift
-from ditc.spec import Record
+from ditc.spec import Record, Skipped
+from ditc.speed.bench_result import StepTime
 from ditc.speed.latency import Latency
+from ditc.speed.side_by_side import NoPeer, PeerTimes, SideBySide
 
 __all__ = [
     "Activation",
@@ -21,10 +27,10 @@ __all__ = [
     "Drift",
     "Fidelity",
     "Measure",
-    "PeerSpeed",
     "Picture",
     "Pictures",
     "Report",
+    "ReportSettings",
     "SegmentTime",
     "Skipped",
     "Speed",
@@ -32,12 +38,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-
-
-class Skipped(Record):
-    """Why a part is not there."""
-
-    skipped: str
 
 
 class Picture(Record):
@@ -81,16 +81,6 @@ class Drift(Record):
     uncompensated: StepDrift | None = None
 
 
-class StepTime(Record):
-    """Median seconds of a step over all observed requests, and the part of it inside the segment's engine."""
-
-    index: int
-    t: float
-    segment: str
-    seconds: float
-    engine_seconds: float
-
-
 class SegmentTime(Record):
     """Calls of one request, what one takes, and the share of the whole."""
 
@@ -99,18 +89,11 @@ class SegmentTime(Record):
     share: float
 
 
-class PeerSpeed(Record):
-    """What else was measured in turn: a step and a whole run, and how many times as long as the bundle's they take."""
-
-    what: str
-    step_seconds: float
-    run_seconds: float
-    ratio_step: float
-    ratio_run: float
-
-
 class Speed(Record):
-    """Latencies of requests of `batch` images on `target`. `against` is what `ditc bench --against` reports."""
+    """Latencies of requests of `batch` images on `target`. `against` is what `ditc bench --against` reports.
+
+    As JSON it is empty where no peer was asked for.
+    """
 
     target: str
     batch: int
@@ -119,21 +102,21 @@ class Speed(Record):
     steps: tuple[StepTime, ...]
     segments: dict[str, SegmentTime]
     outside_share: float
-    against: dict[str, Any]
+    against: SideBySide | NoPeer | None
+
+    @field_validator("against", mode="before")
+    @classmethod
+    def _nothing_is_none(cls, given: Any) -> Any:
+        return None if given == {} else given
+
+    @field_serializer("against")
+    def _none_is_nothing(self, against: SideBySide | NoPeer | None) -> dict[str, Any]:
+        return {} if against is None else against.model_dump(mode="json")
 
     @property
-    def peers(self) -> dict[str, PeerSpeed]:
+    def peers(self) -> dict[str, PeerTimes]:
         """The peers that were measured."""
-        return {
-            name: PeerSpeed(
-                what=found["what"],
-                step_seconds=found["step"]["median"],
-                run_seconds=found["run"]["median"],
-                ratio_step=found["ratio_step"],
-                ratio_run=found["ratio_run"],
-            )
-            for name, found in self.against.get("peers", {}).items()
-        }
+        return {} if self.against is None else self.against.peers
 
 
 class Activation(Record):
@@ -183,6 +166,14 @@ class Calibration(Record):
     clusters: tuple[Cluster, ...] | Skipped
 
 
+class ReportSettings(Record):
+    """How many images were walked step by step, from which seed, and how many requests were timed."""
+
+    images: int
+    seed: int
+    requests: int
+
+
 class Report(Record):
     """Everything about a bundle that a person wants to look at; `arithmetic` is how its integers ran, if it has any."""
 
@@ -190,8 +181,8 @@ class Report(Record):
     bundle: str
     made_at: str
     ditc_version: str
-    machine: dict[str, Any]
-    settings: dict[str, Any]
+    machine: Machine
+    settings: ReportSettings
     place: str
     arithmetic: Arithmetic | None = None
     manifest: Manifest
@@ -202,4 +193,4 @@ class Report(Record):
     speed: Speed | Skipped
     activations: Activations | Skipped
     calibration: Calibration | Skipped
-    evaluation: dict[str, Any] | None = None
+    evaluation: Evaluation | None = None

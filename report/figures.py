@@ -79,7 +79,7 @@ def latency_figure(speed: Speed, program: Program) -> Markup:
     kinds = {plan.name: drawn_as(program, plan.name) for plan in program.segments}
     peers = speed.peers
     axis = axis_for(
-        [*(step.seconds for step in speed.steps), *(peer.step_seconds for peer in peers.values())],
+        [*(step.seconds for step in speed.steps), *(peer.step.median for peer in peers.values())],
         scale=1e3,
         unit=" ms",
     )
@@ -102,7 +102,7 @@ def latency_figure(speed: Speed, program: Program) -> Markup:
             for step in speed.steps
         ),
     )
-    marks = [level(chart, axis, peer.step_seconds, "fp", f"a step of {name}") for name, peer in list(peers.items())[:2]]
+    marks = [level(chart, axis, peer.step.median, "fp", f"a step of {name}") for name, peer in list(peers.items())[:2]]
     keys = [*keys_of(kinds.values(), "engine, "), ("box", "around the engine")]
     return figure("Latency", "ms per step", keys, steps_stacked(chart, axis, bars, *marks))
 

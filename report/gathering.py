@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import ditc
 from ditc.bundle import Bundle, open_bundle
@@ -19,7 +17,7 @@ from ditc.machine import machine
 from ditc.progress import Progress, silent
 from ditc.quality.evaluating import check_not_worse, evaluate_bundle
 from ditc.report.calibration import activations_of, calibration_of
-from ditc.report.facts import Report, SegmentTime, Skipped, Speed
+from ditc.report.facts import Report, ReportSettings, SegmentTime, Skipped, Speed
 from ditc.report.options import ReportOptions
 from ditc.report.page import page_from_report
 from ditc.report.samples import sample_parts
@@ -48,14 +46,14 @@ def report_bundle(path: Path, options: ReportOptions, *, place: Place = HERE, pr
     samples = sample_parts(path, options.images, options.seed, place, progress)
     activations = activations_of(bundle, progress)
     evaluated = options.evaluation
-    found = None if evaluated is None else evaluate_bundle(path, evaluated, place=place, progress=progress)
+    evaluation = None if evaluated is None else evaluate_bundle(path, evaluated, place=place, progress=progress)
     k = bundle.tables().get("compensation.k")
     return Report(
         bundle=_shown(path.resolve().name),
         made_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         ditc_version=ditc.__version__,
         machine=machine(),
-        settings={"images": options.images, "seed": options.seed, "requests": options.requests},
+        settings=ReportSettings(images=options.images, seed=options.seed, requests=options.requests),
         place=_place_text(bundle, place),
         arithmetic=arithmetic_of(backend_for(_target(bundle, place), place.engines), bundle.manifest.precision),
         manifest=bundle.manifest,
@@ -66,7 +64,7 @@ def report_bundle(path: Path, options: ReportOptions, *, place: Place = HERE, pr
         speed=speed,
         activations=activations,
         calibration=calibration_of(bundle),
-        evaluation=found,
+        evaluation=evaluation,
     )
 
 
@@ -107,7 +105,7 @@ def check_report(report: Report, options: ReportOptions) -> None:
 
 def _runnable_place(bundle: Bundle, place: Place) -> tuple[Place, str]:
     """(where samples come from, why nothing is timed there). A target that was asked for has to run."""
-    target = str(bundle.manifest.settings.get("target", DEFAULT_TARGET))
+    target = bundle.manifest.target
     if place.target is not None or target == DEFAULT_TARGET:
         return place, ""
     try:
@@ -120,33 +118,32 @@ def _runnable_place(bundle: Bundle, place: Place) -> tuple[Place, str]:
 
 def _target(bundle: Bundle, place: Place) -> str:
     """The target that ran."""
-    return place.target or str(bundle.manifest.settings.get("target", DEFAULT_TARGET))
+    return place.target or bundle.manifest.target
 
 
 def _place_text(bundle: Bundle, place: Place) -> str:
     """The target that ran, beside the bundle's own where that is another one."""
-    own, ran = str(bundle.manifest.settings.get("target", DEFAULT_TARGET)), _target(bundle, place)
+    own, ran = bundle.manifest.target, _target(bundle, place)
     return ran if ran == own else f"{ran}, compiled for {own}"
 
 
 def _speed(bundle: Bundle, options: ReportOptions, place: Place, progress: Progress) -> Speed:
     """Latencies of the bundle, with the usual peer in turn where nothing else was asked for and it can be had."""
     against = _usual_peer(bundle, place) if options.against is None else options.against
-    found = bench_bundle(
-        bundle.path, options.bench.model_copy(update={"against": against}), place=place, progress=progress
-    )
+    asked = options.bench.model_copy(update={"against": against})
+    bench = bench_bundle(bundle.path, asked, place=place, progress=progress)
     return Speed(
         target=_target(bundle, place),
-        batch=found["batch"],
-        request=_latency(found["request"]),
-        seconds_per_image=found["seconds_per_image"],
-        steps=tuple(found["steps"]),
+        batch=bench.batch,
+        request=_plain(bench.request),
+        seconds_per_image=bench.seconds_per_image,
+        steps=bench.steps,
         segments={
-            name: SegmentTime(calls=row["n"] // options.requests, latency=_latency(row), share=row["share"])
-            for name, row in found["segments"].items()
+            name: SegmentTime(calls=times.n // options.requests, latency=_plain(times), share=times.share)
+            for name, times in bench.segments.items()
         },
-        outside_share=found["outside_engines"]["share"],
-        against=found.get("against", {}),
+        outside_share=bench.outside_engines.share,
+        against=bench.against,
     )
 
 
@@ -156,5 +153,6 @@ def _usual_peer(bundle: Bundle, place: Place) -> tuple[str, ...]:
     return (USUAL_PEER,) if on_cpu and bundle.has_reference and find_spec("onnx_ir") is not None else ()
 
 
-def _latency(row: Mapping[str, Any]) -> Latency:
-    return Latency.model_validate({name: row[name] for name in Latency.model_fields})
+def _plain(latency: Latency) -> Latency:
+    """Return a latency without what `ditc bench` tells beside it."""
+    return Latency.model_validate({name: getattr(latency, name) for name in Latency.model_fields})

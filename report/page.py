@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.resources import files
 
+from ditc.bundle import Manifest
+from ditc.checks import Verification
+from ditc.errors import BundleError
 from ditc.precision import INT8, PRECISIONS
 from ditc.report.facts import (
     Drift,
@@ -29,6 +32,7 @@ from ditc.report.tables import (
     step_table,
 )
 from ditc.report.wording import megabytes
+from ditc.speed.side_by_side import SideBySide
 
 __all__ = ["page_from_report", "program_sentence"]
 
@@ -94,12 +98,11 @@ def header(report: Report) -> Markup:
 def program_sentence(report: Report) -> str:
     """The whole program in one sentence."""
     manifest = report.manifest
-    program, settings = manifest.program, manifest.settings
+    program, sampler = manifest.program, manifest.asked.sampler
     branches, rows = len(program.branches), [program.segment(step.segment).compute for step in program.steps]
     whole, none = sum(all(row) for row in rows), sum(not any(row) for row in rows)
     some = len(rows) - whole - none
-    sampler = settings.get("sampler")
-    name = str(sampler.get("name", "")).upper() if isinstance(sampler, dict) else ""
+    name = "" if sampler is None or sampler.name is None else sampler.name.upper()
     guided = f" with guidance {manifest.guidance:g}" if manifest.halves == 2 else ""
     in_float = sum(program.segment(step.segment).in_float for step in program.steps)
     unquantized = f", {in_float} of them in floating point" if in_float else ""
@@ -119,16 +122,16 @@ def _integers(report: Report) -> str:
 
 
 def _arithmetic(report: Report) -> str:
-    precision, settings = report.manifest.precision, report.manifest.settings
+    precision, scales, asked = report.manifest.precision, report.manifest.scales, report.manifest.asked
     bits = PRECISIONS.get(precision)
     if bits is None:
         return {"fp32": "everything in float32", "fp16": "float16 where the target has it"}.get(precision, precision)
     linear = "linear layers in INT8" if bits == INT8 else f"linear layers in INT8 of fewer bits ({precision})"
-    if settings.get("scales") == "dynamic":
+    if scales == "dynamic":
         return f"{linear} with scales of the tensor as it comes"
-    binding = "scales of their own at each step" if settings.get("scales") == "per-step" else "one scale for all steps"
-    ranges, select = proper_name(settings.get("ranges")), proper_name(settings.get("select"))
-    points = f"{settings.get('points')} points that {select} chose"
+    binding = "scales of their own at each step" if scales == "per-step" else "one scale for all steps"
+    ranges, select = proper_name(asked.ranges), proper_name(asked.select)
+    points = f"{asked.points} points that {select} chose"
     return f"{linear} with {binding}, {ranges} ranges over {points}"
 
 
@@ -158,13 +161,21 @@ def key_figures(report: Report) -> Iterator[Figure]:
 
 
 def _closeness_figure(report: Report) -> Iterator[Figure]:
-    verified = report.manifest.checks.get("verify")
     if isinstance(report.fidelity, Fidelity):
         psnr = report.fidelity.measures["psnr_db"]
         about = f"PSNR against FP over {report.fidelity.images} {report.fidelity.of}, worst {psnr.worst:.1f}"
         yield f"{psnr.mean:.1f}", "dB", about
-    elif isinstance(verified, dict) and isinstance(mean := verified.get("psnr_db_mean"), float):
-        yield f"{mean:.1f}", "dB", f"PSNR against FP, measured at the compile over {verified['images']} latents"
+    elif (verified := _verified(report.manifest)) is not None:
+        about = f"PSNR against FP, measured at the compile over {verified.images} latents"
+        yield f"{verified.psnr_db_mean:.1f}", "dB", about
+
+
+def _verified(manifest: Manifest) -> Verification | None:
+    """What the compile found of its own result, where it can be read."""
+    try:
+        return manifest.measured("verify").verify
+    except BundleError:
+        return None
 
 
 def section(title: str, *content: str) -> Markup:
@@ -295,8 +306,9 @@ def speed_section(report: Report) -> Markup:
         f"A request of {images} takes {request.median * 1e3:,.4g} ms, the median of {request.n}; "
         f"{request.least * 1e3:,.4g} to {request.most * 1e3:,.4g} ms. {_machine_text(report)}"
     )
-    beside = [peer_table(report.speed)] if report.speed.peers else []
-    reasons = report.speed.against.get("skipped", {})
+    against = report.speed.against
+    beside = [peer_table(report.speed, against)] if isinstance(against, SideBySide) else []
+    reasons = {} if against is None else against.skipped
     skipped = [note(Skipped(skipped=reason), f"{name} not measured") for name, reason in reasons.items()]
     return section(
         "Speed and size", element("p", text), segment_table(report.manifest, report.speed), *beside, *skipped
@@ -305,7 +317,7 @@ def speed_section(report: Report) -> Markup:
 
 def _machine_text(report: Report) -> str:
     machine = report.machine
-    return f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['features']) or 'no INT8 features'})."
+    return f"{machine.processor}, {machine.cores} cores ({', '.join(machine.features) or 'no INT8 features'})."
 
 
 def evaluation_section(report: Report) -> Markup:
@@ -318,12 +330,14 @@ def evaluation_section(report: Report) -> Markup:
 def making_section(report: Report) -> Markup:
     """Settings, versions, checks and files."""
     manifest = report.manifest
-    checks = {name: found for name, found in manifest.checks.items() if name != PLANNED}
+    checks = {name: check for name, check in manifest.checks.items() if name != PLANNED}
     parts = {
         "Settings": pairs_table("Settings of the compile", dict(flattened(manifest.settings))),
         "Checks": pairs_table("Measured at the compile", dict(flattened(checks))),
         "Versions": pairs_table("Versions at the compile", manifest.versions),
-        "Machine of this report": pairs_table("Machine of this report", dict(flattened(report.machine))),
+        "Machine of this report": pairs_table(
+            "Machine of this report", dict(flattened(report.machine.model_dump(mode="json")))
+        ),
         "Files and digests": file_table(manifest),
     }
     size = megabytes(manifest.size_bytes(reference=False))
@@ -336,6 +350,6 @@ def making_section(report: Report) -> Markup:
 
 
 def footer(report: Report, numbers: str) -> Markup:
-    settings = ", ".join(f"{name} {value}" for name, value in report.settings.items())
+    settings = ", ".join(f"{name} {value}" for name, value in report.settings)
     made = f"Made by ditc {report.ditc_version} at {report.made_at} ({settings}). All numbers are in "
     return element("footer", joined((made, element("code", numbers), ".")))

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ditc.bundle import Manifest
-from ditc.report.facts import Activations, Drift, Report, Speed
+from ditc.quality.bootstrap import Estimate
+from ditc.quality.evaluation import Evaluation, PairedMeasure
+from ditc.report.facts import Activations, Drift, Report, Skipped, Speed
 from ditc.report.markup import Markup, element
 from ditc.report.wording import joined_names, megabytes
+from ditc.speed.side_by_side import SideBySide
 
 __all__ = [
     "activation_table",
@@ -75,10 +78,10 @@ def segment_table(manifest: Manifest, speed: Speed | None) -> Markup:
 
 
 def _times(name: str, speed: Speed) -> tuple[str, ...]:
-    found = speed.segments.get(name)
-    if found is None:
+    times = speed.segments.get(name)
+    if times is None:
         return "", "", ""
-    return f"{found.latency.median * 1e3:,.3f}", f"{found.latency.p90 * 1e3:,.3f}", f"{found.share:.1%}"
+    return f"{times.latency.median * 1e3:,.3f}", f"{times.latency.p90 * 1e3:,.3f}", f"{times.share:.1%}"
 
 
 def segment_bytes(manifest: Manifest, name: str) -> tuple[int, int]:
@@ -89,20 +92,20 @@ def segment_bytes(manifest: Manifest, name: str) -> tuple[int, int]:
     return portable, sum(files.values()) - portable
 
 
-def peer_table(speed: Speed) -> Markup:
+def peer_table(speed: Speed, sides: SideBySide) -> Markup:
     """What else was timed in turn with the bundle."""
     rows = [
         (
             name,
-            f"{peer.step_seconds * 1e3:,.3f}",
-            f"{peer.run_seconds * 1e3:,.2f}",
+            f"{peer.step.median * 1e3:,.3f}",
+            f"{peer.run.median * 1e3:,.2f}",
             f"{peer.ratio_run:.2f}",
             peer.what,
         )
-        for name, peer in speed.peers.items()
+        for name, peer in sides.peers.items()
     ]
-    own = speed.against["bundle"]
-    bundle = ("this bundle", f"{own['step']['median'] * 1e3:,.3f}", f"{own['run']['median'] * 1e3:,.2f}", "1.00", "")
+    step, run = sides.bundle.step.median, sides.bundle.run.median
+    bundle = ("this bundle", f"{step * 1e3:,.3f}", f"{run * 1e3:,.2f}", "1.00", "")
     columns = ("", "computing step ms", "whole run ms", "times the bundle's", "what it is")
     return table(
         f"In turn, in one run, {counted(speed.batch, 'image')} at a time", columns, [bundle, *rows], text=(0, 4)
@@ -150,36 +153,34 @@ def activation_table(found: Activations) -> Markup:
     return table("Largest magnitudes over the steps", columns, rows)
 
 
-def evaluation_tables(found: Mapping[str, Any]) -> Iterator[Markup]:
+def evaluation_tables(evaluation: Evaluation) -> Iterator[Markup]:
     """Pairs and distributions as `ditc evaluate` has them."""
-    n = f"{found['n']:,} images, seeds {', '.join(map(str, found['seeds']))}"
-    level = f"{found['bootstrap']['level']:.0%} intervals"
+    n = f"{evaluation.n:,} images, seeds {', '.join(map(str, evaluation.seeds))}"
+    level = f"{evaluation.bootstrap.level:.0%} intervals"
     pairs = [
-        (name, f"{row['mean']:.4f}", _span(row), f"{row['worst']:.4f}")
-        for name, row in found["paired"].items()
-        if "skipped" not in row
+        (name, f"{measure.mean:.4f}", _span(measure), f"{measure.worst:.4f}")
+        for name, measure in evaluation.measured_pairs.items()
     ]
     yield table(f"Against FP on the same noise: {n}, {level}", ("", "mean", "interval", "worst"), pairs)
-    distribution = found["distribution"]
-    if "skipped" in distribution:
-        yield element("p", f"No distribution measures: {distribution['skipped']}", class_="note")
+    distributions = evaluation.distribution
+    if isinstance(distributions, Skipped):
+        yield element("p", f"No distribution measures: {distributions.skipped}", class_="note")
         return
-    about = f"features {distribution['features']['name']}, real images: {distribution['real']['about']}"
-    sides = [distribution[side] for side in ("bundle", "fp", "difference")]
+    about = f"features {distributions.features.name}, real images: {distributions.real.about}"
+    sides = [side.measures for side in (distributions.bundle, distributions.fp, distributions.difference)]
     rows = [
         (
             name.replace("_", " "),
-            *(text for side in sides for text in (f"{side[name]['value']:.4f}", _span(side[name]))),
+            *(text for side in sides for text in (f"{side[name].value:.4f}", _span(side[name]))),
         )
-        for name, row in distribution["bundle"].items()
-        if row is not None
+        for name in sides[0]
     ]
     columns = ("", "bundle", "interval", "FP", "interval", "difference", "interval")
     yield table(f"Against real images: {about}", columns, rows)
 
 
-def _span(row: Mapping[str, float]) -> str:
-    return f"{row['low']:.4f} to {row['high']:.4f}"
+def _span(measure: PairedMeasure | Estimate) -> str:
+    return f"{measure.low:.4f} to {measure.high:.4f}"
 
 
 def flattened(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

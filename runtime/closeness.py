@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ditc.checks import Verification
 from ditc.spec import Record
 
 __all__ = [
@@ -124,13 +125,13 @@ def _channel_drift(found: Numbers, exact: Numbers) -> tuple[Numbers, Numbers]:
     return np.divide(gap, spread, out=np.zeros_like(spread), where=varies), ratio**2 - 1
 
 
-def trajectory_comparison(found: Sequence[Array], exact: Sequence[Array]) -> dict[str, Any]:
-    """Samples after each step against the exact ones: relative error, ratio of deviations; PSNR of the last."""
+def trajectory_comparison(found: Sequence[Array], exact: Sequence[Array]) -> Verification:
+    """Hold samples after each step, each (n, channels, height, width), against the exact ones."""
     psnr = psnr_db(found[-1], exact[-1])
-    return {
-        "images": len(exact[-1]),
-        "psnr_db_mean": float(psnr.mean()),
-        "psnr_db_min": float(psnr.min()),
-        "relative_error": [relative_error(f, e) for f, e in zip(found, exact, strict=True)],
-        "std_ratio": [float(f.std() / e.std()) for f, e in zip(found, exact, strict=True)],
-    }
+    return Verification(
+        images=len(exact[-1]),
+        psnr_db_mean=float(psnr.mean()),
+        psnr_db_min=float(psnr.min()),
+        relative_error=tuple(relative_error(f, e) for f, e in zip(found, exact, strict=True)),
+        std_ratio=tuple(float(f.std() / e.std()) for f, e in zip(found, exact, strict=True)),
+    )

@@ -64,7 +64,7 @@ def load(
         raise unknown_name("CUDA graph scope", graphs, GRAPHS)
     bundle = open_bundle(Path(path))
     if backend is None:
-        chosen = "cpu" if reference else target or str(bundle.manifest.settings.get("target", "cpu"))
+        chosen = "cpu" if reference else target or bundle.manifest.target
         store = None if engines is None or reference else Path(engines)
         backend = backend_for(chosen, store, threads)
     return Pipeline(
@@ -158,7 +158,7 @@ class Pipeline:
         place = self.bundle.reference_path if self.reference else self.bundle.segment_path
         self.engines = engines = open_engines(self._stack, backend, {name: place(name) for name in names})
         manifest = self.bundle.manifest
-        measures = manifest.settings.get("scales") == DYNAMIC and not self.reference
+        measures = manifest.scales == DYNAMIC and not self.reference
         return HostExecutor(
             manifest.model,
             self.program,

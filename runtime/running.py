@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
 import ditc
 from ditc.bundle import Bundle
+from ditc.checks import Verification
 from ditc.errors import CheckError
 from ditc.files import writing
 from ditc.runtime.closeness import trajectory_comparison
@@ -20,19 +20,54 @@ from ditc.runtime.executor import Samples, StepEvent, check_stream
 from ditc.runtime.images import grid, save_png
 from ditc.runtime.options import HERE, Place
 from ditc.runtime.pipeline import Pipeline
+from ditc.spec import Record
 
-__all__ = ["run_bundle", "verify_bundle"]
+__all__ = ["GeneratedImages", "SegmentSeconds", "StepSeconds", "run_bundle", "verify_bundle"]
 
 Watch = Callable[[StepEvent], None]
 
 
 UNWATCHED_TOLERANCE = 1e-3  # of a request queued whole against its steps one by one, of the largest value
+GRID = "grid.png"
 LEAST_WIDTH = 64  # pixels an image takes in the grid at least
+
+
+class SegmentSeconds(Record):
+    """How often a step called a segment, and the wall seconds of those steps."""
+
+    calls: int
+    median_seconds: float
+    total_seconds: float
+
+
+class StepSeconds(Record):
+    """Wall seconds of one step of one batch; `t` is its timestep."""
+
+    index: int
+    t: float
+    segment: str
+    seconds: float
+
+
+class GeneratedImages(Record):
+    """What `ditc run` left in `folder`, and how long it took.
+
+    `images` and `grid` are names of files in it. The seconds are wall time, conditioning and decoding included;
+    `segments` and `steps` are empty where the request was queued whole.
+    """
+
+    images: tuple[str, ...]
+    grid: str
+    folder: str
+    seconds_per_image: float
+    seconds_per_image_outside_steps: float
+    segments: dict[str, SegmentSeconds]
+    steps: tuple[StepSeconds, ...]
 
 
 def run_bundle(
     bundle: Path, labels: Sequence[int], out: Path, *, seed: int, watch: Watch, place: Place = HERE
-) -> dict[str, Any]:
+) -> GeneratedImages:
     """Generate one image per label into `out`, with a grid of all; returns file names and times.
 
     Each file says in its text chunks what it was made from (`origin_text`). On a GPU the request is queued whole, so
@@ -57,8 +92,16 @@ def run_bundle(
     columns = int(np.ceil(np.sqrt(len(pictures))))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     picture = grid(rows, scale=max(1, LEAST_WIDTH // pictures.shape[-1]))
-    save_png(picture, out / "grid.png", origin_text(pipe.bundle, seed, labels, 0))
-    return {"images": names, "grid": "grid.png", "folder": str(out), **timings(events, len(labels), seconds)}
+    save_png(picture, out / GRID, origin_text(pipe.bundle, seed, labels, 0))
+    return GeneratedImages(
+        images=tuple(names),
+        grid=GRID,
+        folder=str(out),
+        seconds_per_image=seconds / len(labels),
+        seconds_per_image_outside_steps=(seconds - sum(event.seconds for event in events)) / len(labels),
+        segments=seconds_by_segment(events),
+        steps=tuple(StepSeconds(index=e.index, t=e.t, segment=e.segment, seconds=e.seconds) for e in events),
+    )
 
 
 def origin_text(bundle: Bundle, seed: int, labels: Sequence[int], first: int) -> dict[str, str]:
@@ -82,25 +125,20 @@ def _watched_images(pipe: Pipeline, labels: Sequence[int], seed: int, watch: Wat
     return np.concatenate([event.images for event in events if event.images is not None])
 
 
-def timings(events: Sequence[StepEvent], images: int, seconds: float) -> dict[str, Any]:
-    """Wall seconds per image, conditioning and decoding included; per step segment the calls, median and total."""
+def seconds_by_segment(events: Sequence[StepEvent]) -> dict[str, SegmentSeconds]:
+    """Count the calls of each segment that steps call, and sum up their seconds."""
     by_segment: dict[str, list[float]] = defaultdict(list)
     for event in events:
         by_segment[event.segment].append(event.seconds)
     return {
-        "seconds_per_image": seconds / images,
-        "seconds_per_image_outside_steps": (seconds - sum(event.seconds for event in events)) / images,
-        "segments": {
-            name: {"calls": len(seconds), "median_seconds": median(seconds), "total_seconds": sum(seconds)}
-            for name, seconds in by_segment.items()
-        },
-        "steps": [{"index": e.index, "t": e.t, "segment": e.segment, "seconds": e.seconds} for e in events],
+        name: SegmentSeconds(calls=len(seconds), median_seconds=median(seconds), total_seconds=sum(seconds))
+        for name, seconds in by_segment.items()
     }
 
 
 def verify_bundle(
     bundle: Path, *, images: int, seed: int, least_psnr_db: float | None, watch: Watch, place: Place = HERE
-) -> dict[str, Any]:
+) -> Verification:
     """Run FP and compiled program on the same noise and compare after every step.
 
     Raises CheckError where the mean PSNR of the finished latents is below `least_psnr_db`.
@@ -119,23 +157,24 @@ def verify_bundle(
                 check_unwatched(pipe, labels, samples[-1], seed)
         return samples
 
-    exact, found = trajectory(True), trajectory(False)
-    result = trajectory_comparison(found, exact)
-    if not np.isfinite(result["psnr_db_mean"]):
+    exact, compiled = trajectory(True), trajectory(False)
+    verification = trajectory_comparison(compiled, exact)
+    mean = verification.psnr_db_mean
+    if not np.isfinite(mean):
         raise CheckError("the finished latents are NaN or infinite; the model diverges on this sampler")
-    if least_psnr_db is not None and not result["psnr_db_mean"] >= least_psnr_db:
+    if least_psnr_db is not None and not mean >= least_psnr_db:
         raise CheckError(
-            f"mean PSNR against FP is {result['psnr_db_mean']:.2f} dB over {images} images, expected at least "
+            f"mean PSNR against FP is {mean:.2f} dB over {images} images, expected at least "
             f"{least_psnr_db:g}; compile with a shorter cache interval or another precision"
         )
-    return result
+    return verification
 
 
 def check_unwatched(pipe: Pipeline, labels: Sequence[int], watched: Samples, seed: int) -> None:
     """Serving on a GPU queues a request whole; raise CheckError unless that gives what the watched steps gave."""
     pipe.latents(labels, seed=seed)  # graphs are captured by the second request
-    found = pipe.latents(labels, seed=seed)
-    if not np.allclose(found, watched, rtol=0, atol=UNWATCHED_TOLERANCE * float(np.abs(watched).max())):
+    queued = pipe.latents(labels, seed=seed)
+    if not np.allclose(queued, watched, rtol=0, atol=UNWATCHED_TOLERANCE * float(np.abs(watched).max())):
         raise CheckError(
             "requests queued whole differ from the same steps watched one by one; "
             "run with --graphs none, and report this with what `ditc doctor` prints"

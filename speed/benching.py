@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import resource
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,19 +19,19 @@ from ditc.program import CONDITION, DECODE
 from ditc.progress import Progress
 from ditc.runtime.options import HERE, Place
 from ditc.runtime.pipeline import Pipeline
-from ditc.speed.latency import Latency, latency_of
+from ditc.speed.bench_result import Bench, BenchedBundle, CallLatency, OutsideLatency, StepTime
+from ditc.speed.latency import latency_of, with_spread
 from ditc.speed.options import BenchOptions
 from ditc.speed.peer_match import bench_labels
+from ditc.speed.roofline import Roofline
 from ditc.speed.side_by_side import against_peers
 from ditc.speed.tracing import trace_bundle
 
 __all__ = ["bench_bundle"]
 
-Times = Mapping[str, list[float]]
 
-
-def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, progress: Progress) -> dict[str, Any]:
-    """Measure a bundle. `side_by_side.check_not_slower` holds what is found to `options.fail_if_slower`.
+def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, progress: Progress) -> Bench:
+    """Measure a bundle. `side_by_side.check_not_slower` holds the result's `against` to `options.fail_if_slower`.
 
     Raises CheckError where the median request takes longer than `options.max_seconds`.
     """
@@ -42,21 +41,22 @@ def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, pr
     if pipe.on_device and (options.roofline or options.against):
         raise InputError("peers and ceilings are measured on the processor; measure there too: --target cpu")
     with pipe:
-        found = _measured(pipe, options, progress)
+        bench = _measured(pipe, options, progress)
     if options.roofline:
-        found["roofline"] = _roofline(pipe, found)
+        bench = bench.model_copy(update={"roofline": _roofline(pipe, bench)})
     if options.against:
-        found["against"] = against_peers(pipe, options, progress)
+        bench = bench.model_copy(update={"against": against_peers(pipe, options, progress)})
     if options.trace is not None:
-        found["trace"] = trace_bundle(bundle, options.trace, place)
-        atomic_write(options.trace / "bench.json", json.dumps(found, indent=1).encode() + b"\n")
-    median, most = found["request"]["median"], options.max_seconds
+        bench = bench.model_copy(update={"trace": tuple(trace_bundle(bundle, options.trace, place))})
+        written = json.dumps(bench.model_dump(mode="json"), indent=1)
+        atomic_write(options.trace / "bench.json", written.encode() + b"\n")
+    median, most = bench.request.median, options.max_seconds
     if most is not None and median > most:
         raise CheckError(f"the median request takes {median:.4f} s, allowed are {most:g} s (--max-seconds)")
-    return found
+    return bench
 
 
-def _measured(pipe: Pipeline, options: BenchOptions, progress: Progress) -> dict[str, Any]:
+def _measured(pipe: Pipeline, options: BenchOptions, progress: Progress) -> Bench:
     manifest, labels = pipe.bundle.manifest, bench_labels(pipe.bundle.manifest)
     for number in range(options.warmup):
         pipe.latents(labels, seed=number)
@@ -67,25 +67,36 @@ def _measured(pipe: Pipeline, options: BenchOptions, progress: Progress) -> dict
         pipe.latents(labels, seed=number)
         seconds.append(perf_counter() - start)
     progress("requests", options.requests, options.requests)
-    request, arithmetic = latency_of(seconds), arithmetic_of(pipe.backend, manifest.precision)
-    return {
-        "machine": machine(),
-        "bundle": {"model": manifest.model.name, "precision": manifest.precision, "steps": len(manifest.program.steps)},
-        "arithmetic": None if arithmetic is None else arithmetic.model_dump(),
-        "batch": manifest.batch,
-        "warmup": options.warmup,
-        "request": _spread(request),
-        "seconds_per_image": request.median / manifest.batch,
-        **_call_times(pipe, labels, options.requests),
-        "host_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    request, calls = latency_of(seconds), _call_times(pipe, labels, options.requests)
+    return Bench(
+        machine=machine(),
+        bundle=BenchedBundle(
+            model=manifest.model.name, precision=manifest.precision, steps=len(manifest.program.steps)
+        ),
+        arithmetic=arithmetic_of(pipe.backend, manifest.precision),
+        batch=manifest.batch,
+        warmup=options.warmup,
+        request=with_spread(request),
+        seconds_per_image=request.median / manifest.batch,
+        segments=calls.segments,
+        outside_engines=calls.outside_engines,
+        steps=calls.steps,
+        host_peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
 
 
-def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> dict[str, Any]:
-    """Observed requests: every call by itself, and the share of them that is not inside an engine.
+class _CallTimes(NamedTuple):
+    """What `Bench` has of observed requests."""
+
+    segments: dict[str, CallLatency]
+    outside_engines: OutsideLatency
+    steps: tuple[StepTime, ...]
+
+
+def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> _CallTimes:
+    """Observe requests: every call by itself, and the part of them that is not inside an engine.
 
     The conditioning is what comes before the first step, decoding what comes after the last, NumPy around them and all.
-    `steps` has the median of each step.
     """
     engine: dict[str, list[float]] = defaultdict(list)
     outside: list[float] = []
@@ -103,26 +114,24 @@ def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> dict[str, A
             steps[event.index, event.t, event.segment].append((event.seconds, event.engine_seconds))
             asked = perf_counter()
     total = sum(sum(times) for times in engine.values()) + sum(outside)
-    return {
-        "segments": {name: _spread(latency_of(times), share=sum(times) / total) for name, times in engine.items()},
-        "outside_engines": _spread(
-            latency_of(outside), share=sum(outside) / total, seconds_per_step=sum(outside) / len(outside)
-        ),
-        "steps": [
-            {"index": index, "t": t, "segment": segment, "seconds": whole, "engine_seconds": inside}
+    return _CallTimes(
+        segments={name: _share(times, total) for name, times in engine.items()},
+        outside_engines=OutsideLatency(**dict(_share(outside, total)), seconds_per_step=sum(outside) / len(outside)),
+        steps=tuple(
+            StepTime(index=index, t=t, segment=segment, seconds=whole, engine_seconds=inside)
             for (index, t, segment), times in steps.items()
             for whole, inside in [np.median(times, axis=0).tolist()]
-        ],
-    }
+        ),
+    )
 
 
-def _spread(latency: Latency, **more: float) -> dict[str, Any]:
-    return latency.model_dump() | {"spread": latency.spread} | more
+def _share(seconds: list[float], total: float) -> CallLatency:
+    return CallLatency(**dict(with_spread(latency_of(seconds))), share=sum(seconds) / total)
 
 
-def _roofline(pipe: Pipeline, found: Mapping[str, Any]) -> dict[str, Any]:
+def _roofline(pipe: Pipeline, bench: Bench) -> Roofline:
     from ditc.speed.ceilings import measured_rates
     from ditc.speed.roofline import roofline
 
-    medians = {name: times["median"] for name, times in found["segments"].items()}
+    medians = {name: times.median for name, times in bench.segments.items()}
     return roofline(pipe.bundle, medians, measured_rates())

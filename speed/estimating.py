@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.engines.memory_needs import footprints, memory_needs
@@ -19,12 +18,31 @@ from ditc.footprint import Footprint
 from ditc.program import CONDITION, UPDATE
 from ditc.spec import Record
 
-__all__ = ["DEVICES", "HERE", "Rates", "estimate_bundle", "segment_seconds"]
+__all__ = [
+    "DEVICES",
+    "HERE",
+    "Estimate",
+    "Rates",
+    "Seconds",
+    "SegmentEstimate",
+    "Shares",
+    "estimate_bundle",
+    "segment_seconds",
+]
 
 HERE = "here"
+
+
+class Shares(Record):
+    """Which shares of a device's rates kernels reach: of its operations, and of its bandwidth."""
+
+    products: float
+    bandwidth: float
+
+
 # shares of the published rates that kernels reach: assumptions, but for `here`, whose rates are measured ones
-REACHED = {"products": 0.5, "bandwidth": 0.7}
-MEASURED = {"products": 1.0, "bandwidth": 1.0}
+REACHED = Shares(products=0.5, bandwidth=0.7)
+MEASURED = Shares(products=1.0, bandwidth=1.0)
 
 
 class Rates(Record):
@@ -61,35 +79,75 @@ DEVICES = {
 }
 
 
-def segment_seconds(work: Footprint, rates: Rates, shares: Mapping[str, float]) -> float:
+class Seconds(Record):
+    """Seconds at the full rates, and at the shares of them that are expected."""
+
+    bound: float
+    expected: float
+
+
+class SegmentEstimate(Record):
+    """Work of one call of a segment, and its seconds as `Seconds` has them."""
+
+    weight_bytes: int
+    int8_operations: int
+    float_operations: int
+    moved_bytes: int
+    bound: float
+    expected: float
+
+
+class Estimate(Record):
+    """What a bundle would take on a device: by segment, per image, and of its memory."""
+
+    device: Rates
+    shares: Shares
+    segments: dict[str, SegmentEstimate]
+    seconds_per_image: Seconds
+    memory_bytes: int
+    fits: bool
+
+
+def segment_seconds(work: Footprint, rates: Rates, shares: Shares) -> float:
     """Seconds of one call."""
     products = work.int8_operations / rates.int8_operations + work.float_operations / rates.float_operations
-    bandwidth = rates.bandwidth * shares["bandwidth"]
-    return max(products / shares["products"], work.weight_bytes / bandwidth) + work.moved_bytes / bandwidth
+    bandwidth = rates.bandwidth * shares.bandwidth
+    return max(products / shares.products, work.weight_bytes / bandwidth) + work.moved_bytes / bandwidth
 
 
-def estimate_bundle(path: Path, device: str) -> dict[str, Any]:
+def estimate_bundle(path: Path, device: str) -> Estimate:
     """Time per segment and per image, and memory, on a device. Raises InputError for one that is not known."""
     bundle = open_bundle(path)
     works = footprints(bundle)
     if not any(work.int8_operations + work.float_operations for work in works.values()):
         raise InputError(f"{path} was compiled by a ditc that counted no operations; compile it again")
     rates, shares = _rates(device)
-    segments = {}
-    for name, counted_work in works.items():
-        work = _as_run(counted_work, bundle.manifest.precision, rates)
-        counted = work.model_dump(include={"int8_operations", "float_operations", "weight_bytes", "moved_bytes"})
-        times = {"bound": segment_seconds(work, rates, MEASURED), "expected": segment_seconds(work, rates, shares)}
-        segments[name] = counted | times
-    memory = memory_needs(bundle).total
-    return {
-        "device": rates.model_dump(),
-        "shares": shares,
-        "segments": segments,
-        "seconds_per_image": {kind: _per_image(bundle, segments, kind) for kind in ("bound", "expected")},
-        "memory_bytes": memory,
-        "fits": memory < rates.memory_bytes,
+    segments = {
+        name: _segment(_as_run(work, bundle.manifest.precision, rates), rates, shares) for name, work in works.items()
     }
+    memory = memory_needs(bundle).total
+    return Estimate(
+        device=rates,
+        shares=shares,
+        segments=segments,
+        seconds_per_image=Seconds(
+            bound=_per_image(bundle, {name: segment.bound for name, segment in segments.items()}),
+            expected=_per_image(bundle, {name: segment.expected for name, segment in segments.items()}),
+        ),
+        memory_bytes=memory,
+        fits=memory < rates.memory_bytes,
+    )
+
+
+def _segment(work: Footprint, rates: Rates, shares: Shares) -> SegmentEstimate:
+    return SegmentEstimate(
+        weight_bytes=work.weight_bytes,
+        int8_operations=work.int8_operations,
+        float_operations=work.float_operations,
+        moved_bytes=work.moved_bytes,
+        bound=segment_seconds(work, rates, MEASURED),
+        expected=segment_seconds(work, rates, shares),
+    )
 
 
 def _as_run(work: Footprint, precision: str, rates: Rates) -> Footprint:
@@ -98,7 +156,7 @@ def _as_run(work: Footprint, precision: str, rates: Rates) -> Footprint:
     return work.model_copy(update={"moved_bytes": round(work.moved_bytes * factor)})
 
 
-def _rates(device: str) -> tuple[Rates, Mapping[str, float]]:
+def _rates(device: str) -> tuple[Rates, Shares]:
     if device == HERE:
         from ditc.speed.ceilings import measured_rates
 
@@ -108,9 +166,9 @@ def _rates(device: str) -> tuple[Rates, Mapping[str, float]]:
     return DEVICES[device], REACHED
 
 
-def _per_image(bundle: Bundle, segments: Mapping[str, Any], kind: str) -> float:
-    """A whole request over its images: conditioning once, every step with its update, the decoder."""
+def _per_image(bundle: Bundle, seconds: Mapping[str, float]) -> float:
+    """Seconds of a whole request over its images: conditioning once, every step with its update, the decoder."""
     program = bundle.manifest.program
-    steps = sum(segments[step.segment][kind] + segments[UPDATE][kind] for step in program.steps)
-    around = segments[CONDITION][kind] + sum(segments[name][kind] for name in program.epilogue)
-    return float(steps + around) / bundle.manifest.batch
+    steps = sum(seconds[step.segment] + seconds[UPDATE] for step in program.steps)
+    around = seconds[CONDITION] + sum(seconds[name] for name in program.epilogue)
+    return (steps + around) / bundle.manifest.batch

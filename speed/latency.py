@@ -9,7 +9,7 @@ import numpy as np
 from ditc.errors import InputError
 from ditc.spec import Record
 
-__all__ = ["Latency", "latency_of"]
+__all__ = ["Latency", "SpreadLatency", "latency_of", "with_spread"]
 
 
 class Latency(Record):
@@ -21,10 +21,11 @@ class Latency(Record):
     least: float
     most: float
 
-    @property
-    def spread(self) -> float:
-        """How far the 90th percentile lies above the median, as a share of it."""
-        return self.p90 / self.median - 1
+
+class SpreadLatency(Latency):
+    """A latency with its `spread`: how far the 90th percentile lies above the median, as a share of it."""
+
+    spread: float
 
 
 def latency_of(seconds: Sequence[float]) -> Latency:
@@ -39,3 +40,8 @@ def latency_of(seconds: Sequence[float]) -> Latency:
         least=float(values.min()),
         most=float(values.max()),
     )
+
+
+def with_spread(latency: Latency) -> SpreadLatency:
+    """Return the latency with its spread beside it."""
+    return SpreadLatency(**dict(latency), spread=latency.p90 / latency.median - 1)

@@ -154,8 +154,8 @@ def known_model(manifest: Manifest) -> str:
     name = manifest.model.name
     if name == "digits":
         return name
-    if found := re.fullmatch(r"(dit-\w+-\d+-\d+)-random", name):
-        return f"random:{found[1]}:{manifest.settings.get('seed', 0)}"
+    if random := re.fullmatch(r"(dit-\w+-\d+-\d+)-random", name):
+        return f"random:{random[1]}:{manifest.asked.seed or 0}"
     raise InputError(f"a torch model is needed, and the bundle tells only its name, {name}; give it with --model")
 
 

@@ -11,29 +11,57 @@ a cache those bytes cost less, which is why they are no limit. Element-wise arit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ditc.bundle import Bundle
 from ditc.footprint import Footprint
 from ditc.program import CONDITION, DECODE
+from ditc.spec import Record
 from ditc.speed.estimating import MEASURED, Rates, segment_seconds
 from ditc.speed.peer_match import bench_labels
 
-__all__ = ["footprints_here", "limit_of", "roofline"]
+__all__ = ["Roofline", "SegmentLimit", "SegmentRoof", "footprints_here", "limit_of", "roofline"]
 
 
-def roofline(bundle: Bundle, seconds: Mapping[str, float], rates: Rates) -> dict[str, Any]:
+class SegmentLimit(Record):
+    """The work of one call of a segment; seconds that no implementation goes below, and without any fusion.
+
+    `bound_by` names what decides `limit`: a kind of products, or memory.
+    """
+
+    int8_operations: int
+    float_operations: int
+    least_bytes: int
+    limit: float
+    unfused: float
+    bound_by: str
+
+
+class SegmentRoof(SegmentLimit):
+    """A limit beside the `measured` seconds of a call, and how much of the limit those reach."""
+
+    measured: float
+    share_of_limit: float
+
+
+class Roofline(Record):
+    """The machine's ceilings, and every measured segment held to them."""
+
+    rates: Rates
+    segments: dict[str, SegmentRoof]
+
+
+def roofline(bundle: Bundle, seconds: Mapping[str, float], rates: Rates) -> Roofline:
     """The limit of every measured segment (name -> seconds of one call), and how much of it is reached."""
     works = footprints_here(bundle)
-    lines = {
-        name: limit_of(works[name], _sizes(bundle, name), rates) | {"measured": measured}
-        for name, measured in seconds.items()
+    limits = {name: limit_of(works[name], _sizes(bundle, name), rates) for name in seconds}
+    segments = {
+        name: SegmentRoof(**dict(limit), measured=seconds[name], share_of_limit=limit.limit / seconds[name])
+        for name, limit in limits.items()
     }
-    shares = {name: {"share_of_limit": line["limit"] / line["measured"]} for name, line in lines.items()}
-    return {"rates": rates.model_dump(), "segments": {name: lines[name] | shares[name] for name in lines}}
+    return Roofline(rates=rates, segments=segments)
 
 
-def limit_of(work: Footprint, sizes: Mapping[str, int], rates: Rates) -> dict[str, Any]:
+def limit_of(work: Footprint, sizes: Mapping[str, int], rates: Rates) -> SegmentLimit:
     """Work of one call, the seconds that no implementation goes below, and what bounds it."""
     ports = (*work.inputs.values(), *work.outputs.values())
     least_bytes = work.weight_bytes + sum(port.size_bytes(sizes) for port in ports)
@@ -44,14 +72,14 @@ def limit_of(work: Footprint, sizes: Mapping[str, int], rates: Rates) -> dict[st
     }
     products = times["INT8 products"] + times["float products"]
     longest = max(("INT8 products", "float products"), key=times.__getitem__)
-    return {
-        "int8_operations": work.int8_operations,
-        "float_operations": work.float_operations,
-        "least_bytes": least_bytes,
-        "limit": max(products, times["memory"]),
-        "unfused": segment_seconds(work, rates, MEASURED),
-        "bound_by": "memory" if times["memory"] > products else longest,
-    }
+    return SegmentLimit(
+        int8_operations=work.int8_operations,
+        float_operations=work.float_operations,
+        least_bytes=least_bytes,
+        limit=max(products, times["memory"]),
+        unfused=segment_seconds(work, rates, MEASURED),
+        bound_by="memory" if times["memory"] > products else longest,
+    )
 
 
 def footprints_here(bundle: Bundle) -> dict[str, Footprint]:

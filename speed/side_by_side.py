@@ -15,18 +15,33 @@ from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
 from typing import Any
 
+from pydantic import model_serializer, model_validator
+
 from ditc.errors import CheckError, InputError
 from ditc.program import FULL
 from ditc.progress import Progress
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.pipeline import Pipeline
-from ditc.speed.latency import latency_of
+from ditc.spec import Record
+from ditc.speed.latency import SpreadLatency, latency_of, with_spread
 from ditc.speed.options import BenchOptions
 from ditc.speed.peer import Peer
 from ditc.speed.peer_match import Match, ModelChoice, bench_labels, match_of
 from ditc.speed.peers import ReadyPeer, ready_peer
 
-__all__ = ["RUN", "Turn", "against_peers", "bundle_turn", "check_not_slower", "peer_turn", "take_turns"]
+__all__ = [
+    "RUN",
+    "BundleTimes",
+    "NoPeer",
+    "PeerTimes",
+    "SideBySide",
+    "Turn",
+    "against_peers",
+    "bundle_turn",
+    "check_not_slower",
+    "peer_turn",
+    "take_turns",
+]
 
 STEP, RUN = "step", "run"
 BURST_SECONDS = 0.1
@@ -38,7 +53,76 @@ Turn = Callable[[], Iterator[tuple[str, float]]]  # one turn of one side: (what,
 Times = Mapping[str, list[float]]
 
 
-def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> dict[str, Any]:
+class BundleTimes(Record):
+    """Seconds of the bundle's own turns: its whole `run`, a `step` that computes all, other steps by their segment.
+
+    As JSON the latencies lie beside `relative_error`, which is that of a computing step against the FP reference.
+    """
+
+    latencies: dict[str, SpreadLatency]
+    relative_error: float
+
+    @property
+    def step(self) -> SpreadLatency:
+        return self.latencies[STEP]
+
+    @property
+    def run(self) -> SpreadLatency:
+        return self.latencies[RUN]
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        latencies = {kind: latency.model_dump() for kind, latency in self.latencies.items()}
+        return {**latencies, "relative_error": self.relative_error}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_flat(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "latencies" in given:
+            return given
+        return {
+            "latencies": {name: value for name, value in given.items() if name != "relative_error"},
+            "relative_error": given.get("relative_error"),
+        }
+
+
+class PeerTimes(Record):
+    """Seconds of a peer's turns, and how many times as long as the bundle it takes, by medians.
+
+    `what` tells its packages and types, `relative_error` is against the FP reference; `run_measured` says whether runs
+    were measured whole, or made of its steps.
+    """
+
+    what: str
+    relative_error: float
+    run_measured: bool
+    step: SpreadLatency
+    run: SpreadLatency
+    ratio_step: float
+    ratio_run: float
+
+
+class SideBySide(Record):
+    """A bundle and its peers in turn: guided steps at `step` of the trajectory, and whole runs.
+
+    `skipped` has the reason why a peer was not measured.
+    """
+
+    guidance: float
+    step: int
+    bundle: BundleTimes
+    peers: dict[str, PeerTimes]
+    skipped: dict[str, str]
+
+
+class NoPeer(Record):
+    """No peer could be measured, and why each was skipped."""
+
+    peers: dict[str, PeerTimes] = {}
+    skipped: dict[str, str]
+
+
+def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> SideBySide | NoPeer:
     """Measure a bundle and its peers, `options.requests` turns of each after `options.warmup` others.
 
     `pipe` is the bundle's pipeline, not open. Raises InputError for a chosen model that is not the bundle's, and where
@@ -53,29 +137,28 @@ def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> 
             progress("peers", done, len(options.against))
             ready[name] = ready_peer(name, match)
         progress("peers", len(ready), len(ready))
-        peers = {name: found for name, found in ready.items() if isinstance(found, ReadyPeer)}
-        skipped = {name: found for name, found in ready.items() if isinstance(found, str)}
+        peers = {name: peer for name, peer in ready.items() if isinstance(peer, ReadyPeer)}
+        skipped = {name: reason for name, reason in ready.items() if isinstance(reason, str)}
         if not peers:
             return _none_measured(skipped, options)
         with pipe:
-            turns = [bundle_turn(pipe), *(peer_turn(found.peer, match) for found in peers.values())]
+            turns = [bundle_turn(pipe), *(peer_turn(ready.peer, match) for ready in peers.values())]
             own, *others = take_turns(turns, options.requests, options.warmup, progress)
-    return {
-        "guidance": match.run.guidance.weight,
-        "step": match.index,
-        "bundle": _summary(own) | {"relative_error": match.error(match.found)},
-        "peers": {
-            name: _compared(found, times, own) for (name, found), times in zip(peers.items(), others, strict=True)
-        },
-        "skipped": skipped,
-    }
+    bundle = BundleTimes(latencies=_latencies(own), relative_error=match.error(match.found))
+    return SideBySide(
+        guidance=match.run.guidance.weight,
+        step=match.index,
+        bundle=bundle,
+        peers={name: _compared(peer, times, bundle) for (name, peer), times in zip(peers.items(), others, strict=True)},
+        skipped=skipped,
+    )
 
 
-def _none_measured(skipped: dict[str, str], options: BenchOptions) -> dict[str, Any]:
+def _none_measured(skipped: dict[str, str], options: BenchOptions) -> NoPeer:
     if options.fail_if_slower is not None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise InputError(f"--fail-if-slower needs a peer that can be measured here, found none ({reasons})")
-    return {"peers": {}, "skipped": skipped}
+    return NoPeer(skipped=skipped)
 
 
 def take_turns(turns: list[Turn], rounds: int, warmup: int, progress: Progress) -> list[Times]:
@@ -83,13 +166,13 @@ def take_turns(turns: list[Turn], rounds: int, warmup: int, progress: Progress) 
     times: list[dict[str, list[float]]] = [defaultdict(list) for _ in turns]
     for number in range(warmup + rounds):
         progress("turns", number, warmup + rounds)
-        for turn, found in zip(turns, times, strict=True):
+        for turn, seconds_of in zip(turns, times, strict=True):
             sleep(REST_SECONDS)
             measured = list(turn())
             for kind, seconds in measured if number >= warmup else ():
-                found[kind].append(seconds)
+                seconds_of[kind].append(seconds)
     progress("turns", warmup + rounds, warmup + rounds)
-    return [dict(found) for found in times]
+    return [dict(side) for side in times]
 
 
 def bundle_turn(pipe: Pipeline) -> Turn:
@@ -149,34 +232,35 @@ def _whole_run(peer: Peer, begin: Callable[[], None], match: Match) -> Turn:
     return turn
 
 
-def _summary(times: Times) -> dict[str, Any]:
-    """Latencies of a step and of a whole run."""
-    found = {kind: latency_of(seconds) for kind, seconds in times.items()}
-    return {kind: latency.model_dump() | {"spread": latency.spread} for kind, latency in found.items()}
+def _latencies(times: Times) -> dict[str, SpreadLatency]:
+    return {kind: with_spread(latency_of(seconds)) for kind, seconds in times.items()}
 
 
-def _compared(found: ReadyPeer, times: Times, own: Times) -> dict[str, Any]:
-    """A peer's latencies, and how many times as long as the bundle it takes, by medians."""
-    theirs, ours = _summary(times), _summary(own)
-    return {
-        "what": found.peer.what,
-        "relative_error": found.relative_error,
-        "run_measured": found.peer.begin is not None,
-        **theirs,
-        **{f"ratio_{kind}": theirs[kind]["median"] / ours[kind]["median"] for kind in (STEP, RUN)},
-    }
+def _compared(ready: ReadyPeer, times: Times, bundle: BundleTimes) -> PeerTimes:
+    latencies = _latencies(times)
+    step, run = latencies[STEP], latencies[RUN]
+    return PeerTimes(
+        what=ready.peer.what,
+        relative_error=ready.relative_error,
+        run_measured=ready.peer.begin is not None,
+        step=step,
+        run=run,
+        ratio_step=step.median / bundle.step.median,
+        ratio_run=run.median / bundle.run.median,
+    )
 
 
-def check_not_slower(found: Mapping[str, Any], least_ratio: float) -> None:
+def check_not_slower(measured: SideBySide | NoPeer | None, least_ratio: float) -> None:
     """Raise CheckError unless the bundle's whole run is `least_ratio` times as fast as every measured peer's."""
+    if not isinstance(measured, SideBySide):
+        raise CheckError("no peer was measured that the bundle could be faster than (--fail-if-slower)")
     slow = [
-        f"{name} takes {peer[RUN]['median']:.4g} s, {peer['ratio_run']:.2f}x"
-        for name, peer in found["peers"].items()
-        if not peer["ratio_run"] >= least_ratio
+        f"{name} takes {peer.run.median:.4g} s, {peer.ratio_run:.2f}x"
+        for name, peer in measured.peers.items()
+        if not peer.ratio_run >= least_ratio
     ]
     if slow:
-        own = found["bundle"][RUN]["median"]
         raise CheckError(
-            f"a whole run of the bundle takes {own:.4g} s, of {'; of '.join(slow)}; "
+            f"a whole run of the bundle takes {measured.bundle.run.median:.4g} s, of {'; of '.join(slow)}; "
             f"expected at least {least_ratio:g}x (--fail-if-slower)"
         )

@@ -123,7 +123,7 @@ def main() -> None:
             exact, cells = cells_of(interval, seed, arguments.images, exact)
             rows += cells
     report = {
-        "machine": machine(),
+        "machine": machine().model_dump(),
         "settings": OPTIONS.model_dump(),
         "evaluation": {"noise_seed": NOISE_SEED, "eps_images": EPS_IMAGES, "rounds": ROUNDS, "level": LEVEL},
         "seconds": perf_counter() - start,

@@ -58,7 +58,7 @@ def missing(groups: list[str], rows: dict[str, Any]) -> Iterator[tuple[str, Cell
 
 
 def write(out: Path, rows: dict[str, Any]) -> None:
-    found = {"machine": machine(), "base": dict(BASE), "trials": dict(sorted(rows.items()))}
+    found = {"machine": machine().model_dump(), "base": dict(BASE), "trials": dict(sorted(rows.items()))}
     atomic_write(out, json.dumps(found, indent=0).encode() + b"\n")
 
 

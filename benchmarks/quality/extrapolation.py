@@ -115,7 +115,7 @@ def main() -> None:
                 exact = Exact.of(plan, {call: folder / f"{call}.onnx" for call in plan.program.calls})
                 rows.append({"policy": f"fora:{interval}", "sampler": sampler, "seed": seed, **errors(plan, exact)})
                 print(rows[-1], flush=True)
-    found = {"machine": machine(), "images": IMAGES, "fitted": FITTED, "rows": rows}
+    found = {"machine": machine().model_dump(), "images": IMAGES, "fitted": FITTED, "rows": rows}
     atomic_write(options.out, json.dumps(found, indent=1).encode() + b"\n")
 
 

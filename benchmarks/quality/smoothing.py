@@ -129,7 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for name in arguments.models for row in measured(name, arguments.seeds)]
     report = {
-        "machine": machine(),
+        "machine": machine().model_dump(),
         "settings": OPTIONS.model_dump(),
         "stress": asdict(Stress()),
         "evaluation": {"seed": EVALUATION_SEED, "points": EVALUATION_POINTS},

@@ -85,7 +85,7 @@ def main() -> None:
                 )
                 rows.append({"ranges": ranges, "fc2": fc2, **errors(predictions(plan, quantized, points), exact)})
                 print(rows[-1], flush=True)
-    report = {"machine": machine(), "settings": OPTIONS.model_dump(), "rows": rows}
+    report = {"machine": machine().model_dump(), "settings": OPTIONS.model_dump(), "rows": rows}
     (HERE / "smoothing_fc2.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -28,7 +28,7 @@ from ditc.exporter.models import builtin_digits
 from ditc.exporter.stress import stressed
 from ditc.files import digest_of, in_turn
 from ditc.program import Program
-from ditc.quality.distributions import Generated, RealSet, distribution_values
+from ditc.quality.distributions import DistributionValues, Generated, RealSet, distribution_values
 from ditc.quality.features import DIGITS_SHAPE, open_extractor, real_digits
 from ditc.runtime.approximation import FITS
 from ditc.runtime.closeness import psnr_db, ssim, step_drift
@@ -68,8 +68,8 @@ def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     drift = step_drift(found.steps, exact.steps)
     return {
         "n": cell.images,
-        "found": measures(found.images),
-        "fp": measures(exact.images),
+        "found": measures(found.images).model_dump(),
+        "fp": measures(exact.images).model_dump(),
         "psnr_db": float(psnr_db(found.images, exact.images).mean()),
         "ssim": float(ssim(found.images, exact.images).mean()),
         "variance_ratio": float(found.images.var() / exact.images.var()),
@@ -143,7 +143,7 @@ def exact_side(cell: Cell, seed: int, work: Path) -> Made:
         return Made(arrays["images"], arrays["steps"])
 
 
-def measures(images: Samples) -> dict[str, float]:
+def measures(images: Samples) -> DistributionValues:
     """Against the real digits, over the classifier's features."""
     extractor = open_extractor("digits", DIGITS_SHAPE)
     real, _ = real_digits()

@@ -14,7 +14,6 @@ import argparse
 import json
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from cells import BASE, SAMPLERS, TUNED
 from trial import MODELS
@@ -23,14 +22,14 @@ from ditc.compiler.options import CompileOptions
 from ditc.files import atomic_write
 from ditc.machine import machine
 from ditc.quality.options import TuneOptions
-from ditc.quality.tuning import Trial, described, tune_model
+from ditc.quality.tuning import Trial, Tuning, described, tune_model
 
 SEED = 100  # no trial has it
 SEARCH = TuneOptions(worse_by=0.05, seeds=(SEED,), features="digits", real="digits", intervals=(3, 5))
 
 
-def searched(model: str, base: CompileOptions, out: Path) -> dict[str, Any]:
-    """The report of one search."""
+def searched(model: str, base: CompileOptions, out: Path) -> Tuning:
+    """What one search measured and chose."""
 
     def tell(trial: Trial) -> None:
         print(f"{model}, {base.sampler}: {described(trial)}", flush=True)
@@ -48,10 +47,10 @@ def main() -> None:
     for model, sampler in product(MODELS, SAMPLERS):
         name = f"{model}, {sampler}"
         if name not in found:
-            report = searched(model, base.model_copy(update={"sampler": sampler}), options.work / f"{model}-{sampler}")
-            found[name] = {"model": model, "sampler": sampler, **report}
+            tuning = searched(model, base.model_copy(update={"sampler": sampler}), options.work / f"{model}-{sampler}")
+            found[name] = {"model": model, "sampler": sampler, **tuning.model_dump(mode="json")}
             document = {
-                "machine": machine(),
+                "machine": machine().model_dump(),
                 "search": SEARCH.model_dump(),
                 "base": base.model_dump(),
                 "searches": found,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import warnings
@@ -15,15 +16,18 @@ from PIL import Image
 
 import ditc
 from ditc.bundle import Bundle
+from ditc.checks import Verification
 from ditc.cli.compiling import print_demo
 from ditc.cli.main import cli, run
 from ditc.cli.options import GENERAL, by_group
+from ditc.cli.output import print_record
 from ditc.cli.progress import advice_on_stderr
 from ditc.cli.reference import rewritten
 from ditc.compiler.options import CompileOptions
 from ditc.engines import onnxrt
 from ditc.engines.integer_form import Arithmetic, Exactness, advise
 from ditc.files import sha256_of
+from ditc.quality.demo import BundleSide, Demo, TorchSide
 from ditc.quality.options import SEARCHED
 from ditc.settings import flag_of
 
@@ -176,19 +180,29 @@ def test_verify_fails_below_the_quality_asked_for(
 def test_the_demo_says_in_which_form_integers_ran(
     exactness: Exactness | None, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    side = {
-        "frechet_distance": 1,
-        "frechet_distance_classifier": 1,
-        "class_agreement": 1,
-        "size_bytes": 1,
-        "psnr_db": 1,
-    }
-    arithmetic = None if exactness is None else Arithmetic.of(exactness, 8).model_dump()
-    found = {"torch": side, "compiled": side, "seconds_per_image": {}, "images": 1, "grid": "", "bundle": ""}
-    print_demo(found | {"arithmetic": arithmetic})
+    quality = {"frechet_distance": 1, "frechet_distance_classifier": 1, "class_agreement": 1, "size_bytes": 1}
+    demo = Demo(
+        grid="",
+        bundle="",
+        seconds_per_image={},
+        arithmetic=None if exactness is None else Arithmetic.of(exactness, 8),
+        images=1,
+        torch=TorchSide(**quality),
+        compiled=BundleSide(**quality, psnr_db=1),
+        settings={},
+    )
+    print_demo(demo)
     printed = capsys.readouterr().out
     assert words in printed
     assert ("INT8" in printed) == bool(words)
+
+
+def test_numbers_that_are_none_are_printed_as_python_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"psnr_db_mean": math.nan, "psnr_db_min": -math.inf, "relative_error": (math.inf,), "std_ratio": ()}
+    print_record(Verification(images=1, **numbers))
+    printed = json.loads(capsys.readouterr().out)
+    assert math.isnan(printed.pop("psnr_db_mean"))
+    assert printed == {"images": 1, "psnr_db_min": -math.inf, "relative_error": [math.inf], "std_ratio": []}
 
 
 def test_advice_is_one_line_on_stderr_and_json_stays_json(

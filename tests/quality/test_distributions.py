@@ -98,10 +98,10 @@ def test_a_dropped_mode_costs_recall_and_no_precision() -> None:
     real = RealSet(modes([100] * 4, seed=0))
     whole = distribution_values(Generated(modes([100] * 4, seed=1)), real)
     dropped = distribution_values(Generated(modes([200, 100, 100, 0], seed=1)), real)
-    assert whole["recall"] > 0.9
-    assert dropped["recall"] < 0.75
-    assert dropped["precision"] == pytest.approx(whole["precision"], abs=0.05)
-    assert dropped["frechet_distance"] > whole["frechet_distance"] + 1
+    assert whole.recall > 0.9
+    assert dropped.recall < 0.75
+    assert dropped.precision == pytest.approx(whole.precision, abs=0.05)
+    assert dropped.frechet_distance > whole.frechet_distance + 1
 
 
 def test_garbage_costs_precision_and_no_recall() -> None:
@@ -109,8 +109,8 @@ def test_garbage_costs_precision_and_no_recall() -> None:
     real, good = RealSet(modes([100] * 4, seed=0)), modes([100] * 4, seed=1)
     garbage = 40 + 0.1 * np.random.default_rng(2).standard_normal((40, 2))
     clean, dirty = (distribution_values(Generated(x), real) for x in (good, np.concatenate([good, garbage])))
-    assert dirty["precision"] == pytest.approx(clean["precision"] * 400 / 440)
-    assert dirty["recall"] == clean["recall"] > 0.9
+    assert dirty.precision == pytest.approx(clean.precision * 400 / 440)
+    assert dirty.recall == clean.recall > 0.9
 
 
 def compared(found: Generated, exact: Generated, real: RealSet, rounds: int = 20, seed: int = 0) -> Comparison:
@@ -125,7 +125,7 @@ def test_a_compared_set_has_the_values_of_the_set_alone() -> None:
     sides = [Generated(x, rng.random(40) < 0.9) for x in (0.8 * exact, exact)]
     found = compared(*sides, real)
     for side, alone in zip((found.found, found.exact), sides, strict=True):
-        for name, value in distribution_values(alone, real).items():
+        for name, value in distribution_values(alone, real):
             assert getattr(side, name).value == pytest.approx(value)
     for name in ("frechet_distance", "precision", "recall", "class_consistency"):
         gap = getattr(found.found, name).value - getattr(found.exact, name).value
@@ -224,7 +224,7 @@ def test_intervals_of_recall_hold_the_recall_of_as_many_images() -> None:
         exact = rng.standard_normal((count, 3))
         return [Generated(0.6 * exact), Generated(exact)]
 
-    others = [[distribution_values(side, real)["recall"] for side in sides()] for _ in range(400)]
+    others = [[distribution_values(side, real).recall for side in sides()] for _ in range(400)]
     found, exact = np.mean(others, axis=0)
     held = []
     for seed in range(SIMULATIONS):

@@ -17,10 +17,13 @@ from ditc.cli.judging import print_evaluation
 from ditc.cli.main import run
 from ditc.compiler.options import CompileOptions
 from ditc.errors import CheckError, InputError
+from ditc.quality.bootstrap import Estimate
 from ditc.quality.evaluating import check_not_worse, evaluate_bundle
+from ditc.quality.evaluation import Distributions, Evaluation
 from ditc.quality.generating import fp_digest
 from ditc.quality.options import EvaluateOptions
 from ditc.runtime.options import Place
+from ditc.spec import Skipped
 
 STEPS = 4
 K = 0.6
@@ -53,7 +56,7 @@ def with_compensation(bundle: Path, path: Path, k: float) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found_damage(damaged: Path) -> dict[str, Any]:
+def damage(damaged: Path) -> Evaluation:
     return evaluate_bundle(damaged, QUICK_OPTIONS)
 
 
@@ -83,38 +86,48 @@ def test_a_bundle_equal_to_its_reference_differs_in_nothing(exact: Path, capsys:
     assert [(row["seed"], row["n"]) for row in distribution["per_seed"]] == [(0, 20), (1, 20)]
 
 
-def test_a_damage_is_found_at_its_step_with_its_size(found_damage: dict[str, Any]) -> None:
-    with_it, without = found_damage["steps"]["bundle"], found_damage["steps"]["uncompensated"]
-    assert with_it["relative_error"][:-1] == [0] * (STEPS - 1)
-    assert with_it["relative_error"][-1] == pytest.approx(1 - K, rel=1e-5)
-    assert with_it["variance_drift"][-1] == pytest.approx([K**2 - 1], abs=1e-5)
-    assert without["relative_error"] == [0] * STEPS
-    assert found_damage["paired"]["psnr_db"]["high"] < 25
-    assert found_damage["paired"]["ssim"]["high"] < 1
-    difference = found_damage["distribution"]["difference"]["frechet_distance"]
-    assert 0 < difference["low"] < difference["value"] < difference["high"]
+def test_a_damage_is_found_at_its_step_with_its_size(damage: Evaluation) -> None:
+    with_it, without = damage.steps.bundle, damage.steps.uncompensated
+    assert with_it.relative_error[:-1] == (0,) * (STEPS - 1)
+    assert with_it.relative_error[-1] == pytest.approx(1 - K, rel=1e-5)
+    assert with_it.variance_drift[-1] == pytest.approx([K**2 - 1], abs=1e-5)
+    assert without is not None
+    assert without.relative_error == (0,) * STEPS
+    assert damage.measured_pairs["psnr_db"].high < 25
+    assert damage.measured_pairs["ssim"].high < 1
+    distance = frechet_difference(damage)
+    assert 0 < distance.low < distance.value < distance.high
 
 
-def test_the_gate_shuts_where_the_whole_interval_is_above_it(found_damage: dict[str, Any]) -> None:
-    low = found_damage["distribution"]["difference"]["frechet_distance"]["low"]
-    check_not_worse(found_damage, low)
+def frechet_difference(evaluation: Evaluation) -> Estimate:
+    assert isinstance(evaluation.distribution, Distributions)
+    return evaluation.distribution.difference.frechet_distance
+
+
+def test_the_gate_shuts_where_the_whole_interval_is_above_it(damage: Evaluation) -> None:
+    low = frechet_difference(damage).low
+    check_not_worse(damage, low)
     with pytest.raises(CheckError, match="the Frechet distance is worse than FP's by"):
-        check_not_worse(found_damage, low - 1e-9)
+        check_not_worse(damage, low - 1e-9)
+
+
+def test_the_gate_shuts_where_nothing_was_measured(damage: Evaluation) -> None:
+    nothing = damage.model_copy(update={"distribution": Skipped(skipped="no features")})
+    with pytest.raises(CheckError, match="no Frechet distance was measured: no features"):
+        check_not_worse(nothing, 1e9)
 
 
 def test_a_report_is_printed_before_the_gate_shuts(
-    damaged: Path, found_damage: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    damaged: Path, damage: Evaluation, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(f"evaluate {damaged} {QUICK} --fail-if-worse 0 --json".split()) == 1
     printed = capsys.readouterr()
     assert "check failed: the Frechet distance is worse" in printed.err
-    assert json.loads(printed.out) == found_damage  # and the same settings find the same
+    assert Evaluation.model_validate_json(printed.out) == damage  # and the same settings find the same
 
 
-def test_a_terminal_shows_pairs_distributions_and_steps(
-    found_damage: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    print_evaluation(found_damage)
+def test_a_terminal_shows_pairs_distributions_and_steps(damage: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:
+    print_evaluation(damage)
     text = capsys.readouterr().out
     for part in ("40 images, seeds 0, 1", "ssim, window 7", "frechet distance", "without compensation"):
         assert part in text
@@ -126,22 +139,26 @@ def test_fp_images_that_lie_in_the_folder_are_not_made_again(exact: Path, damage
     stages: list[str] = []
     options = EvaluateOptions(images=8, seeds=(3,), rounds=5, step_images=2)
 
-    def evaluate(bundle: Path) -> dict[str, Any]:
+    def evaluate(bundle: Path) -> Evaluation:
         stages.clear()
         return evaluate_bundle(bundle, options, save=tmp_path, progress=lambda stage, *_: stages.append(stage))
 
     first = evaluate(exact)
     assert "fp-3" in stages
-    assert json.loads((tmp_path / "evaluate.json").read_text()) == first
+    assert Evaluation.model_validate_json((tmp_path / "evaluate.json").read_text()) == first
     second = evaluate(damaged)
     assert "fp-3" not in stages
-    assert second["distribution"]["fp"] == first["distribution"]["fp"]
+    sides = [evaluation.distribution for evaluation in (first, second)]
+    assert isinstance(sides[0], Distributions)
+    assert isinstance(sides[1], Distributions)
+    assert sides[0].fp == sides[1].fp
     with np.load(tmp_path / "pairs.npz") as pairs:
         assert pairs["bundle"].shape == pairs["fp"].shape == (8, 64)
-        assert pairs["psnr_db"].mean() == pytest.approx(second["paired"]["psnr_db"]["mean"])
+        assert pairs["psnr_db"].mean() == pytest.approx(second.measured_pairs["psnr_db"].mean)
     real = str(tmp_path / "real.npz")
     third = evaluate_bundle(damaged, options.model_copy(update={"real": real}), save=tmp_path)
-    assert third["distribution"]["bundle"] == second["distribution"]["bundle"]
+    assert isinstance(third.distribution, Distributions)
+    assert third.distribution.bundle == sides[1].bundle
     (stored,) = tmp_path.glob("fp-*/seed3-*.npy")
     stored.write_bytes(stored.read_bytes()[:100])
     with pytest.raises(InputError, match="is damaged"):
@@ -157,13 +174,14 @@ def test_bundles_that_differ_in_their_cache_share_fp_images_and_others_do_not(bu
 
 
 def test_images_do_not_depend_on_the_size_of_a_request(exact: Path) -> None:
-    found = [
-        evaluate_bundle(exact, EvaluateOptions(images=10, seeds=(0,), rounds=5, real="fp"), place=Place(batch=batch))
-        for batch in (3, 10)
-    ]
-    distances = [run["distribution"]["bundle"]["frechet_distance"]["value"] for run in found]
+    distances = []
+    for batch in (3, 10):
+        options = EvaluateOptions(images=10, seeds=(0,), rounds=5, real="fp")
+        distributions = evaluate_bundle(exact, options, place=Place(batch=batch)).distribution
+        assert isinstance(distributions, Distributions)
+        assert distributions.real.about == "10 FP images of other noise"
+        distances.append(distributions.bundle.frechet_distance.value)
     assert distances[0] == pytest.approx(distances[1], rel=1e-3)
-    assert found[0]["distribution"]["real"]["about"] == "10 FP images of other noise"
     assert distances[0] > 0  # the real ones are others
 
 

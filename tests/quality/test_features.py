@@ -59,11 +59,11 @@ def test_the_real_digits_are_those_the_model_was_trained_on() -> None:
 def test_real_digits_are_at_no_distance_from_themselves_and_noise_is_far() -> None:
     images, labels = real_digits()
     real, noise = digit_quality(images, labels), digit_quality(pictures(300, 1, 8, 8), np.zeros(300))
-    assert real["frechet_distance"] == pytest.approx(0, abs=1e-6)
-    assert real["frechet_distance_classifier"] == pytest.approx(0, abs=1e-3)
-    assert real["class_agreement"] > 0.99
-    assert noise["frechet_distance_classifier"] > 10
-    assert noise["class_agreement"] < 0.5
+    assert real.frechet_distance == pytest.approx(0, abs=1e-6)
+    assert real.frechet_distance_classifier == pytest.approx(0, abs=1e-3)
+    assert real.class_agreement > 0.99
+    assert noise.frechet_distance_classifier > 10
+    assert noise.class_agreement < 0.5
 
 
 def test_every_model_has_features_of_its_own() -> None:

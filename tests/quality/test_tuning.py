@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ditc.passes import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress
 from ditc.quality import tuning
 from ditc.quality.options import TuneOptions
-from ditc.quality.tuning import Trial, pareto_front, tune_model
+from ditc.quality.tuning import Trial, Tuning, pareto_front, tune_model
 
 OPTIONS = TuneOptions(least_psnr_db=30.0, intervals=(2, 3, 4, 5, 6))
 BASE = CompileOptions()
@@ -344,10 +343,11 @@ def test_a_search_on_a_real_model_writes_the_bundle_it_chose_and_goes_on_where_i
     assert not out.exists()
     monkeypatch.setattr(tuning, "bench_bundle", stopped)
     again: list[Trial] = []
-    found = tune_model(model, out, base, options, on_trial=again.append)
+    result = tune_model(model, out, base, options, on_trial=again.append)
     assert again[:3] == seen
-    assert [t["changes"]["policy"] for t in found["trials"]] == ["none", *["fora:2"] * 4]
+    assert [trial.changes["policy"] for trial in result.trials] == ["none", *["fora:2"] * 4]
     manifest = open_bundle(out).manifest
-    assert {name: manifest.settings[name] for name in found["chosen"]["changes"]} == found["chosen"]["changes"]
-    assert json.dumps(found)
+    chosen = result.chosen.changes
+    assert {name: manifest.settings[name] for name in chosen} == chosen
+    assert result == Tuning.model_validate_json(result.model_dump_json())
     assert not out.with_name(".tuned.tune").exists()

@@ -117,15 +117,15 @@ def test_evaluate_reports_every_cell_and_prints_a_line_a_branch(
     path = bundles["cached"].path
     arguments = f"evaluate {path} --images 4 --seeds 4 --rounds 2 --step-images 1 --veto 1 --json --features pixels"
     assert run(arguments.split()) == 0
-    found = json.loads(capsys.readouterr().out)["veto"]
-    assert found == veto_of(path, VetoOptions(images=1, seed=4)).model_dump(mode="json")
-    ratios = [ratio for row in found["ratio"] for ratio in row if ratio is not None]
+    printed, veto = json.loads(capsys.readouterr().out)["veto"], veto_of(path, VetoOptions(images=1, seed=4))
+    assert printed == veto.model_dump(mode="json")
+    ratios = [ratio for row in veto.ratio for ratio in row if ratio is not None]
     assert len(ratios) == 3 * 4
-    assert found["vetoed"] == np.mean([ratio > 1 for ratio in ratios])
-    print_veto(found)
+    assert veto.vetoed == np.mean([ratio > 1 for ratio in ratios])
+    print_veto(veto)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[3:7]] == found["branches"]
-    largest = max((row[0], step) for step, row in enumerate(found["ratio"]) if row[0] is not None)
+    assert tuple(line.split()[0] for line in lines[3:7]) == veto.branches
+    largest = max((row[0], step) for step, row in enumerate(veto.ratio) if row[0] is not None)
     assert lines[3].split()[4:6] == [f"{largest[0]:.2f}", str(largest[1])]
 
 

@@ -22,6 +22,9 @@ from ditc.cli.main import run
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, InputError
 from ditc.precision import PRECISIONS, quantized
+from ditc.quality.bootstrap import Estimate
+from ditc.quality.distributions import Distribution
+from ditc.quality.evaluation import Distributions, Evaluation
 from ditc.quantize.scale_table import ScaleTable
 from ditc.report.facts import Activations, Calibration, Drift, Fidelity, Pictures, Report, Skipped, Speed
 from ditc.report.gathering import check_report, default_page, report_bundle
@@ -29,6 +32,7 @@ from ditc.report.options import ReportOptions
 from ditc.report.page import page_from_report, program_sentence
 from ditc.report.samples import gain_for
 from ditc.report.tables import segment_bytes
+from ditc.speed.side_by_side import SideBySide
 
 QUICK = ReportOptions(images=3, requests=2, against=())
 QUICK_LINE = "--images 3 --requests 1 --against none"
@@ -130,7 +134,8 @@ def test_every_step_is_timed_in_its_segment(cached: Report) -> None:
         "reuse": 3,
     }
     (peer,) = cached.speed.peers.values()
-    assert peer.ratio_run == pytest.approx(peer.run_seconds / cached.speed.against["bundle"]["run"]["median"])
+    assert isinstance(cached.speed.against, SideBySide)
+    assert peer.ratio_run == pytest.approx(peer.run.median / cached.speed.against.bundle.run.median)
 
 
 def test_activations_reach_what_calibration_saw(bundles: dict[str, Bundle], cached: Report) -> None:
@@ -329,8 +334,9 @@ def test_the_gates_are_those_of_evaluate_and_bench(cached: Report) -> None:
     with pytest.raises(CheckError, match=r"of onnxruntime-f32 takes .* expected at least 1e\+06x"):
         check_report(cached, gated)
     check_report(cached, gated.model_copy(update={"fail_if_slower": 1e-6}))
-    difference = {"frechet_distance": {"value": 0.5, "low": 0.1, "high": 0.9}}
-    evaluated = cached.model_copy(update={"evaluation": {"distribution": {"difference": difference}}})
+    difference = Distribution.model_construct(frechet_distance=Estimate(value=0.5, low=0.1, high=0.9))
+    evaluation = Evaluation.model_construct(distribution=Distributions.model_construct(difference=difference))
+    evaluated = cached.model_copy(update={"evaluation": evaluation})
     with pytest.raises(CheckError, match=r"interval 0\.1 to 0\.9, all above 0\.05"):
         check_report(evaluated, ReportOptions(fail_if_worse=0.05))
     check_report(evaluated, ReportOptions(fail_if_worse=0.2))

@@ -12,15 +12,15 @@ from ditc.bundle import Bundle
 from ditc.cli.main import run
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import InputError
-from ditc.speed.latency import latency_of
+from ditc.speed.latency import latency_of, with_spread
 from ditc.speed.tracing import profile_rows
 
 
 def test_latency_says_how_often_and_how_far_it_spread() -> None:
-    found = latency_of([3.0, 1.0, 2.0, 2.0, 10.0])
-    assert (found.n, found.median, found.least, found.most) == (5, 2.0, 1.0, 10.0)
-    assert found.p90 == pytest.approx(7.2)
-    assert found.spread == pytest.approx(2.6)
+    latency = latency_of([3.0, 1.0, 2.0, 2.0, 10.0])
+    assert (latency.n, latency.median, latency.least, latency.most) == (5, 2.0, 1.0, 10.0)
+    assert latency.p90 == pytest.approx(7.2)
+    assert with_spread(latency).spread == pytest.approx(2.6)
     with pytest.raises(InputError, match="no call was measured"):
         latency_of([])
 

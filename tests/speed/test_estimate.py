@@ -46,8 +46,8 @@ def test_floats_are_as_wide_as_the_device_has_them(
 ) -> None:
     """Of a quantized bundle the form with two-byte floats was counted, and a CPU has four; else there is one form."""
     monkeypatch.setitem(DEVICES, "cpu", UNIT.model_copy(update={"float_bytes": 4}))
-    row = estimate_bundle(bundles[bundle].path, "cpu")["segments"]["full"]
-    assert row["moved_bytes"] == factor * footprints(bundles[bundle])["full"].moved_bytes
+    estimated = estimate_bundle(bundles[bundle].path, "cpu").segments["full"]
+    assert estimated.moved_bytes == factor * footprints(bundles[bundle])["full"].moved_bytes
 
 
 @pytest.mark.parametrize("device", [*DEVICES, "here"])

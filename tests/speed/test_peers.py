@@ -24,10 +24,20 @@ from ditc.exporter.models import builtin_digits, random_dit
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.pipeline import load
 from ditc.speed import onnx_peers, side_by_side
+from ditc.speed.latency import latency_of, with_spread
 from ditc.speed.peer import Peer
 from ditc.speed.peer_match import Match, ModelChoice, match_of
 from ditc.speed.peers import PEERS, ReadyPeer, ready_peer
-from ditc.speed.side_by_side import bundle_turn, check_not_slower, peer_turn, take_turns
+from ditc.speed.side_by_side import (
+    BundleTimes,
+    NoPeer,
+    PeerTimes,
+    SideBySide,
+    bundle_turn,
+    check_not_slower,
+    peer_turn,
+    take_turns,
+)
 
 OTHER_MODEL = """
 import torch
@@ -203,15 +213,25 @@ def test_fail_if_slower_holds_whole_runs_to_the_ratio(digits: Bundle, capsys: py
 
 
 def test_only_peers_below_the_ratio_are_named() -> None:
-    run = {"median": 2.0}
-    found = {
-        "bundle": {"run": {"median": 1.0}},
-        "peers": {"slow": {"run": run, "ratio_run": 3.0}, "fast": {"run": run, "ratio_run": 0.5}},
+    own, theirs = (with_spread(latency_of([seconds])) for seconds in (1.0, 2.0))
+    peers = {
+        name: PeerTimes(
+            what="", relative_error=0, run_measured=True, step=theirs, run=theirs, ratio_step=1, ratio_run=ratio
+        )
+        for name, ratio in (("slow", 3.0), ("fast", 0.5))
     }
+    bundle = BundleTimes(latencies={"step": own, "run": own}, relative_error=0)
+    sides = SideBySide(guidance=1, step=0, bundle=bundle, peers=peers, skipped={})
     with pytest.raises(CheckError, match=r"of fast takes 2 s, 0\.50x; expected") as caught:
-        check_not_slower(found, 1)
+        check_not_slower(sides, 1)
     assert "slow takes" not in str(caught.value)
-    check_not_slower(found, 0.5)
+    check_not_slower(sides, 0.5)
+
+
+@pytest.mark.parametrize("measured", [None, NoPeer(skipped={"torch-f32": "torch is not here"})])
+def test_without_a_measured_peer_the_gate_stays_shut(measured: NoPeer | None) -> None:
+    with pytest.raises(CheckError, match="no peer was measured"):
+        check_not_slower(measured, 0.5)
 
 
 @pytest.mark.parametrize(

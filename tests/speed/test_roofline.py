@@ -38,9 +38,9 @@ def test_the_limit_is_the_longer_of_products_and_what_must_be_moved(
     counted: Footprint, limit: float, bound_by: str
 ) -> None:
     line = limit_of(counted, {"batch": 2}, UNIT)
-    assert line["limit"] == pytest.approx(limit)
-    assert line["bound_by"] == bound_by
-    assert limit_of(work(moved_bytes=7), {"batch": 2}, UNIT)["unfused"] == pytest.approx(7)
+    assert line.limit == pytest.approx(limit)
+    assert line.bound_by == bound_by
+    assert limit_of(work(moved_bytes=7), {"batch": 2}, UNIT).unfused == pytest.approx(7)
 
 
 def test_every_measured_segment_has_a_limit(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
