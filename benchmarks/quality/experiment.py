@@ -3,7 +3,8 @@
     python benchmarks/quality/experiment.py [--groups ddim ...] [--hours 2]
 
 Runs every trial of every cell that the results don't hold yet, a process for each core, and writes the results after
-each; stopped and started again, it goes on. The tables and plots of docs/results.md come from `results.py`.
+each; stopped and started again, it goes on. The tables and plots of docs/results.md and tables.md
+come from `results.py`.
 """
 
 from __future__ import annotations

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 from cells import MODELS, POINTS, SELECTORS
+from effects import Effect, Found, distance, psnr
 from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from results import Effect, Found
 
 __all__ = ["draw"]
 
@@ -42,8 +40,6 @@ def draw(tables: Mapping[str, Sequence[Found]], folder: Path) -> None:
 
 def strategies(cells: Sequence[Found]) -> Figure:
     """Every strategy's Frechet distance less FP's with its interval: a panel for each model and policy."""
-    from results import distance
-
     panels = list(dict.fromkeys((f.cell.model, f.cell.every_setting["policy"]) for f in cells))
     panels = [panel for panel in panels if panel[1] != "none"]
     names = list(dict.fromkeys(f.cell.name for f in cells if f.cell.every_setting["policy"] != "none"))
@@ -83,8 +79,6 @@ def _interval(axis: Any, effect: Effect, place: float) -> None:
 
 def by_points(cells: Sequence[Found]) -> Figure:
     """PSNR against the number of calibration points, a line for each selector with its intervals."""
-    from results import psnr
-
     figure = Figure(figsize=(8.4, 3.2))
     axes: Any = figure.subplots(1, len(MODELS), squeeze=False)
     for axis, model in zip(axes[0], MODELS, strict=True):

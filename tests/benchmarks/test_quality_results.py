@@ -22,32 +22,49 @@ def results() -> Iterator[ModuleType]:
 
     yield module
     sys.path.remove(str(QUALITY))
-    for name in ("results", "cells", "trial"):
+    for name in ("results", "effects", "tables", "other_tables", "cells", "trial"):
         del sys.modules[name]
 
 
-def test_the_page_holds_what_the_data_say(results: ModuleType) -> None:
+@pytest.fixture(scope="module")
+def statistics(results: ModuleType) -> ModuleType:
+    return sys.modules["effects"]
+
+
+def test_the_pages_are_what_the_script_writes_from_the_committed_data(results: ModuleType) -> None:
+    found = json.loads((QUALITY / "experiment.json").read_text())
+    cells = {group: results.found_in(group, found["trials"]) for group in results.GROUPS}
     page = (results.DOCS / "results.md").read_text()
-    assert results.renewed(page, json.loads((QUALITY / "experiment.json").read_text())) == page
+    assert results.renewed(page, cells) == page
+    assert results.tables_page(found, cells) == results.TABLES.read_text()
 
 
-def test_intervals_cover_the_mean_as_often_as_they_say(results: ModuleType) -> None:
+def test_every_group_has_its_table(results: ModuleType) -> None:
+    assert set(results.HEADINGS) == set(results.GROUPS)
+
+
+def test_a_row_that_no_trial_has_is_named(results: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="no trial of tap, ddim fora:3, in the group ddim"):
+        results.summary([sys.modules["tables"].Rows("ddim", "ddim", "fora:3", ("tap",))], {})
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say(statistics: ModuleType) -> None:
     rng = np.random.default_rng(0)
-    effects = [results.effect_of(rng.normal(3, 2, 5)) for _ in range(2000)]
+    effects = [statistics.effect_of(rng.normal(3, 2, 5)) for _ in range(2000)]
     covered = np.mean([effect.low <= 3 <= effect.high for effect in effects])
     assert covered == pytest.approx(0.95, abs=0.015)
 
 
-def test_without_an_effect_p_is_below_5_percent_once_in_20(results: ModuleType) -> None:
+def test_without_an_effect_p_is_below_5_percent_once_in_20(statistics: ModuleType) -> None:
     rng = np.random.default_rng(1)
-    p = [results.effect_of(rng.normal(0, 2, 5)).p for _ in range(2000)]
+    p = [statistics.effect_of(rng.normal(0, 2, 5)).p for _ in range(2000)]
     assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.015)
 
 
-def test_holm_stops_at_the_first_that_fails(results: ModuleType) -> None:
+def test_holm_stops_at_the_first_that_fails(statistics: ModuleType) -> None:
     """Levels are 0.05 / 4, / 3, / 2, / 1 in the order of p: 0.03 fails against 0.025, and 0.04 with it."""
-    effects = [results.Effect(0, 0, 0, p, 5) for p in (0.04, 0.001, 0.03, 0.012)]
-    assert results.significant(effects) == [False, True, False, True]
+    effects = [statistics.Effect(0, 0, 0, p, 5) for p in (0.04, 0.001, 0.03, 0.012)]
+    assert statistics.significant(effects) == [False, True, False, True]
 
 
 def trial(distance: float) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""The figures as Markdown: complete tables of the groups, and the few rows of them that carry a conclusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cells import MODELS, Cell
+from effects import BESIDE, NAIVE, Effect, Found, distance, psnr, recall, significant, variance
+
+__all__ = ["SUMMARIES", "Rows", "in_short", "shown", "summary", "table"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a small table: cells of one group, sampler and policy by name; `label` is what a row says instead."""
+
+    group: str
+    sampler: str
+    policy: str
+    names: tuple[str, ...]
+    label: str | None = None
+
+
+ALONE, STRATEGIES = ("quantization alone",), ("cache alone", "naive", "tap + vc std", "smooth + tap + taylor")
+REUSES = ("smooth + tap + hold", "smooth + tap + taylor")
+SIX_BITS = ("w8a6, naive", "w8a6, smooth + tap + vc std")
+SUMMARIES: Mapping[str, tuple[Rows, ...]] = {
+    "strategies": (
+        Rows("ddim", "ddim", "none", ALONE),
+        Rows("ddim", "ddim", "fora:3", STRATEGIES),
+        Rows("ddim", "ddim", "fora:5", STRATEGIES),
+        Rows("ddpm", "ddpm", "none", ALONE),
+        Rows("ddpm", "ddpm", "fora:3", STRATEGIES),
+        Rows("ddpm", "ddpm", "fora:5", STRATEGIES),
+        Rows("seven", "ddpm", "fora:5", ("w8a8",), "smooth + tap + hold"),
+    ),
+    "schedules": (
+        *(
+            Rows("intervals", "ddim", policy, ("naive", "smooth + tap + vc std", "smooth + tap + taylor"))
+            for policy in ("fora:8", "window:10:2:2")
+        ),
+        *(Rows("noise", "ddpm", policy, REUSES) for policy in ("fora:2", "fora:4", "window:5:2:2", "window:8:2:2")),
+    ),
+    "quantizers": (
+        Rows("ranges", "ddim", "fora:3", ("max", "percentile", "mse", "entropy")),
+        Rows("scales", "ddim", "fora:3", ("per-step", "dynamic")),
+        Rows("smoothing", "ddim", "fora:3", ("smooth",)),
+        Rows("bits", "ddim", "fora:3", ("w4a8, naive", *SIX_BITS)),
+        Rows("float", "ddim", "fora:3", ("w8a8, 0:8 in floating point", "w8a6, 8:8 in floating point")),
+    ),
+}
+
+
+def header(beside: str) -> list[str]:
+    """The head of a table whose cells are held against FP and one other."""
+    names = ("model", "sampler", "policy", "", "trials x images", "Frechet distance less FP's", f"less {beside}'s")
+    columns = [*names, "recall less FP's", "PSNR", "variance"]
+    return [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
+
+
+def table(cells: Sequence[Found]) -> list[str]:
+    """Markdown lines of a group."""
+    against_fp = [found.effect(distance) for found in cells]
+    changes = [found.change for found in cells]
+    known = [change for change in changes if change is not None]
+    stars = dict(zip(map(id, [*against_fp, *known]), [*significant(against_fp), *significant(known)], strict=True))
+    lines = header(BESIDE.get(cells[0].cell.group, NAIVE))
+    for found, own, change in zip(cells, against_fp, changes, strict=True):
+        settings = found.cell.every_setting
+        columns = (
+            found.cell.model,
+            settings["sampler"],
+            settings["policy"],
+            found.cell.name,
+            f"{len(found.rows)} x {found.cell.images:,}",
+            shown(own) + (" *" if stars[id(own)] else ""),
+            "" if change is None else shown(change) + (" *" if stars[id(change)] else ""),
+            shown(found.effect(recall)),
+            shown(found.effect(psnr), "{:.1f}"),
+            f"{found.effect(variance).mean:.3f}",
+        )
+        lines.append(f"| {' | '.join(columns)} |")
+    return lines
+
+
+def key_of(cell: Cell) -> tuple[str, ...]:
+    """What a small table knows a cell by: its group, sampler, policy and name, and the model."""
+    settings = cell.every_setting
+    return cell.group, settings["sampler"], settings["policy"], cell.name, cell.model
+
+
+def in_short(cells: Sequence[Found]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Distance with interval and star, recall and PSNR of each cell of a group."""
+    effects = [found.effect(distance) for found in cells]
+    return {
+        key_of(found.cell): (
+            shown(effect) + (" *" if star else ""),
+            f"{found.effect(recall).mean:+.3f}",
+            f"{found.effect(psnr).mean:.1f}",
+        )
+        for found, effect, star in zip(cells, effects, significant(effects), strict=True)
+    }
+
+
+def summary(rows: Sequence[Rows], figures: Mapping[tuple[str, ...], tuple[str, ...]]) -> list[str]:
+    """Markdown lines of a small table from the figures of its groups, the models side by side."""
+    columns = ("", "", *(f"{model}: {what}" for model in MODELS for what in ("distance", "recall", "PSNR")))
+    lines = [f"| {' | '.join(columns)} |".replace("|  |  |", "| | |"), "|---" * len(columns) + "|"]
+    for part in rows:
+        for name in part.names:
+            own = [figures.get((part.group, part.sampler, part.policy, name, model), ("",) * 3) for model in MODELS]
+            if not any(value for values in own for value in values):
+                raise SystemExit(f"no trial of {name}, {part.sampler} {part.policy}, in the group {part.group}")
+            values = (f"{part.sampler} {part.policy}", part.label or name, *own[0], *own[1])
+            lines.append(f"| {' | '.join(values)} |")
+    return lines
+
+
+def shown(effect: Effect, form: str = "{:+.3f}") -> str:
+    mean, low, high = (form.format(value) for value in (effect.mean, effect.low, effect.high))
+    return f"{mean} ({low} to {high})" if effect.n > 1 else mean
