@@ -86,6 +86,15 @@ def smoothing(rows: Rows) -> list[str]:
     )
 
 
+def smoothing_fc2(rows: Rows) -> list[str]:
+    """The error of the quantized segment where the second MLP layer is smoothed too: over all points, and median."""
+    errors = ("relative_error", "median_step")
+    return lines_of(
+        ("ranges", "second MLP layer", "error over all points", "at the median step"),
+        [(f"`{row['ranges']}`", f"`{row['fc2']}`", *(f"{row[error]:.4f}" for error in errors)) for row in rows],
+    )
+
+
 def activation_scales(rows: Rows) -> list[str]:
     """What scales and midpoints do: PSNR with its spread, and the error of what each kind of layer reads."""
     layers = ("qkv", "proj", "fc1", "fc2")
@@ -144,6 +153,14 @@ TAP).""",
         "smoothing.json",
         "summary",
         smoothing,
+    ),
+    Other(
+        "Smoothing of the second MLP layer",
+        """As above, one calibration seed: all other layers smoothed by `smooth`, the second MLP layer by an explicit
+product in front of it.""",
+        "smoothing_fc2.json",
+        "rows",
+        smoothing_fc2,
     ),
     Other(
         "Scales and midpoints",

@@ -23,31 +23,19 @@ class Rows:
 
 
 ALONE, STRATEGIES = ("quantization alone",), ("cache alone", "naive", "tap + vc std", "smooth + tap + taylor")
-REUSES = ("smooth + tap + hold", "smooth + tap + taylor")
-SIX_BITS = ("w8a6, naive", "w8a6, smooth + tap + vc std")
 SUMMARIES: Mapping[str, tuple[Rows, ...]] = {
     "strategies": (
         Rows("ddim", "ddim", "none", ALONE),
         Rows("ddim", "ddim", "fora:3", STRATEGIES),
-        Rows("ddim", "ddim", "fora:5", STRATEGIES),
+        Rows("ddim", "ddim", "fora:5", STRATEGIES[1:]),
         Rows("ddpm", "ddpm", "none", ALONE),
         Rows("ddpm", "ddpm", "fora:3", STRATEGIES),
-        Rows("ddpm", "ddpm", "fora:5", STRATEGIES),
+        Rows("ddpm", "ddpm", "fora:5", STRATEGIES[1:]),
         Rows("seven", "ddpm", "fora:5", ("w8a8",), "smooth + tap + hold"),
     ),
-    "schedules": (
-        *(
-            Rows("intervals", "ddim", policy, ("naive", "smooth + tap + vc std", "smooth + tap + taylor"))
-            for policy in ("fora:8", "window:10:2:2")
-        ),
-        *(Rows("noise", "ddpm", policy, REUSES) for policy in ("fora:2", "fora:4", "window:5:2:2", "window:8:2:2")),
-    ),
-    "quantizers": (
-        Rows("ranges", "ddim", "fora:3", ("max", "percentile", "mse", "entropy")),
-        Rows("scales", "ddim", "fora:3", ("per-step", "dynamic")),
-        Rows("smoothing", "ddim", "fora:3", ("smooth",)),
-        Rows("bits", "ddim", "fora:3", ("w4a8, naive", *SIX_BITS)),
-        Rows("float", "ddim", "fora:3", ("w8a8, 0:8 in floating point", "w8a6, 8:8 in floating point")),
+    "noise": tuple(
+        Rows("noise", "ddpm", policy, ("smooth + tap + hold", "smooth + tap + taylor"))
+        for policy in ("fora:2", "fora:4", "window:5:2:2")
     ),
 }
 
