@@ -10,7 +10,7 @@ from ditc.choices import Features
 from ditc.errors import InputError
 from ditc.settings import Option, Settings
 
-__all__ = ["LEAST_IMAGES", "SEARCHED", "Budget", "EvaluateOptions", "TuneOptions", "VetoOptions"]
+__all__ = ["LEAST_IMAGES", "SEARCHED", "Budget", "EvaluateOptions", "TuneOptions", "VetoOptions", "WorseGate"]
 
 SEARCHED = ("policy", "ranges", "scales", "smooth", "float_steps", "reuse", "vc")  # of CompileOptions, by tune
 
@@ -21,6 +21,11 @@ REAL = Option(
     "Real images: a folder of pictures, an .npz file, or FP images of other noise; default the model's.",
     metavar="fp|digits|PATH",
 )
+WorseGate = Annotated[
+    float | None,
+    Field(allow_inf_nan=False),
+    Option("Fail (exit code 1) where the interval of the Frechet distance less FP's lies above this.", group="Gates"),
+]
 
 
 class EvaluateOptions(Settings):
@@ -48,11 +53,7 @@ class EvaluateOptions(Settings):
         ),
     ] = 0
     rounds: Annotated[int, Field(ge=2), Option("Rounds of the bootstrap.")] = 1000
-    fail_if_worse: Annotated[
-        float | None,
-        Field(allow_inf_nan=False),
-        Option("Fail (exit code 1) where the interval of the Frechet distance less FP's lies above this."),
-    ] = None
+    fail_if_worse: WorseGate = None
     require_features: bool = False
 
     @model_validator(mode="after")

@@ -8,15 +8,14 @@ from pydantic import Field, field_validator, model_validator
 
 from ditc.choices import Peer
 from ditc.errors import InputError
-from ditc.quality.options import EvaluateOptions
+from ditc.quality.options import EvaluateOptions, WorseGate
 from ditc.settings import Option, Settings
-from ditc.speed.options import BenchOptions, peer_names
+from ditc.speed.options import BenchOptions, SlowerGate, peer_names
 
 __all__ = ["ReportOptions"]
 
 GATED_IMAGES = 1000  # of each seed, where --fail-if-worse asks for distributions and nothing says how many
 NO_PEER = ("none",)
-GATES = "Gates"
 
 
 class ReportOptions(Settings):
@@ -45,21 +44,8 @@ class ReportOptions(Settings):
         ),
     ] = None
     evaluate_seeds: Annotated[tuple[int, ...], Option("Seeds of those images.")] = (0, 1, 2)
-    fail_if_worse: Annotated[
-        float | None,
-        Field(allow_inf_nan=False),
-        Option("Fail (exit code 1) where the interval of the Frechet distance less FP's lies above this.", group=GATES),
-    ] = None
-    fail_if_slower: Annotated[
-        float | None,
-        Field(gt=0, allow_inf_nan=False),
-        Option(
-            "Fail (exit code 1) where a peer's whole run takes less than RATIO times the bundle's; needs --against.",
-            metavar="RATIO",
-            group=GATES,
-            advice="1 asks for no slower",
-        ),
-    ] = None
+    fail_if_worse: WorseGate = None
+    fail_if_slower: SlowerGate = None
 
     @field_validator("against", mode="before")
     @classmethod

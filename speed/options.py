@@ -11,10 +11,21 @@ from ditc.choices import Device, Peer, names_of
 from ditc.errors import InputError, unknown_name
 from ditc.settings import Option, Settings
 
-__all__ = ["ALL", "BenchOptions", "EstimateOptions", "peer_names"]
+__all__ = ["ALL", "GATES", "BenchOptions", "EstimateOptions", "SlowerGate", "peer_names"]
 
 ALL = "all"
 PEERS = "Peers"
+GATES = "Gates"
+SlowerGate = Annotated[
+    float | None,
+    Field(gt=0, allow_inf_nan=False),
+    Option(
+        "Fail (exit code 1) where a peer's whole run takes less than RATIO times the bundle's.",
+        metavar="RATIO",
+        group=GATES,
+        advice="1 asks for no slower",
+    ),
+]
 
 
 def peer_names(given: Any) -> tuple[str, ...]:
@@ -40,9 +51,6 @@ class BenchOptions(Settings):
     requests: Annotated[int, Field(ge=1), Option("Full batches to measure.")] = 10
     warmup: Annotated[int, Field(ge=0), Option("Full batches before those.")] = 2
     trace: Annotated[Path | None, Option("Folder for layers_*.json and profile_*.json.")] = None
-    max_seconds: Annotated[
-        float | None, Field(gt=0), Option("Fail (exit code 1) where the median request takes longer.")
-    ] = None
     roofline: Annotated[bool, Option("Measure this machine's ceilings, and hold every segment to them.")] = False
     against: Annotated[
         tuple[Peer, ...],
@@ -60,15 +68,9 @@ class BenchOptions(Settings):
     heads: Annotated[
         int | None, Field(ge=1), Option("Attention heads of --model, where its width does not tell.", group=PEERS)
     ] = None
-    fail_if_slower: Annotated[
-        float | None,
-        Field(gt=0, allow_inf_nan=False),
-        Option(
-            "Fail (exit code 1) where a peer's whole run takes less than RATIO times the bundle's.",
-            metavar="RATIO",
-            group=PEERS,
-            advice="1 asks for no slower",
-        ),
+    fail_if_slower: SlowerGate = None
+    max_seconds: Annotated[
+        float | None, Field(gt=0), Option("Fail (exit code 1) where the median request takes longer.", group=GATES)
     ] = None
 
     _names = field_validator("against", mode="before")(peer_names)
