@@ -31,24 +31,36 @@ def rewritten(text: str) -> str:
 def tables_of(name: str) -> str:
     """Return what a command takes as Markdown; ONCE is where a bundle runs.
 
-    Of options that are those of ONCE, or of MODEL_COMMAND, the other commands have the names only.
+    Options of ONCE stand in the other commands by name only, and so does a whole MODEL_COMMAND.
     """
     if name == ONCE:
         return _table({"": by_group(_options("run"))[PLACE]})
-    told = set() if name == MODEL_COMMAND else {option.help for option in _options(MODEL_COMMAND)}
-    options = [option for option in _options(name) if getattr(option, "group", GENERAL) != GENERAL]
-    own = by_group(option for option in options if option.help not in told)
-    place, as_there = own.pop(PLACE, []), [option for option in options if option.help in told]
+    options, compiling = _options(name), [] if name == MODEL_COMMAND else _options(MODEL_COMMAND)
+    told = {option.help for option in compiling}
+    shared = [option for option in options if option.help in told]
+    if 2 * len(shared) < len(compiling):  # no compile, but a few options like its
+        shared = []
+    own = by_group(option for option in options if option not in shared)
+    place = own.pop(PLACE, [])
     parts = [_table(own)] if own else []
     if place:
         parts.append(f"Further [where it runs](#{ONCE}): {_flags(place)}.\n")
-    if as_there:
-        parts.append(f"Further, as for `{MODEL_COMMAND}`: {_flags(as_there)}.\n")
+    if shared:
+        parts.append(f"Further all options of [`{MODEL_COMMAND}`](#ditc-{MODEL_COMMAND}){_without(options)}.\n")
     return "\n".join(parts)
 
 
+def _without(options: Iterable[click.Option]) -> str:
+    """Return which options of MODEL_COMMAND are not among these, as the end of a sentence."""
+    names = {option.name for option in options}
+    missing = [option for option in _options(MODEL_COMMAND) if option.name not in names]
+    return f" but {_flags(missing)}" if missing else ""
+
+
 def _options(name: str) -> list[click.Option]:
-    return [option for option in cli.commands[name].params if isinstance(option, click.Option) and not option.hidden]
+    """Return the options of a command that the reference tells: not those of all commands, and none that is hidden."""
+    options = (option for option in cli.commands[name].params if isinstance(option, click.Option))
+    return [option for option in options if not option.hidden and getattr(option, "group", GENERAL) != GENERAL]
 
 
 def _flags(options: Iterable[click.Option]) -> str:
