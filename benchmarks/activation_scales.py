@@ -25,7 +25,8 @@ from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
-from ditc.compiler.stages import executor, quantize
+from ditc.compiler.quantizing import quantize
+from ditc.compiler.trajectories import executor
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.exporter.models import builtin_digits

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,30 +13,29 @@ from typing import Any
 from numpy.typing import NDArray
 
 import ditc
-from ditc.bundle import TABLES, Bundle, Manifest, open_bundle, read_tables, seal_bundle, write_tables
-from ditc.compiler import stages
-from ditc.compiler.approximating import approximate
-from ditc.compiler.fingerprinting import fingerprint
+from ditc.bundle import Bundle, open_bundle, read_tables
+from ditc.compiler.device_forms import lower_for_devices
+from ditc.compiler.exporting import behaviour_digest, export, model_digest
+from ditc.compiler.fitting import approximate, fit
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.pooling import select
+from ditc.compiler.quantizing import quantize
+from ditc.compiler.sealing import seal
 from ditc.compiler.smoothing import smooth
-from ditc.compiler.work import WorkFolder, shared, work_folder
-from ditc.engines.backend import lowered_path
+from ditc.compiler.verifying import verify
+from ditc.compiler.work import WorkFolder, replaced, shared, work_folder
 from ditc.errors import DoubtWarning, InputError
 from ditc.exporter.model_facts import ModelFacts
-from ditc.exporter.onnx_files import data_path
-from ditc.files import atomic_folder, digest_of, sha256_of
+from ditc.files import digest_of, sha256_of
 from ditc.folders import FOLDERS
 from ditc.host_memory import release_weights, return_free_memory
-from ditc.lowering.backend_forms import LOWERINGS
 from ditc.machine import package_versions
 from ditc.program import Program
 from ditc.progress import Progress, silent
 from ditc.runtime.approximation import FITS
-from ditc.runtime.compensation import TableCompensation
 from ditc.spec import ModelSpec
-from ditc.tables import sampler_tables
 
 __all__ = ["check_places", "compile_model"]
 
@@ -47,18 +44,6 @@ SELECT_SETTINGS = {
     *("select", "points", "clusters", "pool_images", "pool_steps"),
     *("tap_alpha", "tap_tau", "tap_subsamples", "tap_share"),
 }
-# stage -> the JSON it leaves for the manifest's `checks`
-CHECK_FILES = (
-    ("export", "parity"),
-    ("select", "pool"),
-    ("smooth", "smooth"),
-    ("quantize", "kernels"),
-    ("quantize", "storage"),
-    ("approximate", "approximation"),
-    ("lower", "tensorrt"),
-    ("lower", "footprints"),
-    ("verify", "verify"),
-)
 
 
 def compile_model(
@@ -173,7 +158,7 @@ class _Compile:
         plan = self.plan
 
         def make(folder: Path) -> None:
-            stages.export(plan, model, folder)
+            export(plan, model, folder)
 
         folder = self.stage("export", [], make if exports is None else shared(exports / f"export-{self.key}", make))
         return {name: folder / f"{name}.onnx" for name in plan.cached_program.calls}
@@ -182,7 +167,7 @@ class _Compile:
         """The calibration set."""
         plan = self.plan
         chosen = [self.run_settings, plan.options.model_dump(include=SELECT_SETTINGS)]
-        return self.stage("select", chosen, lambda folder: stages.select(plan, segments, folder)) / "calib.npz"
+        return self.stage("select", chosen, lambda folder: select(plan, segments, folder)) / "calib.npz"
 
     def smooth(self, segments: Segments, calib: Path) -> Segments:
         """The FP segments, re-parameterised where the settings ask for it; they take each other's tables only."""
@@ -196,21 +181,21 @@ class _Compile:
         """The INT8 segments; those without a linear layer stay."""
         plan, options = self.plan, self.plan.options
         settings = [options.bits, options.ranges, options.scales, options.midpoint, options.float_steps]
-        made = self._replaced(
-            "quantize", segments, settings, lambda folder: stages.quantize(plan, segments, calib, folder)
+        compiled = self._replaced(
+            "quantize", segments, settings, lambda folder: quantize(plan, segments, calib, folder)
         )
         self.tables |= read_tables(self.folders["quantize"] / "scales.safetensors")
-        return made
+        return compiled
 
     def _replaced(self, name: str, segments: Segments, settings: list[Any], make: Callable[[Path], None]) -> Segments:
         """The segments, with those that a stage made beside or in place of the ones it took."""
-        return stages.replaced(segments, self.stage(name, settings, make))
+        return replaced(segments, self.stage(name, settings, make))
 
     def lower(self, compiled: Segments) -> None:
         """What GPUs need beside the portable segments."""
         plan = self.plan
         settings = [self.run_settings, plan.options.precision, plan.options.batch]
-        self.stage("lower", settings, lambda folder: stages.lower_for_devices(plan, compiled, folder))
+        self.stage("lower", settings, lambda folder: lower_for_devices(plan, compiled, folder))
 
     def approximate(self, segments: Segments, compiled: Segments) -> None:
         """The numbers with which steps combine what they reuse, where those are fitted."""
@@ -229,26 +214,20 @@ class _Compile:
         if options.vc == "none" or (options.bits is None and not plan.program.slots):
             return
         settings = [self.run_settings, options.vc, options.vc_images]
-        folder = self.stage("fit", settings, lambda folder: stages.fit(plan, segments, compiled, self.tables, folder))
+        folder = self.stage("fit", settings, lambda folder: fit(plan, segments, compiled, self.tables, folder))
         self.tables |= read_tables(folder / "compensation.safetensors")
 
     def verify(self, segments: Segments, compiled: Segments) -> None:
         plan, settings = self.plan, [self.run_settings, self.plan.options.verify_images]
-        self.stage("verify", settings, lambda folder: stages.verify(plan, segments, compiled, self.tables, folder))
-
-    def seal(self, segments: Segments, compiled: Segments, target: Path) -> None:
-        self.plan.progress("seal", 0, 1)
-        with atomic_folder(target) as folder:
-            _assemble(self, segments, compiled, folder)
-        self.plan.progress("seal", 1, 1)
+        self.stage("verify", settings, lambda folder: verify(plan, segments, compiled, self.tables, folder))
 
 
 def _decided(plan: Plan, model: Any) -> str:
     """A digest of what decides every stage: the model, what it computes, the code and its packages."""
     return digest_of(
         [
-            stages.model_digest(model),
-            stages.behaviour_digest(model),
+            model_digest(model),
+            behaviour_digest(model),
             plan.spec.model_dump(),
             package_versions(),
             _source_digest(),
@@ -268,7 +247,7 @@ def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:
     compile_.approximate(segments, compiled)
     compile_.fit(segments, compiled)  # after it: compensation is of what is left
     compile_.verify(segments, compiled)
-    compile_.seal(segments, compiled, target)
+    seal(compile_.plan, segments, compiled, compile_.folders, compile_.tables, target)
 
 
 def _source_digest() -> str:
@@ -281,56 +260,3 @@ def _source_digest() -> str:
 def _shapes(program: Program) -> list[Any]:
     """What of a program decides its segments."""
     return [part.model_dump() for part in program.segments] + list(program.epilogue)
-
-
-def _assemble(done: _Compile, segments: Segments, compiled: Segments, target: Path) -> None:
-    """Copy what the stages left into a bundle folder, and seal it."""
-    plan = done.plan
-    for path in compiled.values():
-        _copy_segment(path, target / "segments")
-    if "lower" in done.folders:
-        for path in done.folders["lower"].glob("*.onnx*"):
-            shutil.copyfile(path, target / "segments" / path.name)
-    if plan.options.reference and compiled["full"] != segments["full"]:
-        _copy_segment(segments["full"], target / "reference")
-    for stage, name in (("select", "calib.npz"), ("quantize", "scales.json")):
-        if stage in done.folders:
-            (target / "calib").mkdir(exist_ok=True)
-            shutil.copyfile(done.folders[stage] / name, target / "calib" / name)
-    write_tables(target / TABLES, sampler_tables(plan.table) | done.tables)
-    # of the files as they are deployed: a GPU's form shares the portable one's weights file, and opens beside it only
-    fingerprint(plan, {path.stem: target / "segments" / path.name for path in compiled.values()}, done.tables, target)
-    seal_bundle(target, _manifest(done))
-
-
-def _manifest(done: _Compile) -> Manifest:
-    plan, options = done.plan, done.plan.options
-    checks = {
-        name: json.loads((done.folders[stage] / f"{name}.json").read_text())
-        for stage, name in CHECK_FILES
-        if stage in done.folders and (done.folders[stage] / f"{name}.json").is_file()
-    }
-    compensation = TableCompensation.from_tables(done.tables)
-    if compensation is not None:
-        k = compensation.k
-        checks["compensation"] = {"k_mean": float(k.mean()), "k_min": float(k.min()), "k_max": float(k.max())}
-    sampler = options.sampler_spec(plan.spec.sampler)
-    return Manifest(
-        ditc_version=ditc.__version__,
-        model=plan.spec,
-        program=plan.program,
-        reference_program=plan.reference_program if options.reference else None,
-        precision=options.precision,
-        guidance=options.cfg,
-        batch=options.batch,
-        settings=options.model_dump() | {"sampler": sampler.model_dump()},
-        versions=package_versions(),
-        checks=checks,
-    )
-
-
-def _copy_segment(path: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in (path, data_path(path), *(lowered_path(path, backend) for backend in LOWERINGS)):
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.compiler.plan import Plan, Segments
-from ditc.compiler.stages import executor
+from ditc.compiler.trajectories import executor
 from ditc.engines.backend import lowered_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.precision import quantized

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from ditc.calibset import CalibSet
 from ditc.checks import SmoothedLayer, Smoothing
 from ditc.compiler.calibrating import calibration_feeds, open_probe
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.work import write_json
 from ditc.errors import CheckError
-from ditc.files import atomic_write
 from ditc.host_memory import return_free_memory
 from ditc.precision import INT8
 from ditc.program import AHEAD, CONDITION, REUSE_ROWS
@@ -55,7 +54,7 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
         left=tuple(path for path in paths if not any(path in site.layers for site in choices)),
         parity=parity_of(plan, segments, {**segments, **made}, calib),
     )
-    atomic_write(folder / "smooth.json", json.dumps(smoothing.model_dump(mode="json"), indent=1).encode() + b"\n")
+    write_json(folder / "smooth.json", smoothing.model_dump(mode="json"))
 
 
 def write_folded(

@@ -5,15 +5,18 @@ Beside it, what several compiles have in common may be kept in a folder of the u
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ditc.files import atomic_folder, in_turn, locked, writing
+from ditc.compiler.plan import Segments
+from ditc.files import atomic_folder, atomic_write, in_turn, locked, writing
 
-__all__ = ["WorkFolder", "shared", "work_folder"]
+__all__ = ["WorkFolder", "replaced", "shared", "work_folder", "write_json"]
 
 Make = Callable[[Path], None]  # fills a fresh folder
 
@@ -66,3 +69,14 @@ def shared(folder: Path, make: Make) -> Make:
                 shutil.copyfile(file, fresh / file.name)
 
     return give
+
+
+def replaced(segments: Segments, folder: Path) -> Segments:
+    """The segments, with those that a stage made in its folder beside or in place of the ones it took."""
+    made = {path.stem: path for path in folder.glob("*.onnx")}  # with a dot it is a backend's form of a segment
+    return {**segments, **{name: path for name, path in made.items() if "." not in name}}
+
+
+def write_json(path: Path, value: Mapping[str, Any] | Iterable[Any]) -> None:
+    """Write what a stage measured."""
+    atomic_write(path, json.dumps(value, indent=1).encode() + b"\n")

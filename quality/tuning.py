@@ -27,9 +27,9 @@ from pydantic import ValidationError
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.driver import check_places, compile_model
+from ditc.compiler.exporting import model_digest
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.planning import SmallPoolError
-from ditc.compiler.stages import model_digest
 from ditc.engines.integer_form import IntegerForm, arithmetic_of
 from ditc.engines.targets import backend_for
 from ditc.errors import CheckError, InputError

@@ -20,8 +20,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.compiler import driver, stages
+from ditc.compiler import driver, pooling, quantizing
 from ditc.compiler.driver import compile_model
+from ditc.compiler.exporting import behaviour_digest, model_digest
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import import_onnxruntime
 from ditc.exporter.dit import DiT, DiTConfig
@@ -59,7 +60,8 @@ BUNDLES: dict[str, dict[str, Any]] = {
 }
 # of the constants of a graph that is written as text
 KINDS = {"float32": "float", "int64": "int64"}
-COMPILER = {module: dict(vars(module)) for module in (driver, stages)}  # as it is before a test plays a fault in it
+# the compiler as it is before a test plays a fault in it
+COMPILER = {module: dict(vars(module)) for module in (driver, pooling, quantizing)}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -169,7 +171,7 @@ def _described(model: Any) -> list[Any]:
     """What tells a model from others: its name, or all that it computes."""
     if isinstance(model, str):
         return [model]
-    return [model.spec.model_dump(mode="json"), stages.model_digest(model), stages.behaviour_digest(model)]
+    return [model.spec.model_dump(mode="json"), model_digest(model), behaviour_digest(model)]
 
 
 class Bundles(Mapping[str, Bundle]):

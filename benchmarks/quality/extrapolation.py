@@ -23,10 +23,11 @@ import numpy as np
 from cells import BASE, SAMPLERS
 from numpy.typing import NDArray
 
-from ditc.compiler import stages
+from ditc.compiler.exporting import export
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.trajectories import exact_trajectory
 from ditc.exporter.models import builtin_digits
 from ditc.files import atomic_write
 from ditc.machine import machine
@@ -52,7 +53,7 @@ class Exact:
 
     @staticmethod
     def of(plan: Plan, segments: Segments) -> Exact:
-        samples = stages.exact_trajectory(plan, segments, IMAGES, PURPOSE, "exact")
+        samples = exact_trajectory(plan, segments, IMAGES, PURPOSE, "exact")
         condition, full = (plan.backend.session(segments[name]) for name in (CONDITION, FULL))
         labels = plan.guidance.labels(plan.labels(IMAGES))
         return Exact(plan, samples, condition_tables(condition, plan.table["t"], labels), full)
@@ -111,7 +112,7 @@ def main() -> None:
                 )
                 plan, folder = make_plan(builtin_digits(), settings), Path(temporary)
                 if seed == SEEDS[0]:
-                    stages.export(plan, builtin_digits(), folder)
+                    export(plan, builtin_digits(), folder)
                 exact = Exact.of(plan, {call: folder / f"{call}.onnx" for call in plan.program.calls})
                 rows.append({"policy": f"fora:{interval}", "sampler": sampler, "seed": seed, **errors(plan, exact)})
                 print(rows[-1], flush=True)

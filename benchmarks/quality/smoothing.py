@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 
 from ditc.calibset import CalibSet
-from ditc.compiler import stages
 from ditc.compiler.calibrating import calibration_feeds
+from ditc.compiler.exporting import export
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.pooling import record_pool, select
+from ditc.compiler.quantizing import quantize
 from ditc.compiler.smoothing import smooth
 from ditc.engines.backend import runnable_path
 from ditc.exporter.dit import DiT
@@ -45,7 +47,7 @@ EVALUATION_POINTS = 200
 def evaluation_points(plan: Plan, segments: Segments) -> CalibSet:
     """Points of FP trajectories, drawn evenly from all steps."""
     held_out = replace(plan, options=plan.options.model_copy(update={"seed": EVALUATION_SEED}))
-    points = stages.record_pool(held_out, segments).calibration_set()
+    points = record_pool(held_out, segments).calibration_set()
     chosen = np.random.default_rng(0).permutation(len(points))[:EVALUATION_POINTS]
     return points.take(np.sort(chosen))
 
@@ -71,7 +73,7 @@ def errors(found: list[np.ndarray], exact: list[np.ndarray]) -> dict[str, float]
 
 def compiled(plan: Plan, segments: Segments, calib: Path, folder: Path) -> Segments:
     """The segments as a compile quantizes them under the plan's settings."""
-    for name, made in (("smooth", smooth), ("quantize", stages.quantize)):
+    for name, made in (("smooth", smooth), ("quantize", quantize)):
         if name == "smooth" and plan.options.smooth == "none":
             continue
         place = folder / name
@@ -88,7 +90,7 @@ def measured(name: str, seeds: list[int]) -> list[dict[str, Any]]:
         folder = Path(temporary)
         model = MODELS[name]()
         plan = make_plan(model, OPTIONS)
-        stages.export(plan, model, folder)
+        export(plan, model, folder)
         segments = {call: folder / f"{call}.onnx" for call in plan.program.calls}
         points = evaluation_points(plan, segments)
         exact = predictions(plan, segments, points)
@@ -96,7 +98,7 @@ def measured(name: str, seeds: list[int]) -> list[dict[str, Any]]:
             place = folder / f"seed-{seed}"
             place.mkdir()
             seeded = replace(plan, options=OPTIONS.model_copy(update={"seed": seed}))
-            stages.select(seeded, segments, place)
+            select(seeded, segments, place)
             for method, ranges in ((m, r) for m in SMOOTHINGS for r in RANGES):
                 options = seeded.options.model_copy(update={"smooth": method, "ranges": ranges})
                 with TemporaryDirectory(dir=place) as variant:

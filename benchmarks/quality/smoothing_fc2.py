@@ -18,9 +18,10 @@ import onnx_ir as ir
 from smoothing import OPTIONS, compiled, errors, evaluation_points, predictions
 
 from ditc.calibset import CalibSet
-from ditc.compiler import stages
+from ditc.compiler.exporting import export
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.pooling import select
 from ditc.compiler.smoothing import choose, smooth, statistics_of
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.onnx_files import load_graph, save_graph
@@ -60,11 +61,11 @@ def main() -> None:
     with TemporaryDirectory() as temporary:
         folder, model = Path(temporary), builtin_digits()
         plan = make_plan(model, OPTIONS)
-        stages.export(plan, model, folder)
+        export(plan, model, folder)
         segments = {call: folder / f"{call}.onnx" for call in plan.program.calls}
         points = evaluation_points(plan, segments)
         exact = predictions(plan, segments, points)
-        stages.select(plan, segments, folder)
+        select(plan, segments, folder)
         calib = folder / "calib.npz"
         for ranges in ("max", "mse", "percentile"):
             smoothed = replace(plan, options=OPTIONS.model_copy(update={"smooth": "smooth", "ranges": ranges}))

@@ -17,12 +17,16 @@ import numpy as np
 from cells import Cell
 
 from ditc.bundle import read_tables
-from ditc.compiler import stages
-from ditc.compiler.approximating import approximate
+from ditc.compiler.exporting import export
+from ditc.compiler.fitting import approximate, fit
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.pooling import select
+from ditc.compiler.quantizing import quantize
 from ditc.compiler.smoothing import smooth
+from ditc.compiler.trajectories import Tables, executor
+from ditc.compiler.work import replaced
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.stress import stressed
@@ -86,38 +90,38 @@ def exported(model: str, plan: Plan, work: Path) -> Segments:
     with in_turn(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "parity.json").is_file():
             folder.mkdir(exist_ok=True)
-            stages.export(plan, MODELS[model](), folder)
+            export(plan, MODELS[model](), folder)
     return {call: folder / f"{call}.onnx" for call in plan.cached_program.calls}
 
 
-def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Segments, stages.Tables]:
+def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Segments, Tables]:
     """What `ditc compile` makes of the segments, and the tables beside them."""
     compiled, tables = segments, dict(plan.reuse_tables)
     if plan.options.bits is not None:
-        stages.select(plan, segments, folder)
+        select(plan, segments, folder)
         calib = folder / "calib.npz"
         if plan.options.smooth != "none":
             (folder / "smooth").mkdir()
             smooth(plan, segments, calib, folder / "smooth")
-            segments = stages.replaced(segments, folder / "smooth")
+            segments = replaced(segments, folder / "smooth")
         (folder / "quantize").mkdir()
-        stages.quantize(plan, segments, calib, folder / "quantize")
-        compiled = stages.replaced(segments, folder / "quantize")
+        quantize(plan, segments, calib, folder / "quantize")
+        compiled = replaced(segments, folder / "quantize")
         tables |= read_tables(folder / "quantize" / "scales.safetensors")
     if plan.options.reuse in FITS:
         approximate(plan, segments, compiled, tables, folder)
         tables |= read_tables(folder / "approximate.safetensors")
     if plan.options.vc != "none":
-        stages.fit(plan, segments, compiled, tables, folder)
+        fit(plan, segments, compiled, tables, folder)
         tables |= read_tables(folder / "compensation.safetensors")
     return compiled, tables
 
 
-def made(plan: Plan, program: Program, segments: Segments, tables: stages.Tables, seed: int, count: int) -> Made:
+def made(plan: Plan, program: Program, segments: Segments, tables: Tables, seed: int, count: int) -> Made:
     """The images of a seed; the classes take turns."""
     images: list[Samples] = []
     watched: list[list[Samples]] = [[] for _ in program.steps]
-    with stages.executor(plan, program, segments, tables) as runner:
+    with executor(plan, program, segments, tables) as runner:
         for first in range(0, count, BATCH):
             size = min(BATCH, count - first)
             noise, fresh = seeded_noise(seed, first, size, plan.spec.latent_shape)

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from ditc.calib_data.pool import Pool
-from ditc.compiler import calibrating, stages
+from ditc.compiler import calibrating, pooling
 from ditc.compiler.calibrating import OBSERVED, activation_scales
+from ditc.compiler.exporting import export
 from ditc.compiler.observing import ObservedPool
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.pooling import select
 from ditc.compiler.work import shared
 from ditc.errors import BundleError, InputError
 from ditc.files import digest_of
@@ -33,10 +35,10 @@ def selected(
         model = make_small_model()
         plan = make_plan(model, quick_options.model_copy(update={"policy": "fora:2", **changes}))
         kept = exports / f"calibrating-{digest_of([part.model_dump() for part in plan.program.segments])}"
-        shared(kept, lambda folder: stages.export(plan, model, folder))(tmp_path)
+        shared(kept, lambda folder: export(plan, model, folder))(tmp_path)
         segments = {call: tmp_path / f"{call}.onnx" for call in plan.program.calls}
         (tmp_path / "select").mkdir()
-        stages.select(plan, segments, tmp_path / "select")
+        select(plan, segments, tmp_path / "select")
         return plan, segments, tmp_path / "select"
 
     return make
@@ -146,8 +148,8 @@ def test_the_selector_sees_the_largest_magnitude_of_every_layer_at_every_point(
 ) -> None:
     """With histograms taken on the way, and without; held to running the segment at some points again."""
     pools: list[Pool] = []
-    choose = stages.select_points
-    monkeypatch.setattr(stages, "select_points", lambda *given: choose(*(pools.append(given[1]), given)[1]))
+    choose = pooling.select_points
+    monkeypatch.setattr(pooling, "select_points", lambda *given: choose(*(pools.append(given[1]), given)[1]))
     plan, segments, folder = selected(select="tap-activations", smooth=smooth)
     assert (folder / OBSERVED).is_file() == (smooth == "none")
     (pool,) = pools

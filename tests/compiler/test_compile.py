@@ -17,7 +17,7 @@ import torch
 
 import ditc
 from ditc.bundle import Bundle, open_bundle
-from ditc.compiler import planning, stages
+from ditc.compiler import driver, planning, pooling, quantizing
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.errors import CheckError, InputError
@@ -79,12 +79,12 @@ def test_an_interrupted_compile_resumes_after_its_last_whole_stage(
 ) -> None:
     options, whole = quick_options.model_copy(update={"policy": "fora:2"}), file_hashes(bundles["cached"])
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(driver, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             compile_model(make_small_model(), tmp_path / "b", options, exports=exports)
     assert not (tmp_path / "b").exists()
-    monkeypatch.setattr(stages, "export", lambda *_: pytest.fail("exported again"))
-    monkeypatch.setattr(stages, "quantize", lambda *_: pytest.fail("quantized again"))
+    monkeypatch.setattr(driver, "export", lambda *_: pytest.fail("exported again"))
+    monkeypatch.setattr(driver, "quantize", lambda *_: pytest.fail("quantized again"))
     resumed = compile_model(make_small_model(), tmp_path / "b", options)
     assert file_hashes(resumed) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
@@ -98,12 +98,12 @@ def test_changed_settings_do_not_resume_stale_stages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = quick_options.model_copy(update={"policy": "fora:2"})
-    monkeypatch.setattr(stages, "verify", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(driver, "verify", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compile_model(make_small_model(), tmp_path / "b", options, exports=exports)
     ran = []
-    quantize = stages.quantize
-    monkeypatch.setattr(stages, "quantize", lambda *a: (ran.append("quantize"), quantize(*a)))
+    quantize = driver.quantize
+    monkeypatch.setattr(driver, "quantize", lambda *a: (ran.append("quantize"), quantize(*a)))
     with pytest.raises(KeyboardInterrupt):
         compile_model(make_small_model(), tmp_path / "b", options.model_copy(update={"ranges": "max"}))
     assert ran == ["quantize"]
@@ -117,12 +117,12 @@ def test_another_number_of_heads_does_not_resume_the_old_export(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "record_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pooling, "record_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             compile_model(str(checkpoint), tmp_path / "b", quick_options, num_heads=4, exports=exports)
     exported = []
-    export = stages.export
-    monkeypatch.setattr(stages, "export", lambda *a: (exported.append("export"), export(*a)))
+    export = driver.export
+    monkeypatch.setattr(driver, "export", lambda *a: (exported.append("export"), export(*a)))
     compile_model(str(checkpoint), tmp_path / "b", quick_options, num_heads=8)
     assert exported == ["export"]
 
@@ -130,14 +130,14 @@ def test_another_number_of_heads_does_not_resume_the_old_export(
 # the command line, but its stage `quantize` begins and never ends
 STUCK = """
 import sys, time
-from ditc.compiler import stages
+from ditc.compiler import driver
 from ditc.cli.main import run
 
 def stuck(*_):
     print("quantize: begun", file=sys.stderr, flush=True)
     time.sleep(600)
 
-stages.quantize = stuck
+driver.quantize = stuck
 sys.exit(run(sys.argv[1:]))
 """
 
@@ -179,8 +179,8 @@ def test_compiles_of_one_model_share_what_they_export(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exports, exported, alone = tmp_path / "exports", [], file_hashes(bundles["cached"])
-    export = stages.export
-    monkeypatch.setattr(stages, "export", lambda *given: (exported.append(given), export(*given)))
+    export = driver.export
+    monkeypatch.setattr(driver, "export", lambda *given: (exported.append(given), export(*given)))
     for name, changes in (
         ("first", {"policy": "fora:2", "precision": "fp32", "vc": "none"}),
         ("second", {"policy": "fora:2"}),
@@ -210,7 +210,7 @@ def test_an_export_that_fails_is_not_kept(
         raise CheckError("played")
 
     with monkeypatch.context() as broken:
-        broken.setattr(stages, "export", fail)
+        broken.setattr(driver, "export", fail)
         with pytest.raises(CheckError, match="played"):
             compile_model(make_small_model(), tmp_path / "b", quick_options, exports=tmp_path / "exports")
     assert not list((tmp_path / "exports").glob("[!.]*"))
@@ -265,7 +265,7 @@ def test_a_failed_check_leaves_no_bundle(
     exports: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stages, "insert_qdq", lambda model, table: False)
+    monkeypatch.setattr(quantizing, "insert_qdq", lambda model, table: False)
     with pytest.raises(CheckError, match="0 of 8 linear layers"):
         compile_model(make_small_model(), tmp_path / "b", quick_options, exports=exports)
     assert not (tmp_path / "b").exists()

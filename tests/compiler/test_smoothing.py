@@ -14,12 +14,15 @@ import ditc
 from ditc.bundle import Bundle
 from ditc.calibset import CalibSet
 from ditc.cli.listing import bundle_facts
-from ditc.compiler import smoothing, stages
+from ditc.compiler import smoothing
 from ditc.compiler.calibrating import calibration_feeds
 from ditc.compiler.driver import compile_model
+from ditc.compiler.exporting import export
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.pooling import select
+from ditc.compiler.quantizing import quantize
 from ditc.errors import CheckError, InputError
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.onnx_files import load_graph
@@ -72,9 +75,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, quick_options: CompileOpt
     (folder / "schedule.json").write_text(json.dumps({"compute": rows}))
     model = hard_model()
     plan = make_plan(model, quick_options.model_copy(update={"policy": str(folder / "schedule.json")}))
-    stages.export(plan, model, folder)
+    export(plan, model, folder)
     segments = {name: folder / f"{name}.onnx" for name in plan.program.calls}
-    stages.select(plan, segments, folder)
+    select(plan, segments, folder)
     return Exported(plan, segments, folder / "calib.npz")
 
 
@@ -123,7 +126,7 @@ def test_int8_is_as_easy_as_without_outliers(exported: Exported, folded: tuple[S
     errors = []
     for name, segments in (("hard", exported.segments), ("smoothed", folded[0])):
         (tmp_path / name).mkdir()
-        stages.quantize(exported.plan, segments, exported.calib, tmp_path / name)
+        quantize(exported.plan, segments, exported.calib, tmp_path / name)
         errors.append(relative_error(exported.outputs({**segments, "full": tmp_path / name / "full.onnx"}), exact))
     assert errors[1] < errors[0] / 3
 

@@ -13,7 +13,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 from ditc.bundle import Bundle, read_tables
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.planning import make_plan
-from ditc.compiler.stages import executor, quantize
+from ditc.compiler.quantizing import quantize
+from ditc.compiler.trajectories import executor
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.exporter.dit import DiT
 from ditc.exporter.onnx_files import save_graph

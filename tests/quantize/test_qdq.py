@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from ditc.bundle import Bundle
-from ditc.compiler.stages import check_integer_kernels
+from ditc.compiler.quantizing import check_integer_kernels
 from ditc.engines.backend import runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.errors import CheckError, DitcError

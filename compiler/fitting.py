@@ -1,8 +1,7 @@
-"""The stage that fits what a reuse returns: numbers per step and channel, in a closed loop against the FP program."""
+"""The stages that fit in a closed loop against the FP program: numbers of a reuse, and the compensation."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,19 +14,28 @@ from numpy.typing import NDArray
 from ditc.bundle import write_tables
 from ditc.checks import Approximation, ValueRange
 from ditc.compiler.plan import Plan, Segments
-from ditc.compiler.stages import Tables, exact_trajectory, executor, start_requests
+from ditc.compiler.trajectories import FIT_NOISE, REUSE_NOISE, Tables, exact_trajectory, executor, start_requests
+from ditc.compiler.work import write_json
 from ditc.engines.recording import RecordedRun, RecordingBackend
-from ditc.files import atomic_write
 from ditc.program import AHEAD, CONDITION, FULL, REUSE_ROWS
 from ditc.runtime.approximation import Moments, Rows, fitted_rows
+from ditc.runtime.compensation import ClosedLoopFit
 from ditc.runtime.conditioning import condition_tables
-from ditc.runtime.executor import Samples
+from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.host_executor import HostExecutor
 
-__all__ = ["approximate"]
+__all__ = ["approximate", "fit"]
 
-# images of their own: what fits the compensation afterwards has not been fitted already
-REUSE_NOISE = 4_000_003
+
+def fit(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
+    """The compensation table, fitted in a closed loop against the FP program: compensation.safetensors."""
+    count = plan.options.vc_images
+    correction = ClosedLoopFit(exact_trajectory(plan, segments, count, FIT_NOISE, "fit"), plan.options.vc)
+    noise, fresh = seeded_noise(plan.options.seed + FIT_NOISE, 0, count, plan.spec.latent_shape)
+    with executor(plan, plan.program, compiled, tables, correction=correction) as runner:
+        runner.last(plan.labels(count), noise, fresh)
+    table = correction.table
+    write_tables(folder / "compensation.safetensors", {"compensation.k": table.k, "compensation.mu": table.mu})
 
 
 def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
@@ -57,7 +65,7 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
                 recorded.clear()
     write_tables(folder / "approximate.safetensors", {REUSE_ROWS: rows})
     summary = _summary(plan, rows).model_dump(mode="json")
-    atomic_write(folder / "approximation.json", json.dumps(summary, indent=1).encode() + b"\n")
+    write_json(folder / "approximation.json", summary)
 
 
 @contextmanager

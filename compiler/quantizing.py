@@ -1,0 +1,82 @@
+"""The stage that quantizes: scales, INT8 segments, and a condition of half the bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ditc.bundle import write_tables
+from ditc.compiler.calibrating import activation_scales
+from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.work import write_json
+from ditc.engines.backend import lowered_path, runnable_path
+from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
+from ditc.errors import CheckError
+from ditc.files import atomic_write
+from ditc.guidance import row_labels
+from ditc.lowering.backend_forms import lower
+from ditc.lowering.half_storage import half_storage
+from ditc.program import CONDITION, FULL
+from ditc.quantize.linears import linear_count
+from ditc.quantize.qdq import insert_qdq
+from ditc.runtime.closeness import relative_error
+from ditc.runtime.conditioning import condition_tables
+
+__all__ = ["check_integer_kernels", "quantize", "store_condition"]
+
+LABELS_COMPARED = 4
+
+
+def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
+    """Scales, INT8 segments, and their form for ONNX Runtime, where every linear layer must run an integer kernel.
+
+    What runs in floating point is a copy of the FP segment. `condition` keeps FP32 arithmetic and stores its weights as
+    FP16; storage.json tells the error of its tables.
+    """
+    from ditc.exporter.onnx_files import load_graph, save_graph, save_sharing_data
+
+    table = activation_scales(plan, segments, calib_file)
+    atomic_write(folder / "scales.json", table.model_dump_json(indent=1).encode() + b"\n")
+    write_tables(folder / "scales.safetensors", table.bundle_tables())
+    kernels = {}
+    for part in plan.program.segments:
+        if part.in_float:
+            save_graph(load_graph(segments[FULL]), folder / f"{part.name}.onnx")
+        if not part.quantizes:
+            continue
+        model = load_graph(segments[part.name])
+        expected = linear_count(model)
+        insert_qdq(model, table)
+        path = folder / f"{part.name}.onnx"
+        save_graph(model, path)
+        lowered = load_graph(path)
+        if lower(lowered, plan.backend.name):
+            save_sharing_data(lowered, lowered_path(path, plan.backend.name))
+        kernels[part.name] = check_integer_kernels(plan.backend, path, expected)
+    write_json(folder / "kernels.json", kernels)
+    store_condition(plan, segments[CONDITION], folder / f"{CONDITION}.onnx")
+
+
+def store_condition(plan: Plan, segment: Path, path: Path) -> None:
+    """`condition` with half the bytes, unless its weights are too few or too large; its tables are compared."""
+    from ditc.exporter.onnx_files import load_graph, save_graph
+
+    model = load_graph(segment)
+    if not half_storage(model):
+        return
+    save_graph(model, path)
+    labels = row_labels(plan.labels(LABELS_COMPARED), None)
+    exact, found = (condition_tables(plan.backend.session(file), plan.table["t"], labels) for file in (segment, path))
+    error = max(relative_error(found[name], table) for name, table in exact.items())
+    write_json(path.with_name("storage.json"), {CONDITION: {"relative_error": error}})
+
+
+def check_integer_kernels(backend: OnnxRuntimeBackend, segment: Path, expected: int) -> dict[str, int]:
+    """{"linears", "integer"} of the graph that ONNX Runtime runs. Raises CheckError where a layer stayed float."""
+    census = kernel_census(backend, runnable_path(segment, backend.name), segment.parent)
+    integer = sum(census[kind] for kind in INTEGER_KERNELS)
+    if integer != expected:
+        raise CheckError(
+            f"segment {segment.stem}: {integer} of {expected} linear layers run an integer kernel here; "
+            "report this with the versions that `ditc doctor` prints"
+        )
+    return {"linears": expected, "integer": integer}

@@ -1,0 +1,81 @@
+"""Requests on the way of a compile: the program in one of its forms, run on noise of a purpose's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.compiler.plan import LARGEST_BATCH, Plan, Segments
+from ditc.engines.backend import Backend
+from ditc.program import DECODE, Program
+from ditc.runtime.executor import Correction, Samples, StepEvent, seeded_noise
+from ditc.runtime.host_executor import HostExecutor
+from ditc.runtime.pipeline import open_engines
+from ditc.tables import sampler_tables
+
+__all__ = [
+    "FIT_NOISE",
+    "POOL_NOISE",
+    "REUSE_NOISE",
+    "VERIFY_NOISE",
+    "Tables",
+    "exact_trajectory",
+    "executor",
+    "start_requests",
+]
+
+Tables = Mapping[str, NDArray[Any]]
+NO_TABLES: Tables = {}
+
+# purposes with noise of their own, so that no image is used twice: calibration, compensation, verification, reuse;
+# what fits the compensation has not been fitted by the reuse already
+POOL_NOISE, FIT_NOISE, VERIFY_NOISE, REUSE_NOISE = 1_000_003, 2_000_003, 3_000_003, 4_000_003
+
+
+@contextmanager
+def executor(
+    plan: Plan,
+    program: Program,
+    segments: Segments,
+    tables: Tables = NO_TABLES,
+    backend: Backend | None = None,
+    correction: Correction | None = None,
+) -> Iterator[HostExecutor]:
+    """An executor over segment files, engines closed at the end. `tables` are a bundle's beside the sampler's.
+
+    With a `correction` of its own it is for one request of any size, whose images go through the engines in batches.
+    """
+    names = [name for name in program.calls if name != DECODE]
+    together = None if correction is None else plan.batch_size(plan.served_at_once)
+    with ExitStack() as stack:
+        engines = open_engines(stack, backend or plan.backend, {name: segments[name] for name in names})
+        every = {**sampler_tables(plan.table), **tables}
+        yield HostExecutor(
+            plan.spec, program, every, engines, plan.options.cfg, correction=correction, together=together
+        )
+
+
+def start_requests(
+    plan: Plan, runner: HostExecutor, count: int, purpose: int, at_most: int = LARGEST_BATCH
+) -> list[tuple[range, Iterator[StepEvent]]]:
+    """Requests over `count` images with a purpose's own noise, not yet run."""
+    labels, requests = plan.labels(count), []
+    for part in plan.batches(count, at_most):
+        noise, fresh = seeded_noise(plan.options.seed + purpose, part.start, len(part), plan.spec.latent_shape)
+        requests.append((part, runner.run(labels[part.start : part.stop], noise, fresh)))
+    return requests
+
+
+def exact_trajectory(plan: Plan, segments: Segments, count: int, purpose: int, stage: str) -> list[Samples]:
+    """FP, uncached: the samples after every step, each (count, channels, height, width)."""
+    steps: list[list[Samples]] = [[] for _ in plan.reference_program.steps]
+    with executor(plan, plan.reference_program, segments) as runner:
+        for part, request in start_requests(plan, runner, count, purpose):
+            for event in request:
+                plan.progress(stage, part.start * event.steps + event.index * len(part), count * event.steps)
+                steps[event.index].append(event.x)
+    return [np.concatenate(parts) for parts in steps]
