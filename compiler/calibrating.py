@@ -1,4 +1,4 @@
-"""What linear layers read at the calibration points: by running the FP segment at them, or on the way, in the pool."""
+"""Scales from what linear layers read at the calibration points: by running FP at them, or on the way, in the pool."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ __all__ = [
     "chosen_points",
     "observation",
     "open_probe",
+    "probe_path",
     "scales_of",
     "spread_points",
 ]
@@ -62,7 +63,7 @@ OBSERVED_BYTES = 1 << 28  # of a pool's histograms
 
 
 def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Observer | PeakObserver] | None:
-    """What watches the pool's own runs: for histograms to calibrate on, or for the selector.
+    """Return what watches the pool's own runs, for histograms to calibrate on or for the selector: backend, observer.
 
     None where nothing is calibrated on them, or their histograms would not fit. Every recorded step has to run the
     `full` segment, and smoothing changes what its layers read afterwards. Raises InputError where the selector has to
@@ -86,7 +87,7 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     fits = calibrates and histogram_bytes(points, len(shown)) <= OBSERVED_BYTES
     if not shown or not (fits or needed):
         return None
-    probe = _beside(segments["full"], "observed")
+    probe = probe_path(segments["full"], "observed")
     save_sharing_data(model, probe)
     observer = Observer(shown, bounds, plan.halves) if fits else PeakObserver(shown, plan.halves)
     return ObservingBackend(plan.backend, segments["full"], probe, shown, observer.watch), observer
@@ -110,7 +111,7 @@ def check_selector_sees(plan: Plan) -> None:
 def calibration_feeds(
     condition: Any, calib: CalibSet, null_label: int | None, points_at_once: int
 ) -> Iterator[dict[str, Any]]:
-    """Inputs of the `full` segment at every calibration point, points of one step together, in the order of steps.
+    """Yield inputs of `full` at every calibration point, points of one step together, in the order of steps.
 
     `condition` is the ONNX Runtime session of that segment. With a `null_label` every point has two rows, those of
     both guidance halves; None is a model that runs without guidance.
@@ -126,7 +127,7 @@ def calibration_feeds(
 
 
 def watched(plan: Plan, feeds: Iterable[dict[str, Any]], done: int, points: int) -> Iterator[dict[str, Any]]:
-    """The same feeds, each reported as progress of `quantize`."""
+    """Yield the same feeds, each reported as progress of `quantize`."""
     for feed in feeds:
         plan.progress("quantize", done, points)
         done += len(feed["x"]) // plan.halves
@@ -147,7 +148,7 @@ class Probe:
 
 
 def open_probe(plan: Plan, segments: Segments) -> Probe:
-    """The probe of a compile, as one session of ONNX Runtime."""
+    """Open the probe of a compile, as one session of ONNX Runtime."""
     from ditc.exporter.onnx_files import load_graph
 
     model = load_graph(segments["full"])
@@ -160,33 +161,33 @@ def open_probe(plan: Plan, segments: Segments) -> Probe:
     )
 
 
-def _beside(segment: Path, kind: str) -> Path:
-    """A name in the folder where a segment's weights lie, and where another process may be doing the same."""
+def probe_path(segment: Path, kind: str) -> Path:
+    """Return a name in the folder where a segment's weights lie, and where another process may be doing the same."""
     return segment.with_name(f"{segment.stem}.{kind}-{os.getpid()}.onnx")
 
 
 def probe_runner(plan: Plan, segments: Segments, probe: Any) -> RunProbe:
-    """A function that runs the `full` segment cut down to `probe`, an onnx_ir model, on the inputs of a step."""
+    """Return a function that runs the `full` segment cut down to `probe`, an onnx_ir model, on the inputs of a step."""
     from ditc.exporter.onnx_files import save_sharing_data
 
-    path = _beside(segments["full"], "probe")
+    path = probe_path(segments["full"], "probe")
     save_sharing_data(probe, path)
     try:
         session = plan.backend.session(path)
     finally:
         path.unlink()
     names = [port.name for port in session.get_outputs()]
-    taken = {port.name for port in session.get_inputs()}  # tables for the head alone are not among them
+    inputs = {port.name for port in session.get_inputs()}  # tables for the head alone are not among them
 
     def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
-        own = {name: array for name, array in feeds.items() if name in taken}
+        own = {name: array for name, array in feeds.items() if name in inputs}
         return dict(zip(names, session.run(names, own), strict=True))
 
     return run
 
 
 def activation_scales(plan: Plan, segments: Segments, calib_file: Path) -> ScaleTable:
-    """What the linear layers of the FP `full` segment read at the calibration points, turned into scales.
+    """Turn what the linear layers of the FP `full` segment read at the calibration points into scales.
 
     The segment is run at them, unless the pool was observed while it was recorded.
     """
@@ -200,13 +201,13 @@ def activation_scales(plan: Plan, segments: Segments, calib_file: Path) -> Scale
         return uncalibrated_scale_table(readers, origin)
     parts = [calib.take(np.flatnonzero(groups[calib.step] == group)) for group in range(groups.max() + 1)]
     pool = observed_pool(plan, calib_file, bounds)
-    found = run_histograms(plan, segments, parts) if pool is None else observed_histograms(pool, parts)
-    ranges = [ranges_of(part, plan.options.ranges, bounds, levels_of(bits.activations)) for part in found]
+    histograms = run_histograms(plan, segments, parts) if pool is None else observed_histograms(pool, parts)
+    ranges = [ranges_of(part, plan.options.ranges, bounds, levels_of(bits.activations)) for part in histograms]
     return scale_table(ranges, readers, groups, origin)
 
 
 def observed_pool(plan: Plan, calib_file: Path, bounds: Mapping[str, float]) -> ObservedPool | None:
-    """What was observed of these segments, counted from these lower bounds; None where that is not there."""
+    """Load what was observed of these segments, counted from these lower bounds; None where that is not there."""
     path = calib_file.with_name(OBSERVED)
     if plan.options.smooth != "none" or not path.is_file():
         return None
@@ -215,13 +216,13 @@ def observed_pool(plan: Plan, calib_file: Path, bounds: Mapping[str, float]) -> 
 
 
 def observed_histograms(pool: ObservedPool, parts: Sequence[CalibSet]) -> Iterator[dict[str, Histogram]]:
-    """What the layers read at each of some sets of points, from the pool's own runs."""
+    """Yield what the layers read at each of some sets of points, from the pool's own runs."""
     for part in parts:
         yield pool.histograms(zip(part.sample.tolist(), part.step.tolist(), strict=True))
 
 
 def run_histograms(plan: Plan, segments: Segments, parts: Sequence[CalibSet]) -> Iterator[dict[str, Histogram]]:
-    """The same, by running the segment at them."""
+    """Yield the same, by running the segment at them."""
     probe, condition = open_probe(plan, segments), plan.backend.session(segments[CONDITION])
     done, points = 0, sum(len(part) for part in parts)
     for part in parts:
@@ -231,7 +232,7 @@ def run_histograms(plan: Plan, segments: Segments, parts: Sequence[CalibSet]) ->
 
 
 def spread_points(steps: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Places of `count` points, spread evenly over the distinct steps and sorted by step; all where there are fewer.
+    """Return places of `count` points, or of all, spread evenly over the distinct steps and sorted by step.
 
     `steps` is (n,), the step of each point. Within a step the first points are taken.
     """
@@ -239,15 +240,15 @@ def spread_points(steps: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     if count < len(distinct):
         distinct = distinct[np.linspace(0, len(distinct) - 1, count).round().astype(np.int64)]
     queues = [np.flatnonzero(steps == step) for step in distinct]
-    taken: list[int] = []
+    places: list[int] = []
     for turn in range(max(map(len, queues), default=0)):
-        taken += [int(queue[turn]) for queue in queues if turn < len(queue)]
-    chosen = np.array(taken[:count], np.int64)
+        places += [int(queue[turn]) for queue in queues if turn < len(queue)]
+    chosen = np.array(places[:count], np.int64)
     return chosen[np.argsort(steps[chosen], kind="stable")]
 
 
 def chosen_points(bundle: Bundle, count: int) -> CalibSet:
-    """`count` points of the bundle's calibration set, spread over the steps that quantize and sorted by step."""
+    """Load `count` points of the bundle's calibration set, spread over the steps that quantize and sorted by step."""
     program = bundle.manifest.program
     quantizing = [step.index for step in program.steps if program.segment(step.segment).quantizes]
     calib = CalibSet.load(bundle.path / "calib" / "calib.npz")
@@ -258,7 +259,7 @@ def chosen_points(bundle: Bundle, count: int) -> CalibSet:
 
 
 def scales_of(bundle: Bundle) -> ScaleTable:
-    """The activation scales a bundle was quantized with."""
+    """Load the activation scales a bundle was quantized with. Raises BundleError where they can't be read."""
     path = bundle.path / "calib" / "scales.json"
     try:
         return ScaleTable.model_validate_json(path.read_bytes())

@@ -19,7 +19,7 @@ __all__ = ["lower_for_devices"]
 
 
 def lower_for_devices(plan: Plan, compiled: Segments, folder: Path) -> None:
-    """What GPUs need beside the portable segments.
+    """Write what GPUs need beside the portable segments.
 
     `update` keeps the sample on the device. With FP16 or INT8 every segment gets its strongly typed form;
     tensorrt.json holds what TensorRT's rules say of it, footprints.json what each segment needs of a device's memory.
@@ -28,7 +28,7 @@ def lower_for_devices(plan: Plan, compiled: Segments, folder: Path) -> None:
 
     broken: dict[str, list[str]] = {}
     needs: dict[str, Any] = {}
-    update = update_model(plan.spec, UpdateForm.of(plan.table, plan.spec, plan.options.cfg), plan.options.batch)
+    update = update_model(plan.spec, UpdateForm.of(plan.columns, plan.spec, plan.options.cfg), plan.options.batch)
     save_graph(update, folder / f"{UPDATE}.onnx")
     for name, path in {**compiled, UPDATE: folder / f"{UPDATE}.onnx"}.items():
         model = load_graph(path)

@@ -74,14 +74,14 @@ def compile_model(
     Without it doubts are Python warnings (`DoubtWarning`).
     """
     options = options or CompileOptions()
-    target, kept = Path(out).absolute(), None if exports is None else Path(exports).absolute()
-    check_places(target, kept, force=force)
+    target, shared_exports = Path(out).absolute(), None if exports is None else Path(exports).absolute()
+    check_places(target, shared_exports, force=force)
     opened = _opened(model, num_heads, vae, facts)
     _tell(opened.spec, on_note)
     plan = make_plan(opened, options, progress)
     with work_folder(target) as work:
         compile_ = _Compile(plan, work, _decided(plan, opened), tables={**plan.reuse_tables})
-        segments = compile_.export(opened, kept)
+        segments = compile_.export(opened, shared_exports)
         if opened is not model:
             release_weights(opened)  # ours, and nothing after the export needs it
         _run_stages(compile_, segments, target)
@@ -102,7 +102,7 @@ def check_places(target: Path, exports: Path | None, *, force: bool) -> None:
 
 
 def _opened(model: Any, num_heads: int | None, vae: str | PathLike[str] | None, facts: ModelFacts | None) -> Any:
-    """A loaded model from a name; a model object is held to the protocol, and states itself what it is."""
+    """Load a model from a name; hold a model object, which states itself what it is, to the protocol."""
     if isinstance(model, (str, PathLike)):
         from ditc.exporter.models import load_model
 
@@ -140,7 +140,7 @@ class _Compile:
     tables: dict[str, NDArray[Any]] = field(default_factory=dict)  # of the bundle, beside the sampler's
 
     def stage(self, name: str, settings: list[Any], make: Callable[[Path], None]) -> Path:
-        """The folder of a stage, made now or kept from an earlier run."""
+        """Run a stage, unless an earlier run left it, and return its folder."""
         self.key = digest_of([self.key, name, settings])
         folder, resumed = self.work.stage(name, self.key, make)
         return_free_memory()
@@ -150,11 +150,12 @@ class _Compile:
 
     @property
     def run_settings(self) -> list[Any]:
-        """What decides a trajectory beside the segments."""
-        columns = {name: column.tolist() for name, column in self.plan.table.items()}
+        """The settings that decide a trajectory beside the segments."""
+        columns = {name: column.tolist() for name, column in self.plan.columns.items()}
         return [digest_of(columns), self.plan.program.model_dump(), self.plan.options.cfg, self.plan.options.seed]
 
     def export(self, model: Any, exports: Path | None) -> Segments:
+        """Return the FP segments; those of `exports` are taken where it has them."""
         plan = self.plan
 
         def make(folder: Path) -> None:
@@ -164,13 +165,13 @@ class _Compile:
         return {name: folder / f"{name}.onnx" for name in plan.cached_program.calls}
 
     def select(self, segments: Segments) -> Path:
-        """The calibration set."""
+        """Return the file of the calibration set."""
         plan = self.plan
         chosen = [self.run_settings, plan.options.model_dump(include=SELECT_SETTINGS)]
         return self.stage("select", chosen, lambda folder: select(plan, segments, folder)) / "calib.npz"
 
     def smooth(self, segments: Segments, calib: Path) -> Segments:
-        """The FP segments, re-parameterised where the settings ask for it; they take each other's tables only."""
+        """Return the FP segments, smoothed where the settings ask for it; they take each other's tables only."""
         plan, options = self.plan, self.plan.options
         if options.smooth == "none":
             return segments
@@ -178,7 +179,7 @@ class _Compile:
         return self._replaced("smooth", segments, settings, lambda folder: smooth(plan, segments, calib, folder))
 
     def quantize(self, segments: Segments, calib: Path) -> Segments:
-        """The INT8 segments; those without a linear layer stay."""
+        """Return the INT8 segments; those without a linear layer stay."""
         plan, options = self.plan, self.plan.options
         settings = [options.bits, options.ranges, options.scales, options.midpoint, options.float_steps]
         compiled = self._replaced(
@@ -188,17 +189,17 @@ class _Compile:
         return compiled
 
     def _replaced(self, name: str, segments: Segments, settings: list[Any], make: Callable[[Path], None]) -> Segments:
-        """The segments, with those that a stage made beside or in place of the ones it took."""
+        """Run a stage, and return the segments with those that it made beside or in place of the ones it took."""
         return replaced(segments, self.stage(name, settings, make))
 
     def lower(self, compiled: Segments) -> None:
-        """What GPUs need beside the portable segments."""
+        """Write what GPUs need beside the portable segments."""
         plan = self.plan
         settings = [self.run_settings, plan.options.precision, plan.options.batch]
         self.stage("lower", settings, lambda folder: lower_for_devices(plan, compiled, folder))
 
     def approximate(self, segments: Segments, compiled: Segments) -> None:
-        """The numbers with which steps combine what they reuse, where those are fitted."""
+        """Fit the numbers with which steps combine what they reuse, where a reuse has any to fit."""
         plan, options = self.plan, self.plan.options
         if options.reuse not in FITS:
             return
@@ -209,7 +210,7 @@ class _Compile:
         self.tables |= read_tables(folder / "approximate.safetensors")
 
     def fit(self, segments: Segments, compiled: Segments) -> None:
-        """The compensation; a program that is the FP program itself has nothing to compensate."""
+        """Fit the compensation; a program that is the FP program itself has nothing to compensate."""
         plan, options = self.plan, self.plan.options
         if options.vc == "none" or (options.bits is None and not plan.program.slots):
             return
@@ -218,12 +219,13 @@ class _Compile:
         self.tables |= read_tables(folder / "compensation.safetensors")
 
     def verify(self, segments: Segments, compiled: Segments) -> None:
+        """Measure the compiled program against the FP one."""
         plan, settings = self.plan, [self.run_settings, self.plan.options.verify_images]
         self.stage("verify", settings, lambda folder: verify(plan, segments, compiled, self.tables, folder))
 
 
 def _decided(plan: Plan, model: Any) -> str:
-    """A digest of what decides every stage: the model, what it computes, the code and its packages."""
+    """Return a digest of what decides every stage: the model, what it computes, the code and its packages."""
     return digest_of(
         [
             model_digest(model),
@@ -237,7 +239,7 @@ def _decided(plan: Plan, model: Any) -> str:
 
 
 def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:
-    """Everything after the export."""
+    """Run everything after the export."""
     compiled = segments
     if compile_.plan.options.bits is not None:
         calib = compile_.select(segments)
@@ -251,12 +253,12 @@ def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:
 
 
 def _source_digest() -> str:
-    """A digest of ditc's own code: a stage that other code made is not taken up."""
+    """Return a digest of ditc's own code: a stage that other code made is not taken up."""
     packages = [ditc, *(import_module(f"ditc.{name}") for name in FOLDERS)]
     places = [Path(package.__path__[0]) for package in packages]
     return digest_of([sha256_of(path) for place in places for path in sorted(place.glob("*.py"))])
 
 
 def _shapes(program: Program) -> list[Any]:
-    """What of a program decides its segments."""
+    """Return the parts of a program that decide its segments."""
     return [part.model_dump() for part in program.segments] + list(program.epilogue)

@@ -16,7 +16,7 @@ __all__ = ["behaviour_digest", "export", "model_digest"]
 
 
 def model_digest(model: Any) -> str:
-    """SHA-256 over the names and bytes of all parameters and buffers."""
+    """Return the SHA-256 over the names and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -25,7 +25,7 @@ def model_digest(model: Any) -> str:
 
 
 def behaviour_digest(model: Any) -> str:
-    """A digest of what the model computes: of settings that leave no trace in its weights, as the number of heads."""
+    """Return a digest of what the model computes: of settings that its weights don't show, as heads."""
     import torch
 
     from ditc.exporter.protocol import example_inputs
@@ -36,7 +36,7 @@ def behaviour_digest(model: Any) -> str:
 
 
 def export(plan: Plan, model: Any, folder: Path) -> None:
-    """Every FP segment as ONNX, each checked against torch; the errors go to parity.json."""
+    """Write every FP segment as ONNX, each checked against torch; the errors go to parity.json."""
     from ditc.exporter.onnx_export import export_segment
     from ditc.exporter.segments import segments_of
 
@@ -52,14 +52,14 @@ def export(plan: Plan, model: Any, folder: Path) -> None:
 
 
 def _parity(plan: Plan, segment: Any, path: Path) -> float:
-    """The error of an exported segment against torch; its session is gone before the next one is made."""
+    """Return the error of an exported segment against torch; its session is gone before the next one is made."""
     from ditc.exporter.onnx_export import parity_error
 
     session, names = plan.backend.session(path), list(segment.outputs)
-    taken = {port.name for port in session.get_inputs()}
+    inputs = {port.name for port in session.get_inputs()}
 
     def run(feeds: dict[str, Any]) -> dict[str, Any]:
-        own = {name: array for name, array in feeds.items() if name in taken}
+        own = {name: array for name, array in feeds.items() if name in inputs}
         return dict(zip(names, session.run(names, own), strict=True))
 
     return parity_error(segment, run)

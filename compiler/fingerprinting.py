@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.trajectories import executor
@@ -19,6 +17,7 @@ from ditc.precision import quantized
 from ditc.program import DECODE
 from ditc.runtime.executor import Executor, Samples, seeded_noise
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Fingerprint, Observer, expected, observer, steps_to_keep
+from ditc.tables import Tables
 
 __all__ = ["fingerprint"]
 
@@ -26,7 +25,7 @@ ON_PROCESSORS, ON_DEVICES = ("f32", "bf16"), ("f16",)  # types around the intege
 NOISE = 4_000_003  # of an image that no other stage has seen
 
 
-def fingerprint(plan: Plan, segments: Segments, tables: Mapping[str, NDArray[Any]], folder: Path) -> None:
+def fingerprint(plan: Plan, segments: Segments, tables: Tables, folder: Path) -> None:
     """Let one image walk the compiled program, and write what the segments give on its way: FINGERPRINT.
 
     ONNX Runtime's own form of them is kept apart where it gives something else than the portable one: scales that are
@@ -57,27 +56,27 @@ def _observing(
     plan: Plan,
     segments: Segments,
     label: int,
-    tables: Mapping[str, NDArray[Any]],
+    tables: Tables,
     backend: OnnxRuntimeBackend | None = None,
 ) -> Iterator[tuple[Executor, Observer]]:
-    """An executor over one form of the segments, and what observes them."""
+    """Yield an executor over one form of the segments, and what observes them."""
     with executor(plan, plan.program, segments, tables, backend) as runner:
         yield runner, observer(runner, label, _decoder(plan, segments))
 
 
 def _on_its_way(plan: Plan, runner: Executor, label: int) -> dict[int, Samples]:
-    """The image's samples in front of the steps that are kept, and the finished one under the number of steps."""
+    """Return the image's samples in front of steps that are kept, and the finished one under the number of steps."""
     noise, fresh = seeded_noise(plan.options.seed + NOISE, 0, 1, plan.spec.latent_shape)
-    kept, samples = set(steps_to_keep(plan.program)), dict[int, Samples]()
+    steps, samples = set(steps_to_keep(plan.program)), dict[int, Samples]()
     for event in runner.run([label], noise, fresh):
         plan.progress("fingerprint", event.index, event.steps)
-        if event.index in kept:
+        if event.index in steps:
             samples[event.index] = event.before
     return samples | {event.steps: event.x}
 
 
 def _decoder(plan: Plan, segments: Segments) -> Callable[[Samples], Samples] | None:
-    """From a latent to its image in [-1, 1]; None where nothing is decoded."""
+    """Return a function from a latent to its image in [-1, 1]; None where nothing is decoded."""
     if DECODE not in segments:
         return None
     session = plan.backend.session(segments[DECODE])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ditc.bundle import write_tables
 from ditc.checks import Approximation, ValueRange
 from ditc.compiler.plan import Plan, Segments
-from ditc.compiler.trajectories import FIT_NOISE, REUSE_NOISE, Tables, exact_trajectory, executor, start_requests
+from ditc.compiler.trajectories import FIT_NOISE, REUSE_NOISE, exact_trajectory, executor, start_requests
 from ditc.compiler.work import write_json
 from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.program import AHEAD, CONDITION, FULL, REUSE_ROWS
@@ -23,23 +23,24 @@ from ditc.runtime.compensation import ClosedLoopFit
 from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.host_executor import HostExecutor
+from ditc.tables import Tables
 
 __all__ = ["approximate", "fit"]
 
 
 def fit(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
-    """The compensation table, fitted in a closed loop against the FP program: compensation.safetensors."""
+    """Fit the compensation table in a closed loop against the FP program: compensation.safetensors."""
     count = plan.options.vc_images
     correction = ClosedLoopFit(exact_trajectory(plan, segments, count, FIT_NOISE, "fit"), plan.options.vc)
     noise, fresh = seeded_noise(plan.options.seed + FIT_NOISE, 0, count, plan.spec.latent_shape)
     with executor(plan, plan.program, compiled, tables, correction=correction) as runner:
         runner.last(plan.labels(count), noise, fresh)
-    table = correction.table
-    write_tables(folder / "compensation.safetensors", {"compensation.k": table.k, "compensation.mu": table.mu})
+    fitted = correction.table
+    write_tables(folder / "compensation.safetensors", {"compensation.k": fitted.k, "compensation.mu": fitted.mu})
 
 
 def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
-    """approximate.safetensors with the rows of every step, and approximation.json with their range.
+    """Write approximate.safetensors with the rows of every step, and approximation.json with their range.
 
     The compiled requests are walked in lockstep. In front of a step that reuses, its numbers are fitted over all of
     them: from the sum that it will add to the one that FP adds at that step of its own, uncached trajectory.
@@ -50,17 +51,17 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
     with _recorded(plan, compiled, {**tables, **plan.reuse_tables}) as (runner, runs):
         rows = runner.step_inputs[REUSE_ROWS]  # read when a step begins, and filled in before
         requests = start_requests(plan, runner, count, REUSE_NOISE, plan.served_at_once)
-        made: list[RecordedRun] = []
+        computed: list[RecordedRun] = []  # of each request, the last one that made sums
         for step in steps:
             moments = Moments.empty(rows.shape[-1])
             for value in step.reads:  # one sum, or none
-                for (part, _), run in zip(requests, made, strict=True):
+                for (part, _), run in zip(requests, computed, strict=True):
                     x = exact[step.index - 1][part.start : part.stop]
                     moments = moments.add(run.outputs[f"cache.{value}"], target.sums(step.index, x, part))
                 rows[step.index] = fitted_rows(plan.options.reuse, moments, count)
             for _, request in requests:
                 next(request)
-            made = [run for recorded in runs for run in recorded] or made
+            computed = [run for recorded in runs for run in recorded] or computed
             for recorded in runs:
                 recorded.clear()
     write_tables(folder / "approximate.safetensors", {REUSE_ROWS: rows})
@@ -70,7 +71,7 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
 
 @contextmanager
 def _recorded(plan: Plan, compiled: Segments, tables: Tables) -> Iterator[tuple[HostExecutor, list[list[RecordedRun]]]]:
-    """The compiled program, and the runs that compute as they come."""
+    """Yield the compiled program, and the runs that compute as they come."""
     computing = [part.name for part in plan.program.segments if any(part.compute)]
     recorder = RecordingBackend(
         plan.backend, dict.fromkeys(computing, range(plan.options.vc_images * len(plan.program.steps)))
@@ -92,19 +93,19 @@ class _Target:
         return _Target(plan, *(plan.backend.session(segments[name]) for name in (CONDITION, FULL)))
 
     def sums(self, step: int, x: Samples, part: range) -> NDArray[np.float32]:
-        """(rows, *branch_shape) for samples (images, ...) that are images `part` of the plan's."""
+        """Return (rows, *branch_shape) for samples (images, ...) that are images `part` of the plan's."""
         labels = self.plan.labels(part.stop)[part.start :]
-        guidance, t = self.plan.guidance, self.plan.table["t"][step : step + 1]
+        guidance, t = self.plan.guidance, self.plan.columns["t"][step : step + 1]
         tables = condition_tables(self.condition, t, guidance.labels(labels))
         feeds = {"x": guidance.rows(x), **{name: table[0] for name, table in tables.items()}}
         for name, table in tables.items():  # the next step's gates are this step's
             feeds[f"{AHEAD}.{name}"] = np.repeat(table, self.plan.program.segment(FULL).ahead, axis=0)
-        taken = {port.name: feeds[port.name] for port in self.full.get_inputs()}
-        return np.asarray(self.full.run([f"cache.{AHEAD}.1"], taken)[0])
+        inputs = {port.name: feeds[port.name] for port in self.full.get_inputs()}
+        return np.asarray(self.full.run([f"cache.{AHEAD}.1"], inputs)[0])
 
 
 def _summary(plan: Plan, rows: Rows) -> Approximation:
-    """What the manifest keeps: over the steps that reuse, the range and the mean of each number."""
+    """Return the range and the mean of each number over the steps that reuse, for the manifest."""
     used = rows[[step.index for step in plan.program.steps if step.reads]]
     scale, shift = (
         ValueRange(least=float(part.min()), mean=float(part.mean()), largest=float(part.max()))

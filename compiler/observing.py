@@ -1,4 +1,4 @@
-"""What linear layers read, looked at while the pool is recorded: histograms of every point, or its largest magnitudes.
+"""Observers of what linear layers read while the pool is recorded: histograms of every point, or largest magnitudes.
 
 A large model spends as long on a calibration point as on recording it. Where the pool's histograms fit, its own runs
 are looked at, and the points that the selector picks need no run of their own.
@@ -24,7 +24,7 @@ from ditc.quantize.ranges import BINS, Histogram
 
 __all__ = ["ObservedPool", "Observer", "ObservingBackend", "PeakObserver", "histogram_bytes", "show_activations"]
 
-Watch = Callable[[Mapping[str, Buffer]], None]
+ShowOutputs = Callable[[Mapping[str, Buffer]], None]
 Counts = NDArray[np.uint32]
 Numbers = NDArray[np.float64]
 
@@ -36,8 +36,8 @@ def show_activations(model: ir.Model) -> tuple[str, ...]:
     told apart before it is run.
     """
     batch = _batch_of(model)
-    found = dict.fromkeys(linear.activation for linear in linears_of(model))
-    shown = [value for value in found if not value.is_graph_output()]
+    activations = dict.fromkeys(linear.activation for linear in linears_of(model))
+    shown = [value for value in activations if not value.is_graph_output()]
     if not all(value.shape is not None and _is_by_row(value.shape, batch) for value in shown):
         return ()
     model.graph.outputs.extend(shown)
@@ -54,7 +54,7 @@ def _is_by_row(shape: ir.Shape, batch: object) -> bool:
 
 
 def histogram_bytes(points: int, tensors: int) -> int:
-    """What the histograms of a pool take."""
+    """Return the bytes that the histograms of a pool take."""
     return points * tensors * BINS * np.dtype(np.uint32).itemsize
 
 
@@ -63,7 +63,7 @@ class ObservingBinding(WrappingBinding):
     """A binding that hands `watch` the outputs `shown` after every run."""
 
     shown: Mapping[str, Port]
-    watch: Watch
+    watch: ShowOutputs
     rows: int = 0
 
     def bind(self, name: str, buffer: Buffer) -> None:
@@ -88,7 +88,7 @@ class ObservingEngine(WrappingEngine):
     """An engine whose runs show `watch` the outputs named `shown`."""
 
     shown: tuple[str, ...]
-    watch: Watch
+    watch: ShowOutputs
 
     @property
     def outputs(self) -> Mapping[str, Port]:
@@ -109,7 +109,7 @@ class ObservingBackend:
     watched: Path
     probe: Path
     shown: tuple[str, ...]
-    watch: Watch
+    watch: ShowOutputs
 
     @property
     def name(self) -> str:
@@ -166,8 +166,8 @@ class Observer:
         return Histogram.empty().add(values - np.float32(self.bounds[name]) if name in self.bounds else values)
 
     def keep(self, step: int, first: int) -> None:
-        """The run that was counted last was `step` of images `first` and on."""
-        self.points += [Seen.of(first + image, step, found) for image, found in enumerate(self._last)]
+        """Keep the run that was counted last: it was `step` of images `first` and on."""
+        self.points += [Seen.of(first + image, step, histograms) for image, histograms in enumerate(self._last)]
 
     @property
     def peaks(self) -> dict[tuple[int, int], Numbers]:
@@ -190,8 +190,8 @@ class PeakObserver:
         self._last = by_row.reshape(len(self.names), self.halves, -1).max(axis=1).T  # (images, tensors)
 
     def keep(self, step: int, first: int) -> None:
-        """The run that was looked at last was `step` of images `first` and on."""
-        self.peaks |= {(first + image, step): found for image, found in enumerate(self._last)}
+        """Keep the run that was looked at last: it was `step` of images `first` and on."""
+        self.peaks |= {(first + image, step): largest for image, largest in enumerate(self._last)}
 
 
 @dataclass(frozen=True)
@@ -209,20 +209,20 @@ class ObservedPool:
         )
 
     def histograms(self, points: Iterable[tuple[int, int]]) -> dict[str, Histogram]:
-        """Those of some points, (sample, step), together. Raises BundleError for a point that was not observed."""
-        found = [Histogram.empty() for _ in self.names]
+        """Merge those of some points, (sample, step). Raises BundleError for a point that was not observed."""
+        merged = [Histogram.empty() for _ in self.names]
         for pair in points:
             if pair not in self.points:
                 raise BundleError(f"image {pair[0]} at step {pair[1]} was not observed; compile again")
             seen = self.points[pair]
-            found = [
+            merged = [
                 histogram.merged(Histogram(seen.counts[i].astype(np.int64), seen.limits[i], seen.largest[i]))
-                for i, histogram in enumerate(found)
+                for i, histogram in enumerate(merged)
             ]
-        return dict(zip(self.names, found, strict=True))
+        return dict(zip(self.names, merged, strict=True))
 
     def save(self, path: Path) -> None:
-        """As one .npz file without pickle."""
+        """Write it as one .npz file without pickle."""
         bounded, seen = [name for name in self.names if name in self.bounds], list(self.points.values())
         arrays: dict[str, Any] = {
             "names": np.array(self.names),
@@ -235,7 +235,7 @@ class ObservedPool:
 
     @staticmethod
     def load(path: Path) -> ObservedPool:
-        """Raises BundleError for a file that is no observed pool."""
+        """Load a pool that was saved. Raises BundleError for a file that is none."""
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 bounds = dict(zip(arrays["bounded"].tolist(), arrays["bounds"].tolist(), strict=True))

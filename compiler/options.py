@@ -196,7 +196,7 @@ class CompileOptions(Settings):
 
     @property
     def float_ends(self) -> tuple[int, int] | None:
-        """How many of the first and of the last steps are not quantized; None for none. Raises InputError."""
+        """The numbers of first and of last steps that are not quantized; None for none. Raises InputError."""
         if self.float_steps == "none":
             return None
         ends = re.fullmatch(r"(\d{1,4}):(\d{1,4})", self.float_steps, re.ASCII)
@@ -209,7 +209,7 @@ class CompileOptions(Settings):
         return first, last
 
     def selection(self) -> SelectionOptions:
-        """The selector's share of the settings."""
+        """Return the selector's share of the settings."""
         from ditc.calib_data.selection import SelectionOptions
         from ditc.calib_data.tap import TapSettings
 
@@ -217,7 +217,7 @@ class CompileOptions(Settings):
         return SelectionOptions(points=self.points, clusters=self.clusters, seed=self.seed, tap=tap)
 
     def sampler_spec(self, default: SamplerSpec) -> SamplerSpec:
-        """The model's sampler with the settings that were given."""
+        """Return the model's sampler with the settings that were given."""
         given: dict[str, Any] = {
             "name": self.sampler,
             "spacing": self.spacing,
@@ -231,5 +231,5 @@ class CompileOptions(Settings):
         return SamplerSpec.model_validate(default.model_dump() | changes)
 
     def pool_size(self, recorded_steps: int) -> int:
-        """Images to record for the pool."""
+        """Return the number of images to record for the pool."""
         return self.pool_images if self.pool_images is not None else -(-self.points * POOL_FACTOR // recorded_steps)

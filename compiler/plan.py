@@ -1,4 +1,4 @@
-"""What is decided before anything of a compile runs."""
+"""The plan of a compile: all that is decided before anything of it runs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ LARGEST_BATCH = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided before anything runs. `threads` are those of what runs on the way; 0 lets ONNX Runtime choose.
+    """The decisions before anything runs. `threads` are those of what runs on the way; 0 lets ONNX Runtime choose.
 
-    `cached_program` is `program` with nothing quantized: what is exported, and what records the pool.
+    `cached_program` is `program` with nothing quantized: what is exported, and what records the pool. `columns` are the
+    sampler's, each (steps,).
     """
 
     spec: ModelSpec
@@ -40,7 +41,7 @@ class Plan:
     program: Program
     cached_program: Program
     reference_program: Program
-    table: Mapping[str, NDArray[np.float64]]
+    columns: Mapping[str, NDArray[np.float64]]
     progress: Progress
     threads: int = 0
 
@@ -86,24 +87,24 @@ class Plan:
         return {index for index, part in called.items() if part.quantizes or (every and not part.in_float)}
 
     def scale_groups(self, calib: CalibSet) -> Groups | None:
-        """Which steps share activation scales, (steps,); None where nothing is calibrated."""
+        """Group the steps, (steps,): a group shares activation scales. None where nothing is calibrated."""
         groups, steps = BINDINGS[self.options.scales].groups, self.program.steps
         quantizes = np.array([self.program.segment(step.segment).quantizes for step in steps])
         return None if groups is None else groups(np.bincount(calib.step, minlength=len(steps)), quantizes)
 
     def labels(self, count: int) -> list[int]:
-        """`count` classes, every class equally often, in a seeded order."""
+        """Return `count` classes, every class equally often, in a seeded order."""
         rng = np.random.default_rng(self.options.seed)
         rounds = -(-count // self.spec.num_classes)
         return [int(label) for _ in range(rounds) for label in rng.permutation(self.spec.num_classes)][:count]
 
     def batch_size(self, at_most: int = LARGEST_BATCH) -> int:
-        """Images whose cache slots stay within bounds."""
+        """Return how many images' cache slots stay within bounds."""
         slots = len(self.spec.branches) * int(np.prod(self.spec.branch_shape)) * 4 * self.halves
         return int(np.clip(BUFFER_BYTES // slots, 1, at_most))
 
     def batches(self, count: int, at_most: int = LARGEST_BATCH) -> list[range]:
-        """Image numbers in batches whose cache slots stay within bounds."""
+        """Return image numbers in batches whose cache slots stay within bounds."""
         size = self.batch_size(at_most)
         return [range(first, min(first + size, count)) for first in range(0, count, size)]
 

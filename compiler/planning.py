@@ -30,7 +30,7 @@ class SmallPoolError(InputError):
 
 
 def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
-    """Sampler and cache policy to programs: everything that is decided before anything runs.
+    """Turn sampler and cache policy into programs: everything that is decided before anything runs.
 
     The plan's options hold no AUTO for `reuse`, `smooth` and `vc`. Raises InputError where settings make no sense for
     the model.
@@ -38,8 +38,8 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     spec = model.spec
     if options.cfg != 1 and spec.null_label is None:
         raise InputError(f"{spec.name} has no unconditional class for guidance; set --cfg 1")
-    table = sampler_table(spec.diffusion, options.sampler_spec(spec.sampler), options.steps)
-    t = [float(value) for value in table["t"]]
+    columns = sampler_table(spec.diffusion, options.sampler_spec(spec.sampler), options.steps)
+    t = [float(value) for value in columns["t"]]
     decode = model.decoder is not None
 
     def program(schedule: CacheSchedule, caches: Caches) -> Program:
@@ -52,13 +52,13 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
             f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
             f"--policy {options.policy} has others: leave --caches out"
         )
-    quiet = not adds_noise(table)
+    quiet = not adds_noise(columns)
     extrapolates = makes_sums(holding) and (quiet or holding.segment(FULL).ahead <= MOST_WITH_NOISE)
     options = decided(options, schedule, extrapolates=extrapolates, compensates=quiet and holding.slots > 0)
     cached = program(_with_reuse(schedule, options.reuse), caches)
     deployed = cached if options.float_ends is None else ends_in_float(cached, *options.float_ends)
     uncached = program(schedule_for("none", spec, options.steps), "branches")
-    plan = Plan(spec, options, deployed, cached, uncached, table, progress)
+    plan = Plan(spec, options, deployed, cached, uncached, columns, progress)
     check_pool_suffices(plan)
     check_selector_sees(plan)
     return plan
@@ -67,7 +67,7 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
 def decided(
     options: CompileOptions, schedule: CacheSchedule, *, extrapolates: bool, compensates: bool
 ) -> CompileOptions:
-    """The settings with AUTO replaced.
+    """Return the settings with AUTO replaced.
 
     `extrapolates` says whether a reuse should, `compensates` whether one that holds is to be compensated. Raises
     InputError where a schedule's file names another `reuse` than the settings do.
@@ -98,7 +98,7 @@ def _with_reuse(schedule: CacheSchedule, reuse: Reuse | str) -> CacheSchedule:
 
 
 def caches_for(model: Any, options: CompileOptions) -> Caches:
-    """What a step leaves for later ones: sums where the model allows it, unless the options say otherwise."""
+    """Return what a step leaves for later ones: sums where the model allows it, unless the options say otherwise."""
     from ditc.exporter.protocol import branches_add
 
     if options.caches == "branches":
@@ -116,9 +116,9 @@ def caches_for(model: Any, options: CompileOptions) -> Caches:
 def check_pool_suffices(plan: Plan) -> None:
     """Raise SmallPoolError where the pool will be smaller than what is to be selected from it, before recording it."""
     recorded, options = len(plan.recorded_steps), plan.options
-    found = options.pool_size(recorded) * recorded
-    if options.bits is not None and found < options.points:
+    recorded_points = options.pool_size(recorded) * recorded
+    if options.bits is not None and recorded_points < options.points:
         raise SmallPoolError(
-            f"the pool will have {found} points, fewer than the {options.points} asked for; "
+            f"the pool will have {recorded_points} points, fewer than the {options.points} asked for; "
             "record more images (--pool) or ask for fewer points (--points)"
         )

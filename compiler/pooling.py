@@ -23,7 +23,7 @@ __all__ = ["record_pool", "select"]
 def record_pool(
     plan: Plan, segments: Segments, backend: Backend | None = None, observer: Observer | PeakObserver | None = None
 ) -> Pool:
-    """The points that the FP program visits, cached as deployment will be, unless the options ask for the uncached.
+    """Record the points that the FP program visits, cached as in deployment unless the options ask for the uncached.
 
     An `observer` keeps what the `backend` that it watches has shown it at each of them.
     """

@@ -28,7 +28,7 @@ FOLDER = Path(engines.__path__[0]) / "probes"
 
 
 def write_probes(folder: Path = FOLDER) -> list[Path]:
-    """Every probe graph, each a file of its own; returns their paths."""
+    """Write every probe graph, each a file of its own, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind in KINDS:
@@ -40,19 +40,19 @@ def write_probes(folder: Path = FOLDER) -> list[Path]:
 
 
 def probe_graph(kind: str, bits: int) -> ir.Model:
-    """All cases in one graph, quantized and lowered by what quantizes and lowers segments."""
+    """Return all cases in one graph, quantized and lowered by what quantizes and lowers segments."""
     model = _float_graph(bits)
     for binding in BINDINGS:
         cases = [case for case in CASES if case.binding == binding]
         paths = {path for case in cases for path in case.outputs}
-        insert_qdq(model, _table(cases, binding, bits), paths)
+        insert_qdq(model, _scale_table(cases, binding, bits), paths)
     if kind in LOWERINGS:
         lower(model, kind)
     return model
 
 
 def _float_graph(bits: int) -> ir.Model:
-    """A linear layer for each output: MatMul, and Add where it has a bias."""
+    """Return a linear layer for each output: MatMul, and Add where it has a bias."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 20}, name="probe")
     model = ir.Model(graph, ir_version=10, producer_name="ditc")
     for case in CASES:
@@ -79,8 +79,8 @@ def _value(name: str, width: int) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(["batch", "tokens", width]), type=ir.TensorType(ir.DataType.FLOAT))
 
 
-def _table(cases: list[Case], binding: str, bits: int) -> ScaleTable:
-    """Scales of STEP for the layers of a binding; a step of its own is the only one there is."""
+def _scale_table(cases: list[Case], binding: str, bits: int) -> ScaleTable:
+    """Return scales of STEP for the layers of a binding; a step of its own is the only one there is."""
     by_step, calibrated = BINDINGS[binding].by_step, BINDINGS[binding].groups is not None
     paths = {path: case for case in cases for path in case.outputs} if calibrated else {}
     return ScaleTable(

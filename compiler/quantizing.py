@@ -27,16 +27,16 @@ LABELS_COMPARED = 4
 
 
 def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
-    """Scales, INT8 segments, and their form for ONNX Runtime, where every linear layer must run an integer kernel.
+    """Write scales, INT8 segments, and their form for ONNX Runtime, whose linear layers must all run integer kernels.
 
     What runs in floating point is a copy of the FP segment. `condition` keeps FP32 arithmetic and stores its weights as
     FP16; storage.json tells the error of its tables.
     """
     from ditc.exporter.onnx_files import load_graph, save_graph, save_sharing_data
 
-    table = activation_scales(plan, segments, calib_file)
-    atomic_write(folder / "scales.json", table.model_dump_json(indent=1).encode() + b"\n")
-    write_tables(folder / "scales.safetensors", table.bundle_tables())
+    scales = activation_scales(plan, segments, calib_file)
+    atomic_write(folder / "scales.json", scales.model_dump_json(indent=1).encode() + b"\n")
+    write_tables(folder / "scales.safetensors", scales.bundle_tables())
     kernels = {}
     for part in plan.program.segments:
         if part.in_float:
@@ -45,7 +45,7 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
             continue
         model = load_graph(segments[part.name])
         expected = linear_count(model)
-        insert_qdq(model, table)
+        insert_qdq(model, scales)
         path = folder / f"{part.name}.onnx"
         save_graph(model, path)
         lowered = load_graph(path)
@@ -57,7 +57,7 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> 
 
 
 def store_condition(plan: Plan, segment: Path, path: Path) -> None:
-    """`condition` with half the bytes, unless its weights are too few or too large; its tables are compared."""
+    """Write `condition` with half the bytes, unless its weights are too few or too large, and compare its tables."""
     from ditc.exporter.onnx_files import load_graph, save_graph
 
     model = load_graph(segment)
@@ -65,13 +65,15 @@ def store_condition(plan: Plan, segment: Path, path: Path) -> None:
         return
     save_graph(model, path)
     labels = row_labels(plan.labels(LABELS_COMPARED), None)
-    exact, found = (condition_tables(plan.backend.session(file), plan.table["t"], labels) for file in (segment, path))
-    error = max(relative_error(found[name], table) for name, table in exact.items())
+    exact, halved = (
+        condition_tables(plan.backend.session(file), plan.columns["t"], labels) for file in (segment, path)
+    )
+    error = max(relative_error(halved[name], table) for name, table in exact.items())
     write_json(path.with_name("storage.json"), {CONDITION: {"relative_error": error}})
 
 
 def check_integer_kernels(backend: OnnxRuntimeBackend, segment: Path, expected: int) -> dict[str, int]:
-    """{"linears", "integer"} of the graph that ONNX Runtime runs. Raises CheckError where a layer stayed float."""
+    """Count {"linears", "integer"} of the graph that ONNX Runtime runs. Raises CheckError where one stayed float."""
     census = kernel_census(backend, runnable_path(segment, backend.name), segment.parent)
     integer = sum(census[kind] for kind in INTEGER_KERNELS)
     if integer != expected:

@@ -11,14 +11,13 @@ import ditc
 from ditc.bundle import TABLES, Manifest, seal_bundle, write_tables
 from ditc.compiler.fingerprinting import fingerprint
 from ditc.compiler.plan import Plan, Segments
-from ditc.compiler.trajectories import Tables
 from ditc.engines.backend import lowered_path
 from ditc.exporter.onnx_files import data_path
 from ditc.files import atomic_folder
 from ditc.lowering.backend_forms import LOWERINGS
 from ditc.machine import package_versions
 from ditc.runtime.compensation import TableCompensation
-from ditc.tables import sampler_tables
+from ditc.tables import Tables, sampler_tables
 
 __all__ = ["seal"]
 
@@ -43,7 +42,7 @@ def seal(plan: Plan, segments: Segments, compiled: Segments, folders: Folders, t
     plan.progress("seal", 0, 1)
     with atomic_folder(target) as folder:
         _copy_files(plan, segments, compiled, folders, folder)
-        write_tables(folder / TABLES, {**sampler_tables(plan.table), **tables})
+        write_tables(folder / TABLES, {**sampler_tables(plan.columns), **tables})
         # of the files as they are deployed: a GPU's form shares the portable one's weights, and opens beside it only
         deployed = {path.stem: folder / "segments" / path.name for path in compiled.values()}
         fingerprint(plan, deployed, tables, folder)

@@ -33,7 +33,7 @@ PARITY_TOLERANCE = 1e-4  # that of an exported segment against torch
 
 
 def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
-    """The FP segments with factors folded in, the same function to rounding; smooth.json says which layers have them.
+    """Fold factors into the FP segments, the same function to rounding; smooth.json says which layers have them.
 
     Where no place to fold into is found, a layer stays as it is. Raises CheckError where a segment's outputs differ.
     """
@@ -45,14 +45,14 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
     sites = common_sites(models)
     choices = choose(plan, models["full"], statistics_of(plan, segments, calib, sites))
     factors = {site: choice.factors for site, choice in choices.items() if choice.alpha is not None}
-    made = write_folded(models, segments[CONDITION], factors, folder)
+    folded = write_folded(models, segments[CONDITION], factors, folder)
     smoothing = Smoothing(
         method=plan.options.smooth,
         linears=len(paths),
         smoothed=sum(len(site.layers) for site in factors),
         layers={layer: smoothed_layer(choice) for site, choice in choices.items() for layer in site.layers},
         left=tuple(path for path in paths if not any(path in site.layers for site in choices)),
-        parity=parity_of(plan, segments, {**segments, **made}, calib),
+        parity=parity_of(plan, segments, {**segments, **folded}, calib),
     )
     write_json(folder / "smooth.json", smoothing.model_dump(mode="json"))
 
@@ -60,7 +60,7 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
 def write_folded(
     models: Mapping[str, ir.Model], condition: Path, factors: Mapping[Site, NDArray[np.float64]], folder: Path
 ) -> dict[str, Path]:
-    """The segments that factors change, and `condition` with the tables to match; changes `models` in place."""
+    """Write the segments that factors change, and `condition` with the tables to match; changes `models` in place."""
     from ditc.exporter.onnx_files import load_graph, save_graph
 
     shapes = {str(value.name): (row_shape(value) or ())[1:] for value in models["full"].graph.inputs}
@@ -75,14 +75,14 @@ def write_folded(
 
 
 def smoothed_layer(choice: Choice) -> SmoothedLayer:
-    """What the manifest keeps of a layer's factors."""
+    """Return the manifest's record of a layer's factors."""
     return SmoothedLayer(alpha=choice.alpha, least=float(choice.factors.min()), largest=float(choice.factors.max()))
 
 
 def statistics_of(
     plan: Plan, segments: Segments, calib: CalibSet, sites: Sequence[Site]
 ) -> dict[Site, ChannelStatistics]:
-    """What each site's activation was at the calibration points, in one streaming pass."""
+    """Return the statistics of each site's activation at the calibration points, in one streaming pass."""
     if not sites:
         return {}
     probe, condition = open_probe(plan, segments), plan.backend.session(segments[CONDITION])
@@ -95,16 +95,16 @@ def statistics_of(
         for turn, feed in enumerate(feeds):
             plan.progress("smooth", done, len(calib))
             done += len(feed["x"]) // plan.halves
-            found = probe.run(feed)
+            activations = probe.run(feed)
             for site in sites:
-                values = found[site.activation]
+                values = activations[site.activation]
                 before = seen.get(site) or ChannelStatistics.empty(values.shape[-1])
                 seen[site] = before.add(values, turn == 0, rng)
     return seen
 
 
 def choose(plan: Plan, full: ir.Model, seen: Mapping[Site, ChannelStatistics]) -> dict[Site, Choice]:
-    """The factors of every site."""
+    """Choose the factors of every site."""
     linears, options = {linear.name: linear for linear in linears_of(full)}, plan.options
     chosen = {}
     for done, (site, statistics) in enumerate(seen.items()):
@@ -115,7 +115,7 @@ def choose(plan: Plan, full: ir.Model, seen: Mapping[Site, ChannelStatistics]) -
 
 
 def parity_of(plan: Plan, exact: Segments, folded: Segments, calib: CalibSet) -> dict[str, float]:
-    """The largest relative error of any output of each segment, with the tables of its own side's `condition`."""
+    """Return the largest relative error of any output of each segment, with the tables of its side's `condition`."""
     every = np.linspace(0, len(calib) - 1, min(PARITY_POINTS, len(calib))).round().astype(np.int64)
     points = calib.take(every[np.argsort(calib.step[every], kind="stable")])
     worst = {}
@@ -131,12 +131,12 @@ def parity_of(plan: Plan, exact: Segments, folded: Segments, calib: CalibSet) ->
 
 
 def _change(after: NDArray[np.float32], before: NDArray[np.float32]) -> float:
-    """The relative error, or the norm itself where there was nothing before."""
+    """Return the relative error, or the norm itself where there was nothing before."""
     return relative_error(after, before) if before.any() else float(np.linalg.norm(after))
 
 
-def _taken(port: Any, feed: Mapping[str, NDArray[Any]], cached: NDArray[np.float32]) -> NDArray[Any]:
-    """What a segment's input gets: its own feed, for the next steps' tables those of this step, else what is cached."""
+def _input(port: Any, feed: Mapping[str, NDArray[Any]], cached: NDArray[np.float32]) -> NDArray[Any]:
+    """Return an input's own feed, for the next steps' tables those of this step, else what is cached."""
     if port.name == REUSE_ROWS:
         return np.ones(port.shape, np.float32)
     if port.name.startswith(f"{AHEAD}."):
@@ -145,14 +145,14 @@ def _taken(port: Any, feed: Mapping[str, NDArray[Any]], cached: NDArray[np.float
 
 
 def _outputs(plan: Plan, segments: Segments, name: str, points: CalibSet) -> dict[str, Any]:
-    """All outputs of a segment at some points, one after the other; what it takes from a cache is seeded noise."""
+    """Run a segment at some points, one after the other, and return all outputs; its cache holds seeded noise."""
     condition, session = (plan.backend.session(segments[each]) for each in (CONDITION, name))
     names = [port.name for port in session.get_outputs()]
     rng = np.random.default_rng(0)
-    found = []
+    runs = []
     for feed in calibration_feeds(condition, points, plan.guidance_label, 1):
         noise = rng.standard_normal((len(feed["x"]), *plan.spec.branch_shape), np.float32)
-        taken = {port.name: _taken(port, feed, noise) for port in session.get_inputs()}
-        found.append(session.run(names, taken))
+        inputs = {port.name: _input(port, feed, noise) for port in session.get_inputs()}
+        runs.append(session.run(names, inputs))
     return_free_memory()
-    return {each: np.concatenate(parts) for each, parts in zip(names, zip(*found, strict=True), strict=True)}
+    return {each: np.concatenate(parts) for each, parts in zip(names, zip(*runs, strict=True), strict=True)}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ditc.compiler.plan import LARGEST_BATCH, Plan, Segments
 from ditc.engines.backend import Backend
@@ -15,20 +13,18 @@ from ditc.program import DECODE, Program
 from ditc.runtime.executor import Correction, Samples, StepEvent, seeded_noise
 from ditc.runtime.host_executor import HostExecutor
 from ditc.runtime.pipeline import open_engines
-from ditc.tables import sampler_tables
+from ditc.tables import Tables, sampler_tables
 
 __all__ = [
     "FIT_NOISE",
     "POOL_NOISE",
     "REUSE_NOISE",
     "VERIFY_NOISE",
-    "Tables",
     "exact_trajectory",
     "executor",
     "start_requests",
 ]
 
-Tables = Mapping[str, NDArray[Any]]
 NO_TABLES: Tables = {}
 
 # purposes with noise of their own, so that no image is used twice: calibration, compensation, verification, reuse;
@@ -45,7 +41,7 @@ def executor(
     backend: Backend | None = None,
     correction: Correction | None = None,
 ) -> Iterator[HostExecutor]:
-    """An executor over segment files, engines closed at the end. `tables` are a bundle's beside the sampler's.
+    """Yield an executor over segment files, and close its engines. `tables` are a bundle's beside the sampler's.
 
     With a `correction` of its own it is for one request of any size, whose images go through the engines in batches.
     """
@@ -53,7 +49,7 @@ def executor(
     together = None if correction is None else plan.batch_size(plan.served_at_once)
     with ExitStack() as stack:
         engines = open_engines(stack, backend or plan.backend, {name: segments[name] for name in names})
-        every = {**sampler_tables(plan.table), **tables}
+        every = {**sampler_tables(plan.columns), **tables}
         yield HostExecutor(
             plan.spec, program, every, engines, plan.options.cfg, correction=correction, together=together
         )
@@ -62,7 +58,7 @@ def executor(
 def start_requests(
     plan: Plan, runner: HostExecutor, count: int, purpose: int, at_most: int = LARGEST_BATCH
 ) -> list[tuple[range, Iterator[StepEvent]]]:
-    """Requests over `count` images with a purpose's own noise, not yet run."""
+    """Return requests over `count` images with a purpose's own noise, not yet run, and the images of each."""
     labels, requests = plan.labels(count), []
     for part in plan.batches(count, at_most):
         noise, fresh = seeded_noise(plan.options.seed + purpose, part.start, len(part), plan.spec.latent_shape)
@@ -71,7 +67,7 @@ def start_requests(
 
 
 def exact_trajectory(plan: Plan, segments: Segments, count: int, purpose: int, stage: str) -> list[Samples]:
-    """FP, uncached: the samples after every step, each (count, channels, height, width)."""
+    """Run FP uncached, and return the samples after every step, each (count, channels, height, width)."""
     steps: list[list[Samples]] = [[] for _ in plan.reference_program.steps]
     with executor(plan, plan.reference_program, segments) as runner:
         for part, request in start_requests(plan, runner, count, purpose):

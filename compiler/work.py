@@ -28,7 +28,7 @@ class WorkFolder:
     path: Path
 
     def stage(self, name: str, key: str, make: Make) -> tuple[Path, bool]:
-        """(folder of the stage, whether it was there already). `make` fills a fresh folder."""
+        """Return (folder of the stage, whether it was there already). `make` fills a fresh folder."""
         folder = self.path / f"{name}-{key}"
         if folder.is_dir():
             return folder, True
@@ -44,7 +44,7 @@ class WorkFolder:
 
 @contextmanager
 def work_folder(out: Path) -> Iterator[WorkFolder]:
-    """The work folder beside a bundle, held by one compile at a time; the lock dies with its process."""
+    """Yield the work folder beside a bundle, held by one compile at a time; the lock dies with its process."""
     path = out.with_name(f".{out.name}.work")
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def work_folder(out: Path) -> Iterator[WorkFolder]:
 
 
 def shared(folder: Path, make: Make) -> Make:
-    """`make`, but what it made the first time stands at `folder`, and others are given that.
+    """Return `make`, but what it made the first time stands at `folder`, and others are given that.
 
     One compile makes it, and those that want the same just now wait. They get copies: onnx_ir takes no weights from a
     file with several names.
@@ -62,8 +62,8 @@ def shared(folder: Path, make: Make) -> Make:
     def give(fresh: Path) -> None:
         with in_turn(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
-                with atomic_folder(folder) as kept:
-                    make(kept)
+                with atomic_folder(folder) as first:
+                    make(first)
         with writing(fresh):
             for file in folder.iterdir():
                 shutil.copyfile(file, fresh / file.name)
@@ -72,9 +72,9 @@ def shared(folder: Path, make: Make) -> Make:
 
 
 def replaced(segments: Segments, folder: Path) -> Segments:
-    """The segments, with those that a stage made in its folder beside or in place of the ones it took."""
-    made = {path.stem: path for path in folder.glob("*.onnx")}  # with a dot it is a backend's form of a segment
-    return {**segments, **{name: path for name, path in made.items() if "." not in name}}
+    """Return the segments, with those that a stage made in its folder beside or in place of the ones it took."""
+    files = {path.stem: path for path in folder.glob("*.onnx")}  # with a dot it is a backend's form of a segment
+    return {**segments, **{name: path for name, path in files.items() if "." not in name}}
 
 
 def write_json(path: Path, value: Mapping[str, Any] | Iterable[Any]) -> None:

@@ -56,7 +56,7 @@ class Exact:
         samples = exact_trajectory(plan, segments, IMAGES, PURPOSE, "exact")
         condition, full = (plan.backend.session(segments[name]) for name in (CONDITION, FULL))
         labels = plan.guidance.labels(plan.labels(IMAGES))
-        return Exact(plan, samples, condition_tables(condition, plan.table["t"], labels), full)
+        return Exact(plan, samples, condition_tables(condition, plan.columns["t"], labels), full)
 
     def sums(self, step: int, gates: int) -> Sums:
         """What all branches add at a step's own sample, with the gates of step `gates`: (rows, *branch_shape)."""

@@ -34,8 +34,8 @@ def selected(
     def make(**changes: object) -> tuple[Plan, Segments, Path]:
         model = make_small_model()
         plan = make_plan(model, quick_options.model_copy(update={"policy": "fora:2", **changes}))
-        kept = exports / f"calibrating-{digest_of([part.model_dump() for part in plan.program.segments])}"
-        shared(kept, lambda folder: export(plan, model, folder))(tmp_path)
+        folder = exports / f"calibrating-{digest_of([part.model_dump() for part in plan.program.segments])}"
+        shared(folder, lambda fresh: export(plan, model, fresh))(tmp_path)
         segments = {call: tmp_path / f"{call}.onnx" for call in plan.program.calls}
         (tmp_path / "select").mkdir()
         select(plan, segments, tmp_path / "select")
@@ -78,7 +78,7 @@ def test_two_processes_probe_a_segment_under_names_of_their_own(monkeypatch: pyt
     names = set()
     for process in (1, 2):
         monkeypatch.setattr(calibrating.os, "getpid", lambda process=process: process)
-        names |= {calibrating._beside(Path("full.onnx"), kind) for kind in ("probe", "observed")}
+        names |= {calibrating.probe_path(Path("full.onnx"), kind) for kind in ("probe", "observed")}
     assert len(names) == 4
 
 
@@ -112,9 +112,9 @@ def test_what_was_counted_from_another_bound_is_not_used(
     bounded = make_plan(
         make_small_model(), quick_options.model_copy(update={"policy": "fora:2", "midpoint": "bounded"})
     )
-    found = activation_scales(bounded, segments, folder / "calib.npz")
+    scales = activation_scales(bounded, segments, folder / "calib.npz")
     (folder / OBSERVED).unlink()
-    assert found == activation_scales(bounded, segments, folder / "calib.npz")
+    assert scales == activation_scales(bounded, segments, folder / "calib.npz")
 
 
 def test_nothing_is_left_beside_the_exported_segments(selected: Selected) -> None:
@@ -162,8 +162,8 @@ def test_the_selector_sees_the_largest_magnitude_of_every_layer_at_every_point(
         pool.peaks[[0, 5, len(pool) - 1]][np.argsort(calib.step, kind="stable")],
         strict=True,
     ):
-        found = probe.run(feeds)
-        np.testing.assert_allclose([np.abs(found[name]).max() for name in probe.readers], expected, rtol=1e-4)
+        activations = probe.run(feeds)
+        np.testing.assert_allclose([np.abs(activations[name]).max() for name in probe.readers], expected, rtol=1e-4)
 
 
 def test_a_selector_that_has_to_see_all_refuses_points_that_compute_in_part(selected: Selected) -> None:

@@ -1,4 +1,4 @@
-"""What was assumed of a model, and what speaks against it: printed once, kept in the bundle, shown by inspect."""
+"""Assumptions about a model, and what speaks against it: printed once, kept in the bundle, shown by inspect."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def notes_of(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What a compile that is stopped prints on stderr before that."""
+    """Run a compile that is stopped, and return what it prints on stderr before that."""
     assert run(["compile", *arguments.split(), "-o", str(tmp_path / "b")]) == 2
     *notes, last = capsys.readouterr().err.splitlines()
     assert last == "ditc: stopped here"
@@ -110,10 +110,10 @@ def test_of_a_model_that_states_everything_nothing_is_said(
 
 
 def test_a_bundle_from_before_there_were_notes_opens(bundles: dict[str, Bundle]) -> None:
-    found = json.loads((bundles["fp32-none"].path / "manifest.json").read_text())
+    manifest = json.loads((bundles["fp32-none"].path / "manifest.json").read_text())
     for name in ("assumptions", "doubts", "latent_shift"):
-        del found["model"][name]
-    assert Manifest.model_validate(found).model.assumptions == ()
+        del manifest["model"][name]
+    assert Manifest.model_validate(manifest).model.assumptions == ()
 
 
 @pytest.mark.usefixtures("stopping")

@@ -114,10 +114,10 @@ def test_the_report_names_every_layer_once(folded: tuple[Segments, Path]) -> Non
     report = json.loads((folded[1] / "smooth.json").read_text())
     assert report["layers"].keys() == PATHS
     assert report["left"] == ["blocks.0.mlp.fc2"]
-    found = {linear.path: linear.weight_array() for linear in linears_of(load_graph(folded[0]["full"]))}
+    weights = {linear.path: linear.weight_array() for linear in linears_of(load_graph(folded[0]["full"]))}
     for path in PATHS - {"blocks.0.attn.proj"}:
         assert report["layers"][path]["largest"] / report["layers"][path]["least"] > 10
-        peaks = np.abs(found[path]).max(axis=1)
+        peaks = np.abs(weights[path]).max(axis=1)
         assert peaks.max() / peaks.min() < 10  # outliers were 10 to 40 times as large
 
 

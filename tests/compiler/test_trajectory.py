@@ -63,11 +63,11 @@ def theirs(folder: Path, noise: np.ndarray) -> dict[str, np.ndarray]:
 
     pipeline = DiTPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    kept: list[torch.Tensor] = []
+    decoded: list[torch.Tensor] = []
     decode = pipeline.vae.decode
 
     def remember(latents: torch.Tensor, *rest: object, **named: object) -> object:
-        kept.append(latents * pipeline.vae.config.scaling_factor)
+        decoded.append(latents * pipeline.vae.config.scaling_factor)
         return decode(latents, *rest, **named)
 
     with (
@@ -75,7 +75,7 @@ def theirs(folder: Path, noise: np.ndarray) -> dict[str, np.ndarray]:
         patch.object(pipeline.vae, "decode", remember),
     ):
         images = pipeline(LABELS, guidance_scale=1.5, num_inference_steps=50, output_type="np").images
-    return {"latents": kept[0].numpy(), "images": np.moveaxis(images, -1, 1) * 2 - 1}
+    return {"latents": decoded[0].numpy(), "images": np.moveaxis(images, -1, 1) * 2 - 1}
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
