@@ -17,7 +17,8 @@ from ditc.runtime.options import Place
 
 if TYPE_CHECKING:
     from ditc.quality.evaluation import Distributions, Drifts, Evaluation, Veto
-    from ditc.quality.tuning import Trial, Tuning
+    from ditc.quality.search import Trial
+    from ditc.quality.tuning import Tuning
 
 __all__ = ["evaluate_command", "print_evaluation", "print_veto", "tune_command"]
 
@@ -163,7 +164,7 @@ def _veto_cells(veto: Veto, place: int) -> str:
 
 def print_trial(trial: Trial) -> None:
     """A candidate of `ditc tune` as it comes, on stderr."""
-    from ditc.quality.tuning import described
+    from ditc.quality.search import described
 
     click.echo(f"{trial.stage}: {described(trial)}{', within the budget' if trial.within else ''}", err=True)
 

@@ -22,7 +22,8 @@ from ditc.compiler.options import CompileOptions
 from ditc.files import atomic_write
 from ditc.machine import machine
 from ditc.quality.options import TuneOptions
-from ditc.quality.tuning import Trial, Tuning, described, tune_model
+from ditc.quality.search import Trial, described
+from ditc.quality.tuning import Tuning, tune_model
 
 SEED = 100  # no trial has it
 SEARCH = TuneOptions(worse_by=0.05, seeds=(SEED,), features="digits", real="digits", intervals=(3, 5))

@@ -22,7 +22,7 @@ from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.models import load_model
 from ditc.quality import tuning
 from ditc.quality.options import TuneOptions
-from ditc.quality.tuning import Trial
+from ditc.quality.search import Trial
 
 QUICK = ["--steps", "4", "--precision", "fp32", "--vc", "none", "--verify-images", "1"]
 HEADS = "6 attention heads, as the released DiT of width 384 has (--heads)"
@@ -236,7 +236,7 @@ def test_tune_says_each_thing_once_and_reads_every_candidate_alike(
         return Trial(stage=stage, changes=changes, worse_by=None, worse_high=None, size_bytes=1, within=True, **numbers)
 
     monkeypatch.setattr(tuning, "compile_model", compiled)
-    monkeypatch.setattr(tuning, "_judged", judged)
+    monkeypatch.setattr(tuning, "trial_of", judged)
     facts = ditc.ModelFacts(null_class=False)
     options = TuneOptions(least_psnr_db=1, intervals=(2, 3))
     base = CompileOptions(precision="fp32", cfg=1)

@@ -20,7 +20,7 @@ from ditc.cli.main import cli, run
 from ditc.engines.building import BuiltSegment, PlannedBuild
 from ditc.engines.store import EngineRecord, Platform
 from ditc.engines.trt_worker import MachineDescription
-from ditc.quality import demo, tuning
+from ditc.quality import demo, search
 
 MODEL = """
 import torch
@@ -95,7 +95,7 @@ def places(
 
 @pytest.fixture(autouse=True)
 def _few_images_and_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "CORRECTIONS", tuning.CORRECTIONS[:1])
+    monkeypatch.setattr(search, "CORRECTIONS", search.CORRECTIONS[:1])
     monkeypatch.setattr(demo, "QUALITY_IMAGES", 50)
     monkeypatch.setattr(demo, "TIMED_BATCHES", (1,))
     monkeypatch.setattr(demo, "ROUNDS", 1)

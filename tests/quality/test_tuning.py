@@ -19,7 +19,8 @@ from ditc.passes import NoSumsError, NothingQuantizedError
 from ditc.progress import Progress
 from ditc.quality import tuning
 from ditc.quality.options import TuneOptions
-from ditc.quality.tuning import Trial, Tuning, pareto_front, tune_model
+from ditc.quality.search import Search, Trial, pareto_front
+from ditc.quality.tuning import Tuning, tune_model
 
 OPTIONS = TuneOptions(least_psnr_db=30.0, intervals=(2, 3, 4, 5, 6))
 BASE = CompileOptions()
@@ -53,9 +54,14 @@ def played(psnr_of: Callable[[dict[str, str]], float]) -> Callable[[str, dict[st
     return judge
 
 
-def searched(psnr_of: Callable[[dict[str, str]], float], base: CompileOptions = BASE, vetoed: float = 0.2) -> Any:
-    search = tuning._Search(base, OPTIONS, played(psnr_of), lambda _: vetoed)
-    tuning._explore(search)
+def searched(
+    psnr_of: Callable[[dict[str, str]], float],
+    base: CompileOptions = BASE,
+    vetoed: float = 0.2,
+    options: TuneOptions = OPTIONS,
+) -> Search:
+    search = Search(base, options, played(psnr_of), lambda _: vetoed)
+    search.explore()
     return search
 
 
@@ -75,7 +81,7 @@ def test_each_stage_starts_from_the_best_of_the_one_before() -> None:
 
 def test_the_fastest_within_the_budget_is_chosen() -> None:
     search = searched(falling)
-    chosen = tuning._chosen(search)
+    chosen = search.choose()
     assert chosen.changes["policy"].startswith("window:5")  # 34 - 7.5 + 4 = 30.5, where fora:5 has 28.5
     assert chosen.changes["vc"] == "lsq"
     assert all(t.seconds >= chosen.seconds for t in search.measured if t.within)
@@ -106,8 +112,8 @@ def test_a_correction_that_a_schedule_refuses_is_left_out_and_the_reason_given()
             raise NoSumsError("not here")
         return trial(changes, 1 / interval_of(changes), 40, stage)
 
-    search = tuning._Search(CompileOptions(precision="fp32"), OPTIONS, judge, lambda _: 0)
-    tuning._explore(search)
+    search = Search(CompileOptions(precision="fp32"), OPTIONS, judge, lambda _: 0)
+    search.explore()
     at_two = [t.changes["vc"] for t in search.measured if t.changes["policy"] == "fora:2"]
     assert at_two == ["none", "std", "lsq"]
     assert [note for note in search.notes if "--reuse taylor is not tried" in note] == search.notes[:1]
@@ -128,7 +134,7 @@ def test_where_noise_exceeds_what_changes_no_cache_is_tried_and_the_reason_given
     search = searched(falling, vetoed=0.6)
     assert {t.changes["policy"] for t in search.measured} == {"none"}
     assert "in 60% of branches and steps" in search.notes[0]
-    assert tuning._chosen(search).changes["policy"] == "none"
+    assert search.choose().changes["policy"] == "none"
 
 
 def short_of(missing: float) -> Callable[[dict[str, str]], float]:
@@ -162,21 +168,21 @@ def test_an_interval_that_can_not_be_calibrated_is_left_out_and_the_reason_given
             raise error("too little here")
         return trial(changes, 1 / interval_of(changes), 40, stage)
 
-    search = tuning._Search(BASE, OPTIONS, judge, lambda _: 0)
-    tuning._explore(search)
+    search = Search(BASE, OPTIONS, judge, lambda _: 0)
+    search.explore()
     assert {t.changes["policy"] for t in search.measured} == {"none", "fora:2", "fora:4", "fora:5", "fora:6"}
     assert search.notes == ["--policy fora:3 is not tried: too little here"]
 
 
-def with_seven_bits(seconds: float, psnr: float, seven_bits: bool = True) -> Any:
+def with_seven_bits(seconds: float, psnr: float, seven_bits: bool = True) -> Search:
     """A search in which 7-bit weights take so much of the time of 8-bit ones, and have so much PSNR everywhere."""
 
     def judge(stage: str, changes: dict[str, str]) -> Trial:
         seven = changes.get("precision") == "w7a8"
         return trial(changes, (seconds if seven else 1) / interval_of(changes), psnr if seven else 40, stage)
 
-    search = tuning._Search(BASE, OPTIONS, judge, lambda _: 0, seven_bits)
-    tuning._explore(search)
+    search = Search(BASE, OPTIONS, judge, lambda _: 0, seven_bits)
+    search.explore()
     return search
 
 
@@ -186,7 +192,7 @@ def test_seven_bits_of_weights_are_tried_where_eight_run_in_a_slower_form_and_ke
     schedules = [t for t in search.measured if t.stage == "schedule"]
     assert schedules
     assert all(t.changes["precision"] == "w7a8" for t in schedules)
-    assert tuning._chosen(search).changes["precision"] == "w7a8"
+    assert search.choose().changes["precision"] == "w7a8"
 
 
 @pytest.mark.parametrize(("seconds", "psnr"), [(1.1, 39), (0.8, 29)])
@@ -231,23 +237,22 @@ def test_without_integers_there_is_no_noise_to_look_at() -> None:
 
 
 def test_a_cache_that_hardly_pays_is_left_out_and_the_reason_given() -> None:
-    search = searched(falling)
-    search.measured = [trial({"policy": "none"}, 1.0, 40), trial({"policy": "fora:2"}, 0.95, 35)]
-    assert tuning._chosen(search).changes == {"policy": "none"}
+    measured = [trial({"policy": "none"}, 1.0, 40), trial({"policy": "fora:2"}, 0.95, 35)]
+    search = Search(BASE, OPTIONS, played(falling), lambda _: 0, measured=measured)
+    assert search.choose().changes == {"policy": "none"}
     assert "1.05 times as fast as no cache" in search.notes[-1]
 
 
 def test_nothing_within_the_budget_names_the_nearest() -> None:
     search = searched(lambda changes: 20 + interval_of(changes))
     with pytest.raises(CheckError, match=r"no candidate is within the budget; the nearest is .*fora:3.*23\.0 dB"):
-        tuning._chosen(search)
+        search.choose()
 
 
 def test_a_time_that_cannot_be_met_names_the_fastest() -> None:
-    search = searched(falling)
-    search.options = TuneOptions(least_psnr_db=30.0, seconds=0.01)
+    search = searched(falling, options=OPTIONS.model_copy(update={"seconds": 0.01}))
     with pytest.raises(CheckError, match=r"takes at most 0\.01 s per image; the fastest is .*window:5"):
-        tuning._chosen(search)
+        search.choose()
 
 
 def test_the_front_holds_what_nothing_beats_in_both() -> None:
