@@ -1,1 +1,1 @@
-"""How good the images are, and what is the fastest that is good enough."""
+"""Measures of how good the images are, and the search for the fastest bundle that is good enough."""

@@ -32,7 +32,7 @@ NORMAL_QUANTILE = 1.959964  # of (1 + LEVEL) / 2
 Numbers = NDArray[np.float64]
 Counts = NDArray[np.int64]  # how often each image was drawn, (n,)
 Measures = Callable[[Counts], Numbers]  # -> (measures,)
-Watch = Callable[[int, int], None]
+OnRound = Callable[[int, int], None]  # (done, rounds)
 
 
 class Estimate(Record):
@@ -53,7 +53,7 @@ class Estimate(Record):
 
 
 def resamples(n: int, rounds: int, seed: int) -> Iterable[Counts]:
-    """How often each of `n` images is drawn, once for each round."""
+    """Yield the number of times each of `n` images is drawn, (n,), once for each round."""
     if n < 2 or rounds < 2:
         raise InputError(f"a bootstrap needs at least 2 images and 2 rounds, found {n} and {rounds}")
     rng = np.random.default_rng(seed)
@@ -61,8 +61,8 @@ def resamples(n: int, rounds: int, seed: int) -> Iterable[Counts]:
         yield np.bincount(rng.integers(0, n, n), minlength=n)
 
 
-def bootstrapped(measures: Measures, n: int, rounds: int, seed: int, watch: Watch = lambda *_: None) -> Numbers:
-    """The measures of every resample, (rounds, measures)."""
+def bootstrapped(measures: Measures, n: int, rounds: int, seed: int, watch: OnRound = lambda *_: None) -> Numbers:
+    """Return the measures of every resample, (rounds, measures)."""
     rows = []
     for done, counts in enumerate(resamples(n, rounds, seed), start=1):
         rows.append(measures(counts))
@@ -71,7 +71,7 @@ def bootstrapped(measures: Measures, n: int, rounds: int, seed: int, watch: Watc
 
 
 def estimates(values: Numbers, replicates: Numbers) -> list[Estimate]:
-    """The estimate of each measure: values (measures,), replicates (rounds, measures)."""
+    """Return the estimate of each measure: values (measures,), replicates (rounds, measures)."""
     bias = replicates.mean(axis=0) - values
     low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0) - bias
     rows = np.stack([values, low, high, bias], axis=1).tolist()
@@ -79,22 +79,22 @@ def estimates(values: Numbers, replicates: Numbers) -> list[Estimate]:
 
 
 def share(hits: NDArray[Any]) -> Estimate:
-    """The share of True among images, (n,), with Wilson's score interval."""
+    """Return the share of True among images, (n,), with Wilson's score interval."""
     n, value, square = len(hits), float(np.mean(hits)), NORMAL_QUANTILE**2
     centre = (value + square / (2 * n)) / (1 + square / n)
     half = NORMAL_QUANTILE * np.sqrt(value * (1 - value) / n + square / (4 * n * n)) / (1 + square / n)
     return Estimate(value=value, low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 
-def share_difference(found: NDArray[Any], exact: NDArray[Any]) -> Estimate:
-    """The difference of two shares of the same images, each (n,) of bool: Agresti and Min's interval for pairs.
+def share_difference(ours: NDArray[Any], exact: NDArray[Any]) -> Estimate:
+    """Return ours - exact of two shares of the same images, each (n,) of bool: Agresti and Min's interval for pairs.
 
     A half is added to each of the four counts (both, only one, only the other, neither), then it is the usual
     interval of a difference of matched shares.
     """
-    gained, lost = int(np.sum(found & ~exact)), int(np.sum(exact & ~found))
-    n = len(found) + 2
+    gained, lost = int(np.sum(ours & ~exact)), int(np.sum(exact & ~ours))
+    n = len(ours) + 2
     centre = (gained - lost) / n
     half = NORMAL_QUANTILE * float(np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / n)) / n
-    value = float(np.mean(found)) - float(np.mean(exact))
+    value = float(np.mean(ours)) - float(np.mean(exact))
     return Estimate(value=value, low=max(-1.0, centre - half), high=min(1.0, centre + half))

@@ -9,19 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from numpy.typing import NDArray
-
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.exporter.onnx_files import load_graph, save_graph
 from ditc.files import writing
 from ditc.lowering.backend_forms import lower
 from ditc.quantize.segment_outputs import branch_outputs, keep_outputs
 from ditc.runtime.executor import Samples
-from ditc.tables import step_inputs
+from ditc.tables import Tables, step_inputs
 
 __all__ = ["BranchProbe", "open_branch_probe"]
 
-Tables = Mapping[str, NDArray[Any]]
 NO_TABLES: Tables = {}
 
 
@@ -33,7 +30,7 @@ class BranchProbe:
     rows: Mapping[str, Samples]
 
     def run(self, step: int, x: Samples, conditioning: Tables) -> list[Samples]:
-        """Every branch's output, (rows, *branch_shape), in the order of branches.
+        """Return every branch's output, (rows, *branch_shape), in the order of branches.
 
         `x` is (rows, channels, height, width), all guidance halves; `conditioning` has the tables of all steps.
         """
@@ -44,7 +41,7 @@ class BranchProbe:
 
 @contextmanager
 def open_branch_probe(segment: Path, branches: tuple[str, ...], tables: Tables = NO_TABLES) -> Iterator[BranchProbe]:
-    """The probe of a portable segment, FP or INT8, that computes all `branches`; `tables` are the bundle's.
+    """Yield the probe of a portable segment, FP or INT8, that computes all `branches`; `tables` are the bundle's.
 
     The weights are copied to a temporary folder (in TMPDIR) for as long as the block lasts.
     """

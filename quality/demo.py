@@ -43,13 +43,13 @@ class BatchSeconds(Record):
 
 
 class TorchSide(DigitQuality):
-    """How good the images of plain torch are, and how many bytes its parameters take."""
+    """Quality of the images of plain torch, and the bytes that its parameters take."""
 
     size_bytes: int
 
 
 class BundleSide(DigitQuality):
-    """How good the bundle's images are, its size, and its mean PSNR against torch in dB."""
+    """Quality of the bundle's images, its size, and its mean PSNR against torch in dB."""
 
     size_bytes: int
     psnr_db: float
@@ -127,7 +127,7 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> Demo:
 
 
 def _side_by_side(plain: Images, compiled: Images, labels: list[int]) -> BatchSeconds:
-    """Median seconds per image of both sides, run in turn after one turn each that warms up."""
+    """Return median seconds per image of both sides, run in turn after one turn each that warms up."""
 
     def turn(run: Images) -> Iterator[tuple[str, float]]:
         start = perf_counter()

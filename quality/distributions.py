@@ -1,8 +1,8 @@
-"""How far a set of generated images is from a set of real ones, as distributions of features.
+"""Distances of a set of generated images from a set of real ones, as distributions of features.
 
     real = RealSet(real_features)                 once for all that is held against it
     fp = measure_set(Generated(fp_features), real)         once for all that is compared with it
-    found = compare_sets(measure_set(Generated(features), real), fp)
+    comparison = compare_sets(measure_set(Generated(features), real), fp)
 
 All of it is NumPy on features, (n, features), whatever made them. Two sets can be compared where they are pairs: the
 same noise and label in the same place. Both then draw the same images in every round of the bootstrap.
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.errors import InputError
-from ditc.quality.bootstrap import Estimate, Watch, bootstrapped, estimates, share, share_difference
+from ditc.quality.bootstrap import Counts, Estimate, Numbers, OnRound, bootstrapped, estimates, share, share_difference
 from ditc.quality.manifolds import K, coverage, neighbours
 from ditc.spec import PartialRecord, Record
 
@@ -26,6 +26,7 @@ __all__ = [
     "Comparison",
     "Distribution",
     "DistributionValues",
+    "FeatureArray",
     "Generated",
     "MeasuredSet",
     "RealSet",
@@ -36,15 +37,13 @@ __all__ = [
 ]
 
 ROUNDS = 1000
-Array = NDArray[Any]
-Numbers = NDArray[np.float64]
-Counts = NDArray[np.int64]
+FeatureArray = NDArray[Any]  # (n, features), of any float type
 
 
 class RealSet:
     """Real features, (n, features), with what every comparison needs of them. They are held fixed in all intervals."""
 
-    def __init__(self, features: Array) -> None:
+    def __init__(self, features: FeatureArray) -> None:
         if len(features) < 2:
             raise InputError(f"a distribution needs at least 2 images, found {len(features)} real ones")
         self.features = np.float64(features)
@@ -63,7 +62,7 @@ class RealSet:
         return neighbours(self.features - self.mean, K).radii()
 
     def frechet_distance(self, features: Numbers, counts: Counts | None = None) -> float:
-        """|mu - mu_r|^2 + tr(C + C_r - 2 (C_r C)^(1/2)), of features drawn `counts` times each, or once.
+        """Return |mu - mu_r|^2 + tr(C + C_r - 2 (C_r C)^(1/2)), of features drawn `counts` times each, or once.
 
         The trace of the root comes from the eigenvalues of C_r^(1/2) C C_r^(1/2), which is symmetric.
         """
@@ -75,8 +74,8 @@ class RealSet:
         return float(((mean - self.mean) ** 2).sum() + np.trace(covariance) + self.trace - 2 * cross)
 
 
-def frechet_distance(a: Array, b: Array) -> float:
-    """Frechet distance between Gaussians fitted to two sets of feature vectors, each (n, features)."""
+def frechet_distance(a: FeatureArray, b: FeatureArray) -> float:
+    """Return the Frechet distance between Gaussians fitted to two sets of feature vectors, each (n, features)."""
     return RealSet(b).frechet_distance(np.float64(a))
 
 
@@ -87,7 +86,7 @@ class Generated:
     `consistent` is None where no classifier is known.
     """
 
-    features: Array
+    features: FeatureArray
     consistent: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
@@ -97,12 +96,12 @@ class Generated:
             raise InputError(f"{len(self.features)} images, but classes of {len(self.consistent)}")
 
     def part(self, rows: slice) -> Generated:
-        """Some of the images."""
+        """Return some of the images."""
         return Generated(self.features[rows], None if self.consistent is None else self.consistent[rows])
 
 
 class Distribution(Record):
-    """What a set of images, or the difference of two, measures; `class_consistency` is None without a classifier."""
+    """Measures of a set of images, or of the difference of two; `class_consistency` is None without a classifier."""
 
     frechet_distance: Estimate
     precision: Estimate
@@ -133,7 +132,7 @@ class Comparison(Record):
     real: int
     dimensions: int
     rounds: int
-    found: Distribution
+    ours: Distribution
     exact: Distribution
     difference: Distribution
 
@@ -166,7 +165,7 @@ def measure_set(
     *,
     rounds: int = ROUNDS,
     seed: int = 0,
-    watch: Watch = lambda *_: None,
+    watch: OnRound = lambda *_: None,
 ) -> MeasuredSet:
     """Measure a set, and every one of `rounds` resamples of it. Sets of equal number and `seed` draw the same images.
 
@@ -183,34 +182,34 @@ def measure_set(
     )
 
 
-def compare_sets(found: MeasuredSet, exact: MeasuredSet) -> Comparison:
-    """Two paired sets and their difference. Raises InputError where they are not pairs, or measured another way."""
-    drawn = [(len(side.precise), len(side.replicates), side.seed) for side in (found, exact)]
+def compare_sets(ours: MeasuredSet, exact: MeasuredSet) -> Comparison:
+    """Compare two paired sets. Raises InputError where they are not pairs, or measured another way."""
+    drawn = [(len(side.precise), len(side.replicates), side.seed) for side in (ours, exact)]
     if drawn[0] != drawn[1]:
         raise InputError(f"expected pairs, measured alike; found (images, rounds, seed) {drawn[0]} and {drawn[1]}")
-    if not np.array_equal(found.real.features, exact.real.features):
+    if not np.array_equal(ours.real.features, exact.real.features):
         raise InputError("expected two sets that were held against the same real images")
     consistency = None
-    if found.consistent is not None and exact.consistent is not None:
-        consistency = share_difference(found.consistent, exact.consistent)
+    if ours.consistent is not None and exact.consistent is not None:
+        consistency = share_difference(ours.consistent, exact.consistent)
     return Comparison(
-        n=len(found.precise),
-        real=len(found.real),
-        dimensions=found.real.features.shape[1],
-        rounds=len(found.replicates),
-        found=found.distribution,
+        n=len(ours.precise),
+        real=len(ours.real),
+        dimensions=ours.real.features.shape[1],
+        rounds=len(ours.replicates),
+        ours=ours.distribution,
         exact=exact.distribution,
         difference=_distribution(
-            found.values - exact.values,
-            found.replicates - exact.replicates,
-            share_difference(found.precise, exact.precise),
+            ours.values - exact.values,
+            ours.replicates - exact.replicates,
+            share_difference(ours.precise, exact.precise),
             consistency,
         ),
     )
 
 
 def distribution_values(generated: Generated, real: RealSet) -> DistributionValues:
-    """The measures without intervals."""
+    """Measure a set without intervals."""
     side = _Side(generated, real)
     distance, recall = side.resampled().tolist()
     return DistributionValues(
@@ -236,7 +235,7 @@ class _Side:
         self.precise = coverage(centred, real_centred, real.radii).covered(real.radii)
 
     def resampled(self, counts: Counts | None = None) -> Numbers:
-        """(Frechet distance, recall)."""
+        """Return (Frechet distance, recall) of a resample, or of the set itself."""
         recalled = self._reals.covered(self._neighbours.radii(counts))
         return np.array([self._real.frechet_distance(self._features, counts), recalled.mean()])
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.bundle import Bundle, Manifest, open_bundle
-from ditc.errors import CheckError, InputError
+from ditc.bundle import Manifest, open_bundle
+from ditc.errors import CheckError
 from ditc.files import atomic_write
 from ditc.machine import machine
 from ditc.progress import Progress, silent
 from ditc.quality.bootstrap import LEVEL, bootstrapped, estimates
 from ditc.quality.distributions import (
+    FeatureArray,
     Generated,
     MeasuredSet,
     RealSet,
@@ -42,27 +41,17 @@ from ditc.quality.evaluation import (
 )
 from ditc.quality.features import (
     Extractor,
-    RealFeatures,
     check_sources,
-    default_extractor,
-    default_real,
-    open_extractor,
-    real_features,
 )
-from ditc.quality.generating import ImageSource, stored_images
 from ditc.quality.options import EvaluateOptions, VetoOptions
-from ditc.quality.pretrained import lpips_distance
-from ditc.runtime.closeness import PAIRED, StepDrift, ssim_window, step_drift
-from ditc.runtime.executor import Samples
+from ditc.quality.pairs import Pairs, Work, measure_pairs
+from ditc.runtime.closeness import ssim_window
 from ditc.runtime.options import HERE, Place
 from ditc.spec import Skipped
 
 __all__ = ["check_not_worse", "evaluate_bundle"]
 
-Array = NDArray[Any]
-
 BOOTSTRAP_SEED = 0
-FEATURES_AT_ONCE = 64  # images
 LOWER_IS_BETTER = ("lpips",)
 
 
@@ -86,8 +75,8 @@ def evaluate_bundle(
 
         check_has_noise(open_bundle(bundle))  # before anything takes its time
     with TemporaryDirectory(prefix="ditc-evaluate-") if save is None else nullcontext(save) as folder:
-        work = _Work(options, place, Path(folder), progress)
-        pairs = _pairs(bundle, work)
+        work = Work(options, place, Path(folder), progress)
+        pairs = measure_pairs(bundle, work)
         evaluation = _evaluation(pairs, work)
     if options.veto_images:
         from ditc.quality.veto import veto_of
@@ -111,113 +100,7 @@ def check_not_worse(evaluation: Evaluation, most: float) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One evaluation: its settings, where the bundle runs, where FP's images lie."""
-
-    options: EvaluateOptions
-    place: Place
-    folder: Path
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class _Judges:
-    """What images are measured by: `paired` by name, and the extractor or the reason why there is none."""
-
-    paired: dict[str, Callable[[Array, Array], NDArray[np.float64]]]
-    extractor: Extractor | None
-    no_extractor: str
-    no_lpips: str
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """What was measured of all images of all seeds, in order: every pair, and the features of both sides."""
-
-    bundle: Bundle
-    judges: _Judges
-    image_shape: tuple[int, ...]
-    real: RealFeatures | None
-    steps: dict[str, StepDrift] = field(default_factory=dict)
-    paired: dict[str, list[Array]] = field(default_factory=lambda: defaultdict(list))
-    ours: list[Array] = field(default_factory=list)
-    exact: list[Array] = field(default_factory=list)
-
-    def add(self, images: Samples, twins: Samples) -> None:
-        """Measure some images and their FP twins."""
-        for name, measure in self.judges.paired.items():
-            self.paired[name].append(measure(images, twins))
-        if self.judges.extractor is not None:
-            self.ours.append(self.judges.extractor.features(images))
-            self.exact.append(self.judges.extractor.features(twins))
-
-
-def _pairs(path: Path, work: _Work) -> _Pairs:
-    """Run FP, the bundle, and the bundle without its compensation, one after the other."""
-    options, watched = work.options, (work.options.seeds[0], min(work.options.step_images, work.options.images))
-    source = ImageSource(work.place.load(path), work.progress)  # refused before FP takes its time
-    with work.place.load(path, reference=True) as pipe:
-        fp = ImageSource(pipe, work.progress)
-        judges = _judges(fp, options)
-        real = _real(fp, work, judges)
-        exact_steps = fp.trajectory("steps-fp", *watched)
-        exact = [stored_images(fp, work.folder, f"fp-{seed}", seed, 0, options.images) for seed in options.seeds]
-        pairs = _Pairs(pipe.bundle, judges, exact[0].shape[1:], real)
-    with source.pipe:
-        pairs.steps["bundle"] = step_drift(source.trajectory("steps", *watched), exact_steps)
-        for seed, stored in zip(options.seeds, exact, strict=True):
-            for places, images in source.images(f"bundle-{seed}", seed, 0, options.images):
-                pairs.add(images, np.asarray(stored[places]))
-    if "compensation.k" in pairs.bundle.tables():
-        with work.place.load(path, compensation=False) as pipe:
-            bare = ImageSource(pipe, work.progress).trajectory("steps-without-vc", *watched)
-            pairs.steps["uncompensated"] = step_drift(bare, exact_steps)
-    return pairs
-
-
-def _judges(source: ImageSource, options: EvaluateOptions) -> _Judges:
-    """What fits the model's images. Features that were asked for by name have to be there."""
-    if not source.pipe.makes_images:
-        reason = "the bundle makes latents and has no decoder; compile it with --vae FOLDER"
-        if options.needs_features:
-            raise InputError(f"features need images, but {reason}")
-        return _Judges(PAIRED, None, reason, reason)
-    shape = source.image_shape
-    paired, extractor, no_extractor, no_lpips = PAIRED, None, "", ""
-    try:
-        paired = PAIRED | {"lpips": lpips_distance(*shape[1:])}
-    except InputError as e:
-        no_lpips = str(e)
-    name = options.features or default_extractor(source.pipe.bundle.manifest.model.name, shape)
-    try:
-        extractor = open_extractor(name, shape)
-    except InputError as e:
-        if options.needs_features:
-            raise
-        no_extractor = str(e)
-    return _Judges(paired, extractor, no_extractor, no_lpips)
-
-
-def _real(fp: ImageSource, work: _Work, judges: _Judges) -> RealFeatures | None:
-    """The real features; with "fp" those of the same seeds' next FP images, which no pair has."""
-    options, extractor = work.options, judges.extractor
-    if extractor is None:
-        return None
-    shape = fp.image_shape
-    source = options.real or default_real(fp.pipe.bundle.manifest.model.name, shape)
-    if source != "fp":
-        return real_features(source, extractor, shape)
-    parts = []
-    for seed in options.seeds:
-        images = stored_images(fp, work.folder, f"fp-real-{seed}", seed, options.images, options.images)
-        for start in range(0, len(images), FEATURES_AT_ONCE):
-            parts.append(extractor.features(np.asarray(images[start : start + FEATURES_AT_ONCE])))
-    features = np.concatenate(parts)
-    return RealFeatures(f"{len(features):,} FP images of other noise", features)
-
-
-def _evaluation(pairs: _Pairs, work: _Work) -> Evaluation:
+def _evaluation(pairs: Pairs, work: Work) -> Evaluation:
     options = work.options
     return Evaluation(
         machine=machine(),
@@ -249,7 +132,7 @@ def _evaluated(manifest: Manifest) -> EvaluatedBundle:
     )
 
 
-def _paired(pairs: _Pairs, rounds: int) -> dict[str, PairedMeasure | Skipped]:
+def _paired(pairs: Pairs, rounds: int) -> dict[str, PairedMeasure | Skipped]:
     values = np.stack([np.concatenate(parts) for parts in pairs.paired.values()], axis=1)  # (n, measures)
     n = len(values)
     means = bootstrapped(lambda counts: counts @ values / n, n, rounds, BOOTSTRAP_SEED)
@@ -263,7 +146,7 @@ def _paired(pairs: _Pairs, rounds: int) -> dict[str, PairedMeasure | Skipped]:
     return paired
 
 
-def _distributions(pairs: _Pairs, work: _Work) -> Distributions | Skipped:
+def _distributions(pairs: Pairs, work: Work) -> Distributions | Skipped:
     extractor, real, options = pairs.judges.extractor, pairs.real, work.options
     if extractor is None or real is None:
         return Skipped(skipped=pairs.judges.no_extractor)
@@ -282,7 +165,7 @@ def _distributions(pairs: _Pairs, work: _Work) -> Distributions | Skipped:
     return Distributions(
         features=FeaturesUsed(name=extractor.name, about=extractor.about, dimensions=comparison.dimensions),
         real=RealImages(n=comparison.real, about=real.about),
-        bundle=comparison.found,
+        bundle=comparison.ours,
         fp=comparison.exact,
         difference=comparison.difference,
         per_seed=tuple(
@@ -302,13 +185,13 @@ def _rows_of_seeds(options: EvaluateOptions) -> Iterator[slice]:
         yield slice(number * options.images, (number + 1) * options.images)
 
 
-def _generated(parts: Sequence[Array], extractor: Extractor, asked: Array) -> Generated:
+def _generated(parts: Sequence[FeatureArray], extractor: Extractor, asked: NDArray[np.int64]) -> Generated:
     features = np.concatenate(parts)
     return Generated(features, None if extractor.classes is None else extractor.classes(features) == asked)
 
 
-def _save(evaluation: Evaluation, pairs: _Pairs, folder: Path) -> None:
-    """The report, the numbers of every pair, and the real features in the form that --real takes."""
+def _save(evaluation: Evaluation, pairs: Pairs, folder: Path) -> None:
+    """Write the report, the numbers of every pair, and the real features in the form that --real takes."""
     written = json.dumps(evaluation.model_dump(mode="json"), indent=1)
     atomic_write(folder / "evaluate.json", written.encode() + b"\n")
     arrays = {name: np.concatenate(parts) for name, parts in pairs.paired.items()}

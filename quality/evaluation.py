@@ -1,4 +1,4 @@
-"""What `ditc evaluate` measured of a bundle's images, as a value that is printed, kept and compared."""
+"""The measures of `ditc evaluate`, as a value that is printed, kept and compared."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Cells = tuple[tuple[float | None, ...], ...]
 
 
 class EvaluatedBundle(Record):
-    """Which bundle was evaluated; from `policy` on what it was compiled with, None where it does not say."""
+    """The bundle that was evaluated; from `policy` on what it was compiled with, None where it does not say."""
 
     model: str
     precision: str
@@ -45,7 +45,7 @@ class EvaluatedBundle(Record):
 
 
 class Bootstrap(Record):
-    """How intervals were made: rounds, the level they cover, the seed of the draws."""
+    """The draws behind the intervals: rounds, the level they cover, the seed."""
 
     rounds: int
     level: float
@@ -79,7 +79,7 @@ class Drifts(PartialRecord):
 
 
 class FeaturesUsed(Record):
-    """What images were measured by."""
+    """The features that images were measured by."""
 
     name: str
     about: str
@@ -87,7 +87,7 @@ class FeaturesUsed(Record):
 
 
 class RealImages(Record):
-    """What images were held against: how many, and where from."""
+    """The real images that others were held against: how many, and where from."""
 
     n: int
     about: str
@@ -135,7 +135,7 @@ class Veto(Record):
 
 
 class Evaluation(PartialRecord):
-    """How good a bundle's images are: `images` of each of `seeds`, `n` in all.
+    """The quality of a bundle's images: `images` of each of `seeds`, `n` in all.
 
     `paired` are the measures of pairs on the same noise, by name; `steps` the drifts of some of them after each step.
     """

@@ -1,4 +1,4 @@
-"""What generated images are measured by: a table of feature extractors, and where real images come from."""
+"""Features that generated images are measured by: a table of extractors, and where real images come from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ditc.bundle import read_tables
 from ditc.errors import InputError, unknown_name
 from ditc.quality.classifier import Classifier
-from ditc.quality.distributions import frechet_distance
+from ditc.quality.distributions import FeatureArray, frechet_distance
 from ditc.runtime.executor import Samples
 from ditc.spec import Record
 
@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]  # (channels, height, width)
-Array = NDArray[Any]
 
 DIGITS = "digits"
 DIGITS_SHAPE = (1, 8, 8)
@@ -54,8 +53,8 @@ class Extractor:
 
     name: str
     about: str
-    features: Callable[[Samples], Array]
-    classes: Callable[[Array], NDArray[np.int64]] | None = None
+    features: Callable[[Samples], FeatureArray]
+    classes: Callable[[FeatureArray], NDArray[np.int64]] | None = None
 
 
 def _digits(shape: Shape) -> Extractor:
@@ -88,7 +87,7 @@ FEATURES: dict[str, Callable[[Shape], Extractor]] = {
 
 
 def open_extractor(name: str, shape: Shape) -> Extractor:
-    """The extractor of a name for images of a shape; raises InputError where it doesn't fit or isn't installed."""
+    """Open the extractor of a name for images of a shape; raises InputError where it doesn't fit or isn't installed."""
     if name not in FEATURES:
         raise unknown_name("features", name, FEATURES)
     return FEATURES[name](shape)
@@ -110,14 +109,14 @@ def check_sources(features: str | None, real: str | None) -> None:
 
 
 def default_extractor(model: str, shape: Shape) -> str:
-    """The reference model has its own, small images are their own features, others take Inception's."""
+    """Name the extractor: the reference model has its own, small images are their own, others take Inception's."""
     if default_real(model, shape) == DIGITS:
         return DIGITS
     return "pixels" if prod(shape) <= MOST_PIXELS else "inception"
 
 
 def default_real(model: str, shape: Shape) -> str:
-    """The digits for the reference model, else FP images of other noise: no model says what it was trained on."""
+    """Name real images: the reference model's digits, else FP of other noise: no model says what it was trained on."""
     return DIGITS if model == DIGITS and shape == DIGITS_SHAPE else "fp"
 
 
@@ -126,11 +125,11 @@ class RealFeatures:
     """Features of real images, (n, features), and where those came from."""
 
     about: str
-    features: Array
+    features: FeatureArray
 
 
 def real_features(source: str, extractor: Extractor, shape: Shape) -> RealFeatures:
-    """Features of the images that `source` names.
+    """Return features of the images that `source` names.
 
     "digits", a folder of pictures of the model's size, or an .npz file: of images as `arr_0`, uint8 (n, height, width,
     channels), or of `features` with the `extractor` that made them.
@@ -145,7 +144,7 @@ def real_features(source: str, extractor: Extractor, shape: Shape) -> RealFeatur
 
 
 def _real_path(source: str) -> Path:
-    """A folder that holds pictures, or an .npz file that holds what is needed."""
+    """Return a folder that holds pictures, or an .npz file that holds what is needed."""
     path = Path(source)
     if source and path.is_dir():
         _pictures(path)
@@ -177,7 +176,7 @@ def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
 
 
 def real_digits() -> tuple[Samples, NDArray[np.int64]]:
-    """scikit-learn's digits: images (1797, 1, 8, 8) in [-1, 1], and their labels."""
+    """Load scikit-learn's digits: images (1797, 1, 8, 8) in [-1, 1], and their labels."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as e:
@@ -186,8 +185,8 @@ def real_digits() -> tuple[Samples, NDArray[np.int64]]:
             "real.npz of an earlier `ditc evaluate --save` with --real"
         ) from e
 
-    found = load_digits()
-    return np.asarray(found.images[:, None] / 8.0 - 1.0, np.float32), np.asarray(found.target, np.int64)
+    digits = load_digits()
+    return np.asarray(digits.images[:, None] / 8.0 - 1.0, np.float32), np.asarray(digits.target, np.int64)
 
 
 class DigitQuality(Record):
@@ -198,8 +197,8 @@ class DigitQuality(Record):
     class_agreement: float
 
 
-def digit_quality(images: Samples, labels: Array) -> DigitQuality:
-    """Generated digits, (n, 1, 8, 8), against the real ones, and the share that shows its label, (n,).
+def digit_quality(images: Samples, labels: NDArray[np.int64]) -> DigitQuality:
+    """Measure generated digits, (n, 1, 8, 8), against the real ones, and the share that shows its label, (n,).
 
     The Frechet distance is over the 64 pixels, and over the classifier's 64 features.
     """
@@ -240,19 +239,19 @@ def _picture(path: Path, shape: Shape) -> Samples:
 def _features_of_npz(path: Path, extractor: Extractor, shape: Shape) -> RealFeatures:
     try:
         with _open_npz(path) as arrays:
-            found = {name: arrays[name] for name in ("features", "extractor", "arr_0") if name in arrays}
+            stored = {name: arrays[name] for name in ("features", "extractor", "arr_0") if name in arrays}
     except NO_NPZ as e:
         raise InputError(f"{path} is not an .npz file of plain arrays ({e}); write it again") from e
-    if "features" in found:
-        made_by = str(found.get("extractor", ""))
+    if "features" in stored:
+        made_by = str(stored.get("extractor", ""))
         if made_by != extractor.name:
             raise InputError(f"{path} holds features of {made_by!r}, these are {extractor.name!r}; set --features")
-        return RealFeatures(f"{len(found['features']):,} images of {path.name}", found["features"])
-    images = found["arr_0"]
+        return RealFeatures(f"{len(stored['features']):,} images of {path.name}", stored["features"])
+    images = stored["arr_0"]
     return RealFeatures(f"{len(images):,} images of {path.name}", _features_of_bytes(path, images, extractor, shape))
 
 
-def _features_of_bytes(path: Path, images: Array, extractor: Extractor, shape: Shape) -> Array:
+def _features_of_bytes(path: Path, images: NDArray[Any], extractor: Extractor, shape: Shape) -> FeatureArray:
     channels, height, width = shape
     if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels) or not len(images):
         expected = f"uint8 (n, {height}, {width}, {channels})"

@@ -38,7 +38,7 @@ class ImageSource:
         return self.pipe.decode(np.zeros((1, *self.pipe.bundle.manifest.model.latent_shape), np.float32)).shape[1:]
 
     def images(self, stage: str, seed: int, first: int, count: int) -> Iterator[tuple[slice, Samples]]:
-        """(places among the `count`, images of one request), latents where there is no decoder."""
+        """Yield (places among the `count`, images of one request), latents where there is no decoder."""
         for places, labels in self._requests(stage, first, count):
             images = self._finished(labels, seed, first + places.start)
             if not np.isfinite(images).all():
@@ -46,7 +46,7 @@ class ImageSource:
             yield places, images
 
     def trajectory(self, stage: str, seed: int, count: int) -> list[Samples]:
-        """The samples after every step, each (count, channels, height, width)."""
+        """Return the samples after every step, each (count, channels, height, width)."""
         steps = defaultdict(list)
         for places, labels in self._requests(stage, 0, count):
             for event in self.pipe.generate(labels, seed=seed, first=places.start):
@@ -70,9 +70,8 @@ class ImageSource:
 
 
 def stored_images(source: ImageSource, folder: Path, stage: str, seed: int, first: int, count: int) -> Samples:
-    """FP's images `first` to `first + count` of a seed, mapped from a file of the folder; made where it isn't there."""
-    names = fp_digest(source.pipe.bundle), f"seed{seed}-{first}-to-{first + count - 1}.npy"
-    path = folder / f"fp-{names[0]}" / names[1]
+    """Map FP's images `first` to `first + count` of a seed from a file of the folder; make it where it isn't there."""
+    path = folder / f"fp-{fp_digest(source.pipe.bundle)}" / f"seed{seed}-{first}-to-{first + count - 1}.npy"
     if not path.exists():
         partial = path.with_name(f".{path.name}.partial")
         with writing(path):
@@ -100,7 +99,7 @@ def _write_images(parts: Iterator[tuple[slice, Samples]], count: int, path: Path
 
 
 def fp_digest(bundle: Bundle) -> str:
-    """A digest of all that decides FP's images: model, weights, sampler, steps, guidance.
+    """Return a digest of all that decides FP's images: model, weights, sampler, steps, guidance.
 
     Of a segment that keeps its weights in a file of their own, that file counts: its graph has further outputs for the
     cache, which differ from policy to policy and change no image.

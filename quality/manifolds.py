@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.errors import InputError
+from ditc.quality.bootstrap import Counts, Numbers
 
 __all__ = ["Coverage", "K", "Neighbours", "coverage", "neighbours"]
 
@@ -26,11 +27,9 @@ K = 3  # the paper's choice for its figures
 RESAMPLED_DEPTH = 32  # a resample without K of a point's 32 nearest is as good as impossible
 BLOCK = 1 << 22  # distances that are held at a time
 
-Numbers = NDArray[np.float64]
-
 
 def distances(points: Numbers, others: Numbers) -> Iterator[tuple[slice, Numbers]]:
-    """Euclidean distances in blocks of rows: (rows, (rows, others))."""
+    """Yield Euclidean distances in blocks of rows: (rows, (rows, others))."""
     squares = (others**2).sum(axis=1)
     rows = max(1, BLOCK // len(others))
     for start in range(0, len(points), rows):
@@ -51,8 +50,8 @@ class Neighbours:
         """The largest radius a ball can have, (n,)."""
         return np.asarray(self.distances[:, -1])
 
-    def radii(self, counts: NDArray[np.int64] | None = None, k: int = K) -> Numbers:
-        """Distance to the k-th neighbour, (n,); with `counts`, of a resample, below 0 where a point is not in it."""
+    def radii(self, counts: Counts | None = None, k: int = K) -> Numbers:
+        """Return distances to the k-th neighbour, (n,); with `counts` of a resample, below 0 for points not in it."""
         if counts is None:
             return np.asarray(self.distances[:, k - 1])
         copies = counts - 1  # of the point itself, at no distance
@@ -63,7 +62,7 @@ class Neighbours:
 
 
 def neighbours(points: Numbers, depth: int = RESAMPLED_DEPTH) -> Neighbours:
-    """The `depth` nearest other points of each of (n, features), or all there are."""
+    """Return the `depth` nearest other points of each of (n, features), or all there are."""
     if len(points) <= K:
         raise InputError(f"precision and recall need more than {K} images, found {len(points)}")
     depth = min(depth, len(points) - 1)
@@ -71,16 +70,16 @@ def neighbours(points: Numbers, depth: int = RESAMPLED_DEPTH) -> Neighbours:
     for rows, block in distances(points, points):
         block[np.arange(len(block)), np.arange(len(points))[rows]] = np.inf  # a point is not its own neighbour
         near = np.argpartition(block, depth - 1, axis=1)[:, :depth]
-        found = np.take_along_axis(block, near, axis=1)
-        order = found.argsort(axis=1)
+        nearest = np.take_along_axis(block, near, axis=1)
+        order = nearest.argsort(axis=1)
         places.append(np.take_along_axis(near, order, axis=1))
-        lengths.append(np.take_along_axis(found, order, axis=1))
+        lengths.append(np.take_along_axis(nearest, order, axis=1))
     return Neighbours(np.concatenate(places), np.concatenate(lengths))
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which points can lie in the balls around which centres: pairs with their distance, each (pairs,)."""
+    """Pairs of a point and a centre in whose ball it can lie, with their distance, each (pairs,)."""
 
     points: int
     point: NDArray[Any]
@@ -95,11 +94,11 @@ class Coverage:
 
 
 def coverage(points: Numbers, centres: Numbers, reach: Numbers) -> Coverage:
-    """The pairs of points and centres that lie within the centres' reach, (centres,)."""
-    found, lengths = [], []
+    """Return the pairs of points and centres that lie within the centres' reach, (centres,)."""
+    pairs, lengths = [], []
     for rows, block in distances(points, centres):
         near, centre = np.nonzero(block <= reach)
-        found.append(np.stack([near + rows.start, centre]).astype(np.int32))
+        pairs.append(np.stack([near + rows.start, centre]).astype(np.int32))
         lengths.append(block[near, centre])
-    point, centre = np.concatenate(found, axis=1)
+    point, centre = np.concatenate(pairs, axis=1)
     return Coverage(len(points), point, centre, np.concatenate(lengths))

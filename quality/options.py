@@ -69,7 +69,7 @@ class EvaluateOptions(Settings):
 
 
 class Budget(Settings):
-    """What a bundle must keep to. At least one of the first two is given.
+    """The bounds that a bundle must keep to. At least one of the first two is given.
 
     `worse_by` bounds the upper end of the interval of Frechet distance less FP's; `least_psnr_db` the lower end of the
     mean PSNR's against FP; `seconds` the time per image on this machine.
@@ -116,7 +116,7 @@ class TuneOptions(Budget):
 
     @property
     def evaluation(self) -> EvaluateOptions:
-        """How a candidate is evaluated."""
+        """The settings that evaluate a candidate."""
         return EvaluateOptions(
             images=self.images,
             seeds=self.seeds,

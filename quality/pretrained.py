@@ -27,7 +27,7 @@ LPIPS_PIXELS = 32  # AlexNet leaves nothing of smaller images
 
 
 def weights_folder() -> Path:
-    """Where torch keeps weights of other projects."""
+    """Return the folder where torch keeps weights of other projects."""
     import torch
 
     return Path(torch.hub.get_dir()) / "checkpoints"
@@ -39,7 +39,7 @@ def check_inception() -> None:
 
 
 def _inception() -> tuple[Any, Path]:
-    """torch-fidelity's extractor, and where its weights lie."""
+    """Return torch-fidelity's extractor, and where its weights lie."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except BROKEN as e:
@@ -53,7 +53,7 @@ def _inception() -> tuple[Any, Path]:
 
 
 def inception_features() -> Callable[[Samples], NDArray[Any]]:
-    """Features of images in [-1, 1], (n, channels, height, width) -> (n, 2048); grey is taken as RGB.
+    """Return the extractor of images in [-1, 1], (n, channels, height, width) -> (n, 2048); grey is taken as RGB.
 
     Raises InputError without torch-fidelity or its weights.
     """
@@ -67,14 +67,14 @@ def inception_features() -> Callable[[Samples], NDArray[Any]]:
 
     def features(images: Samples) -> NDArray[Any]:
         with torch.inference_mode():
-            (found,) = network(torch.from_numpy(to_bytes(in_colour(images))))
-        return np.asarray(found.numpy())
+            (pooled,) = network(torch.from_numpy(to_bytes(in_colour(images))))
+        return np.asarray(pooled.numpy())
 
     return features
 
 
 def lpips_distance(height: int, width: int) -> Callable[[Samples, Samples], NDArray[np.float64]]:
-    """LPIPS of pairs of images in [-1, 1], (n,) (Zhang et al. 2018, arXiv 1801.03924, AlexNet, version 0.1).
+    """Return LPIPS of pairs of images in [-1, 1], (n,) (Zhang et al. 2018, arXiv 1801.03924, AlexNet, version 0.1).
 
     Raises InputError with the reason where it can't be measured.
     """
@@ -91,8 +91,8 @@ def lpips_distance(height: int, width: int) -> Callable[[Samples, Samples], NDAr
         warnings.simplefilter("ignore")  # torchvision's words on how lpips names its weights
         network = LPIPS(net="alex", verbose=False)
 
-    def distance(found: Samples, exact: Samples) -> NDArray[np.float64]:
-        pair = (torch.from_numpy(np.float32(in_colour(images))) for images in (found, exact))
+    def distance(ours: Samples, exact: Samples) -> NDArray[np.float64]:
+        pair = (torch.from_numpy(np.float32(in_colour(images))) for images in (ours, exact))
         with torch.inference_mode():
             return np.asarray(network(*pair).flatten().double().numpy())
 
@@ -100,5 +100,5 @@ def lpips_distance(height: int, width: int) -> Callable[[Samples, Samples], NDAr
 
 
 def in_colour(images: Samples) -> Samples:
-    """Grey images as RGB."""
+    """Return grey images as RGB."""
     return np.repeat(images, 3, axis=1) if images.shape[1] == 1 else images

@@ -98,40 +98,40 @@ class _Sides:
     pipe: Pipeline
     run: GuidedRun
     exact: BranchProbe
-    found: BranchProbe
+    int8: BranchProbe
     conditions: tuple[Path, Path]
     unquantized: Collection[int]
 
     @staticmethod
     def of(pipe: Pipeline, stack: ExitStack) -> _Sides:
-        """The sides of a bundle whose reference is open. Raises InputError where it is not quantized."""
+        """Open the sides of a bundle whose reference is open. Raises InputError where it is not quantized."""
         bundle = pipe.bundle
         check_has_noise(bundle)
         branches = bundle.manifest.model.branches
         exact = stack.enter_context(open_branch_probe(bundle.reference_path(FULL), branches))
-        found = stack.enter_context(open_branch_probe(bundle.segment_path(FULL), branches, bundle.tables()))
+        int8 = stack.enter_context(open_branch_probe(bundle.segment_path(FULL), branches, bundle.tables()))
         conditions = bundle.reference_path(CONDITION), bundle.segment_path(CONDITION)
-        return _Sides(pipe, GuidedRun.of(bundle), exact, found, conditions, bundle.manifest.program.unquantized)
+        return _Sides(pipe, GuidedRun.of(bundle), exact, int8, conditions, bundle.manifest.program.unquantized)
 
 
 def _add_image(squares: Squares, sides: _Sides, sources: NDArray[np.int64], seed: int, image: int) -> None:
     """Add what one image contributes to every cell; outputs are kept until nothing refers to them any more."""
     labels, session = sides.run.spec.labels_in_turn(image, 1), OnnxRuntimeBackend().session
     rows = sides.run.guidance.labels(labels)
-    exact_tables, found_tables = (
+    exact_tables, int8_tables = (
         condition_tables(session(path), sides.run.table["t"], rows) for path in sides.conditions
     )
-    kept: dict[int, list[Samples]] = {}
+    outputs_of: dict[int, list[Samples]] = {}  # step -> those of FP's branches
     for event in sides.pipe.generate(labels, seed=seed, first=image):
         step, x = event.index, sides.run.guidance.rows(event.before)
-        kept[step] = exact = sides.exact.run(step, x, exact_tables)
-        found = exact if step in sides.unquantized else sides.found.run(step, x, found_tables)
-        for place, (y, q) in enumerate(zip(exact, found, strict=True)):
+        outputs_of[step] = exact = sides.exact.run(step, x, exact_tables)
+        int8 = exact if step in sides.unquantized else sides.int8.run(step, x, int8_tables)
+        for place, (y, q) in enumerate(zip(exact, int8, strict=True)):
             source = int(sources[step, place])
-            changed = _square(kept[source][place] - y) if source >= 0 else 0.0
+            changed = _square(outputs_of[source][place] - y) if source >= 0 else 0.0
             squares[:, step, place] += _square(q - y), changed, _square(y)
         wanted = set(sources[step + 1 :].ravel().tolist())
-        kept = {source: outputs for source, outputs in kept.items() if source in wanted}
+        outputs_of = {source: outputs for source, outputs in outputs_of.items() if source in wanted}
 
 
 def _square(values: Samples) -> float:
@@ -160,7 +160,7 @@ def _report(bundle: Bundle, options: VetoOptions, sources: NDArray[np.int64], sq
 
 
 def _cells(values: NDArray[np.float64], known: NDArray[np.bool_]) -> Cells:
-    """Numbers as JSON has them, None where there is none."""
+    """Return numbers as JSON has them, None where there is none."""
     known = known & np.isfinite(values)
     return tuple(
         tuple(float(value) if there else None for value, there in zip(row, mask, strict=True))

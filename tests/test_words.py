@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CLEAN = ("exporter", "calib_data", "quantize", "lowering", "engines")  # these folders and their tests
+# these folders and their tests
+CLEAN = (
+    "calib_data",
+    "compiler",
+    "engines",
+    "exporter",
+    "lowering",
+    "quality",
+    "quantize",
+)
 
 PRONOUNS = ("What", "How", "Which", "Whether")
 HAVING = {"found", "made", "kept", "taken"}  # of a value they tell that it was had, not what it is

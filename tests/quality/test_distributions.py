@@ -60,8 +60,8 @@ def test_independent_features_differ_by_their_standard_deviations() -> None:
 def test_correlated_features_follow_the_matrix_formula(seed: int) -> None:
     ca, cb = random_covariance(seed), random_covariance(seed + 1)
     root = np.sqrt(np.linalg.eigvals(ca @ cb).real).sum()
-    found = frechet_distance(gaussian(np.zeros(4), ca), gaussian(np.zeros(4), cb, seed=1))
-    assert found == pytest.approx(np.trace(ca) + np.trace(cb) - 2 * root, rel=1e-6, abs=1e-6)
+    distance = frechet_distance(gaussian(np.zeros(4), ca), gaussian(np.zeros(4), cb, seed=1))
+    assert distance == pytest.approx(np.trace(ca) + np.trace(cb) - 2 * root, rel=1e-6, abs=1e-6)
 
 
 @LAW
@@ -113,9 +113,9 @@ def test_garbage_costs_precision_and_no_recall() -> None:
     assert dirty.recall == clean.recall > 0.9
 
 
-def compared(found: Generated, exact: Generated, real: RealSet, rounds: int = 20, seed: int = 0) -> Comparison:
-    found_set, exact_set = (measure_set(side, real, rounds=rounds, seed=seed) for side in (found, exact))
-    return compare_sets(found_set, exact_set)
+def compared(ours: Generated, exact: Generated, real: RealSet, rounds: int = 20, seed: int = 0) -> Comparison:
+    ours_set, exact_set = (measure_set(side, real, rounds=rounds, seed=seed) for side in (ours, exact))
+    return compare_sets(ours_set, exact_set)
 
 
 def test_a_compared_set_has_the_values_of_the_set_alone() -> None:
@@ -123,31 +123,31 @@ def test_a_compared_set_has_the_values_of_the_set_alone() -> None:
     real = RealSet(rng.standard_normal((60, 3)))
     exact = rng.standard_normal((40, 3))
     sides = [Generated(x, rng.random(40) < 0.9) for x in (0.8 * exact, exact)]
-    found = compared(*sides, real)
-    for side, alone in zip((found.found, found.exact), sides, strict=True):
+    comparison = compared(*sides, real)
+    for side, alone in zip((comparison.ours, comparison.exact), sides, strict=True):
         for name, value in distribution_values(alone, real):
             assert getattr(side, name).value == pytest.approx(value)
     for name in ("frechet_distance", "precision", "recall", "class_consistency"):
-        gap = getattr(found.found, name).value - getattr(found.exact, name).value
-        assert getattr(found.difference, name).value == pytest.approx(gap)
+        gap = getattr(comparison.ours, name).value - getattr(comparison.exact, name).value
+        assert getattr(comparison.difference, name).value == pytest.approx(gap)
 
 
 def test_equal_sides_differ_by_nothing_in_every_resample() -> None:
     rng = np.random.default_rng(0)
     side = Generated(rng.standard_normal((40, 3)), np.ones(40, bool))
-    found = compared(side, side, RealSet(rng.standard_normal((60, 3)))).difference
-    for estimate in (found.frechet_distance, found.recall):
+    difference = compared(side, side, RealSet(rng.standard_normal((60, 3)))).difference
+    for estimate in (difference.frechet_distance, difference.recall):
         assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
-    assert found.precision.value == 0
-    assert found.precision.low < 0 < found.precision.high  # 40 images can't rule out a few in a hundred
+    assert difference.precision.value == 0
+    assert difference.precision.low < 0 < difference.precision.high  # 40 images can't rule out a few in a hundred
 
 
 def test_without_a_classifier_there_is_no_class_consistency() -> None:
     rng = np.random.default_rng(0)
     sides = (Generated(rng.standard_normal((20, 2))) for _ in range(2))
-    found = compared(*sides, RealSet(rng.standard_normal((20, 2))))
-    assert found.found.class_consistency is None
-    assert found.difference.class_consistency is None
+    comparison = compared(*sides, RealSet(rng.standard_normal((20, 2))))
+    assert comparison.ours.class_consistency is None
+    assert comparison.difference.class_consistency is None
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_intervals_of_the_frechet_distance_hold_what_they_say() -> None:
     real = RealSet(rng.standard_normal((20, SIZE)))
     real.mean, real.root, real.trace = np.zeros(SIZE), np.eye(SIZE), float(SIZE)  # the moments, not a sample's
     bundle = SIZE * 0.1**2 + SIZE * (np.sqrt(0.81 + 0.01) - 1) ** 2
-    truth = {"found": bundle, "exact": SIZE * 0.2**2, "difference": bundle - SIZE * 0.2**2}
+    truth = {"ours": bundle, "exact": SIZE * 0.2**2, "difference": bundle - SIZE * 0.2**2}
     held: dict[str, list[bool]] = {name: [] for name in (*truth, "plain")}
     for seed in range(SIMULATIONS):
         sides = (Generated(features) for features in drawn(rng))
@@ -225,10 +225,10 @@ def test_intervals_of_recall_hold_the_recall_of_as_many_images() -> None:
         return [Generated(0.6 * exact), Generated(exact)]
 
     others = [[distribution_values(side, real).recall for side in sides()] for _ in range(400)]
-    found, exact = np.mean(others, axis=0)
+    ours, exact = np.mean(others, axis=0)
     held = []
     for seed in range(SIMULATIONS):
         comparison = compared(*sides(), real, ROUNDS, seed)
-        pairs = (comparison.found.recall, found), (comparison.difference.recall, found - exact)
+        pairs = (comparison.ours.recall, ours), (comparison.difference.recall, ours - exact)
         held.append([estimate.low <= value <= estimate.high for estimate, value in pairs])
     assert np.mean(held, axis=0).min() > 0.87, np.mean(held, axis=0)

@@ -62,22 +62,22 @@ def damage(damaged: Path) -> Evaluation:
 
 def evaluated(bundle: Path, capsys: pytest.CaptureFixture[str], more: str = "") -> dict[str, Any]:
     assert run(f"evaluate {bundle} {QUICK} --json {more}".split()) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
 
 
 def test_a_bundle_equal_to_its_reference_differs_in_nothing(exact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = evaluated(exact, capsys, "--fail-if-worse 0")
-    assert found["n"] == 40
-    assert found["paired"]["psnr_db"]["worst"] > 200
-    assert found["paired"]["ssim"] == {"mean": 1, "low": 1, "high": 1, "worst": 1, "window": 7}
-    assert found["paired"]["cosine"]["worst"] == pytest.approx(1)
-    assert "too small for it" in found["paired"]["lpips"]["skipped"]
-    assert set(found["steps"]) == {"bundle"}
-    assert found["steps"]["bundle"]["images"] == 10
-    assert found["steps"]["bundle"]["relative_error"] == [0] * STEPS
-    assert found["steps"]["bundle"]["variance_drift"] == [[0]] * STEPS
-    distribution = found["distribution"]
+    report = evaluated(exact, capsys, "--fail-if-worse 0")
+    assert report["n"] == 40
+    assert report["paired"]["psnr_db"]["worst"] > 200
+    assert report["paired"]["ssim"] == {"mean": 1, "low": 1, "high": 1, "worst": 1, "window": 7}
+    assert report["paired"]["cosine"]["worst"] == pytest.approx(1)
+    assert "too small for it" in report["paired"]["lpips"]["skipped"]
+    assert set(report["steps"]) == {"bundle"}
+    assert report["steps"]["bundle"]["images"] == 10
+    assert report["steps"]["bundle"]["relative_error"] == [0] * STEPS
+    assert report["steps"]["bundle"]["variance_drift"] == [[0]] * STEPS
+    distribution = report["distribution"]
     assert (distribution["features"]["name"], distribution["real"]["n"]) == ("digits", 1797)
     assert distribution["bundle"] == distribution["fp"]
     assert {row["value"] for row in distribution["difference"].values()} == {0}
@@ -188,21 +188,21 @@ def test_images_do_not_depend_on_the_size_of_a_request(exact: Path) -> None:
 def test_a_model_without_a_training_set_is_held_against_fp_images_of_other_noise(
     bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = evaluated(bundles["cached"].path, capsys)
-    assert found["distribution"]["features"] | {"about": ""} == {"name": "pixels", "about": "", "dimensions": 192}
-    assert found["distribution"]["real"] == {"n": 40, "about": "40 FP images of other noise"}
-    assert found["distribution"]["bundle"]["class_consistency"] is None
-    assert set(found["steps"]) == {"bundle", "uncompensated"}
-    assert found["steps"]["bundle"]["relative_error"] != found["steps"]["uncompensated"]["relative_error"]
+    report = evaluated(bundles["cached"].path, capsys)
+    assert report["distribution"]["features"] | {"about": ""} == {"name": "pixels", "about": "", "dimensions": 192}
+    assert report["distribution"]["real"] == {"n": 40, "about": "40 FP images of other noise"}
+    assert report["distribution"]["bundle"]["class_consistency"] is None
+    assert set(report["steps"]) == {"bundle", "uncompensated"}
+    assert report["steps"]["bundle"]["relative_error"] != report["steps"]["uncompensated"]["relative_error"]
 
 
 def test_latents_without_a_decoder_have_pairs_and_no_distribution(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pipeline, "PIXEL_CHANNELS", (1,))
-    found = evaluated(bundles["cached"].path, capsys)
-    assert "compile it with --vae" in found["distribution"]["skipped"]
-    assert found["paired"]["psnr_db"]["mean"] < 50
+    report = evaluated(bundles["cached"].path, capsys)
+    assert "compile it with --vae" in report["distribution"]["skipped"]
+    assert report["paired"]["psnr_db"]["mean"] < 50
     assert run(f"evaluate {bundles['cached'].path} {QUICK}".split()) == 0
     assert "no distribution measures: the bundle makes latents" in capsys.readouterr().out
     for more in ("--features pixels", "--fail-if-worse 1"):

@@ -40,11 +40,11 @@ def test_the_classifier_is_as_right_on_held_out_digits_as_its_card_says() -> Non
     assert network.classes is not None
     features = network.features(images)
     assert features.shape == (360, 64)
-    found = float((network.classes(features) == labels).mean())
+    accuracy = float((network.classes(features) == labels).mean())
     recorded = json.loads((EXPORTER / "digit_classifier.training.json").read_text())
-    assert found == pytest.approx(recorded["accuracy_held_out"], abs=1e-6)
-    assert found > 0.98
-    assert f"{found:.1%}".replace("%", " %") in (EXPORTER / "digit_classifier.md").read_text()
+    assert accuracy == pytest.approx(recorded["accuracy_held_out"], abs=1e-6)
+    assert accuracy > 0.98
+    assert f"{accuracy:.1%}".replace("%", " %") in (EXPORTER / "digit_classifier.md").read_text()
 
 
 def test_the_real_digits_are_those_the_model_was_trained_on() -> None:
@@ -102,8 +102,8 @@ def test_a_folder_of_pictures_and_an_archive_of_bytes_are_the_same_real_images(t
 def test_grey_pictures_stay_grey(tmp_path: Path) -> None:
     image = pictures(1, 1, 16, 16)
     save_png(image[0], tmp_path / "a.png")
-    found = real_features(str(tmp_path), open_extractor("pixels", (1, 16, 16)), (1, 16, 16))
-    np.testing.assert_allclose(found.features, image.reshape(1, -1), atol=1 / 127)
+    real = real_features(str(tmp_path), open_extractor("pixels", (1, 16, 16)), (1, 16, 16))
+    np.testing.assert_allclose(real.features, image.reshape(1, -1), atol=1 / 127)
 
 
 def write_bad(folder: Path) -> None:
@@ -198,8 +198,8 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_inception_takes_bytes_in_colour_and_its_weights_from_a_file(weights: Path) -> None:
     torch.save({"a": torch.zeros(1)}, weights / pretrained.INCEPTION_FILE)
     images = pictures(2, *COLOUR)
-    found = open_extractor("inception", COLOUR).features(images)
-    np.testing.assert_allclose(found, np.round((images + 1) * 127.5).mean(axis=(2, 3)), rtol=1e-5)
+    features = open_extractor("inception", COLOUR).features(images)
+    np.testing.assert_allclose(features, np.round((images + 1) * 127.5).mean(axis=(2, 3)), rtol=1e-5)
     assert open_extractor("inception", (1, 16, 16)).features(images[:, :1]).shape == (2, 3)
 
 

@@ -50,8 +50,8 @@ def test_a_resample_covers_what_its_points_written_out_would(seed: int) -> None:
     counts = np.bincount(np.random.default_rng(seed).integers(0, 60, 60), minlength=60)
     written_out = np.repeat(centres, counts, axis=0)
     near = neighbours(centres)
-    found = coverage(x, centres, near.reach).covered(near.radii(counts))
-    np.testing.assert_array_equal(found, plain_cover(x, written_out, plain_radii(written_out)))
+    covered = coverage(x, centres, near.reach).covered(near.radii(counts))
+    np.testing.assert_array_equal(covered, plain_cover(x, written_out, plain_radii(written_out)))
 
 
 def test_copies_of_a_point_are_its_neighbours() -> None:

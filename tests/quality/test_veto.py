@@ -44,23 +44,23 @@ def walked(bundle: Bundle, branch: int, seed: int) -> tuple[list[np.ndarray], li
 
 @pytest.mark.parametrize("name", ["cached", "per-step"])
 def test_noise_and_change_are_the_norms_of_their_definitions(bundles: dict[str, Bundle], name: str) -> None:
-    found = veto_of(bundles[name].path, VetoOptions(images=1, seed=4))
+    veto = veto_of(bundles[name].path, VetoOptions(images=1, seed=4))
     exact, quantized = walked(bundles[name], 2, seed=4)
     for step in range(STEPS):
         noise = relative_error(quantized[step], exact[step])
-        assert found.noise[step][2] == pytest.approx(noise, rel=1e-5)
+        assert veto.noise[step][2] == pytest.approx(noise, rel=1e-5)
         if step % 2:
             change = relative_error(exact[step - 1], exact[step])
-            assert found.change[step][2] == pytest.approx(change, rel=1e-5)
-            assert found.ratio[step][2] == pytest.approx(noise / change, rel=1e-5)
-    assert found.since == ((None,) * 4, (0,) * 4, (None,) * 4, (2,) * 4, (None,) * 4, (4,) * 4)
-    assert found.ratio[0] == (None,) * 4
+            assert veto.change[step][2] == pytest.approx(change, rel=1e-5)
+            assert veto.ratio[step][2] == pytest.approx(noise / change, rel=1e-5)
+    assert veto.since == ((None,) * 4, (0,) * 4, (None,) * 4, (2,) * 4, (None,) * 4, (4,) * 4)
+    assert veto.ratio[0] == (None,) * 4
 
 
 def test_steps_in_floating_point_have_no_noise(bundles: dict[str, Bundle]) -> None:
     """Steps 0, 4 and 5, where it reuses; at the others it is what computing there has, or would have."""
-    found = veto_of(bundles["float-ends"].path, VetoOptions(images=1))
-    assert [max(filter(None, row), default=0.0) > 0 for row in found.noise] == [False, True, True, True, False, False]
+    veto = veto_of(bundles["float-ends"].path, VetoOptions(images=1))
+    assert [max(filter(None, row), default=0.0) > 0 for row in veto.noise] == [False, True, True, True, False, False]
 
 
 def test_a_probe_gives_what_a_step_would_cache(bundles: dict[str, Bundle]) -> None:
@@ -76,9 +76,9 @@ def test_a_probe_gives_what_a_step_would_cache(bundles: dict[str, Bundle]) -> No
         with open_branch_probe(bundle.segment_path("full"), spec.branches) as probe:
             x = np.random.default_rng(0).standard_normal((2, *spec.latent_shape), np.float32)
             probed.append(probe.run(3, x, conditioning))
-    for sums, kept in zip(*probed, strict=True):
-        assert sums.shape == (2, *spec.branch_shape)
-        assert relative_error(sums, kept) < 1e-6
+    for of_sums, of_branches in zip(*probed, strict=True):
+        assert of_sums.shape == (2, *spec.branch_shape)
+        assert relative_error(of_sums, of_branches) < 1e-6
 
 
 def _outputs(model: Model) -> list[str]:
