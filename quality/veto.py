@@ -76,7 +76,7 @@ def check_has_noise(bundle: Bundle) -> None:
 
 
 def reuse_sources(program: Program, lag: int | None) -> NDArray[np.int64]:
-    """The step whose output each branch would reuse at each step, (steps, branches); -1 where there is none.
+    """Return the step whose output each branch would reuse at each step, (steps, branches); -1 where there is none.
 
     `lag` is that of VetoOptions. Raises InputError where no step has another that long before it.
     """
