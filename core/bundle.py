@@ -114,7 +114,7 @@ def open_bundle(path: Path) -> Bundle:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What the system refuses becomes one line."""
+    """Turn a refusal of the system into one line."""
     try:
         yield
     except OSError as e:
@@ -145,11 +145,13 @@ def _read_manifest(path: Path) -> Manifest:
     raw = _parsed(path, text)
     if not (path / SEAL).is_file() or (path / SEAL).read_bytes() != hashlib.sha256(text).hexdigest().encode() + b"\n":
         raise BundleError(f"{path} is damaged: {MANIFEST} does not match {SEAL}; copy the bundle again")
-    found = raw.get("schema_version") if isinstance(raw, dict) else None
-    if not isinstance(found, int):
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int):
         raise BundleError(f"{path / MANIFEST} is damaged: it has no schema version; copy the bundle again")
-    if found > SCHEMA_VERSION:
-        raise BundleError(f"{path / MANIFEST} has schema {found}, this ditc reads up to {SCHEMA_VERSION}; update ditc")
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path / MANIFEST} has schema {version}, this ditc reads up to {SCHEMA_VERSION}; update ditc"
+        )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as e:
@@ -161,14 +163,14 @@ def _read_manifest(path: Path) -> Manifest:
 def _parsed(path: Path, text: bytes) -> Any:
     """The JSON of a manifest, no name of which may be there twice."""
 
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(found)) < len(found):
-            names = [name for name, _ in found]
+    def checked(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(entries)) < len(entries):
+            names = [name for name, _ in entries]
             raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
-        return dict(found)
+        return dict(entries)
 
     try:
-        raw = json.loads(text, object_pairs_hook=pairs)
+        raw = json.loads(text, object_pairs_hook=checked)
         json.dumps(raw, ensure_ascii=False).encode()  # halves of characters can't be written, so not shown either
     except (ValueError, RecursionError) as e:
         raise BundleError(f"{path / MANIFEST} is damaged ({e}); copy the bundle again") from e

@@ -1,4 +1,4 @@
-"""What holds of every whole bundle, so that one that contradicts itself is refused before anything runs.
+"""Checks that every whole bundle passes, so that one that contradicts itself is refused before anything runs.
 
 Hashes say that a bundle is what was sealed; these checks, that what was sealed makes sense: its manifest, its program,
 its tables and the ports of its graphs agree on everything that two of them say. What only one says can't contradict.
@@ -95,7 +95,7 @@ def _named(values: object) -> str:
 
 
 def settings_say_the_same(manifest: Manifest) -> Iterator[str]:
-    """What the bundle was made with is what it is, where both are said."""
+    """The bundle is as it was asked for at its compile, where both are said."""
     program = manifest.program
     own = {
         "steps": len(program.steps),

@@ -1,4 +1,4 @@
-"""What the stages of a compile measured, as the manifest's `checks` keep it: a record for each stage.
+"""Measurements of the stages of a compile, as the manifest's `checks` keep them: a record for each stage.
 
 A bundle keeps its checks as they were written, whichever version wrote them. These records are how they are read: keys
 that came later may be missing where they have a default here, and keys that are gone are passed over.
@@ -32,7 +32,7 @@ class _Read(Record):
 
 
 class PoolSize(_Read):
-    """How many points the pool held, and of how many images."""
+    """The number of points in the pool, and of the images that they come from."""
 
     points: int
     images: int
@@ -47,7 +47,7 @@ class SmoothedLayer(_Read):
 
 
 class Smoothing(_Read):
-    """What smoothing did: of `linears` layers `smoothed` have factors, and `left` offer no place to fold them into.
+    """The outcome of smoothing: of `linears` layers `smoothed` have factors, `left` offer no place to fold them into.
 
     `parity` is the largest relative error that folding causes, by segment.
     """
@@ -113,7 +113,7 @@ class CompensationRange(_Read):
 
 
 class Checks(_Read):
-    """What was measured on the way, by stage; None for a stage that this bundle did not need.
+    """Measurements on the way, by stage; None for a stage that this bundle did not need.
 
     `parity` is the error of each exported segment against torch; `tensorrt` has a sentence for each of TensorRT's rules
     that the typed form of a segment breaks.

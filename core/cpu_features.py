@@ -1,4 +1,4 @@
-"""What the system lists of this processor. What its instructions really give is found out by `integer_probes`."""
+"""Features of this processor as the system lists them; `integer_probes` tries what its instructions really give."""
 
 from __future__ import annotations
 

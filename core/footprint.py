@@ -1,4 +1,4 @@
-"""What a segment needs of a device: ports, bytes of weights, bytes of activations.
+"""Needs of a segment on a device: ports, bytes of weights, bytes of activations.
 
 `segment_footprint` measures it at compile time; the manifest keeps it, so that a machine without onnx knows it too.
 """

@@ -34,14 +34,14 @@ REFERENCE = "reference/"
 
 
 class FileEntry(Record):
-    """What a file of a bundle has to be, byte for byte."""
+    """The bytes that a file of a bundle has to have, by their hash."""
 
     sha256: str
     size_bytes: int
 
 
 class SamplerSetting(Record):
-    """What is read of the sampler that a compile took; others of its numbers are in the tables."""
+    """The part that is read of the sampler of a compile; others of its numbers are in the tables."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -78,7 +78,7 @@ class AskedSettings(Record):
 
 
 class Manifest(Record):
-    """What a bundle is and how it was made: `settings` as compiled, `checks` as measured on the way.
+    """A bundle's account of itself and of its making: `settings` as compiled, `checks` as measured on the way.
 
     Both are kept as they were written: every setting of the ditc that compiled the bundle, whichever that was, in its
     order, so that nothing of an older or newer bundle is lost, renamed or given a default when it is shown or copied.
@@ -111,7 +111,7 @@ class Manifest(Record):
 
     @property
     def asked(self) -> AskedSettings:
-        """What was asked for at the compile, as far as it is read again."""
+        """The settings asked for at the compile, as far as they are read again."""
         return AskedSettings.model_validate(self.settings)
 
     @property
@@ -121,7 +121,7 @@ class Manifest(Record):
 
     @property
     def scales(self) -> str:
-        """How the scales of activations are bound."""
+        """The binding of the scales of activations."""
         return "static" if self.asked.scales is None else self.asked.scales
 
     def measured(self, *stages: str) -> Checks:

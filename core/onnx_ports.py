@@ -85,13 +85,13 @@ def _port(info: memoryview) -> tuple[str, Shape]:
 
 
 def _dimension(dim: memoryview) -> int | str:
-    found: int | str = ""
+    size: int | str = ""
     for field, value in _fields(dim):
         if field == DIM_VALUE and isinstance(value, int):
-            found = value
+            size = value
         elif field == DIM_PARAM:
-            found = _text(value)
-    return found
+            size = _text(value)
+    return size
 
 
 def _inside(message: memoryview, wanted: int) -> Iterator[memoryview]:
@@ -133,12 +133,12 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 def _number(message: memoryview, place: int) -> tuple[int, int]:
     """(number, where it ends)."""
-    found = 0
+    number = 0
     for count in range(LONGEST_NUMBER):
         if place + count >= len(message):
             raise ValueError("it ends in the middle of a number")
         byte = message[place + count]
-        found |= (byte & 0x7F) << (7 * count)
+        number |= (byte & 0x7F) << (7 * count)
         if byte < 0x80:
-            return found, place + count + 1
+            return number, place + count + 1
     raise ValueError("it holds a number that is too long")

@@ -71,10 +71,10 @@ def drop_unread_caches(program: Program) -> Program:
     wanted: set[str] = set()
     steps = []
     for step in reversed(program.steps):
-        kept = {branch: slot for branch, slot in step.writes.items() if branch in wanted}
+        writes = {branch: slot for branch, slot in step.writes.items() if branch in wanted}
         wanted -= step.writes.keys()
         wanted |= step.reads.keys()
-        steps.append(step.model_copy(update={"writes": kept}))
+        steps.append(step.model_copy(update={"writes": writes}))
     return _with_steps(program, tuple(reversed(steps)))
 
 
@@ -85,10 +85,10 @@ def merge_equal_segments(program: Program) -> Program:
     for step in program.steps:
         masks.setdefault(mask_of[step.segment], set()).update(step.writes)
     merged = {}
-    for mask, writes in masks.items():
+    for mask, needed in masks.items():
         reads = next(plan.reads for plan in program.segments if plan.compute == mask)
-        kept = tuple(branch for branch in program.branches if branch in writes)
-        merged[mask] = SegmentPlan(name=segment_name(mask), compute=mask, reads=reads, writes=kept)
+        writes = tuple(branch for branch in program.branches if branch in needed)
+        merged[mask] = SegmentPlan(name=segment_name(mask), compute=mask, reads=reads, writes=writes)
     steps = []
     for step in program.steps:
         plan = merged[mask_of[step.segment]]
@@ -111,9 +111,9 @@ def fold_reuse(program: Program) -> Program:
     computed: list[int] = []
     for step in program.steps:
         computed += [step.index] if step.segment == FULL else []
-        made_by = [] if step.segment == FULL else computed[: -1 - looks_back : -1]  # the last one first
-        name = EXTRAPOLATE if len(made_by) > 1 else step.segment
-        reads = {f"{AHEAD}.{step.index - maker}": 0 for maker in made_by}
+        makers = [] if step.segment == FULL else computed[: -1 - looks_back : -1]  # the last one first
+        name = EXTRAPOLATE if len(makers) > 1 else step.segment
+        reads = {f"{AHEAD}.{step.index - maker}": 0 for maker in makers}
         steps.append(step.model_copy(update={"segment": name, "reads": reads}))
     if max(min(map(distance_of, step.reads), default=0) for step in steps) > len(program.branches):
         return program
@@ -147,29 +147,29 @@ def assign_slots(program: Program) -> Program:
     A slot that a step reads is not free for that step's writes: an engine's outputs never alias its inputs.
     """
     last_read: dict[tuple[str, int], int] = {}  # of a value, by the step that made it
-    made: dict[str, int] = {}
+    writers: dict[str, int] = {}
     for step in program.steps:
         for value in step.reads:
-            last_read[value, _maker(value, step.index, made)] = step.index
-        made |= dict.fromkeys(step.writes, step.index)
+            last_read[value, _maker(value, step.index, writers)] = step.index
+        writers |= dict.fromkeys(step.writes, step.index)
     busy_until: list[int] = []
     slot_of: dict[tuple[str, int], int] = {}
-    made, steps = {}, []
+    writers, steps = {}, []
     for step in program.steps:
-        reads = {value: slot_of[value, _maker(value, step.index, made)] for value in step.reads}
+        reads = {value: slot_of[value, _maker(value, step.index, writers)] for value in step.reads}
         writes = {}
         for value in step.writes:
-            slot = _free_slot(busy_until, step.index, slot_of.get((value, made.get(value, -1))))
+            slot = _free_slot(busy_until, step.index, slot_of.get((value, writers.get(value, -1))))
             busy_until[slot] = last_read.get((value, step.index), step.index)
             writes[value] = slot_of[value, step.index] = slot
-        made |= dict.fromkeys(step.writes, step.index)
+        writers |= dict.fromkeys(step.writes, step.index)
         steps.append(step.model_copy(update={"reads": reads, "writes": writes}))
     return program.model_copy(update={"steps": tuple(steps), "slots": len(busy_until)})
 
 
-def _maker(value: str, reader: int, made: Mapping[str, int]) -> int:
+def _maker(value: str, reader: int, writers: Mapping[str, int]) -> int:
     """The step that made what `reader` reads: a sum tells how far back, a branch's output is the last one."""
-    return reader - distance_of(value) if is_sum(value) else made[value]
+    return reader - distance_of(value) if is_sum(value) else writers[value]
 
 
 PASSES: tuple[Pass, ...] = (

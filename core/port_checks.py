@@ -1,4 +1,4 @@
-"""What holds between a bundle's manifest and the graphs that it lists: each has the ports that its calls bind."""
+"""Checks between a bundle's manifest and the graphs that it lists: each has the ports that its calls bind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Graphs:
 
     @property
     def conditioning(self) -> Mapping[str, Shape]:
-        """What `condition` returns: (steps, rows, ...) by name."""
+        """The outputs of `condition`: (steps, rows, ...) by name."""
         return self.ports[f"{SEGMENTS}{CONDITION}.onnx"].outputs
 
 
@@ -40,44 +40,44 @@ def port_contradictions(manifest: Manifest, tables: Tables, ports: Mapping[str, 
     """A sentence for each port that is missing, that nothing binds, or that has another shape."""
     graphs = Graphs(manifest, tables, ports)
     plans = {plan.name: plan for plan in manifest.program.segments}
-    for file, found in ports.items():
+    for file, graph_ports in ports.items():
         folder, _, graph = file.rpartition("/")
         name = graph.split(".")[0]
         if f"{folder}/" == REFERENCE:
-            problems = _reference(graphs, found)
+            problems = _reference(graphs, graph_ports)
         elif name in OTHER_CALLS:
-            problems = OTHER_CALLS[name](graphs, found)
+            problems = OTHER_CALLS[name](graphs, graph_ports)
         else:
-            problems = _step(graphs, plans[name], found)
-        yield from (f"{file}: {text}" for text in (*_unlisted(manifest, folder, found), *problems))
+            problems = _step(graphs, plans[name], graph_ports)
+        yield from (f"{file}: {text}" for text in (*_unlisted(manifest, folder, graph_ports), *problems))
 
 
-def _unlisted(manifest: Manifest, folder: str, found: Ports) -> Iterator[str]:
+def _unlisted(manifest: Manifest, folder: str, ports: Ports) -> Iterator[str]:
     """A graph keeps its larger tensors in files that the manifest vouches for, beside it."""
-    for name in sorted(found.data):
+    for name in sorted(ports.data):
         if "/" in name or f"{folder}/{name}" not in manifest.files:
             yield f"it keeps tensors in {name!r}, and `files` doesn't list that beside it"
 
 
-def _condition(graphs: Graphs, found: Ports) -> Iterator[str]:
-    yield from _differences("takes", found.inputs, {TIMESTEPS: ("steps",), LABELS: ("batch",)})
-    for name, shape in found.outputs.items():
+def _condition(graphs: Graphs, ports: Ports) -> Iterator[str]:
+    yield from _differences("takes", ports.inputs, {TIMESTEPS: ("steps",), LABELS: ("batch",)})
+    for name, shape in ports.outputs.items():
         if shape[1:2] != ("batch",):
             yield f"it returns {name!r} of shape {_shown(shape)}, expected a row for each step and label"
 
 
-def _decode(graphs: Graphs, found: Ports) -> Iterator[str]:
-    yield from _differences("takes", found.inputs, {"latent": ("batch", *graphs.latent)})
-    yield from _differences("returns", found.outputs, {"image": ("batch", "channels", "height", "width")})
+def _decode(graphs: Graphs, ports: Ports) -> Iterator[str]:
+    yield from _differences("takes", ports.inputs, {"latent": ("batch", *graphs.latent)})
+    yield from _differences("returns", ports.outputs, {"image": ("batch", "channels", "height", "width")})
 
 
-def _update(graphs: Graphs, found: Ports) -> Iterator[str]:
+def _update(graphs: Graphs, ports: Ports) -> Iterator[str]:
     images = graphs.manifest.batch
     rows = images * graphs.manifest.halves
     noise = {"z": (images, *graphs.latent)} if (graphs.tables[f"{SAMPLER}sigma"] > 0).any() else {}
     inputs: dict[str, Shape] = {"x": (rows, *graphs.latent), "out": (rows, *graphs.prediction), "row": ("width",)}
-    yield from _differences("takes", found.inputs, inputs | noise)
-    yield from _differences("returns", found.outputs, {"next": (rows, *graphs.latent)})
+    yield from _differences("takes", ports.inputs, inputs | noise)
+    yield from _differences("returns", ports.outputs, {"next": (rows, *graphs.latent)})
 
 
 OTHER_CALLS: Mapping[str, Callable[[Graphs, Ports], Iterator[str]]] = {
@@ -87,7 +87,7 @@ OTHER_CALLS: Mapping[str, Callable[[Graphs, Ports], Iterator[str]]] = {
 }
 
 
-def _step(graphs: Graphs, plan: SegmentPlan, found: Ports) -> Iterator[str]:
+def _step(graphs: Graphs, plan: SegmentPlan, ports: Ports) -> Iterator[str]:
     """A segment of a step: caches as its plan has them, and of all else what it takes."""
     cached: Shape = ("batch", *graphs.manifest.model.branch_shape)
     needed = {"x": ("batch", *graphs.latent), **{f"cache.{name}": cached for name in plan.reads}}
@@ -95,17 +95,17 @@ def _step(graphs: Graphs, plan: SegmentPlan, found: Ports) -> Iterator[str]:
     optional = _tables_of_steps(graphs, plan.ahead) | {
         name: shape for name in STEP_INPUTS if name != REUSE_ROWS for name, shape in _row_of(graphs, name).items()
     }
-    yield from _differences("takes", found.inputs, needed, optional)
+    yield from _differences("takes", ports.inputs, needed, optional)
     returned = {"out": ("batch", *graphs.prediction), **{f"cache.{name}": cached for name in plan.writes}}
-    yield from _differences("returns", found.outputs, returned)
+    yield from _differences("returns", ports.outputs, returned)
 
 
-def _reference(graphs: Graphs, found: Ports) -> Iterator[str]:
+def _reference(graphs: Graphs, ports: Ports) -> Iterator[str]:
     """The FP form of a segment that computes everything; what it leaves for steps that reuse, nobody takes."""
     optional = _tables_of_steps(graphs, None)
-    yield from _differences("takes", found.inputs, {"x": ("batch", *graphs.latent)}, optional)
+    yield from _differences("takes", ports.inputs, {"x": ("batch", *graphs.latent)}, optional)
     out = {"out": ("batch", *graphs.prediction)}
-    yield from _differences("returns", {name: shape for name, shape in found.outputs.items() if name in out}, out)
+    yield from _differences("returns", {name: shape for name, shape in ports.outputs.items() if name in out}, out)
 
 
 def _tables_of_steps(graphs: Graphs, ahead: int | None) -> dict[str, Shape]:
@@ -123,13 +123,13 @@ def _row_of(graphs: Graphs, name: str, rows: int = 1) -> dict[str, Shape]:
 
 
 def _differences(
-    does: str, found: Mapping[str, Shape], needed: Mapping[str, Shape], optional: Mapping[str, Shape] | None = None
+    does: str, shapes: Mapping[str, Shape], needed: Mapping[str, Shape], optional: Mapping[str, Shape] | None = None
 ) -> Iterator[str]:
     """Where ports differ from what is needed, and what else may be there."""
     known = {**(optional or {}), **needed}
-    for name in (name for name in needed if name not in found):
+    for name in (name for name in needed if name not in shapes):
         yield f"it {does} no {name!r}, which the manifest asks for"
-    for name, shape in found.items():
+    for name, shape in shapes.items():
         if name not in known:
             yield f"it {does} {name!r}, which nothing in the bundle gives or takes"
         elif not _fits(shape, known[name]):

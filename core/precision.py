@@ -1,4 +1,4 @@
-"""What a bundle computes with: the precisions of `ditc compile`, and how many bits a linear layer's operands have."""
+"""Arithmetic of a bundle: the precisions of `ditc compile`, and how many bits a linear layer's operands have."""
 
 from __future__ import annotations
 

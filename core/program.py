@@ -143,7 +143,7 @@ def is_sum(value: str) -> bool:
 
 
 def distance_of(value: str) -> int:
-    """How many steps behind its writer a sum is read."""
+    """Return the number of steps behind its writer at which a sum is read."""
     return int(value.removeprefix(f"{AHEAD}."))
 
 

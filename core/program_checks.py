@@ -1,4 +1,4 @@
-"""What holds of every whole program, so that one that contradicts itself is refused before anything runs.
+"""Checks that every whole program passes, so that one that contradicts itself is refused before anything runs.
 
 A check yields a sentence for each contradiction that it finds. Each may take for granted what those in front of it in
 CHECKS have found to hold.
@@ -132,7 +132,7 @@ def segments_take_what_they_skip(program: Program) -> Iterator[str]:
 
 
 def _reads_of(program: Program, plan: SegmentPlan) -> list[tuple[str, ...]]:
-    """What a segment may read."""
+    """Return the choices of values that a segment may read."""
     skipped = tuple(name for name, computes in zip(program.branches, plan.compute, strict=True) if not computes)
     if plan.name == EXTRAPOLATE:
         return [PORTS]

@@ -1,4 +1,4 @@
-"""What holds of a sampler's columns, whichever it is: given the exact prediction, a step leads to the mix of the next.
+"""Checks of a sampler's columns, whichever it is: given the exact prediction, a step leads to the mix of the next.
 
     x = signal * x0 + noise * e,  signal^2 + noise^2 = 1        (a process that keeps the variance)
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 __all__ = ["sampler_contradictions"]
 
-Array = NDArray[Any]
+Column = NDArray[Any]  # (steps,)
 
 ROUNDING = 1e-6
 
@@ -24,24 +24,24 @@ ROUNDING = 1e-6
 class Mix(NamedTuple):
     """Shares of the clean sample and of noise, each (steps,): in x, and in what the network predicts."""
 
-    signal: Array
-    noise: Array
-    predicted_signal: Array
-    predicted_noise: Array
+    signal: Column
+    noise: Column
+    predicted_signal: Column
+    predicted_noise: Column
 
 
-def _of_noise(x0_x: Array, x0_out: Array) -> Mix:
+def _of_noise(x0_x: Column, x0_out: Column) -> Mix:
     return Mix(1 / x0_x, -x0_out / x0_x, np.zeros_like(x0_x), np.ones_like(x0_x))
 
 
-def _of_v(x0_x: Array, x0_out: Array) -> Mix:
+def _of_v(x0_x: Column, x0_out: Column) -> Mix:
     return Mix(x0_x, -x0_out, x0_out, x0_x)
 
 
-MIXES: Mapping[str, Callable[[Array, Array], Mix]] = {"epsilon": _of_noise, "v": _of_v}
+MIXES: Mapping[str, Callable[[Column, Column], Mix]] = {"epsilon": _of_noise, "v": _of_v}
 
 
-def sampler_contradictions(columns: Mapping[str, Array], prediction: str) -> Iterator[str]:
+def sampler_contradictions(columns: Mapping[str, Column], prediction: str) -> Iterator[str]:
     """A sentence for each step whose columns don't fit; none for predictions that say nothing of signal and noise."""
     if prediction not in MIXES:
         return
@@ -54,10 +54,10 @@ def sampler_contradictions(columns: Mapping[str, Array], prediction: str) -> Ite
         fits = np.isclose(spread, rest, atol=ROUNDING) | (fresh & (spread > rest))
         whole = np.isclose(mix.signal**2 + mix.noise**2, 1, atol=ROUNDING) & (mix.signal >= 0)
         landed = np.append(np.isclose(left[:-1], mix.signal[1:], atol=ROUNDING), 0 < left[-1] <= 1 + ROUNDING)
-    for wrong, what in (
+    for wrong, contradiction in (
         (~whole, "'x0_x' and 'x0_out' are of no mix of sample and noise"),
         (~landed, "what it leaves of the clean sample is not what the next step starts from"),
         (~fits, "what it leaves of the noise, with what it adds, is not the rest"),
     ):
         for step in np.flatnonzero(wrong):
-            yield f"the sampler's columns of step {step} don't fit: {what}"
+            yield f"the sampler's columns of step {step} don't fit: {contradiction}"

@@ -1,4 +1,4 @@
-"""Which branch computes at which step: the cache schedule and the policies that make one.
+"""The cache schedule, branches that compute at each step, and the policies that make one.
 
 A policy is a pure function of (model, steps, its own argument); it decides and does nothing else.
 """
@@ -20,7 +20,7 @@ __all__ = ["APPROXIMATORS", "POLICIES", "Approximator", "CacheSchedule", "schedu
 
 @dataclass(frozen=True)
 class Approximator:
-    """What a reuse returns: the output of the last step that computed, or a combination of the last `looks_back` ones.
+    """A value for reuses: the output of the last step that computed, or a combination of the last `looks_back` ones.
 
     `rows` is how many numbers per channel a step takes for that: a weight for each of them, and perhaps a shift.
     """

@@ -1,4 +1,4 @@
-"""What both sides know of a model: its shapes, its branches and the diffusion process it was trained on."""
+"""A model as both sides know it: its shapes, its branches and the diffusion process it was trained on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PartialRecord(Record):
 
 
 class Skipped(Record):
-    """Why a part of a result is not there."""
+    """The reason why a part of a result is not there."""
 
     skipped: str
 
@@ -64,7 +64,7 @@ class DiffusionSpec(Record):
 
 
 class SamplerSpec(Record):
-    """How a trajectory is walked.
+    """The walk of a trajectory.
 
     `spacing` picks the timesteps: "linspace" spreads them over both ends (the original DiT's respacing), "leading"
     takes multiples from 0 (+ `offset`), "trailing" from the last down. `variance` is DDPM's: "learned" interpolates

@@ -1,4 +1,4 @@
-"""What holds of a bundle's tables: their form, their numbers, and what the program and the settings say of them."""
+"""Checks of a bundle's tables: their form, their numbers, and what the program and the settings say of them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def tables_have_their_form(manifest: Manifest, tables: Tables) -> Iterator[str]:
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(size in (None, found) for size, found in zip(wanted, shape, strict=True))
+    pairs = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(asked in (None, size) for size, asked in pairs)
 
 
 def _described(shape: tuple[int | None, ...]) -> str:

@@ -81,5 +81,5 @@ def sampler_tables(columns: Mapping[str, NDArray[np.float64]]) -> dict[str, NDAr
 
 
 def step_inputs(tables: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-    """What of a bundle's tables the segments take as an input, one row a step: name of the input -> (steps, ...)."""
+    """Return those of a bundle's tables that segments take a row of at each step: name of the input -> (steps, ...)."""
     return {name: tables[table].astype(np.float32) for name, table in STEP_INPUTS.items() if table in tables}

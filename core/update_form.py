@@ -21,7 +21,7 @@ COLUMNS = ("x0_x", "x0_out", "clip", "prev_x0", "prev_x", "prev_out", "sigma", "
 
 @dataclass(frozen=True)
 class UpdateForm:
-    """Which parts of the update a trajectory needs."""
+    """The parts of the update that a trajectory needs."""
 
     guidance: float
     clips: bool
@@ -29,12 +29,12 @@ class UpdateForm:
     learned_variance: bool
 
     @staticmethod
-    def of(table: Mapping[str, NDArray[np.float64]], spec: ModelSpec, guidance: float) -> UpdateForm:
-        """The form that a sampler's table asks for."""
-        adds_noise = bool((table["sigma"] > 0).any())
+    def of(columns: Mapping[str, NDArray[np.float64]], spec: ModelSpec, guidance: float) -> UpdateForm:
+        """Return the form that a sampler's columns ask for."""
+        adds_noise = bool((columns["sigma"] > 0).any())
         return UpdateForm(
             guidance=guidance,
-            clips=bool(np.isfinite(table["clip"]).any()),
+            clips=bool(np.isfinite(columns["clip"]).any()),
             adds_noise=adds_noise,
-            learned_variance=adds_noise and "log_var_min" in table and spec.diffusion.learned_sigma,
+            learned_variance=adds_noise and "log_var_min" in columns and spec.diffusion.learned_sigma,
         )

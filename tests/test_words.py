@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 CLEAN = (
     "calib_data",
     "compiler",
+    "core",
     "engines",
     "exporter",
     "lowering",

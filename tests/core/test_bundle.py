@@ -113,7 +113,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def reseal(folder: Path, **changes: Any) -> None:
-    """What someone who can hash would write: a manifest that matches its seal, whatever it says."""
+    """Write a manifest as someone who can hash would: it matches its seal, whatever it says."""
     raw = json.loads((folder / "manifest.json").read_bytes()) | changes
     text = json.dumps(raw).encode()
     (folder / "manifest.json").write_bytes(text)
@@ -357,11 +357,11 @@ def test_tables_keep_names_types_shapes_and_values(tmp_path: Path) -> None:
         "d": np.zeros((0, 4), np.float32),
     }
     write_tables(tmp_path / "t.safetensors", tables)
-    found = read_tables(tmp_path / "t.safetensors")
-    assert found.keys() == tables.keys()
+    read = read_tables(tmp_path / "t.safetensors")
+    assert read.keys() == tables.keys()
     for name, table in tables.items():
-        assert found[name].dtype == table.dtype
-        np.testing.assert_array_equal(found[name], table)
+        assert read[name].dtype == table.dtype
+        np.testing.assert_array_equal(read[name], table)
 
 
 @pytest.mark.parametrize("data", [None, b"", b"not safetensors", b"\xff" * 16])

@@ -37,12 +37,12 @@ def visit(step: int, first: int, count: int) -> Visit:
 def test_a_saved_set_comes_back_the_same(tmp_path: Path) -> None:
     points = pool_of().calibration_set()
     points.save(tmp_path / "calib.npz")
-    found = CalibSet.load(tmp_path / "calib.npz")
+    loaded = CalibSet.load(tmp_path / "calib.npz")
     for name in NAMES:
-        np.testing.assert_array_equal(getattr(found, name), getattr(points, name))
-        assert getattr(found, name).dtype == getattr(points, name).dtype
-    assert found.digest == points.digest
-    assert len(found) == 6
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(points, name))
+        assert getattr(loaded, name).dtype == getattr(points, name).dtype
+    assert loaded.digest == points.digest
+    assert len(loaded) == 6
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ COUNT = 2
 
 
 def returned(spec: ModelSpec, weight: float) -> np.ndarray:
-    """What a network may return for COUNT images."""
+    """Return what a network may give for COUNT images."""
     shape = COUNT * halves_of(weight), spec.out_channels, spec.height, spec.width
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 

@@ -67,8 +67,8 @@ def test_links_that_a_library_does_not_follow_are_replaced_by_files(tmp_path: Pa
 def test_onnx_runtime_opens_every_layout(tmp_path: Path, layout: str) -> None:
     from ditc.engines.onnxrt import OnnxRuntimeBackend
 
-    made = linked(graph_in(tmp_path / "made" / "bundle"), LAYOUTS[layout])  # by onnx, which takes no odd name
-    graph = made.parents[1].rename(tmp_path / ODD) / "bundle" / made.name
+    plain = linked(graph_in(tmp_path / "made" / "bundle"), LAYOUTS[layout])  # by onnx, which takes no odd name
+    graph = plain.parents[1].rename(tmp_path / ODD) / "bundle" / plain.name
     session = OnnxRuntimeBackend(threads=1).session(graph)
     assert session.run(None, {"x": np.ones((1, 64), np.float32)})[0].tolist() == [[64.0] * 64]
 

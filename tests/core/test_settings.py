@@ -40,10 +40,12 @@ class Ride(Settings):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("made", [lambda changes: Ride(**changes), lambda changes: Ride().model_copy(update=changes)])
-def test_what_is_wrong_is_one_line_that_names_the_option(made: Any, changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    "ride_with", [lambda changes: Ride(**changes), lambda changes: Ride().model_copy(update=changes)]
+)
+def test_what_is_wrong_is_one_line_that_names_the_option(ride_with: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        made(changes)
+        ride_with(changes)
     assert str(caught.value) == message
 
 
