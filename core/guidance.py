@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from ditc.errors import InputError
 from ditc.spec import ModelSpec
 
-__all__ = ["Guidance", "halves_of", "row_labels"]
+__all__ = ["Guidance", "Labels", "Samples", "halves_of", "row_labels"]
 
-Samples = NDArray[np.float32]
-Labels = NDArray[np.int64]
+Samples = NDArray[np.float32]  # (n, channels, height, width)
+Labels = NDArray[np.int64]  # the class of each row or image
 
 
 def halves_of(weight: float) -> int:

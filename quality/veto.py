@@ -119,7 +119,7 @@ def _add_image(squares: Squares, sides: _Sides, sources: NDArray[np.int64], seed
     labels, session = sides.run.spec.labels_in_turn(image, 1), OnnxRuntimeBackend().session
     rows = sides.run.guidance.labels(labels)
     exact_tables, int8_tables = (
-        condition_tables(session(path), sides.run.table["t"], rows) for path in sides.conditions
+        condition_tables(session(path), sides.run.columns["t"], rows) for path in sides.conditions
     )
     outputs_of: dict[int, list[Samples]] = {}  # step -> those of FP's branches
     for event in sides.pipe.generate(labels, seed=seed, first=image):

@@ -9,7 +9,7 @@ already carry the K of the steps before. mu is the population mean of the compil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ditc.errors import unknown_name
 from ditc.runtime.executor import Samples
+from ditc.tables import COMPENSATION, Tables
 
 __all__ = ["ESTIMATORS", "ClosedLoopFit", "TableCompensation", "estimate_k"]
 
@@ -84,11 +85,10 @@ class TableCompensation:
         return np.asarray(mu + k * (x - mu))
 
     @staticmethod
-    def from_tables(tables: Mapping[str, NDArray[np.float64]]) -> TableCompensation | None:
+    def from_tables(tables: Tables) -> TableCompensation | None:
         """The compensation of a bundle's tables, None where it has none."""
-        if "compensation.k" not in tables:
-            return None
-        return TableCompensation(k=tables["compensation.k"], mu=tables["compensation.mu"])
+        k, mu = COMPENSATION
+        return TableCompensation(k=tables[k], mu=tables[mu]) if k in tables else None
 
 
 @dataclass
@@ -112,6 +112,6 @@ class ClosedLoopFit:
 
     @property
     def table(self) -> TableCompensation:
-        """What the steps so far were corrected with."""
+        """The compensation of the steps so far."""
         k, mu = ([getattr(row, name) for row in self._rows] for name in ("k", "mu"))
         return TableCompensation(k=np.concatenate(k), mu=np.concatenate(mu))

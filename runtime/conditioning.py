@@ -1,4 +1,4 @@
-"""What a request is conditioned on: computed once for all steps, for each label once, handed to a step row by row.
+"""The conditioning of a request: computed once for all steps, for each label once, handed to a step row by row.
 
 With guidance the unconditional half is one label, and a batch may ask for a class several times. So the tables hold a
 row for each distinct label, and a step's rows are taken from them when it runs.
@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.engines.backend import Buffer, Engine, Port
+from ditc.guidance import Labels
 from ditc.program import AHEAD, LABELS, TIMESTEPS
 
 __all__ = ["Conditioning", "condition_tables", "steps_ahead"]
-
-Labels = NDArray[np.int64]
 
 
 class Conditioning:
@@ -35,7 +34,7 @@ class Conditioning:
         }
         self._tables: dict[str, Buffer] = {}
         self._index: Labels | None = None
-        self._taken: dict[str, Buffer] = {}
+        self._gathered: dict[str, Buffer] = {}
 
     def compute(self, labels: Labels) -> None:
         """Run the conditioning for the labels of all rows, (rows,)."""
@@ -50,18 +49,18 @@ class Conditioning:
             self._binding.bind(port.name, table[: len(self._t)])
         self._binding.run()
 
-    def inputs(self, step: int, taking: Mapping[str, Port]) -> dict[str, Buffer]:
-        """What a segment with the ports `taking` takes of the tables at a step: its own rows, and those of later steps.
+    def inputs(self, step: int, ports: Mapping[str, Port]) -> dict[str, Buffer]:
+        """Return the rows of the tables that the inputs `ports` of a segment take at a step: its own, and later steps'.
 
         (rows, ...) each, or (n, rows, ...) for the rows of n later steps. Valid until the next call.
         """
-        found = {}
+        rows = {}
         for name, table in self._tables.items():
-            if name in taking:
-                found[name] = self._rows(name, table[step], 0)
-            if (later := taking.get(f"{AHEAD}.{name}")) is not None:
-                found[later.name] = self._rows(later.name, table[step + 1 : step + 1 + steps_ahead(later)], 1)
-        return found
+            if name in ports:
+                rows[name] = self._rows(name, table[step], 0)
+            if (later := ports.get(f"{AHEAD}.{name}")) is not None:
+                rows[later.name] = self._rows(later.name, table[step + 1 : step + 1 + steps_ahead(later)], 1)
+        return rows
 
     def tables_at(self, steps: Sequence[int]) -> dict[str, Buffer]:
         """The tables of some steps, (len(steps), distinct labels, ...)."""
@@ -72,9 +71,9 @@ class Conditioning:
         if self._index is None:
             return part
         shape = (*part.shape[:axis], len(self._index), *part.shape[axis + 1 :])
-        if name not in self._taken or self._taken[name].shape != shape:
-            self._taken[name] = np.empty(shape, part.dtype)
-        return np.take(part, self._index, axis=axis, out=self._taken[name], mode="clip")  # unchecked: it is in range
+        if name not in self._gathered or self._gathered[name].shape != shape:
+            self._gathered[name] = np.empty(shape, part.dtype)
+        return np.take(part, self._index, axis=axis, out=self._gathered[name], mode="clip")  # unchecked: it is in range
 
     def _shape(self, port: Port, rows: int) -> tuple[int, ...]:
         sizes = {"batch": rows, "steps": len(self._t) + self._most_ahead}
@@ -101,7 +100,7 @@ def _distinct(labels: Labels) -> tuple[Labels, Labels]:
 
 
 def steps_ahead(port: Port) -> int:
-    """How many later steps' rows an input AHEAD.TABLE takes."""
+    """Return the number of later steps whose rows an input AHEAD.TABLE takes."""
     count = port.shape[0]
     assert isinstance(count, int)  # the export fixes it
     return count

@@ -35,7 +35,7 @@ from ditc.runtime.executor import (
     in_range,
     written_ports,
 )
-from ditc.tables import sampler_columns, step_inputs
+from ditc.tables import Tables, sampler_columns, step_inputs
 from ditc.update_form import COLUMNS
 
 __all__ = ["GRAPHS", "DeviceExecutor", "update_rows"]
@@ -44,7 +44,7 @@ GRAPHS = ("trajectory", "step", "none")  # how much one CUDA graph holds
 REPLAY_TOLERANCE = 1e-3  # of a replay against the same calls made one by one, relative to the largest value
 
 
-def update_rows(tables: Mapping[str, NDArray[np.float64]], channels: int) -> NDArray[np.float32]:
+def update_rows(tables: Tables, channels: int) -> NDArray[np.float32]:
     """The `row` input of `update` for every step, (steps, width): COLUMNS, then K and mu per channel.
 
     `tables` are a bundle's: the sampler's columns, and the compensation where there is one.
@@ -84,7 +84,7 @@ class DeviceExecutor:
     def __init__(
         self,
         manifest: Manifest,
-        tables: Mapping[str, NDArray[np.float64]],
+        tables: Tables,
         engines: Mapping[str, DeviceEngine],
         device: Device,
         *,
@@ -111,7 +111,7 @@ class DeviceExecutor:
 
     @property
     def at_once(self) -> int:
-        """How many images one request should hold: what its engines are made for."""
+        """The number of images that one request should hold: what its engines are made for."""
         return self.batch
 
     @property
@@ -189,13 +189,15 @@ class DeviceExecutor:
 
     def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> list[Observation]:
         """As `Executor.outputs_at`: call by call and without a graph."""
-        first, found = samples[min(samples)], list[Observation]()
+        first, observations = samples[min(samples)], list[Observation]()
         rows = [0, self.batch][: len(set(self._guidance.labels([label]).tolist()))]
         with self._turn_of(None):
             self._start([label], first, lambda _: np.zeros_like(first))
             self._queue_condition()
             tables = {name: self._device.download(table) for name, table in self._tables.items()}
-            found.append((None, CONDITION, {name: table[sorted(samples)][:, rows] for name, table in tables.items()}))
+            observations.append(
+                (None, CONDITION, {name: table[sorted(samples)][:, rows] for name, table in tables.items()})
+            )
             for step in (step for step in self.program.steps if step.index in samples):
                 x = self._guidance.rows(_filled(samples[step.index], self.batch))
                 self._device.upload(np.ascontiguousarray(x, np.float32), self._x[step.index % 2])
@@ -203,8 +205,8 @@ class DeviceExecutor:
                 written = {"out": self._out, **{port: self._slots[slot] for port, slot in written_ports(step)}}
                 outputs = {port: self._device.download(tensor)[:: self.batch] for port, tensor in written.items()}
                 after = self._device.download(self._x[(step.index + 1) % 2])
-                found += [(step.index, step.segment, outputs), (step.index, UPDATE, {"next": after[:1]})]
-        return found
+                observations += [(step.index, step.segment, outputs), (step.index, UPDATE, {"next": after[:1]})]
+        return observations
 
     def images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """As `Executor.images`; latents that are decoded never leave the device."""
@@ -331,9 +333,9 @@ class DeviceExecutor:
         changed = self._device.download(result)
         self._device.upload(given, source)
         graph.launch()
-        found = self._device.download(result)
-        gap, scale = float(np.abs(found - expected).max()), float(np.abs(expected).max()) or 1.0
-        if gap > REPLAY_TOLERANCE * scale or np.array_equal(changed, found):
+        replayed = self._device.download(result)
+        gap, scale = float(np.abs(replayed - expected).max()), float(np.abs(expected).max()) or 1.0
+        if gap > REPLAY_TOLERANCE * scale or np.array_equal(changed, replayed):
             raise CheckError(
                 "a CUDA graph does not follow its inputs (it replays an old result); "
                 "run with --graphs none, and report this with what `ditc doctor` prints"
@@ -346,7 +348,7 @@ class DeviceExecutor:
         sample = (count, *spec.latent_shape)
         self._x = (device.empty(sample, "float32"), device.empty(sample, "float32"))
         self._start_x = device.empty(sample, "float32")
-        self._final = _first_rows(self._x[steps % 2], self.batch)
+        self._final = self._x[steps % 2].rows(0, self.batch)
         self._out = device.empty((count, spec.out_channels, spec.height, spec.width), "float32")
         self._labels = device.empty((count,), "int64")
         self._t = device.empty((steps,), "float32")
@@ -375,7 +377,7 @@ class DeviceExecutor:
         return tensor
 
     def _allocate_tables(self) -> None:
-        """What `condition` makes, rows of zeros for steps past the last, and the parts of it that each step binds."""
+        """Allocate what `condition` returns, with zeros for steps past the last, and the parts that each step binds."""
         later = {
             name: {port.name: steps_ahead(port) for port in engine.inputs.values() if port.name.startswith(f"{AHEAD}.")}
             for name, engine in self._engines.items()
@@ -387,8 +389,8 @@ class DeviceExecutor:
             self._tables[port.name] = self._uploaded(np.zeros((steps + past, *shape), port.dtype))
         self._table_parts = []
         for step in self.program.steps:
-            taken = self._engines[step.segment].inputs
-            tables = {name: table for name, table in self._tables.items() if name in taken}
+            inputs = self._engines[step.segment].inputs
+            tables = {name: table for name, table in self._tables.items() if name in inputs}
             parts = {name: self._placed(table.row(step.index)) for name, table in tables.items()}
             for port_name, count in later[step.segment].items():
                 table = self._tables[port_name.removeprefix(f"{AHEAD}.")]
@@ -414,7 +416,3 @@ class DeviceExecutor:
 def _filled(array: NDArray[Any], count: int) -> NDArray[Any]:
     """The array with its first axis filled up to `count` by repeating."""
     return array if len(array) == count else np.resize(array, (count, *array.shape[1:]))
-
-
-def _first_rows(tensor: DeviceTensor, count: int) -> DeviceTensor:
-    return DeviceTensor(tensor.pointer, tensor.dtype, (count, *tensor.shape[1:]), tensor.memory)

@@ -1,4 +1,4 @@
-"""What an executor is: it walks requests through one program, on a processor or on a device, and decides nothing.
+"""Executors: one walks requests through one program, on a processor or on a device, and decides nothing.
 
 Beside the protocol lies what a request is made of: the records of its steps, its checks and its noise.
 """
@@ -11,10 +11,10 @@ from operator import index
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ditc.engines.backend import Buffer
 from ditc.errors import DitcError, InputError
+from ditc.guidance import Samples
 from ditc.program import Step
 from ditc.spec import ModelSpec
 
@@ -35,7 +35,6 @@ __all__ = [
     "written_ports",
 ]
 
-Samples = NDArray[np.float32]
 NoiseSource = Callable[[int], Samples]  # step -> fresh noise, (batch, channels, height, width)
 Observation = tuple["int | None", str, Mapping[str, Buffer]]  # (step, segment, outputs by port)
 # (step, samples of a whole request after it) -> the samples that the next step starts from
@@ -76,7 +75,7 @@ class Executor(Protocol):
 
     @property
     def at_once(self) -> int:
-        """How many images one request should hold."""
+        """The number of images that one request should hold."""
         ...
 
     @property
@@ -105,7 +104,7 @@ class Executor(Protocol):
         ...
 
     def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> Iterable[Observation]:
-        """What each segment returns for one image that stands at `samples`, (1, channels, height, width), before steps.
+        """Return what segments give for one image that stands at `samples`, (1, channels, height, width), before steps.
 
         (index of the step, segment, its outputs by port): the conditioning of these steps first, then the steps in
         order, each followed by UPDATE, the sample after it without fresh noise. A step takes what an earlier one of
@@ -147,8 +146,8 @@ def whole_numbers(name: str, values: Iterable[Any], example: str) -> list[int]:
     try:
         return [index(value) for value in values]
     except TypeError as e:
-        found = " ".join(repr(values).split())
-        raise InputError(f"{name} must be whole numbers, for example {example}; found {found:.60}") from e
+        shown = " ".join(repr(values).split())
+        raise InputError(f"{name} must be whole numbers, for example {example}; found {shown:.60}") from e
 
 
 def closed_while_running() -> DitcError:

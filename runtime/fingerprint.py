@@ -1,4 +1,4 @@
-"""What a bundle's segments gave where it was compiled, so that a machine where they give something else is noticed.
+"""Outputs of a bundle's segments where it was compiled, so that a machine where they give something else is noticed.
 
 A compile lets one image walk the compiled program. It keeps the sample in front of the first and the last step that
 each segment runs at, and of the steps whose caches those take, and what every segment returns there: in the portable
@@ -37,6 +37,7 @@ __all__ = [
     "Expected",
     "Fingerprint",
     "expected",
+    "moved_samples",
     "observer",
     "steps_to_keep",
     "types_of_calls",
@@ -75,7 +76,7 @@ Observer = Callable[[Mapping[int, Samples]], Outputs]
 
 
 class Difference(NamedTuple):
-    """How far an output here is from the one that was kept, and how far it may be: relative, in the L2 norm."""
+    """Distance of an output here from the one that was kept, and how far it may be: relative, in the L2 norm."""
 
     call: str
     port: str
@@ -106,27 +107,27 @@ class Difference(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What one form gave: its outputs, and how far each call's may be from them by the type around the integers."""
+    """Outputs that one form gave, and how far each call's may be from them by the type around the integers."""
 
     outputs: Outputs
     tolerances: Mapping[str, Mapping[str, float]]  # call -> type -> relative error
 
-    def holds(self, found: Outputs) -> bool:
-        """Is what was found in float32 no further off than rounding takes it?"""
-        return all(each.is_rounding for each in self.differences(found, dict.fromkeys(self.tolerances, "f32")))
+    def holds(self, outputs: Outputs) -> bool:
+        """Are outputs computed in float32 no further off than rounding takes them?"""
+        return all(each.is_rounding for each in self.differences(outputs, dict.fromkeys(self.tolerances, "f32")))
 
-    def differences(self, found: Outputs, types: Mapping[str, str]) -> list[Difference]:
-        """One for each output that was found, in the order of the calls; `types` is what each call is computed in.
+    def differences(self, outputs: Outputs, types: Mapping[str, str]) -> list[Difference]:
+        """Return one for each of the outputs, in the order of the calls; `types` is what each call is computed in.
 
         Raises BundleError where others were kept.
         """
-        kept = {key: values.shape for key, values in self.outputs.items()}
-        for key, values in found.items():
-            if kept.get(key) != values.shape or types[key[0]] not in self.tolerances.get(key[0], {}):
+        shapes = {key: values.shape for key, values in self.outputs.items()}
+        for key, values in outputs.items():
+            if shapes.get(key) != values.shape or types[key[0]] not in self.tolerances.get(key[0], {}):
                 raise _misfit(" ".join(key))
         return [
             Difference(*key, _relative(values, self.outputs[key]), self.tolerances[key[0]][types[key[0]]])
-            for key, values in found.items()
+            for key, values in outputs.items()
         ]
 
 
@@ -173,10 +174,10 @@ def _written(fingerprint: Fingerprint) -> Iterator[tuple[str, NDArray[Any]]]:
     yield LABEL, np.array([fingerprint.label], np.int64)
     for step, sample in fingerprint.samples.items():
         yield f"{SAMPLE}/{step}", sample
-    for form, kept in fingerprint.forms.items():
-        for (call, port), values in kept.outputs.items():
+    for form, expectation in fingerprint.forms.items():
+        for (call, port), values in expectation.outputs.items():
             yield f"{OUTPUT}/{form}/{call}/{port}", values
-        for call, by_rest in kept.tolerances.items():
+        for call, by_rest in expectation.tolerances.items():
             for rest, tolerance in by_rest.items():
                 yield f"{TOLERANCE}/{form}/{call}/{rest}", np.array([tolerance])
 
@@ -193,7 +194,7 @@ def _read(tables: Mapping[str, NDArray[Any]]) -> Fingerprint:
                 outputs[form][call, port] = table
             case [kind, form, call, rest] if kind == TOLERANCE:
                 tolerances[form][call][rest] = float(table[0])
-    forms = {form: Expected(kept, tolerances[form]) for form, kept in outputs.items()}
+    forms = {form: Expected(values, tolerances[form]) for form, values in outputs.items()}
     return Fingerprint(int(tables[LABEL][0]), samples, forms)
 
 
@@ -202,12 +203,12 @@ def steps_to_keep(program: Program) -> list[int]:
     read_from, calls = _writers(program), defaultdict[str, list[int]](list)
     for step in program.steps:
         calls[step.segment].append(step.index)
-    kept: set[int] = set()
-    wanted = {step for steps in calls.values() for step in (steps[0], steps[-1])}
+    steps: set[int] = set()
+    wanted = {step for numbers in calls.values() for step in (numbers[0], numbers[-1])}
     while wanted:
-        kept |= wanted
-        wanted = {writer for step in wanted for writer in read_from[step]} - kept
-    return sorted(kept)
+        steps |= wanted
+        wanted = {writer for step in wanted for writer in read_from[step]} - steps
+    return sorted(steps)
 
 
 def _writers(program: Program) -> list[set[int]]:
@@ -221,16 +222,16 @@ def _writers(program: Program) -> list[set[int]]:
 
 
 def types_of_calls(program: Program, types: Mapping[str, str]) -> dict[str, str]:
-    """What each call is computed in, where each segment is in its own type of `types`.
+    """Return the type that each call is computed in, where each segment is in its own of `types`.
 
     A step is as coarse as the coarsest that its caches come from, and so is the sample after it.
     """
-    found = {name: types[name] for name in (*program.prologue, *program.epilogue)}
+    type_of = {name: types[name] for name in (*program.prologue, *program.epilogue)}
     steps: list[str] = []
     for step, read_from in zip(program.steps, _writers(program), strict=True):
         steps.append(max((types[step.segment], *(steps[writer] for writer in read_from)), key=_coarseness))
-        found |= dict.fromkeys((f"{step.segment}@{step.index}", f"{UPDATE}@{step.index}"), steps[-1])
-    return found
+        type_of |= dict.fromkeys((f"{step.segment}@{step.index}", f"{UPDATE}@{step.index}"), steps[-1])
+    return type_of
 
 
 def _coarseness(rest: str) -> float:
@@ -242,20 +243,20 @@ def observer(executor: Executor, label: int, decode: Callable[[Samples], Samples
 
     def outputs(samples: Mapping[int, Samples]) -> Outputs:
         *steps, finished = sorted(samples)
-        found = {
+        observed = {
             (segment if step is None else f"{segment}@{step}", port): _some(values)
             for step, segment, ports in executor.outputs_at(label, {step: samples[step] for step in steps})
             for port, values in ports.items()
         }
         if decode is not None:
-            found[DECODE, "image"] = _some(decode(samples[finished]))
-        return found
+            observed[DECODE, "image"] = _some(decode(samples[finished]))
+        return observed
 
     return outputs
 
 
 def expected(observe: Observer, samples: Mapping[int, Samples], rests: Iterable[str], *, integers: bool) -> Expected:
-    """What a form gives for samples, and how far rounding moves that in each of the types `rests`.
+    """Return what a form gives for samples, and how far rounding moves that in each of the types `rests`.
 
     With `integers` in it, what one call of a segment shows holds for all of them: rounding changes other activations
     at another place.
@@ -265,11 +266,11 @@ def expected(observe: Observer, samples: Mapping[int, Samples], rests: Iterable[
     for rest in rests:
         rounding = ROUNDING[rest]
         size = rounding.flips if integers else rounding.moves
-        moved = [observe(_moved(samples, size, number)) for number in range(MOVES)]
+        moved = [observe(moved_samples(samples, size, number)) for number in range(MOVES)]
         largest: dict[str, float] = defaultdict(float)
         for call, port in outputs:
             place = _segment(call) if integers else call
-            errors = (_relative(found[call, port], outputs[call, port]) for found in moved)
+            errors = (_relative(other[call, port], outputs[call, port]) for other in moved)
             largest[place] = max(largest[place], *errors)
         for call, _ in outputs:
             error = largest[_segment(call) if integers else call]
@@ -277,8 +278,8 @@ def expected(observe: Observer, samples: Mapping[int, Samples], rests: Iterable[
     return Expected(outputs, tolerances)
 
 
-def _moved(samples: Mapping[int, Samples], size: float, number: int) -> dict[int, Samples]:
-    """The samples, each value by about `size` of itself."""
+def moved_samples(samples: Mapping[int, Samples], size: float, number: int) -> dict[int, Samples]:
+    """Return the samples with each value moved by about `size` of itself; `number` seeds the random numbers."""
     rng = np.random.default_rng(number)
     return {
         step: (sample * (1 + size * rng.standard_normal(sample.shape))).astype(np.float32)
@@ -290,8 +291,8 @@ def _segment(call: str) -> str:
     return call.partition("@")[0]
 
 
-def _misfit(what: str) -> BundleError:
-    return BundleError(f"the fingerprint does not fit its bundle: {what}; compile it again")
+def _misfit(problem: str) -> BundleError:
+    return BundleError(f"the fingerprint does not fit its bundle: {problem}; compile it again")
 
 
 def _some(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -299,9 +300,9 @@ def _some(values: NDArray[Any]) -> NDArray[np.float32]:
     return values.reshape(-1)[:: -(-values.size // VALUES) | 1].astype(np.float32)
 
 
-def _relative(found: NDArray[np.float32], kept: NDArray[np.float32]) -> float:
-    """Norm of the difference over that of what was kept; infinite for what is no number, and for any against zeros."""
-    gap, norm = (float(np.linalg.norm(np.float64(values))) for values in (np.float64(found) - kept, kept))
+def _relative(seen: NDArray[np.float32], recorded: NDArray[np.float32]) -> float:
+    """Norm of the difference over that of `recorded`; infinite for what is no number, and for any against zeros."""
+    gap, norm = (float(np.linalg.norm(np.float64(values))) for values in (np.float64(seen) - recorded, recorded))
     if gap == 0:
         return 0.0
     return gap / norm if np.isfinite(gap) and norm else float("inf")

@@ -107,7 +107,7 @@ class HostExecutor:
 
     @property
     def at_once(self) -> int:
-        """How many images one request should hold: as many as REQUEST_BYTES has buffers for, or a call of an engine.
+        """The number of images that one request should hold: as fit REQUEST_BYTES, or a call of an engine.
 
         An image has its rows of every buffer, one label's tables of all steps, and what is alive inside a block.
         """
@@ -115,8 +115,8 @@ class HostExecutor:
             return self._together
         branch, latent = prod(self.spec.branch_shape), prod(self.spec.latent_shape)
         values = self.guidance.halves * ((self.program.slots + BLOCK_INSIDES) * branch + 3 * latent)
-        one = np.dtype(np.float32).itemsize * (values + self._table_values())
-        return max(self._batch, min(REQUEST_BYTES // one, MOST_AT_ONCE))
+        image_bytes = np.dtype(np.float32).itemsize * (values + self._table_values())
+        return max(self._batch, min(REQUEST_BYTES // image_bytes, MOST_AT_ONCE))
 
     @property
     def decodes(self) -> bool:
@@ -279,7 +279,7 @@ class HostExecutor:
         return sum(prod(sizes[size] if isinstance(size, str) else size for size in port.shape) for port in ports)
 
     def _most_ahead(self) -> int:
-        """How many rows of the tables past its own a step may be given."""
+        """Return the number of rows of the tables past its own that a step may be given."""
         ports = (port for engine in self._engines.values() for port in engine.inputs.values())
         return max((steps_ahead(port) for port in ports if port.name.startswith(f"{AHEAD}.")), default=0)
 

@@ -194,12 +194,12 @@ class Pipeline:
 
     @property
     def at_once(self) -> int:
-        """How many images `images` and `latents` walk together.
+        """The number of images that `images` and `latents` walk together.
 
         On a processor as many as a buffer of REQUEST_BYTES holds, and no fewer than the bundle was compiled for; one
         where activation scales are measured as they come, since a scale is then that of all images of a call.
         """
-        return self._at_once(self._open_executor())
+        return self._at_once(self.executor)
 
     def _at_once(self, executor: Executor) -> int:
         return self._batch or executor.at_once
@@ -220,7 +220,7 @@ class Pipeline:
         it gives by itself: requests merged into one keep their noise. Raises InputError for a label or a shape that
         the model doesn't have.
         """
-        executor, labels = self._open_executor(), whole_numbers("labels", labels, "[3, 1, 4]")
+        executor, labels = self.executor, whole_numbers("labels", labels, "[3, 1, 4]")
         streams = image_streams(len(labels), seed, seeds, first)
         self.bundle.manifest.model.check_labels(tuple(labels))
         check_noise(noise, len(labels))
@@ -239,7 +239,7 @@ class Pipeline:
         first: int = 0,
     ) -> Samples:
         """Finished samples before decoding, (n, channels, height, width), `at_once` of them at a time."""
-        executor, labels = self._open_executor(), whole_numbers("labels", labels, "[3, 1, 4]")
+        executor, labels = self.executor, whole_numbers("labels", labels, "[3, 1, 4]")
         requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
         return np.concatenate([executor.last(*request) for request in requests])
 
@@ -257,7 +257,7 @@ class Pipeline:
         The first one is image `first` of the seed; with `seeds` each is the first one of its own.
         """
         self.check_makes_images()
-        executor, labels = self._open_executor(), whole_numbers("labels", labels, "[3, 1, 4]")
+        executor, labels = self.executor, whole_numbers("labels", labels, "[3, 1, 4]")
         requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
         return np.concatenate([executor.images(*request) for request in requests])
 
@@ -267,7 +267,7 @@ class Pipeline:
         Raises InputError where the latents are of another kind and the bundle has no decoder.
         """
         self.check_makes_images()
-        return self._open_executor().decode(latents)
+        return self.executor.decode(latents)
 
     @property
     def makes_images(self) -> bool:
@@ -284,29 +284,30 @@ class Pipeline:
             )
 
     def differences(self) -> list[Difference]:
-        """How far every output of every segment is from what it was where the bundle was compiled, in their order.
+        """Return the distance of every output of every segment from what it was at the compile, in their order.
 
         The form that runs here is compared, with what rounding makes of the type that this target computes in. Raises
         BundleError for a bundle without a fingerprint.
         """
         if self.reference:
             raise InputError("the fingerprint is of the compiled program; open the bundle without reference=True")
-        kept = Fingerprint.of(self.bundle.path)
-        kept.check_fits(self.program, self.bundle.manifest.model)
-        engines, executor = self.engines, self._open_executor()  # in this order: engines that are gone have none
-        found = observer(executor, kept.label, executor.decode if executor.decodes else None)(kept.samples)
+        fingerprint = Fingerprint.of(self.bundle.path)
+        fingerprint.check_fits(self.program, self.bundle.manifest.model)
+        engines, executor = self.engines, self.executor  # in this order: engines that are gone have none
+        observe = observer(executor, fingerprint.label, executor.decode if executor.decodes else None)
+        outputs = observe(fingerprint.samples)
         if not self._compensated:  # then the next sample is another one
-            found = {(call, port): values for (call, port), values in found.items() if not call.startswith(UPDATE)}
+            outputs = {(call, port): values for (call, port), values in outputs.items() if not call.startswith(UPDATE)}
         types = types_of_calls(self.program, {name: self._type_of(engine) for name, engine in engines.items()})
-        return kept.forms[self._form(kept)].differences(found, types)
+        return fingerprint.forms[self._form(fingerprint)].differences(outputs, types)
 
-    def _form(self, kept: Fingerprint) -> str:
-        """Which of the forms in a fingerprint runs here."""
+    def _form(self, fingerprint: Fingerprint) -> str:
+        """Return the form in a fingerprint that runs here."""
         own = TYPED if self.on_device else self.backend.name
-        return own if own in kept.forms else PORTABLE
+        return own if own in fingerprint.forms else PORTABLE
 
     def _type_of(self, engine: Engine | DeviceEngine) -> str:
-        """What an engine that has run computes in around the integers."""
+        """Return the type that an engine that has run computes in around the integers."""
         if self.on_device:
             return "f16"
         return engine.rest if isinstance(engine, SaysType) else "f32"
@@ -319,11 +320,11 @@ class Pipeline:
         key = (self.bundle.digest, repr(self.backend), self._compensated)
         if key in CHECKED and not self.on_device:
             return
-        for found in self.differences():
-            if not found.is_rounding:
+        for difference in self.differences():
+            if not difference.is_rounding:
                 raise CheckError(
-                    f"segment {found.segment} of {self.bundle.path} gives something else here than where it was "
-                    f"compiled: {found.told}; `ditc doctor {self.bundle.path}` shows all segments"
+                    f"segment {difference.segment} of {self.bundle.path} gives something else here than where it was "
+                    f"compiled: {difference.told}; `ditc doctor {self.bundle.path}` shows all segments"
                 )
         CHECKED.add(key)
 
@@ -343,7 +344,9 @@ class Pipeline:
             drawn, fresh = streamed_noise(streams[part], self.bundle.manifest.model.latent_shape)
             yield labels[part], drawn if noise is None else noise[part], fresh
 
-    def _open_executor(self) -> Executor:
+    @property
+    def executor(self) -> Executor:
+        """The executor of the open pipeline, for who measures or checks it."""
         executor = self._executor  # one look: another thread may close the pipeline right after it
         if executor is None:
             raise DitcError("the pipeline is not open; use it in a block: with ditc.load(path) as pipe: ...")
@@ -371,4 +374,4 @@ def image_streams(count: int, seed: int | None, seeds: Sequence[int] | None, fir
     own = whole_numbers("seeds", seeds, "[7, 5]")
     if len(own) != count:
         raise InputError(f"seeds must be one for each label: {count} labels, found {len(own)} seeds")
-    return [(one, 0) for one in own]
+    return [(image_seed, 0) for image_seed in own]

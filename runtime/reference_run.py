@@ -23,10 +23,10 @@ Forward = Callable[[int, Samples], Samples]  # (step, (rows, channels, h, w)) ->
 
 @dataclass(frozen=True)
 class GuidedRun:
-    """What a run needs beside its network. `table` is the sampler's (`runtime.samplers.sampler_table`)."""
+    """A run but for its network. `columns` are the sampler's (`runtime.samplers.sampler_table`)."""
 
     spec: ModelSpec
-    table: Mapping[str, NDArray[np.float64]]
+    columns: Mapping[str, NDArray[np.float64]]
     guidance: Guidance
 
     @staticmethod
@@ -37,11 +37,11 @@ class GuidedRun:
 
     @property
     def steps(self) -> int:
-        return len(self.table["t"])
+        return len(self.columns["t"])
 
     def step(self, forward: Forward, index: int, x: Samples, fresh_noise: NoiseSource) -> Samples:
         """The samples after step `index`."""
-        row = {name: float(column[index]) for name, column in self.table.items()}
+        row = {name: float(values[index]) for name, values in self.columns.items()}
         prediction, raw_variance = self.guidance.combine(forward(index, self.guidance.rows(x)), len(x))
         return update(row, x, prediction, raw_variance, fresh_noise(index) if needs_noise(row) else None)
 

@@ -33,7 +33,7 @@ LEAST_WIDTH = 64  # pixels an image takes in the grid at least
 
 
 class SegmentSeconds(Record):
-    """How often a step called a segment, and the wall seconds of those steps."""
+    """The number of steps that called a segment, and their wall seconds."""
 
     calls: int
     median_seconds: float
@@ -50,7 +50,7 @@ class StepSeconds(Record):
 
 
 class GeneratedImages(Record):
-    """What `ditc run` left in `folder`, and how long it took.
+    """Images that `ditc run` left in `folder`, and the time that it took.
 
     `images` and `grid` are names of files in it. The seconds are wall time, conditioning and decoding included;
     `segments` and `steps` are empty where the request was queued whole.
@@ -105,7 +105,7 @@ def run_bundle(
 
 
 def origin_text(bundle: Bundle, seed: int, labels: Sequence[int], first: int) -> dict[str, str]:
-    """What a picture of the images `first` and on of a seed was made from, by keyword of a PNG's text chunks."""
+    """Return the origin of a picture of the images `first` and on of a seed, by keyword of a PNG's text chunks."""
     return {
         "Software": f"ditc {ditc.__version__}",
         "ditc.bundle": bundle.digest,

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from ditc.diffusion import alphas_cumprod
 from ditc.errors import InputError
+from ditc.guidance import Samples
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 __all__ = ["adds_noise", "needs_noise", "sampler_table", "timesteps", "update"]
 
-Array = NDArray[np.float64]
-Samples = NDArray[np.float32]
+Column = NDArray[np.float64]  # (steps,)
 Row = Mapping[str, float]
 
 
@@ -43,21 +43,21 @@ def timesteps(sampler: SamplerSpec, steps: int, train_steps: int) -> NDArray[np.
     return picked.astype(np.int64)
 
 
-def sampler_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> dict[str, Array]:
-    """All coefficients of a trajectory: column name -> (steps,). Column "t" holds the timesteps."""
+def sampler_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> dict[str, Column]:
+    """All coefficients of a trajectory: name of the column -> (steps,). Column "t" holds the timesteps."""
     if sampler.name == "ddpm" and sampler.variance == "learned" and not diffusion.learned_sigma:
         raise InputError("the model has no learned variance; choose variance fixed-small or fixed-large")
     t = timesteps(sampler, steps, diffusion.train_steps)
     products = alphas_cumprod(diffusion)
-    kept = products[t]
-    before = np.append(kept[1:], _final_product(sampler, t, products))
+    alpha_bar = products[t]
+    before = np.append(alpha_bar[1:], _final_product(sampler, t, products))
     table = {"t": t.astype(np.float64), "clip": np.full(steps, sampler.clip or np.inf)}
-    table.update(_clean_sample_columns(diffusion, kept))
-    table.update(UPDATES[sampler.name](sampler, kept, before, _noise_columns(diffusion, kept)))
+    table.update(_clean_sample_columns(diffusion, alpha_bar))
+    table.update(UPDATES[sampler.name](sampler, alpha_bar, before, _noise_columns(diffusion, alpha_bar)))
     return table
 
 
-def _final_product(sampler: SamplerSpec, t: NDArray[np.int64], products: Array) -> float:
+def _final_product(sampler: SamplerSpec, t: NDArray[np.int64], products: NDArray[np.float64]) -> float:
     """The cumulative product that the last step goes to."""
     if sampler.name == "ddpm":
         return 1.0  # always ends clean
@@ -69,9 +69,9 @@ def _final_product(sampler: SamplerSpec, t: NDArray[np.int64], products: Array) 
     return 1.0 if sampler.final_alpha_one else float(products[0])
 
 
-def _clean_sample_columns(diffusion: DiffusionSpec, kept: Array) -> dict[str, Array]:
+def _clean_sample_columns(diffusion: DiffusionSpec, alpha_bar: Column) -> dict[str, Column]:
     """The clean sample as a combination of x and the network's output."""
-    signal, noise, zero = np.sqrt(kept), np.sqrt(1 - kept), np.zeros_like(kept)
+    signal, noise, zero = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), np.zeros_like(alpha_bar)
     x0_x, x0_out = {
         "epsilon": (1 / signal, -noise / signal),
         "v": (signal, -noise),
@@ -80,9 +80,9 @@ def _clean_sample_columns(diffusion: DiffusionSpec, kept: Array) -> dict[str, Ar
     return {"x0_x": x0_x, "x0_out": x0_out}
 
 
-def _noise_columns(diffusion: DiffusionSpec, kept: Array) -> tuple[Array, Array]:
+def _noise_columns(diffusion: DiffusionSpec, alpha_bar: Column) -> tuple[Column, Column]:
     """The predicted noise as a combination of x and the network's output."""
-    signal, noise, zero = np.sqrt(kept), np.sqrt(1 - kept), np.zeros_like(kept)
+    signal, noise, zero = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), np.zeros_like(alpha_bar)
     return {
         "epsilon": (zero, zero + 1),
         "v": (noise, signal),
@@ -90,9 +90,9 @@ def _noise_columns(diffusion: DiffusionSpec, kept: Array) -> tuple[Array, Array]
     }[diffusion.prediction]
 
 
-def _ddim(sampler: SamplerSpec, kept: Array, before: Array, noise: tuple[Array, Array]) -> dict[str, Array]:
+def _ddim(sampler: SamplerSpec, alpha_bar: Column, before: Column, noise: tuple[Column, Column]) -> dict[str, Column]:
     """DDIM eq. 12, with sigma of eq. 16."""
-    sigma = sampler.eta * np.sqrt((1 - before) / (1 - kept) * (1 - kept / before))
+    sigma = sampler.eta * np.sqrt((1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before))
     direction = np.sqrt(np.maximum(1 - before - sigma**2, 0))
     return {
         "prev_x0": np.sqrt(before),
@@ -102,17 +102,17 @@ def _ddim(sampler: SamplerSpec, kept: Array, before: Array, noise: tuple[Array, 
     }
 
 
-def _ddpm(sampler: SamplerSpec, kept: Array, before: Array, noise: tuple[Array, Array]) -> dict[str, Array]:
+def _ddpm(sampler: SamplerSpec, alpha_bar: Column, before: Column, noise: tuple[Column, Column]) -> dict[str, Column]:
     """DDPM eq. 6 and 7: the posterior mean, plus noise at every step but the last."""
-    alpha = kept / before
+    alpha = alpha_bar / before
     beta = 1 - alpha
-    posterior = beta * (1 - before) / (1 - kept)
+    posterior = beta * (1 - before) / (1 - alpha_bar)
     posterior[-1] = posterior[-2]  # 0 at the last step, which adds no noise; its logarithm must exist
-    added = np.append(np.ones(len(kept) - 1), 0.0)
+    added = np.append(np.ones(len(alpha_bar) - 1), 0.0)
     table = {
-        "prev_x0": beta * np.sqrt(before) / (1 - kept),
-        "prev_x": (1 - before) * np.sqrt(alpha) / (1 - kept),
-        "prev_out": np.zeros_like(kept),
+        "prev_x0": beta * np.sqrt(before) / (1 - alpha_bar),
+        "prev_x": (1 - before) * np.sqrt(alpha) / (1 - alpha_bar),
+        "prev_out": np.zeros_like(alpha_bar),
         "sigma": added * np.sqrt(beta if sampler.variance == "fixed-large" else posterior),
     }
     if sampler.variance == "learned":
@@ -120,7 +120,7 @@ def _ddpm(sampler: SamplerSpec, kept: Array, before: Array, noise: tuple[Array, 
     return table
 
 
-UPDATES: dict[str, Callable[[SamplerSpec, Array, Array, tuple[Array, Array]], dict[str, Array]]] = {
+UPDATES: dict[str, Callable[[SamplerSpec, Column, Column, tuple[Column, Column]], dict[str, Column]]] = {
     "ddim": _ddim,
     "ddpm": _ddpm,
 }
@@ -131,9 +131,9 @@ def needs_noise(row: Row) -> bool:
     return row["sigma"] > 0
 
 
-def adds_noise(table: Mapping[str, Array]) -> bool:
+def adds_noise(columns: Mapping[str, Column]) -> bool:
     """Does any step of a trajectory add fresh noise?"""
-    return bool((table["sigma"] > 0).any())
+    return bool((columns["sigma"] > 0).any())
 
 
 def update(

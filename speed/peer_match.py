@@ -99,7 +99,7 @@ def match_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> Match:
     computing = sorted(before)
     index = computing[len(computing) // 2]
     condition = OnnxRuntimeBackend().session(bundle.reference_path(CONDITION))
-    tables = condition_tables(condition, run.table["t"], labels)
+    tables = condition_tables(condition, run.columns["t"], labels)
     reference = _bare_reference(bundle, scratch)
     feeds = _feeds(tables, index, run.guidance.rows(before[index]))
     expected = OnnxRuntimeBackend().session(reference).run(["out"], feeds)[0]
@@ -178,7 +178,7 @@ def _checked_model(match: Match) -> Any:
         own, wanted = getattr(model.spec, kind), getattr(manifest.model, kind)
         if own != wanted:
             raise InputError(f"{name} is another model: its {kind} is {own}, expected {wanted}; {advice}")
-    forward = eager_forward(model, match.run.table["t"], match.labels, next(model.parameters()).dtype)
+    forward = eager_forward(model, match.run.columns["t"], match.labels, next(model.parameters()).dtype)
     error = match.error(forward(match.index, match.run.guidance.rows(match.x)))
     if not error < SAME_MODEL:
         raise InputError(

@@ -81,5 +81,5 @@ def _torch_peer(match: Match, model: Any, what: str, kind: Any = None) -> Peer:
     from ditc.speed.eager import eager_forward
 
     kind = kind or next(model.parameters()).dtype
-    forward = eager_forward(model, match.run.table["t"], match.labels, kind)
+    forward = eager_forward(model, match.run.columns["t"], match.labels, kind)
     return Peer(forward=forward, what=f"torch {torch.__version__}, {what}")

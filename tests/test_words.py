@@ -19,6 +19,7 @@ CLEAN = (
     "lowering",
     "quality",
     "quantize",
+    "runtime",
 )
 
 PRONOUNS = ("What", "How", "Which", "Whether")

@@ -26,17 +26,17 @@ def moments_of(seen: np.ndarray, exact: np.ndarray) -> Moments:
 
 def test_a_planted_affine_drift_is_recovered() -> None:
     seen = features(0)
-    found = fitted_rows("affine", moments_of(seen, seen * SLOPES + SHIFTS), IMAGES, prior_images=0)
-    np.testing.assert_allclose(found, [SLOPES, SHIFTS], atol=1e-4)
+    rows = fitted_rows("affine", moments_of(seen, seen * SLOPES + SHIFTS), IMAGES, prior_images=0)
+    np.testing.assert_allclose(rows, [SLOPES, SHIFTS], atol=1e-4)
 
 
 def test_affine_is_the_least_squares_line() -> None:
     seen = features(0)
     exact = 0.7 * seen + features(1)
-    found = fitted_rows("affine", moments_of(seen, exact), IMAGES, prior_images=0)
+    rows = fitted_rows("affine", moments_of(seen, exact), IMAGES, prior_images=0)
     for channel in range(CHANNELS):
         line = np.polyfit(seen[..., channel].ravel(), exact[..., channel].ravel(), 1)
-        np.testing.assert_allclose(found[:, channel], line, rtol=1e-4)
+        np.testing.assert_allclose(rows[:, channel], line, rtol=1e-4)
 
 
 def test_variance_gives_the_exact_spread_and_keeps_the_mean() -> None:
@@ -49,25 +49,25 @@ def test_variance_gives_the_exact_spread_and_keeps_the_mean() -> None:
 
 @pytest.mark.parametrize("method", sorted(FITS))
 def test_equal_features_are_held(method: str) -> None:
-    found = fitted_rows(method, moments_of(features(0), features(0)), IMAGES)
-    np.testing.assert_allclose(found, holding_rows(1, 2, CHANNELS)[0], atol=1e-6)
+    rows = fitted_rows(method, moments_of(features(0), features(0)), IMAGES)
+    np.testing.assert_allclose(rows, holding_rows(1, 2, CHANNELS)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("prior", [0, 8, 1e9])
 def test_the_prior_draws_towards_holding_as_that_many_exact_pairs_would(prior: float) -> None:
     seen = features(0)
     share = IMAGES / (IMAGES + prior)
-    found = fitted_rows("affine", moments_of(seen, seen * SLOPES + SHIFTS), IMAGES, prior)
-    np.testing.assert_allclose(found, [1 + share * (SLOPES - 1), share * SHIFTS], atol=1e-4)
+    rows = fitted_rows("affine", moments_of(seen, seen * SLOPES + SHIFTS), IMAGES, prior)
+    np.testing.assert_allclose(rows, [1 + share * (SLOPES - 1), share * SHIFTS], atol=1e-4)
 
 
 @pytest.mark.parametrize("method", sorted(FITS))
 def test_a_constant_channel_is_held(method: str) -> None:
     seen, exact = features(0), 3 * features(1)
     seen[..., 1] = 0.25
-    found = fitted_rows(method, moments_of(seen, exact), IMAGES)
-    assert found[:, 1].tolist() == [1, 0]
-    assert np.isfinite(found).all()
+    rows = fitted_rows(method, moments_of(seen, exact), IMAGES)
+    assert rows[:, 1].tolist() == [1, 0]
+    assert np.isfinite(rows).all()
 
 
 def test_moments_of_parts_are_those_of_the_whole() -> None:
@@ -76,8 +76,8 @@ def test_moments_of_parts_are_those_of_the_whole() -> None:
     for part in (slice(0, 3), slice(3, 4), slice(4, None)):
         parts = parts.add(seen[part], exact[part])
     whole = moments_of(seen, exact)
-    for found, expected in zip((*parts.means, *parts.spreads), (*whole.means, *whole.spreads), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-9)
+    for added, expected in zip((*parts.means, *parts.spreads), (*whole.means, *whole.spreads), strict=True):
+        np.testing.assert_allclose(added, expected, rtol=1e-9)
     np.testing.assert_allclose(whole.spreads[0], np.var(seen.astype(np.float64), axis=(0, 1)), rtol=1e-9)
 
 

@@ -13,16 +13,16 @@ LAW = settings(deadline=None)  # a busy machine stalls now and then
 
 def test_psnr_of_a_constant_error_is_known() -> None:
     expected = np.zeros((3, 1, 4, 4), np.float32)
-    found = expected + np.array([2.0, 0.2, 0.02], np.float32)[:, None, None, None]
-    np.testing.assert_allclose(psnr_db(found, expected), [0, 20, 40], atol=1e-4)
-    np.testing.assert_allclose(psnr_db(found, expected, peak=20), [20, 40, 60], atol=1e-4)
+    seen = expected + np.array([2.0, 0.2, 0.02], np.float32)[:, None, None, None]
+    np.testing.assert_allclose(psnr_db(seen, expected), [0, 20, 40], atol=1e-4)
+    np.testing.assert_allclose(psnr_db(seen, expected, peak=20), [20, 40, 60], atol=1e-4)
 
 
 def test_psnr_is_per_image() -> None:
     expected = np.random.default_rng(0).standard_normal((4, 3, 8, 8))
-    found = expected.copy()
-    found[2] += 1
-    values = psnr_db(found, expected)
+    seen = expected.copy()
+    seen[2] += 1
+    values = psnr_db(seen, expected)
     assert values.shape == (4,)
     assert values.argmin() == 2
     assert (values[[0, 1, 3]] > 100).all()
@@ -105,22 +105,22 @@ def test_step_drift_recovers_a_known_k_and_shift_of_every_step_and_channel() -> 
     """x = m + K (x' - m) + shift has the variance K^2, and its mean moved by `shift`."""
     exact = [picture(step, 50, 2, 8, 8) for step in range(3)]
     k, shift = np.array([[1.0, 0.9], [1.3, 1.0], [0.5, 2.0]]), np.array([[0.0, 0.1], [-0.2, 0.0], [0.3, 0.3]])
-    found = []
+    seen = []
     for step, x in enumerate(exact):
         mean = x.mean(axis=(0, 2, 3), keepdims=True)
-        found.append(mean + k[step].reshape(1, 2, 1, 1) * (x - mean) + shift[step].reshape(1, 2, 1, 1))
-    drift = step_drift(found, exact)
+        seen.append(mean + k[step].reshape(1, 2, 1, 1) * (x - mean) + shift[step].reshape(1, 2, 1, 1))
+    drift = step_drift(seen, exact)
     np.testing.assert_allclose(drift.variance_drift, k**2 - 1, atol=1e-5)
     spread = [x.std(axis=(0, 2, 3)) for x in exact]
     np.testing.assert_allclose(drift.mean_drift, shift / spread, atol=1e-5)
-    assert drift.relative_error[0] == pytest.approx(relative_error(found[0], exact[0]))
+    assert drift.relative_error[0] == pytest.approx(relative_error(seen[0], exact[0]))
     assert drift.images == 50
 
 
 def test_a_trajectory_has_no_drift_from_itself_and_a_constant_channel_none_at_all() -> None:
     exact = picture(0, 5, 2, 4, 4)
     exact[:, 1] = 0.25
-    found = exact.copy()
-    assert step_drift([found], [exact]).variance_drift == ((0, 0),)
-    found[:, 1] = picture(1, 5, 4, 4)
-    assert step_drift([found], [exact]).variance_drift == ((0, 0),)
+    seen = exact.copy()
+    assert step_drift([seen], [exact]).variance_drift == ((0, 0),)
+    seen[:, 1] = picture(1, 5, 4, 4)
+    assert step_drift([seen], [exact]).variance_drift == ((0, 0),)

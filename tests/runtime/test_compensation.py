@@ -37,10 +37,10 @@ def test_a_table_of_ones_changes_no_bit(seed: int, scale: float, step: int) -> N
 def test_a_table_scales_each_channel_about_its_mean_at_its_step() -> None:
     k, mu = np.array([[1.0, 1, 1], [2, 0.5, 1]]), np.array([[9.0, 9, 9], [1, -1, 0]])
     x = normal(0)
-    found = TableCompensation(k=k, mu=mu)(1, x)
+    scaled = TableCompensation(k=k, mu=mu)(1, x)
     expected = [1 + 2 * (x[:, 0] - 1), -1 + 0.5 * (x[:, 1] + 1), x[:, 2]]
-    np.testing.assert_allclose(found, np.stack(expected, axis=1), rtol=1e-5, atol=1e-6)
-    assert found.dtype == np.float32
+    np.testing.assert_allclose(scaled, np.stack(expected, axis=1), rtol=1e-5, atol=1e-6)
+    assert scaled.dtype == np.float32
 
 
 def test_compensating_leaves_its_input_alone() -> None:
@@ -55,10 +55,10 @@ def test_a_bundle_without_a_table_has_no_compensation() -> None:
 
 def test_a_bundle_with_a_table_has_that_compensation() -> None:
     k, mu = np.full((2, CHANNELS), 1.5), np.full((2, CHANNELS), 0.5)
-    found = TableCompensation.from_tables({"compensation.k": k, "compensation.mu": mu, "sampler.t": k})
-    assert found is not None
-    np.testing.assert_array_equal(found.k, k)
-    np.testing.assert_array_equal(found.mu, mu)
+    compensation = TableCompensation.from_tables({"compensation.k": k, "compensation.mu": mu, "sampler.t": k})
+    assert compensation is not None
+    np.testing.assert_array_equal(compensation.k, k)
+    np.testing.assert_array_equal(compensation.mu, mu)
 
 
 @LAW
@@ -187,8 +187,8 @@ def test_a_fit_corrects_as_its_table_will() -> None:
 def test_a_run_with_the_fitted_table_has_the_variance_of_the_exact_one() -> None:
     x = normal(0)
     table = fitted(x, ERRORS, "std", 0).table
-    for found, exact in zip(linear_walk(x, ERRORS, table), exact_walk(x), strict=True):
-        np.testing.assert_allclose(found.std(axis=(0, 2, 3)), exact.std(axis=(0, 2, 3)), rtol=1e-4)
+    for compensated, exact in zip(linear_walk(x, ERRORS, table), exact_walk(x), strict=True):
+        np.testing.assert_allclose(compensated.std(axis=(0, 2, 3)), exact.std(axis=(0, 2, 3)), rtol=1e-4)
 
 
 def test_a_fit_of_an_exact_program_finds_ones() -> None:

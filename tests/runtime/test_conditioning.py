@@ -26,7 +26,7 @@ def table_of(inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
 
 
 class LookedAt(FakeEngine):
-    """Its `last` is the binding that was made last."""
+    """Its `last` is the newest binding."""
 
     last: FakeBinding
 
@@ -42,8 +42,8 @@ def engine() -> LookedAt:
 
 
 def rows_of(conditioning: Conditioning, step: int) -> tuple[list[list[float]], list[list[list[float]]]]:
-    found = conditioning.inputs(step, TAKING)
-    return found["table"].tolist(), found["ahead.table"].tolist()
+    inputs = conditioning.inputs(step, TAKING)
+    return inputs["table"].tolist(), inputs["ahead.table"].tolist()
 
 
 @pytest.mark.parametrize("labels", [[3, 7, 2, 0], [7, 3, 7, 7], [4, 4, 4, 4]])

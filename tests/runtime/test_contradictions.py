@@ -91,9 +91,9 @@ def mutations(manifest: Any, *starts: str) -> Iterator[tuple[str, Any]]:
     """(what was changed, the manifest with it) for every value under some of its fields."""
     for start in starts:
         for place in values_in(manifest[start], (start,)):
-            for what, value in changes_of(at(manifest, place)):
+            for change, value in changes_of(at(manifest, place)):
                 if value != at(manifest, place) or type(value) is not type(at(manifest, place)):
-                    yield f"{'.'.join(map(str, place))}: {what}", with_changed(manifest, place, value)
+                    yield f"{'.'.join(map(str, place))}: {change}", with_changed(manifest, place, value)
 
 
 LENGTH = 1 << 15  # of every manifest: files that keep their length are written much faster
@@ -128,9 +128,9 @@ def latents_of(folder: Path, **settings: Any) -> Any:
         return pipe.latents([0, 3, 1], seed=5)
 
 
-def same_bundle(one: Any, other: Any) -> bool:
+def same_bundle(manifest: Any, other: Any) -> bool:
     """Do two manifests say the same once they are read?"""
-    return Manifest.model_validate(one) == Manifest.model_validate(other)
+    return Manifest.model_validate(manifest) == Manifest.model_validate(other)
 
 
 @pytest.fixture(params=KINDS)
@@ -147,12 +147,12 @@ def check_changes(folder: Path, *fields: str, reference: bool = False) -> int:
     """Each changed manifest is refused, or its images are those of the one that was compiled; how many were refused."""
     manifest, refused = manifest_of(folder), 0
     expected = latents_of(folder, reference=reference)
-    for what, changed in mutations(manifest, *fields):
+    for change, changed in mutations(manifest, *fields):
         sealed(folder, changed)
         if is_refused(folder):
             refused += 1
         elif not same_bundle(changed, manifest):
-            np.testing.assert_array_equal(latents_of(folder, reference=reference), expected, err_msg=what)
+            np.testing.assert_array_equal(latents_of(folder, reference=reference), expected, err_msg=change)
     return refused
 
 
@@ -169,11 +169,11 @@ def test_whatever_else_a_manifest_says_no_other_exception_comes_of_it(
     cached: Path, fields: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = manifest_of(cached)
-    for number, (what, changed) in enumerate(mutations(manifest, *fields)):
+    for number, (change, changed) in enumerate(mutations(manifest, *fields)):
         sealed(cached, changed)
         if not is_refused(cached) and number % SHOWN == 0:
-            assert run(["inspect", str(cached)]) in (0, 2), what
-            assert capsys.readouterr().err.count("\n") <= 1, what
+            assert run(["inspect", str(cached)]) in (0, 2), change
+            assert capsys.readouterr().err.count("\n") <= 1, change
 
 
 def table_changes(table: Any) -> Iterator[Change]:
@@ -195,9 +195,9 @@ def tables_with_a_change(tables: dict[str, Any]) -> Iterator[tuple[str, dict[str
         yield f"without {name}", rest
         yield f"renamed {name}", {**rest, f"{name}x": table}
         yield f"again {name}", {**tables, f"{name}x": table}
-        for what, changed in table_changes(table):
+        for change, changed in table_changes(table):
             if changed.dtype != table.dtype or not np.array_equal(changed, table):
-                yield f"{name}: {what}", {**rest, name: changed}
+                yield f"{name}: {change}", {**rest, name: changed}
     for first, second in combinations(sorted(tables), 2):
         yield f"swapped {first}, {second}", {**tables, first: tables[second], second: tables[first]}
     for name in filter(lambda name: name.startswith("sampler."), tables):
@@ -216,10 +216,10 @@ def with_tables(folder: Path, manifest: Any, tables: dict[str, Any]) -> None:
 def test_changed_tables_are_refused_or_give_the_same_images(folder: Path) -> None:
     manifest, tables = manifest_of(folder), read_tables(folder / "tables.safetensors")
     expected, refused = latents_of(folder), 0
-    for what, changed in tables_with_a_change(tables):
+    for change, changed in tables_with_a_change(tables):
         with_tables(folder, manifest, changed)
         if is_refused(folder):
             refused += 1
         else:
-            np.testing.assert_array_equal(latents_of(folder), expected, err_msg=what)
+            np.testing.assert_array_equal(latents_of(folder), expected, err_msg=change)
     assert refused > 100

@@ -1,4 +1,4 @@
-"""What holds of every executor: on a processor, and on a device whose memory is the host's."""
+"""Laws of every executor: on a processor, and on a device whose memory is the host's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from numpy.typing import NDArray
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.engines.backend import Backend, DeviceBackend
@@ -27,11 +26,10 @@ from ditc.program import CONDITION, UPDATE
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.compensation import ClosedLoopFit
 from ditc.runtime.device_executor import DeviceExecutor
-from ditc.runtime.executor import Executor, NoiseSource, seeded_noise
+from ditc.runtime.executor import NoiseSource, Samples, seeded_noise
 from ditc.runtime.host_executor import HostExecutor
 from ditc.runtime.pipeline import Pipeline
 
-Samples = NDArray[np.float32]
 Request = tuple[list[int], Samples, NoiseSource]
 LABELS = [3, 0, 4]
 STEPS = 6
@@ -71,7 +69,7 @@ def decoded(
 @pytest.fixture(params=BACKENDS)
 def pipe(request: pytest.FixtureRequest, decoded: Path) -> Iterator[Pipeline]:
     with Pipeline(open_bundle(decoded), backend=BACKENDS[request.param]()) as opened:
-        assert type(executor_of(opened)) is {"processor": HostExecutor, "device": DeviceExecutor}[request.param]
+        assert type(opened.executor) is {"processor": HostExecutor, "device": DeviceExecutor}[request.param]
         yield opened
 
 
@@ -81,18 +79,13 @@ def on_a_processor(decoded: Path) -> Iterator[Pipeline]:
         yield opened
 
 
-def executor_of(pipe: Pipeline) -> Executor:
-    assert pipe._executor is not None
-    return pipe._executor
-
-
 def request_for(pipe: Pipeline, seed: int = 5) -> Request:
     """Labels, x_T and fresh noise, which can be drawn once."""
     return LABELS, *seeded_noise(seed, 0, len(LABELS), pipe.bundle.manifest.model.latent_shape)
 
 
 def test_a_request_gives_the_same_watched_whole_and_decoded(pipe: Pipeline) -> None:
-    executor = executor_of(pipe)
+    executor = pipe.executor
     events = list(executor.run(*request_for(pipe)))
     latents = executor.last(*request_for(pipe))
     assert [(event.index, event.steps) for event in events] == [(step, STEPS) for step in range(STEPS)]
@@ -106,17 +99,17 @@ def test_a_request_gives_the_same_watched_whole_and_decoded(pipe: Pipeline) -> N
 
 
 def test_every_executor_gives_what_the_processor_gives(pipe: Pipeline, on_a_processor: Pipeline) -> None:
-    found, expected = (list(executor_of(each).run(*request_for(each))) for each in (pipe, on_a_processor))
-    for one, other in zip(found, expected, strict=True):
-        assert relative_error(one.x, other.x) < 1e-5
-    images = [executor_of(each).images(*request_for(each)) for each in (pipe, on_a_processor)]
+    events, expected = (list(each.executor.run(*request_for(each))) for each in (pipe, on_a_processor))
+    for event, other in zip(events, expected, strict=True):
+        assert relative_error(event.x, other.x) < 1e-5
+    images = [each.executor.images(*request_for(each)) for each in (pipe, on_a_processor)]
     assert relative_error(*images) < 1e-4
 
 
 def test_a_model_of_pixels_needs_no_decoder(bundles: dict[str, Bundle]) -> None:
     for backend in BACKENDS.values():
         with Pipeline(bundles["fp32-cached"], backend=backend()) as pipe:
-            executor = executor_of(pipe)
+            executor = pipe.executor
             assert not executor.decodes
             latents = executor.last(*request_for(pipe))
             assert np.abs(latents).max() > 1
@@ -126,13 +119,13 @@ def test_a_model_of_pixels_needs_no_decoder(bundles: dict[str, Bundle]) -> None:
 
 def test_a_request_holds_at_least_what_the_bundle_was_compiled_for(pipe: Pipeline) -> None:
     batch = pipe.bundle.manifest.batch
-    assert executor_of(pipe).at_once >= batch
-    assert executor_of(pipe).at_once == pipe.at_once
+    assert pipe.executor.at_once >= batch
+    assert pipe.executor.at_once == pipe.at_once
     assert pipe.at_once == batch if pipe.on_device else pipe.at_once == 64
 
 
 def test_outputs_are_those_of_the_conditioning_and_of_each_step(pipe: Pipeline) -> None:
-    executor = executor_of(pipe)
+    executor = pipe.executor
     events = list(executor.run(*request_for(pipe)))
     samples = {event.index: event.before[:1] for event in events[:2]}
     calls = [(step, segment) for step, segment, _ in executor.outputs_at(LABELS[0], samples)]
@@ -140,9 +133,9 @@ def test_outputs_are_those_of_the_conditioning_and_of_each_step(pipe: Pipeline) 
 
 
 def test_a_request_ends_at_its_next_step_once_the_executor_is_closed(pipe: Pipeline) -> None:
-    events = executor_of(pipe).run(*request_for(pipe))
+    events = pipe.executor.run(*request_for(pipe))
     next(events)
-    executor_of(pipe).close()
+    pipe.executor.close()
     with pytest.raises(DitcError, match="closed while this request ran"):
         next(events)
 
@@ -151,16 +144,16 @@ def test_a_request_ends_at_its_next_step_once_the_executor_is_closed(pipe: Pipel
 def test_a_request_that_the_model_cannot_have_is_refused(walk: str, pipe: Pipeline) -> None:
     labels, noise, fresh = request_for(pipe)
     with pytest.raises(InputError, match="not a class"):
-        list(getattr(executor_of(pipe), walk)([3, 0, 9], noise, fresh))
+        list(getattr(pipe.executor, walk)([3, 0, 9], noise, fresh))
     with pytest.raises(InputError, match="noise must have shape"):
-        list(getattr(executor_of(pipe), walk)(labels, noise[:2], fresh))
+        list(getattr(pipe.executor, walk)(labels, noise[:2], fresh))
 
 
 @pytest.mark.parametrize("name", ["before", "x"])
 def test_an_event_cannot_be_written_to_and_changes_no_step(name: str, pipe: Pipeline) -> None:
-    expected = executor_of(pipe).last(*request_for(pipe))
+    expected = pipe.executor.last(*request_for(pipe))
     labels, noise, fresh = request_for(pipe)
-    for event in executor_of(pipe).run(labels, noise, fresh):
+    for event in pipe.executor.run(labels, noise, fresh):
         with pytest.raises(ValueError, match="read-only"):
             getattr(event, name)[...] = 0
         with pytest.raises(AttributeError):
@@ -177,9 +170,9 @@ def test_the_images_of_an_event_cannot_be_written_to(pipe: Pipeline) -> None:
 
 
 def test_what_a_whole_request_gives_is_the_callers_own(pipe: Pipeline) -> None:
-    executor = executor_of(pipe)
-    for found in (executor.last, executor.images):
-        found(*request_for(pipe))[...] = 0
+    executor = pipe.executor
+    for walk in (executor.last, executor.images):
+        walk(*request_for(pipe))[...] = 0
     executor.decode(executor.last(*request_for(pipe)))[...] = 0
     pipe.images(LABELS)[...] = pipe.latents(LABELS)[...] = 0
 
@@ -192,7 +185,7 @@ def test_a_bundles_compensation_is_applied_after_each_step(backend: str, decoded
     x = {}
     for compensation in (True, False):
         with Pipeline(open_bundle(decoded), backend=BACKENDS[backend](), compensation=compensation) as pipe:
-            x[compensation] = list(executor_of(pipe).run(*request_for(pipe)))[step].x
+            x[compensation] = list(pipe.executor.run(*request_for(pipe)))[step].x
     gain, centre = k[step][:, None, None], mu[step][:, None, None]
     np.testing.assert_allclose(x[True], centre + gain * (x[False] - centre), atol=1e-5)
     assert not np.allclose(x[True], x[False], atol=1e-4)
@@ -227,7 +220,7 @@ def test_a_correction_sees_all_images_of_a_step_and_decides_where_the_next_one_s
     assert seen == [(step, len(LABELS)) for step in range(STEPS)]
     left = corrected(on_a_processor, lambda step, x: x, together)
     assert np.array_equal(halved[0], left[0] / 2)
-    assert not any(np.allclose(one, other, rtol=0.01) for one, other in zip(halved, left, strict=True))
+    assert not any(np.allclose(x, unchanged, rtol=0.01) for x, unchanged in zip(halved, left, strict=True))
 
 
 def test_a_fit_is_of_all_images_however_many_go_through_the_engines_together(on_a_processor: Pipeline) -> None:
@@ -238,4 +231,4 @@ def test_a_fit_is_of_all_images_however_many_go_through_the_engines_together(on_
     for together, fit in fits.items():
         np.testing.assert_allclose(fit.table.k, fits[None].table.k, rtol=1e-5)
         again = corrected(on_a_processor, fit.table, together)
-        assert all(np.array_equal(one, other) for one, other in zip(again, walks[together], strict=True))
+        assert all(np.array_equal(x, fitted) for x, fitted in zip(again, walks[together], strict=True))

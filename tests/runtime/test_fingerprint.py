@@ -27,7 +27,7 @@ from ditc.runtime.fingerprint import (
     PORTABLE,
     TYPED,
     Fingerprint,
-    _moved,
+    moved_samples,
     observer,
     steps_to_keep,
     types_of_calls,
@@ -76,19 +76,21 @@ def with_fault(bundle: Bundle, folder: Path, segment: str, weight: str) -> None:
 def test_where_a_bundle_was_compiled_nothing_differs(kind: str, threads: int, bundles: dict[str, Bundle]) -> None:
     with load(bundles[kind].path, threads=threads, check=True) as pipe:
         differences = pipe.differences()
-    assert [found for found in differences if not found.is_rounding] == []
-    assert {found.segment for found in differences} == {*bundles[kind].manifest.program.calls, "update"}
+    assert [each for each in differences if not each.is_rounding] == []
+    assert {each.segment for each in differences} == {*bundles[kind].manifest.program.calls, "update"}
 
 
 @pytest.mark.parametrize("kind", ["cached", "float-ends"])
 def test_what_gpus_run_is_held_to_what_that_form_gave(kind: str, bundles: dict[str, Bundle]) -> None:
     """ONNX Runtime plays the GPU: the typed form in the same types."""
-    kept = Fingerprint.of(bundles[kind].path)
+    fingerprint = Fingerprint.of(bundles[kind].path)
     with load(bundles[kind].path, backend=OnnxRuntimeBackend(name="trt")) as pipe:
-        found = observer(pipe._open_executor(), kept.label, None)(kept.samples)
-    calls = {call for call, _ in found}
-    assert all(each.error == 0 for each in kept.forms[TYPED].differences(found, dict.fromkeys(calls, "f16")))
-    assert any(each.error > 0 for each in kept.forms[PORTABLE].differences(found, dict.fromkeys(calls, "bf16")))
+        outputs = observer(pipe.executor, fingerprint.label, None)(fingerprint.samples)
+    calls = {call for call, _ in outputs}
+    assert all(each.error == 0 for each in fingerprint.forms[TYPED].differences(outputs, dict.fromkeys(calls, "f16")))
+    assert any(
+        each.error > 0 for each in fingerprint.forms[PORTABLE].differences(outputs, dict.fromkeys(calls, "bf16"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +106,10 @@ def dynamic(
 def test_scales_measured_at_run_time_are_held_to_what_the_form_that_runs_gave(form: str, dynamic: Bundle) -> None:
     """ONNX Runtime's own form rounds them to another grid than the portable one, which OpenVINO runs."""
     with load(dynamic.path, backend=OnnxRuntimeBackend(1, name=form), check=True) as pipe:
-        assert all(found.is_rounding for found in pipe.differences())
-    kept = Fingerprint.of(dynamic.path).forms
-    others = kept["onnxrt"].differences(kept[PORTABLE].outputs, dict.fromkeys(kept[PORTABLE].tolerances, "f32"))
-    assert any(not found.is_rounding for found in others)
+        assert all(each.is_rounding for each in pipe.differences())
+    forms = Fingerprint.of(dynamic.path).forms
+    others = forms["onnxrt"].differences(forms[PORTABLE].outputs, dict.fromkeys(forms[PORTABLE].tolerances, "f32"))
+    assert any(not each.is_rounding for each in others)
 
 
 def test_one_form_is_kept_of_what_gives_the_same_numbers(bundles: dict[str, Bundle]) -> None:
@@ -128,13 +130,13 @@ def test_no_other_rounding_goes_further_than_those_that_were_tried(
 ) -> None:
     """A rounding point that few moves cross is crossed by some."""
     bundle = unguided if kind == "unguided" else bundles[kind]
-    kept = Fingerprint.of(bundle.path)
+    fingerprint = Fingerprint.of(bundle.path)
     with load(bundle.path, threads=1) as pipe:
-        observe = observer(pipe._open_executor(), kept.label, None)
+        observe = observer(pipe.executor, fingerprint.label, None)
         for size, number in itertools.product((1e-6, 1e-5), range(1000, 1020)):
-            found = observe(_moved(kept.samples, size, number))
-            types = dict.fromkeys((call for call, _ in found), "f32")
-            over = [each for each in kept.forms[PORTABLE].differences(found, types) if not each.is_rounding]
+            outputs = observe(moved_samples(fingerprint.samples, size, number))
+            types = dict.fromkeys((call for call, _ in outputs), "f32")
+            over = [each for each in fingerprint.forms[PORTABLE].differences(outputs, types) if not each.is_rounding]
             assert over == []
 
 
@@ -160,7 +162,7 @@ def test_a_fault_of_any_one_layer_is_noticed(
             folder = copy(bundle)
             with_fault(bundle, folder, segment, weight)
             with load(folder) as pipe:
-                first = next(found for found in pipe.differences() if not found.is_rounding)
+                first = next(each for each in pipe.differences() if not each.is_rounding)
             assert first.segment == segment, weight
 
 
@@ -182,9 +184,9 @@ def test_doctor_compares_a_bundle_and_fails_where_it_differs(
     bundles: dict[str, Bundle], copy: Callable[[Bundle], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["doctor", str(bundles["cached"].path), "--json"]) == 0
-    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert all(found[f"segment {name}"]["works"] for name in ("condition", "full", "reuse", "update"))
-    assert "(relative L2), expected at most" in found["segment full"]["detail"]
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert all(rows[f"segment {name}"]["works"] for name in ("condition", "full", "reuse", "update"))
+    assert "(relative L2), expected at most" in rows["segment full"]["detail"]
     folder = copy(bundles["cached"])
     with_fault(bundles["cached"], folder, "reuse", weights_of(bundles["cached"].segment_path("reuse"))[0])
     assert run(["doctor", str(folder)]) == 1
@@ -275,7 +277,7 @@ def test_a_comparison_without_the_compensation_does_not_stand_for_one_with_it(
     monkeypatch.setattr(
         pipeline.Pipeline,
         "differences",
-        lambda pipe: compared.append(len(found := differences(pipe))) or found,  # type: ignore[func-returns-value]
+        lambda pipe: compared.append(len(outcome := differences(pipe))) or outcome,  # type: ignore[func-returns-value]
     )
     for compensation in (False, True, False):
         with load(bundles["cached"].path, compensation=compensation, check=True):
@@ -286,7 +288,7 @@ def test_a_comparison_without_the_compensation_does_not_stand_for_one_with_it(
 
 def test_without_the_compensation_the_segments_are_compared_all_the_same(bundles: dict[str, Bundle]) -> None:
     with load(bundles["cached"].path, compensation=False) as pipe:
-        assert all(found.is_rounding for found in pipe.differences())
+        assert all(each.is_rounding for each in pipe.differences())
 
 
 def test_the_reference_has_no_fingerprint(bundles: dict[str, Bundle]) -> None:
@@ -310,14 +312,14 @@ def test_every_segment_is_run_at_a_step_whose_caches_are_there(
 ) -> None:
     partial = compiled_once(make_small_model(), quick_options.model_copy(update={"policy": str(partial_schedule)}))
     for program in [partial.manifest.program, *(bundles[kind].manifest.program for kind in KINDS)]:
-        kept, holds = steps_to_keep(program), dict[int, int]()
+        sampled, holds = steps_to_keep(program), dict[int, int]()
         writers: dict[int, int] = {}
         for step in program.steps:
-            if step.index in kept:
+            if step.index in sampled:
                 assert all(holds[slot] == writers[slot] for slot in step.reads.values())
                 holds |= dict.fromkeys(step.writes.values(), step.index)
             writers |= dict.fromkeys(step.writes.values(), step.index)
-        assert {program.steps[index].segment for index in kept} == {plan.name for plan in program.segments}
+        assert {program.steps[index].segment for index in sampled} == {plan.name for plan in program.segments}
 
 
 def test_the_digest_is_of_the_manifest(bundles: dict[str, Bundle], copy: Callable[[Bundle], Path]) -> None:
@@ -345,7 +347,7 @@ def test_what_rounding_may_make_anything_of_is_never_taken_for_the_same(
 def test_a_pipeline_that_failed_its_check_is_closed(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.Pipeline, "_check_once", lambda _: (_ for _ in ()).throw(CheckError("no")))
+    monkeypatch.setattr(pipeline.Pipeline, "differences", lambda _: (_ for _ in ()).throw(CheckError("no")))
     pipe = load(bundles["cached"].path, check=True)
     with pytest.raises(CheckError), pipe:
         pass

@@ -69,22 +69,22 @@ def test_a_short_row_is_filled_with_white() -> None:
 
 def test_a_grey_image_survives_the_png(tmp_path: Path) -> None:
     save_png(gradient(1), tmp_path / "deep" / "grey.png")
-    with Image.open(tmp_path / "deep" / "grey.png") as found:
-        assert (found.mode, found.size) == ("L", (5, 6))
-        np.testing.assert_array_equal(np.asarray(found), to_bytes(gradient(1))[0])
+    with Image.open(tmp_path / "deep" / "grey.png") as picture:
+        assert (picture.mode, picture.size) == ("L", (5, 6))
+        np.testing.assert_array_equal(np.asarray(picture), to_bytes(gradient(1))[0])
 
 
 def test_an_rgb_image_survives_the_png(tmp_path: Path) -> None:
     save_png(gradient(3), tmp_path / "colour.png")
-    with Image.open(tmp_path / "colour.png") as found:
-        assert (found.mode, found.size) == ("RGB", (5, 6))
-        np.testing.assert_array_equal(np.asarray(found), to_bytes(gradient(3)).transpose(1, 2, 0))
+    with Image.open(tmp_path / "colour.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (5, 6))
+        np.testing.assert_array_equal(np.asarray(picture), to_bytes(gradient(3)).transpose(1, 2, 0))
 
 
 def test_a_latent_of_four_channels_shows_its_first_three(tmp_path: Path) -> None:
     save_png(gradient(4), tmp_path / "latent.png")
-    with Image.open(tmp_path / "latent.png") as found:
-        np.testing.assert_array_equal(np.asarray(found), to_bytes(gradient(4)[:3]).transpose(1, 2, 0))
+    with Image.open(tmp_path / "latent.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), to_bytes(gradient(4)[:3]).transpose(1, 2, 0))
 
 
 def test_what_a_png_was_made_from_stands_in_its_text_chunks(tmp_path: Path) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from ditc.bundle import Bundle
+from ditc.engines.backend import Engine
 from ditc.errors import DitcError, InputError
 from ditc.exporter.onnx_files import load_graph
-from ditc.program import Program
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.host_executor import HostExecutor
@@ -72,8 +73,7 @@ def test_a_request_after_a_failed_one_equals_a_fresh_one(
 ) -> None:
     with load(bundles["cached"].path) as pipe:
         first = pipe.images(LABELS, seed=5)
-        assert pipe._executor is not None
-        binding = type(pipe._executor._engines["reuse"].binding())
+        binding = type(cast(Engine, pipe.engines["reuse"]).binding())
         run, calls = binding.run, itertools.count()
         with monkeypatch.context() as patch:
             patch.setattr(binding, "run", lambda self: lost() if next(calls) == 4 else run(self))
@@ -87,15 +87,15 @@ def test_every_step_takes_its_own_row_of_a_table(bundles: dict[str, Bundle], nam
     """Wrong scales at one step change what comes after it, and nothing before."""
     with load(bundles["per-step"].path) as pipe:
         right = [event.x for event in pipe.generate(LABELS, seed=5)]
-        assert pipe._executor is not None
-        pipe._executor.step_inputs[name][2] *= 0.5
+        assert isinstance(pipe.executor, HostExecutor)
+        pipe.executor.step_inputs[name][2] *= 0.5
         wrong = [event.x for event in pipe.generate(LABELS, seed=5)]
     assert [np.array_equal(a, b) for a, b in zip(right, wrong, strict=True)] == [True] * 2 + [False] * 4
 
 
 def test_the_reference_of_a_bundle_with_step_scales_takes_none(bundles: dict[str, Bundle]) -> None:
-    with load(bundles["per-step"].path, reference=True) as found, load(bundles["cached"].path, reference=True) as same:
-        assert np.array_equal(found.latents(LABELS, seed=3), same.latents(LABELS, seed=3))
+    with load(bundles["per-step"].path, reference=True) as plain, load(bundles["cached"].path, reference=True) as same:
+        assert np.array_equal(plain.latents(LABELS, seed=3), same.latents(LABELS, seed=3))
 
 
 def test_a_step_in_floating_point_has_no_error_of_int8(bundles: dict[str, Bundle]) -> None:
@@ -117,36 +117,27 @@ def test_two_requests_can_be_walked_in_turn(pipes: dict[str, Pipeline]) -> None:
     assert np.array_equal(last[1].x, alone[1])
 
 
-def guided(bundle: Bundle, guidance: float, program: Program | None = None) -> np.ndarray:
-    """A trajectory of a bundle's segments under another guidance weight."""
+def guided(bundle: Bundle, guidance: float) -> list[np.ndarray]:
+    """Return the samples after each step of a bundle's segments under another guidance weight."""
+    spec, program = bundle.manifest.model, bundle.manifest.program
     with load(bundle.path) as pipe:
-        base = pipe._executor
-        assert base is not None
-        runner = HostExecutor(base.spec, program or base.program, bundle.tables(), base._engines, guidance)
-        noise, fresh = seeded_noise(0, 0, 2, base.spec.latent_shape)
-        return list(runner.run([1, 2], noise, fresh))[-1].x
+        executor = HostExecutor(spec, program, bundle.tables(), cast(Any, pipe.engines), guidance)
+        return [event.x for event in executor.run([1, 2], *seeded_noise(0, 0, 2, spec.latent_shape))]
 
 
 def test_conditional_and_unconditional_halves_share_no_cache(bundles: dict[str, Bundle]) -> None:
     """With weight close to 1 guidance nearly vanishes, so the image nears that of the conditional half alone."""
     bundle = bundles["fp32-cached"]
-    assert relative_error(guided(bundle, 1.0 + 1e-6), guided(bundle, 1.0)) < 1e-4
-    assert relative_error(guided(bundle, 4.0), guided(bundle, 1.0)) > 1e-2
+    alone = guided(bundle, 1.0)[-1]
+    assert relative_error(guided(bundle, 1.0 + 1e-6)[-1], alone) < 1e-4
+    assert relative_error(guided(bundle, 4.0)[-1], alone) > 1e-2
 
 
 def test_guidance_leaves_the_unguided_channel_conditional(bundles: dict[str, Bundle]) -> None:
     """The original release guides three of four channels, this model two of three: the last is conditional."""
-    bundle = bundles["fp32-none"]
-    with load(bundle.path) as pipe:
-        events = {}
-        for weight in (1.0, 4.0):
-            base = pipe._executor
-            assert base is not None
-            runner = HostExecutor(base.spec, base.program, bundle.tables(), base._engines, weight)
-            noise, fresh = seeded_noise(0, 0, 2, base.spec.latent_shape)
-            events[weight] = next(iter(runner.run([1, 2], noise, fresh)))
-        np.testing.assert_allclose(events[4.0].x[:, 2], events[1.0].x[:, 2], atol=1e-5)
-        assert not np.allclose(events[4.0].x[:, :2], events[1.0].x[:, :2], atol=1e-3)
+    conditional, strong = (guided(bundles["fp32-none"], weight)[0] for weight in (1.0, 4.0))
+    np.testing.assert_allclose(strong[:, 2], conditional[:, 2], atol=1e-5)
+    assert not np.allclose(strong[:, :2], conditional[:, :2], atol=1e-3)
 
 
 def test_sums_made_ahead_give_what_the_branches_give(bundles: dict[str, Bundle], pipes: dict[str, Pipeline]) -> None:

@@ -35,8 +35,8 @@ def rows_of(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> list[
     return [{name: float(column[i]) for name, column in table.items()} for i in range(steps)]
 
 
-def assert_close(found: np.ndarray, expected: Any) -> None:
-    gap = np.linalg.norm(found - np.asarray(expected)) / np.linalg.norm(np.asarray(expected))
+def assert_close(sample: np.ndarray, expected: Any) -> None:
+    gap = np.linalg.norm(sample - np.asarray(expected)) / np.linalg.norm(np.asarray(expected))
     assert gap < 1e-5
 
 
@@ -163,20 +163,20 @@ def test_the_noise_levels_are_those_of_diffusers(schedule: Any) -> None:
 
 def space_timesteps(train_steps: int, steps: int) -> list[int]:
     """The original release's: a fractional stride is added up, each sum rounded; ascending."""
-    stride, place, taken = (train_steps - 1) / (steps - 1), 0.0, []
+    stride, place, numbers = (train_steps - 1) / (steps - 1), 0.0, []
     for _ in range(steps):
-        taken.append(round(place))
+        numbers.append(round(place))
         place += stride
-    return taken
+    return numbers
 
 
 @LAW
 @given(train_steps=st.integers(2, 1000), data=st.data())
 def test_linspace_rounds_even_strides_over_both_ends(train_steps: int, data: st.DataObject) -> None:
     steps = data.draw(st.integers(2, train_steps))
-    found = timesteps(SamplerSpec(spacing="linspace"), steps, train_steps)
+    numbers = timesteps(SamplerSpec(spacing="linspace"), steps, train_steps)
     stride = Fraction(train_steps - 1, steps - 1)
-    assert all(abs(t - stride * index) <= Fraction(1, 2) for index, t in enumerate(found.tolist()[::-1]))
+    assert all(abs(t - stride * index) <= Fraction(1, 2) for index, t in enumerate(numbers.tolist()[::-1]))
 
 
 @pytest.mark.parametrize("steps", [2, 10, 25, 50, 100, 250, 500, 1000])
@@ -190,11 +190,11 @@ def test_linspace_is_the_original_respacing(steps: int) -> None:
 )
 @example(spacing="trailing", steps=61, extra=939)
 def test_timesteps_fall_strictly_and_stay_in_range(spacing: Any, steps: int, extra: int) -> None:
-    found = timesteps(SamplerSpec(spacing=spacing), steps, steps + extra)
-    assert len(found) == steps
-    assert found[-1] >= 0
-    assert found[0] < steps + extra
-    assert all(later < earlier for earlier, later in pairwise(found))
+    numbers = timesteps(SamplerSpec(spacing=spacing), steps, steps + extra)
+    assert len(numbers) == steps
+    assert numbers[-1] >= 0
+    assert numbers[0] < steps + extra
+    assert all(later < earlier for earlier, later in pairwise(numbers))
 
 
 def test_the_learned_variance_is_that_of_improved_ddpm() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from ditc.bundle import Bundle, open_bundle
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
+from ditc.engines.backend import Engine
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import DitcError, InputError
 from ditc.exporter.dit import DiT
@@ -78,8 +81,8 @@ def test_threads_get_the_images_of_the_same_requests_in_turn(
     pipe = pipes[name]
     expected = in_turn(pipe)
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda request: pipe.images(request[0], seed=request[1]), REQUESTS))
-    assert [np.array_equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(REQUESTS)
+        images = list(pool.map(lambda request: pipe.images(request[0], seed=request[1]), REQUESTS))
+    assert [np.array_equal(a, b) for a, b in zip(images, expected, strict=True)] == [True] * len(REQUESTS)
 
 
 @pytest.mark.parametrize("engine_threads", [1, 2])
@@ -87,17 +90,17 @@ def test_threads_on_two_pipelines_of_one_process_get_their_images(
     engine_threads: int, bundles: dict[str, Bundle]
 ) -> None:
     with (
-        load(bundles["cached"].path, threads=engine_threads) as one,
-        load(bundles["fp32-cached"].path, threads=engine_threads) as other,
+        load(bundles["cached"].path, threads=engine_threads) as cached,
+        load(bundles["fp32-cached"].path, threads=engine_threads) as exact,
     ):
-        expected = [*in_turn(one), *in_turn(other)]
-        jobs = [(pipe, *request) for pipe in (one, other) for request in REQUESTS]
+        expected = [*in_turn(cached), *in_turn(exact)]
+        jobs = [(pipe, *request) for pipe in (cached, exact) for request in REQUESTS]
         order = random.Random(0).sample(range(len(jobs)), len(jobs))
         with ThreadPoolExecutor(8) as pool:
-            made = dict(
+            images = dict(
                 zip(order, pool.map(lambda n: jobs[n][0].images(jobs[n][1], seed=jobs[n][2]), order), strict=True)
             )
-    assert all(np.array_equal(made[n], image) for n, image in enumerate(expected))
+    assert all(np.array_equal(images[n], image) for n, image in enumerate(expected))
 
 
 @pytest.mark.parametrize("name", ["cached", "fp32-taylor"])
@@ -119,8 +122,8 @@ def test_threads_may_watch_abandon_and_nest_requests(name: str, pipes: dict[str,
         return event.images
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(watched, range(len(REQUESTS))))
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        images = list(pool.map(watched, range(len(REQUESTS))))
+    assert all(np.array_equal(a, b) for a, b in zip(images, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -176,12 +179,26 @@ def test_the_batch_can_be_said_when_a_bundle_is_opened(bundles: dict[str, Bundle
         assert np.array_equal(pipe.images([0, 1, 2, 3, 4]), default.images([0, 1, 2, 3, 4]))
 
 
-def test_buffers_that_wait_for_their_next_request_are_few(bundles: dict[str, Bundle]) -> None:
+def test_buffers_that_wait_for_their_next_request_are_few(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each set of buffers has a binding of its own to an engine, which nothing else refers to."""
+    bindings: list[weakref.ref[Any]] = []
     with load(bundles["cached"].path) as pipe:
+        full = cast(Engine, pipe.engines["full"])
+        bind = type(full).binding
+
+        def noted(engine: Engine) -> Any:
+            binding = bind(engine)
+            bindings.extend([weakref.ref(binding)] if engine is full else [])
+            return binding
+
+        monkeypatch.setattr(type(full), "binding", noted)
         for count in range(1, 10):
             pipe.images([1] * count)
-        assert isinstance(pipe._executor, HostExecutor)
-        assert len(pipe._executor._free) == KEPT_BUFFERS
+        gc.collect()
+        assert len(bindings) == 9
+        assert sum(binding() is not None for binding in bindings) == KEPT_BUFFERS
 
 
 def walked(pipe: Pipeline, seed: int = 0) -> Iterator[object]:
@@ -251,7 +268,7 @@ ASKS: dict[str, Callable[[Pipeline], Any]] = {
     "latents": lambda pipe: pipe.latents([1, 3], seed=2),
     "generate": lambda pipe: list(pipe.generate([1, 3], seed=2))[-1].images,
     "decode": lambda pipe: pipe.decode(np.ones((2, *pipe.bundle.manifest.model.latent_shape), np.float32)),
-    "differences": lambda pipe: np.array([found.error for found in pipe.differences()]),
+    "differences": lambda pipe: np.array([each.error for each in pipe.differences()]),
     "at_once": lambda pipe: np.array([pipe.at_once]),
 }
 
@@ -322,7 +339,7 @@ def test_every_image_of_every_seed_has_a_stream_of_its_own() -> None:
     few = [*range(3), *(2**bits + near for bits in (31, 32, 33, 64, 96, 128) for near in (-1, 0, 1))]
     streams = [(seed, number) for seed in few for number in few]
     noise, fresh = streamed_noise(streams, (2, 3))
-    assert len({one.tobytes() for one in [*noise, *fresh(0)]}) == 2 * len(streams)
+    assert len({sample.tobytes() for sample in [*noise, *fresh(0)]}) == 2 * len(streams)
 
 
 def test_images_of_seeds_below_two_to_the_32nd_stay_what_they_were() -> None:
