@@ -77,7 +77,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What may take longest begins first, so that nobody waits for it at the end."""
+    """Begin with the tests that may take longest, so that nobody waits for them at the end."""
     items.sort(key=_most_seconds, reverse=True)
 
 
@@ -168,7 +168,7 @@ def _played_with() -> list[str]:
 
 
 def _described(model: Any) -> list[Any]:
-    """What tells a model from others: its name, or all that it computes."""
+    """Return the marks that tell a model from others: its name, or all that it computes."""
     if isinstance(model, str):
         return [model]
     return [model.spec.model_dump(mode="json"), model_digest(model), behaviour_digest(model)]
@@ -180,13 +180,13 @@ class Bundles(Mapping[str, Bundle]):
     def __init__(self, compiled_once: Callable[..., Bundle], settings: Mapping[str, Mapping[str, Any]]) -> None:
         self._compiled_once = compiled_once
         self._settings = settings
-        self._made: dict[str, Bundle] = {}
+        self._compiled: dict[str, Bundle] = {}
 
     def __getitem__(self, name: str) -> Bundle:
-        if name not in self._made:
+        if name not in self._compiled:
             options = QUICK.model_copy(update=dict(self._settings[name]))
-            self._made[name] = self._compiled_once(small_model(), options)
-        return self._made[name]
+            self._compiled[name] = self._compiled_once(small_model(), options)
+        return self._compiled[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._settings)

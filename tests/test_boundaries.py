@@ -1,4 +1,4 @@
-"""What may be loaded where: the runtime without torch, the command line at once."""
+"""Modules that may be loaded, and where: the runtime without torch, the command line at once."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_deployment_runs_every_command_but_those_that_make_graphs_without_the_
 
 
 def test_building_and_serving_with_tensorrt_needs_neither_onnx_nor_onnxruntime(cached_bundle_path: Path) -> None:
-    """What a Jetson has: NumPy, pydantic, and TensorRT where it is installed."""
+    """As on a Jetson: NumPy, pydantic, and TensorRT where it is installed."""
     code = f"import sys\nfor name in {(*COMPILE_ONLY, 'onnxruntime')!r}: sys.modules[name] = None\n"
     code += "import ditc.engines.trt_worker, ditc.engines.trt_builder, ditc.engines.calibrator\n"
     code += "import ditc.runtime.device_executor, ditc.engines.trt_runtime, ditc.engines.host_engine\n"

@@ -41,7 +41,7 @@ def test_every_test_that_is_named_is_there() -> None:
 
 
 def anchors_of(text: str) -> set[str]:
-    """What a link to a heading of a document may name, as GitHub makes it; a second heading of one name has -1."""
+    """Return the names of the headings of a document in links, as GitHub makes them; a second one of a name has -1."""
     names: list[str] = []
     for heading in HEADING.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
@@ -76,7 +76,7 @@ def absolute_paths(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value] if re.search(r"(?:^|[\s:=])(?:/|~/|[A-Za-z]:\\)\w", value) else []
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [found for part in parts for found in absolute_paths(part)]
+    return [path for part in parts for path in absolute_paths(part)]
 
 
 @pytest.mark.parametrize("figures", sorted(ROOT.glob("benchmarks/**/*.json")), ids=lambda path: path.name)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 CLEAN = (
     "calib_data",
     "compiler",
+    "conformance",
     "core",
     "engines",
     "exporter",
@@ -20,6 +21,7 @@ CLEAN = (
     "quality",
     "quantize",
     "runtime",
+    "simulated",
 )
 
 PRONOUNS = ("What", "How", "Which", "Whether")

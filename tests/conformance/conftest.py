@@ -59,7 +59,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What does not depend on TensorRT's version is tested with the first one only."""
+    """Test with the first version only where nothing depends on TensorRT's."""
     if os.environ.get("DITC_REAL_BINDINGS") != "10.3.0":
         for item in items:
             if item.get_closest_marker("any_version"):

@@ -28,7 +28,7 @@ HAS_CALIBRATORS = hasattr(tensorrt, "IInt8EntropyCalibrator2")
 
 
 def header_of(plan: Path) -> dict[str, Any]:
-    """What the simulated builder was told."""
+    """Return the settings that the simulated builder was given."""
     data = plan.read_bytes()[len(MAGIC) :]
     size = int.from_bytes(data[:4], "little")
     return dict(json.loads(data[4 : 4 + size]))
@@ -75,9 +75,9 @@ def test_every_method_played_exists_in_the_real_class() -> None:
 
 
 def test_a_build_makes_every_segment_strongly_typed_without_precision_flags(built: Any) -> None:
-    made = plans(built["small"])
-    assert set(made) == {"condition", "full", "reuse", "update"}
-    for plan in made.values():
+    built_plans = plans(built["small"])
+    assert set(built_plans) == {"condition", "full", "reuse", "update"}
+    for plan in built_plans.values():
         header = header_of(plan)
         assert header["strongly_typed"]
         assert header["flags"] == []

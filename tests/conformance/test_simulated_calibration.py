@@ -86,8 +86,8 @@ def test_a_calibrated_bundle_builds_runs_and_its_scales_can_be_compared(
 ) -> None:
     assert run(["build", str(bundle), "--calibration", "minmax"]) == 0
     with ditc.load(bundle, target="tensorrt") as gpu, ditc.load(bundle, reference=True) as exact:
-        found, wanted = gpu.latents([0, 3, 4], seed=3), exact.latents([0, 3, 4], seed=3)
-    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.2  # the cache's error; INT8 is not played
+        samples, expected = gpu.latents([0, 3, 4], seed=3), exact.latents([0, 3, 4], seed=3)
+    assert np.linalg.norm(samples - expected) / np.linalg.norm(expected) < 0.2  # the cache's error; INT8 is not played
     capsys.readouterr()
     assert run(["inspect", str(bundle), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["calibrations"]

@@ -42,16 +42,16 @@ def test_what_is_measured_on_the_processor_is_refused_on_a_gpu(
 @pytest.mark.any_version
 @pytest.mark.parametrize("name", ["small", "per-step"])
 def test_bisect_builds_an_engine_of_every_variant(name: str, built: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    found, bundle = {}, built[name]
+    results, bundle = {}, built[name]
     for target in ("cpu", "tensorrt"):
         capsys.readouterr()
         command = f"bisect {bundle} --target {target} --by block --points 2 --json"
         assert run(command.split()) == 0
-        found[target] = json.loads(capsys.readouterr().out)
-    assert found["tensorrt"]["backend"] == "trt"
-    errors = [{tuple(g["layers"]): g["error"] for g in found[target]["groups"]} for target in ("tensorrt", "cpu")]
+        results[target] = json.loads(capsys.readouterr().out)
+    assert results["tensorrt"]["backend"] == "trt"
+    errors = [{tuple(g["layers"]): g["error"] for g in results[target]["groups"]} for target in ("tensorrt", "cpu")]
     assert errors[0] == pytest.approx(errors[1], rel=0.1)
-    assert found["tensorrt"]["together"] == pytest.approx(found["cpu"]["together"], rel=0.1)
+    assert results["tensorrt"]["together"] == pytest.approx(results["cpu"]["together"], rel=0.1)
 
 
 @pytest.mark.any_version
@@ -59,19 +59,19 @@ def test_evaluate_measures_whole_requests_on_the_device_with_and_without_compens
     built: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """10 images in requests of 4: the last one is filled up, and every image is the CPU's."""
-    bundle, found = built["small"], {}
+    bundle, results = built["small"], {}
     for target in ("cpu", "tensorrt"):
         capsys.readouterr()
         command = f"evaluate {bundle} --target {target} --images 10 --seeds 0 --rounds 5 --step-images 5 --json"
         assert run(command.split()) == 0
-        found[target] = json.loads(capsys.readouterr().out)
-    assert found["tensorrt"]["paired"]["psnr_db"]["mean"] == pytest.approx(
-        found["cpu"]["paired"]["psnr_db"]["mean"], rel=0.1
+        results[target] = json.loads(capsys.readouterr().out)
+    assert results["tensorrt"]["paired"]["psnr_db"]["mean"] == pytest.approx(
+        results["cpu"]["paired"]["psnr_db"]["mean"], rel=0.1
     )
     for side in ("bundle", "uncompensated"):
-        drifts = [found[target]["steps"][side]["relative_error"][-1] for target in ("cpu", "tensorrt")]
+        drifts = [results[target]["steps"][side]["relative_error"][-1] for target in ("cpu", "tensorrt")]
         assert drifts[1] == pytest.approx(drifts[0], rel=0.1)
-    assert found["tensorrt"]["steps"]["bundle"] != found["tensorrt"]["steps"]["uncompensated"]
+    assert results["tensorrt"]["steps"]["bundle"] != results["tensorrt"]["steps"]["uncompensated"]
     assert run(f"evaluate {bundle} --target tensorrt --images 10 --batch 5".split()) == 2
     assert "these engines run 4 images at a time, found --batch 5; leave it out" in capsys.readouterr().err
 
@@ -80,17 +80,17 @@ def test_evaluate_measures_whole_requests_on_the_device_with_and_without_compens
 def test_a_report_times_and_shows_what_the_device_does(
     built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle, found = built["small"], {}
+    bundle, results = built["small"], {}
     for target in ("cpu", "tensorrt"):
         capsys.readouterr()
         command = f"report {bundle} --target {target} --images 5 --requests 1 -o {tmp_path / 'r.html'} --json"
         assert run(command.split()) == 0
-        found[target] = json.loads(capsys.readouterr().out)
-    device = found["tensorrt"]
+        results[target] = json.loads(capsys.readouterr().out)
+    device = results["tensorrt"]
     assert device["place"] == "tensorrt, compiled for cpu"
     assert [step["segment"] for step in device["speed"]["steps"]] == ["full", "reuse"] * 3
     assert device["speed"]["against"] == {}  # the usual peer runs on the processor
     assert len(device["pictures"]["pictures"]) == 5
-    errors = [found[target]["drift"]["bundle"]["relative_error"][-1] for target in ("cpu", "tensorrt")]
+    errors = [results[target]["drift"]["bundle"]["relative_error"][-1] for target in ("cpu", "tensorrt")]
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
     assert device["drift"]["bundle"] != device["drift"]["uncompensated"]

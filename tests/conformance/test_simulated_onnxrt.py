@@ -53,8 +53,8 @@ def played(provider: Provider) -> Provider:
 @pytest.mark.parametrize("name", ["small", "learned-noise", "odd-addresses", "per-step"])
 def test_sessions_on_device_memory_make_the_images_of_the_cpu(provider: Provider, name: str, built: Any) -> None:
     with ditc.load(built[name], target="cpu") as cpu, ditc.load(built[name], backend=OnHost(played(provider))) as gpu:
-        expected, found = (pipe.latents([0, 3, 4], seed=3) for pipe in (cpu, gpu))
-    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        expected, samples = (pipe.latents([0, 3, 4], seed=3) for pipe in (cpu, gpu))
+    error = np.linalg.norm(samples - expected) / np.linalg.norm(expected)
     assert error < 0.05  # FP16 against FP32
 
 
@@ -74,8 +74,8 @@ def test_the_cuda_target_unfolds_the_weights_when_it_opens(built: Any, tmp_path:
 def test_a_bundle_in_float32_runs_on_the_cuda_target(unbuilt: Path) -> None:
     bundle = unbuilt / "fp32"
     with ditc.load(bundle) as cpu, ditc.load(bundle, backend=OnHost(played(CUDA))) as gpu:
-        expected, found = (pipe.latents([0, 3, 4], seed=3) for pipe in (cpu, gpu))
-    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
+        expected, samples = (pipe.latents([0, 3, 4], seed=3) for pipe in (cpu, gpu))
+    assert np.linalg.norm(samples - expected) / np.linalg.norm(expected) < 1e-5
 
 
 def test_every_network_and_shape_has_an_engine_cache_of_its_own(unbuilt: Path, tmp_path: Path) -> None:

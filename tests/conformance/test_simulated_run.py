@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 import ditc
 from ditc.bundle import Bundle, open_bundle
 from ditc.cli.main import run
-from ditc.engines.device import open_device
+from ditc.engines.device import CudaDevice, open_device
 from ditc.engines.store import EngineStore, embedded_host_code
 from ditc.engines.targets import backend_for
+from ditc.engines.trt_runtime import TensorRTEngine
 from ditc.errors import CheckError, DitcError, InputError
-from ditc.runtime.device_executor import DeviceExecutor
-from ditc.runtime.executor import seeded_noise
 from ditc.runtime.pipeline import Pipeline
+from ditc.tables import MIDPOINTS_TABLE, SCALES_TABLE
 
 LABELS = [0, 3, 4]
 BUNDLES = (
@@ -40,16 +40,29 @@ def latents(bundle: Path, target: str, labels: list[int] | None = None, **option
         return pipe.latents(LABELS if labels is None else labels, seed=3)
 
 
-def relative_error(found: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+def relative_error(seen: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(seen - exact) / np.linalg.norm(exact))
+
+
+def change_table(monkeypatch: pytest.MonkeyPatch, name: str, step: int, factor: float) -> None:
+    """Let bundles be run with one row of a table multiplied by `factor`."""
+    tables = Bundle.tables
+
+    def changed(bundle: Bundle) -> dict[str, NDArray[Any]]:
+        scaled = {**tables(bundle)}
+        scaled[name] = scaled[name].copy()
+        scaled[name][step] *= factor
+        return scaled
+
+    monkeypatch.setattr(Bundle, "tables", changed)
 
 
 @pytest.mark.any_version
 @pytest.mark.parametrize("name", BUNDLES)
 @pytest.mark.parametrize("graphs", ["none", "step", "trajectory"])
 def test_a_gpu_makes_the_images_of_the_cpu(name: str, graphs: str, built: Any) -> None:
-    found = latents(built[name], "tensorrt", graphs=graphs)
-    assert relative_error(found, latents(built[name], "cpu")) < 0.02  # FP16 against FP32 over a whole trajectory
+    samples = latents(built[name], "tensorrt", graphs=graphs)
+    assert relative_error(samples, latents(built[name], "cpu")) < 0.02  # FP16 against FP32 over a whole trajectory
 
 
 def test_the_reference_model_goes_all_the_way(built: Any, tmp_path: Path) -> None:
@@ -64,19 +77,19 @@ def test_the_reference_model_goes_all_the_way(built: Any, tmp_path: Path) -> Non
 @pytest.mark.any_version
 def test_a_decoder_gets_the_latents_on_the_device(built: Any) -> None:
     with ditc.load(built["decoded"], target="tensorrt") as gpu, ditc.load(built["decoded"], target="cpu") as cpu:
-        found, expected = gpu.images(LABELS, seed=3), cpu.images(LABELS, seed=3)
-        assert found.shape == (len(LABELS), 3, 8, 8)
-        assert relative_error(found, expected) < 0.02
-        assert np.array_equal(found, gpu.decode(gpu.latents(LABELS, seed=3)))
+        images, expected = gpu.images(LABELS, seed=3), cpu.images(LABELS, seed=3)
+        assert images.shape == (len(LABELS), 3, 8, 8)
+        assert relative_error(images, expected) < 0.02
+        assert np.array_equal(images, gpu.decode(gpu.latents(LABELS, seed=3)))
 
 
 @pytest.mark.any_version
 @pytest.mark.parametrize("name", BUNDLES)
 def test_every_engine_gives_what_the_typed_form_gave_where_it_was_compiled(name: str, built: Any) -> None:
     with ditc.load(built[name], target="tensorrt", check=True) as pipe:
-        found = pipe.differences()
-        assert {each.segment for each in found} == {*pipe.program.calls, "update"}
-        assert all(each.is_rounding for each in found)
+        differences = pipe.differences()
+        assert {each.segment for each in differences} == {*pipe.program.calls, "update"}
+        assert all(each.is_rounding for each in differences)
         assert np.array_equal(pipe.latents(LABELS, seed=3), latents(built[name], "tensorrt"))
 
 
@@ -94,12 +107,9 @@ def test_engines_are_compared_at_every_opening_since_they_may_be_other_ones(
 
 
 @pytest.mark.any_version
-def test_an_engine_that_gives_something_else_is_noticed(built: Any) -> None:
+def test_an_engine_that_gives_something_else_is_noticed(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_table(monkeypatch, "sampler.prev_x0", 0, 1.1)  # as if the engine of `update` took another number
     with ditc.load(built["small"], target="tensorrt") as pipe:
-        executor = pipe._executor
-        assert isinstance(executor, DeviceExecutor)
-        row = executor._update_rows[0]  # as if the engine of `update` took another number
-        executor._device.upload(1.1 * executor._device.download(row), row)
         assert {each.segment for each in pipe.differences() if not each.is_rounding} == {"update"}
 
 
@@ -112,17 +122,18 @@ def test_graphs_change_nothing(name: str, built: Any) -> None:
 
 
 @pytest.mark.any_version
-@pytest.mark.parametrize("name", ["scales", "midpoints"])
+@pytest.mark.parametrize("table", [SCALES_TABLE, MIDPOINTS_TABLE])
 @pytest.mark.parametrize("graphs", ["none", "step", "trajectory"])
-def test_every_step_takes_its_own_scales(graphs: str, name: str, built: Any) -> None:
-    """Wrong scales at one step, in device memory, change what comes after it and nothing before."""
-    with ditc.load(built["per-step"], target="tensorrt", graphs=graphs) as pipe:
-        right = [event.x for _ in range(2) for event in pipe.generate(LABELS, seed=3)][6:]
-        executor = pipe._executor
-        assert isinstance(executor, DeviceExecutor)
-        row = executor._step_inputs[name][2]
-        executor._device.upload(0.5 * executor._device.download(row), row)
-        wrong = [event.x for event in pipe.generate(LABELS, seed=3)]
+def test_every_step_takes_its_own_scales(graphs: str, table: str, built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong scales at one step change what comes after it and nothing before."""
+
+    def second_request() -> list[NDArray[np.float32]]:
+        with ditc.load(built["per-step"], target="tensorrt", graphs=graphs) as pipe:
+            return [event.x for _ in range(2) for event in pipe.generate(LABELS, seed=3)][6:]
+
+    right = second_request()
+    change_table(monkeypatch, table, 2, 0.5)
+    wrong = second_request()
     assert [np.array_equal(a, b) for a, b in zip(right, wrong, strict=True)] == [True] * 2 + [False] * 4
 
 
@@ -247,8 +258,8 @@ def test_a_model_without_an_unconditional_class_runs(built: Any, tmp_path: Path)
     spec = bundle.manifest.model.model_copy(update={"null_label": None})
     manifest = bundle.manifest.model_copy(update={"model": spec})
     with Pipeline(Bundle(bundle.path, manifest), backend=backend_for("tensorrt")) as pipe:
-        found = pipe.latents(LABELS, seed=3)
-    assert relative_error(found, latents(built["unguided"], "cpu")) < 0.02
+        samples = pipe.latents(LABELS, seed=3)
+    assert relative_error(samples, latents(built["unguided"], "cpu")) < 0.02
 
 
 @pytest.mark.any_version
@@ -281,23 +292,21 @@ def test_an_error_while_one_gets_its_values_back_leaves_the_others_theirs(
 ) -> None:
     with ditc.load(built["small"], target="tensorrt") as pipe:
         alone = [event.x for event in pipe.generate([1], seed=1)]
-        one, other = pipe.generate([1], seed=1), pipe.generate([4], seed=2)
+        watched, other = pipe.generate([1], seed=1), pipe.generate([4], seed=2)
         next(other)
-        next(one)
-        executor = pipe._executor
-        assert isinstance(executor, DeviceExecutor)
-        upload, uploads = executor._device.upload, itertools.count()
+        next(watched)
+        upload, uploads = CudaDevice.upload, itertools.count()
 
-        def interrupted(array: NDArray[Any], tensor: Any) -> None:
+        def interrupted(device: CudaDevice, array: NDArray[Any], tensor: Any) -> None:
             if next(uploads) == 2:  # some of the buffers hold the other's values by now
                 raise KeyboardInterrupt
-            upload(array, tensor)
+            upload(device, array, tensor)
 
         with monkeypatch.context() as patch:
-            patch.setattr(executor._device, "upload", interrupted)
+            patch.setattr(CudaDevice, "upload", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 next(other)
-        assert all(np.array_equal(event.x, x) for event, x in zip(one, alone[1:], strict=True))
+        assert all(np.array_equal(event.x, x) for event, x in zip(watched, alone[1:], strict=True))
 
 
 @pytest.mark.any_version
@@ -316,13 +325,18 @@ def test_threads_get_the_samples_of_the_same_requests_in_turn(graphs: str, built
             return event.x
 
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(walked, range(len(requests))))
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+            samples = list(pool.map(walked, range(len(requests))))
+    assert all(np.array_equal(a, b) for a, b in zip(samples, expected, strict=True))
 
 
 @pytest.mark.any_version
-def test_closing_a_pipeline_waits_for_what_is_queued_before_memory_is_let_go(built: Any) -> None:
+def test_closing_a_pipeline_waits_for_what_is_queued_before_memory_is_let_go(
+    built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In every state in which a caller can leave it; the simulated GPU refuses work on memory that nobody holds."""
+
+    def interrupted(device: CudaDevice, tensor: Any) -> None:
+        raise KeyboardInterrupt
 
     def never_run(pipe: Pipeline) -> None:
         pass
@@ -335,11 +349,10 @@ def test_closing_a_pipeline_waits_for_what_is_queued_before_memory_is_let_go(bui
         next(pipe.generate([1]))
 
     def queued(pipe: Pipeline) -> None:
-        executor = pipe._executor
-        assert isinstance(executor, DeviceExecutor)
-        noise, fresh = seeded_noise(0, 0, 1, executor.spec.latent_shape)
-        executor._start([1], noise, fresh)
-        executor._launch_trajectory()
+        with monkeypatch.context() as patch:
+            patch.setattr(CudaDevice, "download", interrupted)  # with which a request waits for all that it queued
+            with pytest.raises(KeyboardInterrupt):
+                pipe.latents([1])
 
     for leave in (never_run, refused, half_way, queued):
         with ditc.load(built["learned-noise"], target="tensorrt") as pipe:
@@ -358,12 +371,12 @@ def test_a_device_keeps_what_queued_work_refers_to() -> None:
         device.upload(np.arange(64, dtype=np.float32), source)
         device.copy(source, target)
         del source
-        found = device.download(target)
+        downloaded = device.download(target)
         device.copy(target, device.empty((64,), "float32"))
         del target
         gc.collect()
         device.synchronize()
-        assert np.array_equal(found, np.arange(64))
+        assert np.array_equal(downloaded, np.arange(64))
 
 
 @pytest.mark.any_version
@@ -397,8 +410,8 @@ def test_samples_that_are_not_finite_are_not_blamed_on_the_graph(built: Any) -> 
 def test_a_single_request_captures_no_graph(built: Any, play: Any) -> None:
     play(fault="stale-graph")  # a graph would be found out
     with ditc.load(built["small"], target="tensorrt") as pipe:
-        found = pipe.latents(LABELS, seed=3)
-    assert relative_error(found, latents(built["small"], "cpu")) < 0.02
+        samples = pipe.latents(LABELS, seed=3)
+    assert relative_error(samples, latents(built["small"], "cpu")) < 0.02
 
 
 @pytest.mark.any_version
@@ -409,16 +422,20 @@ def test_verify_finds_a_stale_graph(built: Any, play: Any, capsys: pytest.Captur
 
 
 @pytest.mark.any_version
-def test_a_failing_call_inside_a_capture_keeps_its_reason(built: Any, play: Any) -> None:
+def test_a_failing_call_inside_a_capture_keeps_its_reason(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with ditc.load(built["small"], target="tensorrt", graphs="step") as pipe:
         pipe.latents([1])
-        executor = pipe._executor
+        enqueue, calls = TensorRTEngine.enqueue, itertools.count()
 
-        def broken() -> None:
-            raise CheckError("the reason")
+        def broken(engine: TensorRTEngine) -> None:
+            if next(calls) == 3:  # behind the conditioning, the first step and its update: the first step, captured
+                raise CheckError("the reason")
+            enqueue(engine)
 
-        with pytest.raises(CheckError, match="the reason"):
-            executor._device.capture(broken)  # type: ignore[union-attr]
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorRTEngine, "enqueue", broken)
+            with pytest.raises(CheckError, match="the reason"):
+                pipe.latents([1])
         assert np.isfinite(pipe.latents([1])).all()
 
 

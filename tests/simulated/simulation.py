@@ -1,4 +1,4 @@
-"""What the simulated GPU is, and which fault it plays: JSON in the environment variable DITC_SIMULATION.
+"""The simulated GPU, and the fault that it plays: JSON in the environment variable DITC_SIMULATION.
 
 {"gpu": "Simulated GPU", "compute_capability": [8, 7], "memory_bytes": 8000000000, "fault": "kill", "segment": "full"}
 

@@ -1,4 +1,4 @@
-"""What all played classes share: the real interface they are held to, and arrays at addresses."""
+"""Shared by all played classes: the real interface they are held to, and arrays at addresses."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ONNX_TYPES = {
 
 def signatures(method: Any) -> list[tuple[list[str], int]]:
     """(names of the parameters, how many have no default) of each overload that a pybind docstring lists."""
-    found = []
+    overloads = []
     for arguments in re.findall(r"^\s*(?:\d+\. )?\w+\((.*)\) ->", method.__doc__ or "", flags=re.MULTILINE):
         parts = re.split(r",\s*(?=\w+:)", arguments)
         parts = [part for part in parts if part and not part.startswith("self")]
-        found.append(([part.split(":")[0].strip() for part in parts], sum("=" not in part for part in parts)))
-    return found
+        overloads.append(([part.split(":")[0].strip() for part in parts], sum("=" not in part for part in parts)))
+    return overloads
 
 
 class Played:
