@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.engines.backend import Buffer, Engine, Port
+from ditc.engines.backend import Buffer, DeviceEngine, Engine, Port
 from ditc.guidance import Labels
 from ditc.program import AHEAD, LABELS, TIMESTEPS
 
-__all__ = ["Conditioning", "condition_tables", "steps_ahead"]
+__all__ = ["Conditioning", "condition_tables", "most_ahead", "steps_ahead"]
 
 
 class Conditioning:
@@ -104,3 +104,9 @@ def steps_ahead(port: Port) -> int:
     count = port.shape[0]
     assert isinstance(count, int)  # the export fixes it
     return count
+
+
+def most_ahead(engines: Mapping[str, Engine | DeviceEngine]) -> int:
+    """Return the largest number of later steps whose rows one of the engines takes, 0 where none takes any."""
+    ports = (port for engine in engines.values() for port in engine.inputs.values())
+    return max((steps_ahead(port) for port in ports if port.name.startswith(f"{AHEAD}.")), default=0)

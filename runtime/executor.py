@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ditc.engines.backend import Buffer
+from ditc.engines.backend import Buffer, DeviceEngine, Engine
 from ditc.errors import DitcError, InputError
 from ditc.guidance import Samples
-from ditc.program import Step
+from ditc.program import Program, Step
 from ditc.spec import ModelSpec
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "closed_while_running",
     "in_range",
     "seeded_noise",
+    "slot_type",
     "streamed_noise",
     "whole_numbers",
     "written_ports",
@@ -131,6 +132,14 @@ def in_range(images: Samples) -> Samples:
 def written_ports(step: Step) -> Iterator[tuple[str, int]]:
     """(port, slot) of every cache that a step leaves for later ones."""
     return ((f"cache.{value}", slot) for value, slot in step.writes.items())
+
+
+def slot_type(program: Program, engines: Mapping[str, Engine | DeviceEngine]) -> str:
+    """Return the type in which segments hand over cached outputs: that of the first one written."""
+    for step in program.steps:
+        for value in step.writes:
+            return engines[step.segment].outputs[f"cache.{value}"].dtype
+    return "float32"
 
 
 def check_request(spec: ModelSpec, labels: Sequence[int], noise: Samples) -> None:

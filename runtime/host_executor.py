@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from ditc.engines.backend import Binding, Buffer, Engine
 from ditc.guidance import Guidance
-from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Program, Step
+from ditc.program import CONDITION, DECODE, UPDATE, Program, Step
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.conditioning import Conditioning, steps_ahead
+from ditc.runtime.conditioning import Conditioning, most_ahead
 from ditc.runtime.executor import (
     Correction,
     NoiseSource,
@@ -32,6 +32,7 @@ from ditc.runtime.executor import (
     check_request,
     closed_while_running,
     in_range,
+    slot_type,
     written_ports,
 )
 from ditc.runtime.samplers import Row, needs_noise, update
@@ -262,13 +263,13 @@ class HostExecutor:
     def _allocate(self, images: int) -> _Buffers:
         rows = images * self.guidance.halves
         t = np.array([row["t"] for row in self._rows], dtype=np.float32)
-        slot_shape, slot_type = (rows, *self.spec.branch_shape), self._slot_type()
+        slot_shape, dtype = (rows, *self.spec.branch_shape), slot_type(self.program, self._engines)
         return _Buffers(
             images=images,
             x=np.empty((rows, *self.spec.latent_shape), np.float32),
             out=np.empty((rows, self.spec.out_channels, self.spec.height, self.spec.width), np.float32),
-            conditioning=Conditioning(self._engines[CONDITION], t, rows, self._most_ahead()),
-            slots=tuple(np.empty(slot_shape, slot_type) for _ in range(self.program.slots)),
+            conditioning=Conditioning(self._engines[CONDITION], t, rows, most_ahead(self._engines)),
+            slots=tuple(np.empty(slot_shape, dtype) for _ in range(self.program.slots)),
             bindings={},
         )
 
@@ -277,15 +278,3 @@ class HostExecutor:
         sizes = {"batch": 1, "steps": len(self._rows)}
         ports = self._engines[CONDITION].outputs.values()
         return sum(prod(sizes[size] if isinstance(size, str) else size for size in port.shape) for port in ports)
-
-    def _most_ahead(self) -> int:
-        """Return the number of rows of the tables past its own that a step may be given."""
-        ports = (port for engine in self._engines.values() for port in engine.inputs.values())
-        return max((steps_ahead(port) for port in ports if port.name.startswith(f"{AHEAD}.")), default=0)
-
-    def _slot_type(self) -> str:
-        """The type in which segments hand over cached outputs: that of the first one written."""
-        for step in self.program.steps:
-            for value in step.writes:
-                return self._engines[step.segment].outputs[f"cache.{value}"].dtype
-        return "float32"

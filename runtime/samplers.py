@@ -51,10 +51,10 @@ def sampler_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) ->
     products = alphas_cumprod(diffusion)
     alpha_bar = products[t]
     before = np.append(alpha_bar[1:], _final_product(sampler, t, products))
-    table = {"t": t.astype(np.float64), "clip": np.full(steps, sampler.clip or np.inf)}
-    table.update(_clean_sample_columns(diffusion, alpha_bar))
-    table.update(UPDATES[sampler.name](sampler, alpha_bar, before, _noise_columns(diffusion, alpha_bar)))
-    return table
+    columns = {"t": t.astype(np.float64), "clip": np.full(steps, sampler.clip or np.inf)}
+    columns.update(_clean_sample_columns(diffusion, alpha_bar))
+    columns.update(UPDATES[sampler.name](sampler, alpha_bar, before, _noise_columns(diffusion, alpha_bar)))
+    return columns
 
 
 def _final_product(sampler: SamplerSpec, t: NDArray[np.int64], products: NDArray[np.float64]) -> float:
@@ -109,15 +109,15 @@ def _ddpm(sampler: SamplerSpec, alpha_bar: Column, before: Column, noise: tuple[
     posterior = beta * (1 - before) / (1 - alpha_bar)
     posterior[-1] = posterior[-2]  # 0 at the last step, which adds no noise; its logarithm must exist
     added = np.append(np.ones(len(alpha_bar) - 1), 0.0)
-    table = {
+    columns = {
         "prev_x0": beta * np.sqrt(before) / (1 - alpha_bar),
         "prev_x": (1 - before) * np.sqrt(alpha) / (1 - alpha_bar),
         "prev_out": np.zeros_like(alpha_bar),
         "sigma": added * np.sqrt(beta if sampler.variance == "fixed-large" else posterior),
     }
     if sampler.variance == "learned":
-        table |= {"log_var_min": np.log(posterior), "log_var_max": np.log(beta)}
-    return table
+        columns |= {"log_var_min": np.log(posterior), "log_var_max": np.log(beta)}
+    return columns
 
 
 UPDATES: dict[str, Callable[[SamplerSpec, Column, Column, tuple[Column, Column]], dict[str, Column]]] = {

@@ -15,7 +15,7 @@ from ditc.lowering.segment_footprint import footprint_of
 from ditc.lowering.tensorrt_rules import violations_of
 from ditc.lowering.update_graph import update_model
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.device_executor import update_rows
+from ditc.runtime.device_buffers import update_rows
 from ditc.runtime.samplers import needs_noise, sampler_table, update
 from ditc.spec import DiffusionSpec, ModelSpec, SamplerSpec
 from ditc.tables import sampler_tables
