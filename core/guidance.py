@@ -37,7 +37,7 @@ def row_labels(labels: Sequence[int] | Labels, null_label: int | None) -> Labels
 
 @dataclass(frozen=True)
 class Guidance:
-    """The rows that a network takes, and their combination to one prediction.
+    """The rows that a network takes, and their combination into one prediction.
 
     `channels` are those of a sample, of which the first `guided_channels` are guided; with a `learned_variance` the
     network returns as many behind them. `null_label` is what the unconditional half is asked for, None without one.

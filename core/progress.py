@@ -1,4 +1,4 @@
-"""Progress of long work, as it tells of it."""
+"""Reports of long work on how far it is."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ __all__ = ["APPROXIMATORS", "POLICIES", "Approximator", "CacheSchedule", "schedu
 
 @dataclass(frozen=True)
 class Approximator:
-    """A value for reuses: the output of the last step that computed, or a combination of the last `looks_back` ones.
+    """A way to fill a reuse: by the output of the last step that computed, or combining the last `looks_back` ones.
 
     `rows` is how many numbers per channel a step takes for that: a weight for each of them, and perhaps a shift.
     """

@@ -42,7 +42,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Option:
-    """The looks of a field on a command line.
+    """The appearance of a field on a command line.
 
     `flag` and `metavar` are for those that the field's name and type don't give. `group` is the heading that it stands
     under in `--help`, "" for the first one. `advice` ends the message about a value out of bounds. A field that may be

@@ -64,7 +64,7 @@ class DiffusionSpec(Record):
 
 
 class SamplerSpec(Record):
-    """The walk of a trajectory.
+    """The sampler that walks a trajectory.
 
     `spacing` picks the timesteps: "linspace" spreads them over both ends (the original DiT's respacing), "leading"
     takes multiples from 0 (+ `offset`), "trailing" from the last down. `variance` is DDPM's: "learned" interpolates

@@ -1,4 +1,4 @@
-"""The sum that a step that reuses adds: sums made ahead, combined with numbers per step and channel.
+"""Addends of steps that reuse: sums made ahead, combined with numbers per step and channel.
 
     h = embed(x) + a_t * S_near + ...        S = sum_l gate_l(t) * out_l, made by an earlier step with this step's gates
 

@@ -1,4 +1,4 @@
-"""Executors: one walks requests through one program, on a processor or on a device, and decides nothing.
+"""Executors, which walk requests through one program, on a processor or on a device, and decide nothing.
 
 Beside the protocol lies what a request is made of: the records of its steps, its checks and its noise.
 """

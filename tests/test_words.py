@@ -54,6 +54,7 @@ def bindings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def files_of(folder: str) -> dict[str, ast.Module]:
     """The parsed files of a folder and of its tests by their names."""
     paths = sorted(path for part in ("", "tests") for path in (ROOT / part / folder).rglob("*.py"))
+    assert paths, folder
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
 
 
