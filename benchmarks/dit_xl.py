@@ -29,7 +29,7 @@ from ditc.progress import silent
 from ditc.runtime.executor import seeded_noise
 from ditc.speed.latency import latency_of
 from ditc.speed.options import peer_names
-from ditc.speed.peer_match import Match, ModelChoice, match_of
+from ditc.speed.peer_task import ModelChoice, PeerTask, peer_task_of
 from ditc.speed.peers import ReadyPeer, ready_peer
 from ditc.speed.side_by_side import bundle_turn, peer_turn, take_turns
 
@@ -76,7 +76,7 @@ def serving_cost(bundle: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-def in_turn(bundles: dict[str, Path], peers: dict[str, ReadyPeer], match: Match, rounds: int) -> dict[str, Any]:
+def in_turn(bundles: dict[str, Path], peers: dict[str, ReadyPeer], task: PeerTask, rounds: int) -> dict[str, Any]:
     """Latencies of every bundle and peer: a step that computes, one that reuses, a whole run.
 
     A bundle's name ends in @TARGET where that is not the one it was compiled for.
@@ -87,7 +87,7 @@ def in_turn(bundles: dict[str, Path], peers: dict[str, ReadyPeer], match: Match,
             for name, path in bundles.items()
         }
         turns = {name: bundle_turn(pipe) for name, pipe in pipes.items()}
-        turns |= {name: peer_turn(found.peer, match) for name, found in peers.items()}
+        turns |= {name: peer_turn(found.peer, task) for name, found in peers.items()}
         times = take_turns(list(turns.values()), rounds, 1, silent)
     return {
         name: {kind: latency_of(seconds).model_dump() for kind, seconds in found.items()}
@@ -107,14 +107,14 @@ def ratios(times: dict[str, Any], bundles: dict[str, Path], kind: str) -> dict[s
     }
 
 
-def walked_once(match: Match, peers: dict[str, ReadyPeer]) -> dict[str, float]:
+def walked_once(task: PeerTask, peers: dict[str, ReadyPeer]) -> dict[str, float]:
     """Seconds of one real run of each torch peer."""
     seconds = {}
     for name, ready in peers.items():
         if name.startswith("torch"):
-            noise, fresh = seeded_noise(0, 0, len(match.x), match.run.spec.latent_shape)
+            noise, fresh = seeded_noise(0, 0, len(task.x), task.run.spec.latent_shape)
             start = time.perf_counter()
-            match.run.last(ready.peer.forward, noise, fresh)
+            task.run.last(ready.peer.forward, noise, fresh)
             seconds[name] = time.perf_counter() - start
     return seconds
 
@@ -122,15 +122,15 @@ def walked_once(match: Match, peers: dict[str, ReadyPeer]) -> dict[str, float]:
 def measured(bundles: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
     first = next(iter(bundles.values()))
     with TemporaryDirectory() as scratch:
-        match = match_of(open_bundle(first), ModelChoice(f"random:{options.size}"), Path(scratch).resolve())
-        found = {name: ready_peer(name, match) for name in peer_names([options.against])}
+        task = peer_task_of(open_bundle(first), ModelChoice(f"random:{options.size}"), Path(scratch).resolve())
+        found = {name: ready_peer(name, task) for name in peer_names([options.against])}
         peers = {name: ready for name, ready in found.items() if isinstance(ready, ReadyPeer)}
-        times = in_turn(bundles, peers, match, options.rounds)
-        walked = {} if options.steps_only or options.no_walk else {"walked_once": walked_once(match, peers)}
+        times = in_turn(bundles, peers, task, options.rounds)
+        walked = {} if options.steps_only or options.no_walk else {"walked_once": walked_once(task, peers)}
     return {
         "peers": {name: {"what": r.peer.what, "relative_error": r.relative_error} for name, r in peers.items()},
         "skipped": {name: reason for name, reason in found.items() if isinstance(reason, str)},
-        "relative_error": match.error(match.found),
+        "relative_error": task.error(task.bundle_output),
         "times": times,
         "ratio_step": ratios(times, bundles, "step"),
         "ratio_run": ratios(times, bundles, "run"),

@@ -1,1 +1,1 @@
-"""How fast, how large, against whom and against which limit."""
+"""Speed and size of a bundle, beside its peers and its limits."""

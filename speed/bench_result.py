@@ -1,4 +1,4 @@
-"""What `ditc bench` measured of a bundle, as a value that is printed, kept and compared."""
+"""The result of `ditc bench`, as a value that is printed, kept and compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Bench", "BenchedBundle", "CallLatency", "OutsideLatency", "StepTime"
 
 
 class BenchedBundle(Record):
-    """Which bundle was measured; `steps` is how many a request has."""
+    """The measured bundle; `steps` is how many a request has."""
 
     model: str
     precision: str

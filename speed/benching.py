@@ -22,7 +22,7 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.speed.bench_result import Bench, BenchedBundle, CallLatency, OutsideLatency, StepTime
 from ditc.speed.latency import latency_of, with_spread
 from ditc.speed.options import BenchOptions
-from ditc.speed.peer_match import bench_labels
+from ditc.speed.peer_task import bench_labels
 from ditc.speed.roofline import Roofline
 from ditc.speed.side_by_side import against_peers
 from ditc.speed.tracing import trace_bundle
@@ -86,7 +86,7 @@ def _measured(pipe: Pipeline, options: BenchOptions, progress: Progress) -> Benc
 
 
 class _CallTimes(NamedTuple):
-    """What `Bench` has of observed requests."""
+    """The part of a `Bench` that comes from observed requests."""
 
     segments: dict[str, CallLatency]
     outside_engines: OutsideLatency

@@ -29,7 +29,7 @@ STREAM_BYTES = 1 << 27  # far beyond any cache
 
 
 def measured_rates() -> Rates:
-    """The rates that matter for a DiT, each the best of several calls; a few seconds."""
+    """Measure the rates that matter for a DiT, each the best of several calls; a few seconds."""
     operations = 2 * prod(WIDEST)
     return Rates(
         name=HERE,
@@ -43,7 +43,7 @@ def measured_rates() -> Rates:
 
 
 def product_seconds(shape: tuple[int, int, int], *, quantized: bool) -> float:
-    """One linear layer by itself, (rows, in) @ (in, out): the best of several calls."""
+    """Time one linear layer by itself, (rows, in) @ (in, out): the best of several calls."""
     rows, inside, outside = shape
     rng = np.random.default_rng(0)
     model = _linear(rows, rng.standard_normal((inside, outside), dtype=np.float32))
@@ -54,7 +54,7 @@ def product_seconds(shape: tuple[int, int, int], *, quantized: bool) -> float:
 
 
 def _bandwidth() -> float:
-    """Bytes per second of an Add of two tensors that no cache holds: two read, one written."""
+    """Measure the bytes per second of an Add of two tensors that no cache holds: two read, one written."""
     count = STREAM_BYTES // 4
     a, b, y = (_value(name, (count,)) for name in ("a", "b", "y"))
     node = ir.node("Add", [a, b], name="stream", outputs=[y])

@@ -24,7 +24,7 @@ def eager_images(
     fresh_noise: NoiseSource,
     guidance: float,
 ) -> Samples:
-    """Finished samples of a torch model: eager, every step computed, conditional and null class in one batch.
+    """Return finished samples of a torch model: eager, every step computed, conditional and null class in one batch.
 
     The network computes in the type of its weights, the sampler in float32. `table` is the sampler's
     (`runtime.samplers.sampler_table`); `noise` is x_T, (n, channels, height, width).
@@ -35,7 +35,7 @@ def eager_images(
 
 
 def eager_forward(model: Any, t: NDArray[np.float64], labels: NDArray[np.int64], kind: torch.dtype) -> Forward:
-    """A torch network on rows (rows, channels, height, width) of step `index`. `kind` is the type of its weights.
+    """Return a torch network on rows (rows, channels, height, width) of step `index`, with weights of type `kind`.
 
     `t` are the timesteps of all steps, `labels` the class of every row.
     """

@@ -1,4 +1,4 @@
-"""`ditc estimate` as a function: what a bundle would take on a device, from its work and the device's rates.
+"""`ditc estimate` as a function: time and memory of a bundle on a device, from its work and the device's rates.
 
     products   operations / rate, or weights / bandwidth where that is longer (they stream in while the products run)
     the rest   bytes that all other operators move / bandwidth, each operator by itself
@@ -34,7 +34,7 @@ HERE = "here"
 
 
 class Shares(Record):
-    """Which shares of a device's rates kernels reach: of its operations, and of its bandwidth."""
+    """The shares of a device's rates that kernels reach: of its operations, and of its bandwidth."""
 
     products: float
     bandwidth: float
@@ -46,7 +46,7 @@ MEASURED = Shares(products=1.0, bandwidth=1.0)
 
 
 class Rates(Record):
-    """What a device does per second: dense INT8 and float operations, bytes of memory traffic; and its memory."""
+    """Rates of a device per second, dense INT8 and float operations, bytes of memory traffic; and its memory."""
 
     name: str
     int8_operations: float
@@ -98,7 +98,7 @@ class SegmentEstimate(Record):
 
 
 class Estimate(Record):
-    """What a bundle would take on a device: by segment, per image, and of its memory."""
+    """Time and memory of a bundle on a device: by segment, per image, and whether it fits."""
 
     device: Rates
     shares: Shares
@@ -109,14 +109,14 @@ class Estimate(Record):
 
 
 def segment_seconds(work: Footprint, rates: Rates, shares: Shares) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     products = work.int8_operations / rates.int8_operations + work.float_operations / rates.float_operations
     bandwidth = rates.bandwidth * shares.bandwidth
     return max(products / shares.products, work.weight_bytes / bandwidth) + work.moved_bytes / bandwidth
 
 
 def estimate_bundle(path: Path, device: str) -> Estimate:
-    """Time per segment and per image, and memory, on a device. Raises InputError for one that is not known."""
+    """Return time per segment and per image, and memory, on a device. Raises InputError for one that is not known."""
     bundle = open_bundle(path)
     works = footprints(bundle)
     if not any(work.int8_operations + work.float_operations for work in works.values()):
@@ -151,7 +151,7 @@ def _segment(work: Footprint, rates: Rates, shares: Shares) -> SegmentEstimate:
 
 
 def _as_run(work: Footprint, precision: str, rates: Rates) -> Footprint:
-    """The work with floats as wide as the device has them; the typed form, where that was counted, has two bytes."""
+    """Return the work with floats as wide as the device's; the typed form, where that was counted, has two bytes."""
     factor = 1 if precision == "fp32" else rates.float_bytes / 2
     return work.model_copy(update={"moved_bytes": round(work.moved_bytes * factor)})
 
@@ -167,7 +167,7 @@ def _rates(device: str) -> tuple[Rates, Shares]:
 
 
 def _per_image(bundle: Bundle, seconds: Mapping[str, float]) -> float:
-    """Seconds of a whole request over its images: conditioning once, every step with its update, the decoder."""
+    """Return a request's seconds over its images: conditioning once, every step with its update, the decoder."""
     program = bundle.manifest.program
     steps = sum(seconds[step.segment] + seconds[UPDATE] for step in program.steps)
     around = seconds[CONDITION] + sum(seconds[name] for name in program.epilogue)

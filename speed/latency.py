@@ -23,13 +23,13 @@ class Latency(Record):
 
 
 class SpreadLatency(Latency):
-    """A latency with its `spread`: how far the 90th percentile lies above the median, as a share of it."""
+    """A latency with its `spread`: the 90th percentile's distance above the median, as a share of it."""
 
     spread: float
 
 
 def latency_of(seconds: Sequence[float]) -> Latency:
-    """The latency of equal calls; raises InputError without any."""
+    """Return the latency of equal calls; raises InputError without any."""
     if not seconds:
         raise InputError("no call was measured; ask for at least one")
     values = np.asarray(seconds, np.float64)

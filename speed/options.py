@@ -41,7 +41,7 @@ def peer_names(given: Any) -> tuple[str, ...]:
 
 
 class BenchOptions(Settings):
-    """What is measured: `requests` full batches after `warmup` others, as many turns of each peer in `against`.
+    """The measurements: `requests` full batches after `warmup` others, as many turns of each peer in `against`.
 
     `model` is the torch model that a user names, as `compile` takes it; without one, what the manifest tells. A median
     request above `max_seconds`, or a peer whose whole run takes less than `fail_if_slower` times the bundle's, is a
@@ -86,6 +86,6 @@ class BenchOptions(Settings):
 
 
 class EstimateOptions(Settings):
-    """Where a bundle would run: a device with published rates, or "here", whose rates are measured."""
+    """The place where a bundle would run: a device with published rates, or "here", whose rates are measured."""
 
     device: Annotated[Device, Option("Where the bundle would run.")] = "here"

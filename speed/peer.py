@@ -1,4 +1,4 @@
-"""What a peer is: another way to run the same network."""
+"""A peer: another way to run the same network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The peers of `ditc bench --against`: a table, and how one is made ready or skipped with its reason."""
+"""The peers of `ditc bench --against`: a table, from which one is made ready or skipped with its reason."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from io import StringIO
 from ditc.errors import DitcError
 from ditc.speed import onnx_peers, torch_peers
 from ditc.speed.peer import Peer
-from ditc.speed.peer_match import Match
+from ditc.speed.peer_task import PeerTask
 
 __all__ = ["PEERS", "ReadyPeer", "ready_peer"]
 
 # what is measured -> how it is made; it raises where this machine or this bundle has no such peer
-PEERS: dict[str, Callable[[Match], Peer]] = {
+PEERS: dict[str, Callable[[PeerTask], Peer]] = {
     "torch-f32": torch_peers.torch_f32,
     "torch-bf16": torch_peers.torch_bf16,
     "torch-compile": torch_peers.torch_compile,
@@ -31,20 +31,20 @@ PEERS: dict[str, Callable[[Match], Peer]] = {
 
 @dataclass(frozen=True)
 class ReadyPeer:
-    """A peer that has run once: how far its output is from the FP one (relative error)."""
+    """A peer that has run once, and the relative error of its output against the FP one."""
 
     peer: Peer
     relative_error: float
 
 
-def ready_peer(name: str, match: Match) -> ReadyPeer | str:
-    """The peer after its first forward pass, or the reason why there is none here."""
+def ready_peer(name: str, task: PeerTask) -> ReadyPeer | str:
+    """Return the peer after its first forward pass, or the reason why there is none here."""
     try:
         with _quiet():
-            peer = PEERS[name](match)
+            peer = PEERS[name](task)
             if peer.begin is not None:
                 peer.begin()
-        return ReadyPeer(peer, match.error(peer.forward(match.index, match.run.guidance.rows(match.x))))
+        return ReadyPeer(peer, task.error(peer.forward(task.index, task.run.guidance.rows(task.x))))
     except DitcError as e:
         return str(e)
     except ModuleNotFoundError as e:
@@ -55,7 +55,7 @@ def ready_peer(name: str, match: Match) -> ReadyPeer | str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Quantizers and caches tell their progress to the log and to stdout, where our JSON goes."""
+    """Silence what quantizers and caches tell the log, and stdout, where our JSON goes."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

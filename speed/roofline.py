@@ -17,7 +17,7 @@ from ditc.footprint import Footprint
 from ditc.program import CONDITION, DECODE
 from ditc.spec import Record
 from ditc.speed.estimating import MEASURED, Rates, segment_seconds
-from ditc.speed.peer_match import bench_labels
+from ditc.speed.peer_task import bench_labels
 
 __all__ = ["Roofline", "SegmentLimit", "SegmentRoof", "footprints_here", "limit_of", "roofline"]
 
@@ -51,7 +51,7 @@ class Roofline(Record):
 
 
 def roofline(bundle: Bundle, seconds: Mapping[str, float], rates: Rates) -> Roofline:
-    """The limit of every measured segment (name -> seconds of one call), and how much of it is reached."""
+    """Return the limit of every measured segment (name -> seconds of one call), and how much of it is reached."""
     works = footprints_here(bundle)
     limits = {name: limit_of(works[name], _sizes(bundle, name), rates) for name in seconds}
     segments = {
@@ -62,7 +62,7 @@ def roofline(bundle: Bundle, seconds: Mapping[str, float], rates: Rates) -> Roof
 
 
 def limit_of(work: Footprint, sizes: Mapping[str, int], rates: Rates) -> SegmentLimit:
-    """Work of one call, the seconds that no implementation goes below, and what bounds it."""
+    """Return the work of one call, the seconds that no implementation goes below, and what bounds it."""
     ports = (*work.inputs.values(), *work.outputs.values())
     least_bytes = work.weight_bytes + sum(port.size_bytes(sizes) for port in ports)
     times = {
@@ -83,7 +83,7 @@ def limit_of(work: Footprint, sizes: Mapping[str, int], rates: Rates) -> Segment
 
 
 def footprints_here(bundle: Bundle) -> dict[str, Footprint]:
-    """The work of every segment in the types that a CPU computes in; the manifest has the form for GPUs."""
+    """Count the work of every segment in the types that a CPU computes in; the manifest has the form for GPUs."""
     from ditc.exporter.onnx_files import load_graph
     from ditc.lowering.segment_footprint import footprint_of
 
@@ -92,7 +92,7 @@ def footprints_here(bundle: Bundle) -> dict[str, Footprint]:
 
 
 def _sizes(bundle: Bundle, name: str) -> dict[str, int]:
-    """Rows that a segment is given here: an image each, two with guidance; of the conditioning each label once."""
+    """Return a segment's rows here: an image each, two with guidance; of the conditioning each label once."""
     manifest = bundle.manifest
     rows = {
         CONDITION: len(set(bench_labels(manifest))) + manifest.halves - 1,

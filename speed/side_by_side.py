@@ -26,7 +26,7 @@ from ditc.spec import Record
 from ditc.speed.latency import SpreadLatency, latency_of, with_spread
 from ditc.speed.options import BenchOptions
 from ditc.speed.peer import Peer
-from ditc.speed.peer_match import Match, ModelChoice, bench_labels, match_of
+from ditc.speed.peer_task import ModelChoice, PeerTask, bench_labels, peer_task_of
 from ditc.speed.peers import ReadyPeer, ready_peer
 
 __all__ = [
@@ -49,7 +49,7 @@ REST_SECONDS = 0.15  # before each turn: the threads of the side before it spin 
 
 NO_REFERENCE = "the bundle has no FP reference to make it from and hold it to; compile it again with --reference"
 
-Turn = Callable[[], Iterator[tuple[str, float]]]  # one turn of one side: (what, seconds), as often as measured
+Turn = Callable[[], Iterator[tuple[str, float]]]  # one turn of one side: (kind, seconds), as often as measured
 Times = Mapping[str, list[float]]
 
 
@@ -116,7 +116,7 @@ class SideBySide(Record):
 
 
 class NoPeer(Record):
-    """No peer could be measured, and why each was skipped."""
+    """The reasons why no peer could be measured."""
 
     peers: dict[str, PeerTimes] = {}
     skipped: dict[str, str]
@@ -131,23 +131,23 @@ def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> 
     if not pipe.bundle.has_reference:
         return _none_measured(dict.fromkeys(options.against, NO_REFERENCE), options)
     with TemporaryDirectory(prefix="ditc-bench-") as scratch:
-        match = match_of(pipe.bundle, ModelChoice(options.model, options.heads), Path(scratch).resolve())
+        task = peer_task_of(pipe.bundle, ModelChoice(options.model, options.heads), Path(scratch).resolve())
         ready: dict[str, ReadyPeer | str] = {}
         for done, name in enumerate(options.against):
             progress("peers", done, len(options.against))
-            ready[name] = ready_peer(name, match)
+            ready[name] = ready_peer(name, task)
         progress("peers", len(ready), len(ready))
         peers = {name: peer for name, peer in ready.items() if isinstance(peer, ReadyPeer)}
         skipped = {name: reason for name, reason in ready.items() if isinstance(reason, str)}
         if not peers:
             return _none_measured(skipped, options)
         with pipe:
-            turns = [bundle_turn(pipe), *(peer_turn(ready.peer, match) for ready in peers.values())]
+            turns = [bundle_turn(pipe), *(peer_turn(ready.peer, task) for ready in peers.values())]
             own, *others = take_turns(turns, options.requests, options.warmup, progress)
-    bundle = BundleTimes(latencies=_latencies(own), relative_error=match.error(match.found))
+    bundle = BundleTimes(latencies=_latencies(own), relative_error=task.error(task.bundle_output))
     return SideBySide(
-        guidance=match.run.guidance.weight,
-        step=match.index,
+        guidance=task.run.guidance.weight,
+        step=task.index,
         bundle=bundle,
         peers={name: _compared(peer, times, bundle) for (name, peer), times in zip(peers.items(), others, strict=True)},
         skipped=skipped,
@@ -162,7 +162,7 @@ def _none_measured(skipped: dict[str, str], options: BenchOptions) -> NoPeer:
 
 
 def take_turns(turns: list[Turn], rounds: int, warmup: int, progress: Progress) -> list[Times]:
-    """Every side once in each round; what the first `warmup` rounds measure is forgotten."""
+    """Run every side once in each round; what the first `warmup` rounds measure is forgotten."""
     times: list[dict[str, list[float]]] = [defaultdict(list) for _ in turns]
     for number in range(warmup + rounds):
         progress("turns", number, warmup + rounds)
@@ -176,7 +176,7 @@ def take_turns(turns: list[Turn], rounds: int, warmup: int, progress: Progress) 
 
 
 def bundle_turn(pipe: Pipeline) -> Turn:
-    """One request of a full batch: its whole run up to the latents, steps that compute all, others by segment."""
+    """Return a request of a full batch: its whole run up to the latents, steps that compute all, others by segment."""
     labels = bench_labels(pipe.bundle.manifest)
 
     def turn() -> Iterator[tuple[str, float]]:
@@ -190,17 +190,17 @@ def bundle_turn(pipe: Pipeline) -> Turn:
     return turn
 
 
-def peer_turn(peer: Peer, match: Match) -> Turn:
-    """A burst of steps; one whole run of a peer with a cache of its own."""
-    return _steps_in_a_burst(peer, match) if peer.begin is None else _whole_run(peer, peer.begin, match)
+def peer_turn(peer: Peer, task: PeerTask) -> Turn:
+    """Return a burst of steps; one whole run of a peer with a cache of its own."""
+    return _steps_in_a_burst(peer, task) if peer.begin is None else _whole_run(peer, peer.begin, task)
 
 
-def _steps_in_a_burst(peer: Peer, match: Match) -> Turn:
-    _, fresh = seeded_noise(0, 0, len(match.x), match.run.spec.latent_shape)
+def _steps_in_a_burst(peer: Peer, task: PeerTask) -> Turn:
+    _, fresh = seeded_noise(0, 0, len(task.x), task.run.spec.latent_shape)
 
     def timed() -> float:
         start = perf_counter()
-        match.run.step(peer.forward, match.index, match.x, fresh)
+        task.run.step(peer.forward, task.index, task.x, fresh)
         return perf_counter() - start
 
     def turn() -> Iterator[tuple[str, float]]:
@@ -208,21 +208,21 @@ def _steps_in_a_burst(peer: Peer, match: Match) -> Turn:
         while first + sum(burst) < BURST_SECONDS:
             burst.append(timed())
         yield from ((STEP, seconds) for seconds in burst)
-        yield RUN, match.run.steps * sum(burst) / len(burst)
+        yield RUN, task.run.steps * sum(burst) / len(burst)
 
     return turn
 
 
-def _whole_run(peer: Peer, begin: Callable[[], None], match: Match) -> Turn:
-    program, shape = match.bundle.manifest.program, match.run.spec.latent_shape
+def _whole_run(peer: Peer, begin: Callable[[], None], task: PeerTask) -> Turn:
+    program, shape = task.bundle.manifest.program, task.run.spec.latent_shape
 
     def turn() -> Iterator[tuple[str, float]]:
-        x, fresh = seeded_noise(0, 0, len(match.x), shape)
+        x, fresh = seeded_noise(0, 0, len(task.x), shape)
         begin()
         whole = 0.0
         for step in program.steps:
             start = perf_counter()
-            x = match.run.step(peer.forward, step.index, x, fresh)
+            x = task.run.step(peer.forward, step.index, x, fresh)
             seconds = perf_counter() - start
             whole += seconds
             if all(program.segment(step.segment).compute):

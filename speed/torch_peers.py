@@ -10,41 +10,41 @@ from typing import Any
 
 from ditc.errors import InputError
 from ditc.speed.peer import Peer
-from ditc.speed.peer_match import Match
+from ditc.speed.peer_task import PeerTask
 
 __all__ = ["cached_by_cache_dit", "torch_bf16", "torch_compile", "torch_f32"]
 
 
-def torch_f32(match: Match) -> Peer:
-    """Eager float32."""
-    return _torch_peer(match, match.model, "eager float32")
+def torch_f32(task: PeerTask) -> Peer:
+    """Return the model run eagerly in float32."""
+    return _torch_peer(task, task.model, "eager float32")
 
 
-def torch_bf16(match: Match) -> Peer:
-    """Eager, with weights and products in bfloat16."""
-    return _torch_peer(match, in_bfloat16(copy.deepcopy(match.model)), "eager bfloat16")
+def torch_bf16(task: PeerTask) -> Peer:
+    """Return the model run eagerly, with weights and products in bfloat16."""
+    return _torch_peer(task, in_bfloat16(copy.deepcopy(task.model)), "eager bfloat16")
 
 
-def torch_compile(match: Match) -> Peer:
-    """float32 through torch.compile with its defaults; it needs a C++ compiler on a CPU."""
+def torch_compile(task: PeerTask) -> Peer:
+    """Return float32 through torch.compile with its defaults; it needs a C++ compiler on a CPU."""
     import torch
 
-    return _torch_peer(match, torch.compile(match.model, dynamic=False), "torch.compile float32")
+    return _torch_peer(task, torch.compile(task.model, dynamic=False), "torch.compile float32")
 
 
-def cached_by_cache_dit(match: Match) -> Peer:
-    """diffusers' DiT, eager float32, with cache-dit computing at the bundle's own steps and reusing in between."""
+def cached_by_cache_dit(task: PeerTask) -> Peer:
+    """Return diffusers' DiT, eager float32; cache-dit computes at the bundle's own steps and reuses in between."""
     import cache_dit
     import diffusers
     import torch
 
     from ditc.exporter.diffusers_copy import diffusers_from_dit
 
-    program = match.bundle.manifest.program
+    program = task.bundle.manifest.program
     computes = [program.segment(step.segment).compute for step in program.steps]
     if any(any(row) and not all(row) for row in computes):
         raise InputError("cache-dit computes all blocks or reuses all; this bundle's schedule mixes them in a step")
-    model = diffusers_from_dit(match.model)
+    model = diffusers_from_dit(task.model)
     settings = cache_dit.DBCacheConfig(
         Fn_compute_blocks=1,  # the fewest it takes
         Bn_compute_blocks=0,
@@ -56,7 +56,7 @@ def cached_by_cache_dit(match: Match) -> Peer:
     )
     cache_dit.enable_cache(model, cache_config=settings)
     what = f"cache-dit {cache_dit.__version__} (F1B0, {sum(map(all, computes))} steps computed)"
-    peer = _torch_peer(match, lambda x, t, y: model(x, t, y, return_dict=False)[0], "eager float32", torch.float32)
+    peer = _torch_peer(task, lambda x, t, y: model(x, t, y, return_dict=False)[0], "eager float32", torch.float32)
     return Peer(
         forward=peer.forward,
         what=f"{what}, diffusers {diffusers.__version__}, {peer.what}",
@@ -65,7 +65,7 @@ def cached_by_cache_dit(match: Match) -> Peer:
 
 
 def in_bfloat16(model: Any) -> Any:
-    """The model with bfloat16 weights and products; what float32 arithmetic is left between them is cast back."""
+    """Give a model bfloat16 weights and products; what float32 arithmetic is left between them is cast back."""
     import torch
 
     model = model.to(torch.bfloat16)
@@ -75,11 +75,11 @@ def in_bfloat16(model: Any) -> Any:
     return model
 
 
-def _torch_peer(match: Match, model: Any, what: str, kind: Any = None) -> Peer:
+def _torch_peer(task: PeerTask, model: Any, what: str, kind: Any = None) -> Peer:
     import torch
 
     from ditc.speed.eager import eager_forward
 
     kind = kind or next(model.parameters()).dtype
-    forward = eager_forward(model, match.run.columns["t"], match.labels, kind)
+    forward = eager_forward(model, task.run.columns["t"], task.labels, kind)
     return Peer(forward=forward, what=f"torch {torch.__version__}, {what}")

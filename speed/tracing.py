@@ -49,7 +49,7 @@ def trace_bundle(bundle: Path, folder: Path, place: Place) -> list[str]:
 
 
 def _trace_tensorrt(pipe: Pipeline, folder: Path) -> list[str]:
-    """One observed request with TensorRT's profiler on every context."""
+    """Trace one observed request with TensorRT's profiler on every context."""
     times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in pipe.engines}
     manifest = pipe.bundle.manifest
     engines = {name: e for name, e in pipe.engines.items() if isinstance(e, TensorRTEngine)}
@@ -68,7 +68,7 @@ def _collector(times: dict[str, list[float]]) -> Callable[[str, float], None]:
 
 
 def _trace_onnxruntime(bundle: Bundle, folder: Path, backend: OnnxRuntimeBackend) -> list[str]:
-    """Every segment by itself under ONNX Runtime's profiler, on the inputs of its first call in a real request."""
+    """Trace every segment by itself with ONNX Runtime's profiler, on the inputs of its first call in a real request."""
     manifest = bundle.manifest
     recorder = RecordingBackend(backend, {name: {0} for name in manifest.program.calls})
     with Pipeline(bundle, backend=recorder) as recorded:
@@ -85,7 +85,7 @@ def _trace_onnxruntime(bundle: Bundle, folder: Path, backend: OnnxRuntimeBackend
 def _profiled(
     segment: Path, run: RecordedRun, backend: OnnxRuntimeBackend
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """(layers of the graph that really runs, milliseconds by layer)."""
+    """Return (layers of the graph that really runs, milliseconds by layer)."""
     import onnx
 
     with TemporaryDirectory(prefix="ditc-trace-") as scratch:
@@ -107,18 +107,20 @@ def _profiled(
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             times[event["name"].removesuffix("_kernel_time")].append(event["dur"] / 1e3)
-    return _layers_of(graph, paths), {name: found[1:] if len(found) > 1 else found for name, found in times.items()}
+    return _layers_of(graph, paths), {
+        name: layer_ms[1:] if len(layer_ms) > 1 else layer_ms for name, layer_ms in times.items()
+    }
 
 
 def _layers_of(graph: Any, paths: Mapping[str, str]) -> dict[str, Any]:
-    """The layers of a graph. `paths` knows the module of each value; a fused layer still makes the value it ends in,
-    or is named after the module."""
+    """Return the layers of a graph. `paths` knows the module of each value; a fused layer still makes the value that it
+    ends in, or is named after the module."""
     modules = set(paths.values())
 
     def module_of(node: Any) -> str:
         prefix = node.name.split("/")[0]
-        made = next((paths[name] for name in node.output if name in paths), "")
-        return made or (prefix if prefix in modules else "")
+        output_path = next((paths[name] for name in node.output if name in paths), "")
+        return output_path or (prefix if prefix in modules else "")
 
     shapes = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
 
@@ -151,19 +153,19 @@ def _tensor_facts(value: Any) -> dict[str, Any]:
 
 
 def profile_rows(times: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Milliseconds by layer as rows of a profile: a count, then each layer with its share of the whole."""
-    whole = sum(sum(found) for found in times.values()) or 1.0
+    """Return milliseconds by layer as rows of a profile: a count, then each layer with its share of the whole."""
+    whole = sum(sum(layer_ms) for layer_ms in times.values()) or 1.0
     rows = [
         {
             "name": name,
-            "timeMs": float(np.sum(found)),
-            "averageMs": float(np.mean(found)),
-            "medianMs": float(np.median(found)),
-            "percentage": float(100 * np.sum(found) / whole),
+            "timeMs": float(np.sum(layer_ms)),
+            "averageMs": float(np.mean(layer_ms)),
+            "medianMs": float(np.median(layer_ms)),
+            "percentage": float(100 * np.sum(layer_ms) / whole),
         }
-        for name, found in times.items()
+        for name, layer_ms in times.items()
     ]
-    return [{"count": max((len(found) for found in times.values()), default=0)}, *rows]
+    return [{"count": max((len(layer_ms) for layer_ms in times.values()), default=0)}, *rows]
 
 
 def _write(folder: Path, name: str, layers: Any, profile: Any) -> list[str]:

@@ -56,15 +56,15 @@ def test_an_image_is_the_sum_of_its_calls(
 ) -> None:
     bundle = bundles["cached"]
     assert run(["estimate", str(bundle.path), "--device", device, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    rows = found["segments"]
+    estimate = json.loads(capsys.readouterr().out)
+    rows = estimate["segments"]
     for kind in ("bound", "expected"):
         step = 3 * (rows["full"][kind] + rows["reuse"][kind]) + 6 * rows["update"][kind]
-        assert found["seconds_per_image"][kind] == pytest.approx((rows["condition"][kind] + step) / 4)
+        assert estimate["seconds_per_image"][kind] == pytest.approx((rows["condition"][kind] + step) / 4)
     assert rows["full"]["int8_operations"] > rows["full"]["float_operations"] > 0
     assert rows["reuse"]["int8_operations"] == 0
     assert rows["full"]["expected"] >= rows["full"]["bound"] > rows["reuse"]["bound"]
-    assert found["fits"]
+    assert estimate["fits"]
     assert run(["estimate", str(bundle.path), "--device", device]) == 0
     assert "per image: bound" in capsys.readouterr().out
 

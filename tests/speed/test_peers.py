@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -23,10 +24,10 @@ from ditc.errors import CheckError
 from ditc.exporter.models import builtin_digits, random_dit
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.pipeline import load
-from ditc.speed import onnx_peers, side_by_side
+from ditc.speed import side_by_side
 from ditc.speed.latency import latency_of, with_spread
 from ditc.speed.peer import Peer
-from ditc.speed.peer_match import Match, ModelChoice, match_of
+from ditc.speed.peer_task import ModelChoice, PeerTask, peer_task_of
 from ditc.speed.peers import PEERS, ReadyPeer, ready_peer
 from ditc.speed.side_by_side import (
     BundleTimes,
@@ -63,8 +64,8 @@ def digits(compiled_once: Callable[..., Bundle]) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def match(digits: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Match:
-    return match_of(digits, ModelChoice(), tmp_path_factory.mktemp("match"))
+def task(digits: Bundle, tmp_path_factory: pytest.TempPathFactory) -> PeerTask:
+    return peer_task_of(digits, ModelChoice(), tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def bench(bundle: Bundle, arguments: str, capsys: pytest.CaptureFixture[str]) -> Any:
-    """What `ditc bench --json` prints about its peers."""
+    """Return what `ditc bench --json` prints about its peers."""
     assert run(f"bench {bundle.path} --requests 1 --warmup 0 --json {arguments}".split()) == 0
     return json.loads(capsys.readouterr().out)["against"]
 
@@ -88,22 +89,22 @@ def test_peers_that_are_here_run_and_a_missing_one_is_skipped_with_its_reason(
     for package in ("openvino", "nncf", "cache_dit"):
         monkeypatch.setitem(sys.modules, package, None)
     names = sorted(PEERS.keys() - {"torch-compile"})  # which takes minutes
-    found = bench(digits, f"--against {names[0]} --against {','.join(names[1:])}", capsys)
-    peers = found["peers"]
+    sides = bench(digits, f"--against {names[0]} --against {','.join(names[1:])}", capsys)
+    peers = sides["peers"]
     assert set(peers) == {"torch-f32", "torch-bf16", "onnxruntime-f32", "onnxruntime-quant"}
-    assert found["skipped"] == {
+    assert sides["skipped"] == {
         "cache-dit": "cache_dit is not installed: pip install cache-dit",
         "openvino-f32": "openvino is not installed: pip install openvino",
         "openvino-bf16": "openvino is not installed: pip install openvino",
         "openvino-int8": "nncf is not installed: pip install nncf",
     }
-    assert found["bundle"]["step"]["n"] == 2
-    assert found["bundle"]["reuse"]["n"] == found["bundle"]["extrapolate"]["n"] == 1
+    assert sides["bundle"]["step"]["n"] == 2
+    assert sides["bundle"]["reuse"]["n"] == sides["bundle"]["extrapolate"]["n"] == 1
     for peer in peers.values():
         assert peer["step"]["n"] >= 1
-        assert peer["ratio_run"] == pytest.approx(peer["run"]["median"] / found["bundle"]["run"]["median"])
-        assert peer["ratio_step"] == pytest.approx(peer["step"]["median"] / found["bundle"]["step"]["median"])
-    errors = {name: side["relative_error"] for name, side in {**peers, "bundle": found["bundle"]}.items()}
+        assert peer["ratio_run"] == pytest.approx(peer["run"]["median"] / sides["bundle"]["run"]["median"])
+        assert peer["ratio_step"] == pytest.approx(peer["step"]["median"] / sides["bundle"]["step"]["median"])
+    errors = {name: side["relative_error"] for name, side in {**peers, "bundle": sides["bundle"]}.items()}
     assert errors["torch-f32"] < 5e-5  # the reference is of the smoothed form, the same function to rounding
     assert errors["onnxruntime-f32"] < 1e-5
     assert 1e-4 < errors["torch-bf16"] < 0.05
@@ -112,32 +113,32 @@ def test_peers_that_are_here_run_and_a_missing_one_is_skipped_with_its_reason(
 
 
 @pytest.mark.parametrize("name", ["openvino-f32", "openvino-bf16", "openvino-int8", "cache-dit"])
-def test_an_optional_peer_runs_the_same_network_where_it_is_installed(name: str, match: Match) -> None:
+def test_an_optional_peer_runs_the_same_network_where_it_is_installed(name: str, task: PeerTask) -> None:
     package = {"openvino-int8": "nncf", "cache-dit": "cache_dit"}.get(name, "openvino")
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    found = ready_peer(name, match)
-    assert isinstance(found, ReadyPeer), found
-    assert found.relative_error < {"openvino-int8": 0.2, "openvino-bf16": 0.05}.get(name, 1e-4)
+    ready = ready_peer(name, task)
+    assert isinstance(ready, ReadyPeer), ready
+    assert ready.relative_error < {"openvino-int8": 0.2, "openvino-bf16": 0.05}.get(name, 1e-4)
 
 
 def test_a_peer_that_would_compute_in_another_type_is_skipped_with_its_reason(
-    match: Match, monkeypatch: pytest.MonkeyPatch
+    task: PeerTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = Peer(forward=lambda index, rows: rows, what="openvino 2026, f32")
-    monkeypatch.setattr(onnx_peers, "_openvino_model", lambda match: None)
-    monkeypatch.setattr(onnx_peers, "_openvino_peer", lambda *_: other)
-    reason = ready_peer("openvino-bf16", match)
+    openvino = MagicMock(__version__="2026.0")
+    openvino.Core().compile_model().get_property().get_type_name.return_value = "f32"
+    monkeypatch.setitem(sys.modules, "openvino", openvino)
+    reason = ready_peer("openvino-bf16", task)
     assert isinstance(reason, str)
     assert "this CPU has no bfloat16" in reason
 
 
 def test_a_quantized_peer_is_exact_where_its_products_would_saturate(
-    match: Match, monkeypatch: pytest.MonkeyPatch
+    task: PeerTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The switch does nothing to a CPU that needs none."""
     monkeypatch.setattr(onnxrt, "onnxruntime_exactness", lambda: Exactness(7, 8))
-    quantized, plain = (ready_peer(name, match) for name in ("onnxruntime-quant", "onnxruntime-f32"))
+    quantized, plain = (ready_peer(name, task) for name in ("onnxruntime-quant", "onnxruntime-f32"))
     assert isinstance(quantized, ReadyPeer)
     assert isinstance(plain, ReadyPeer)
     assert quantized.peer.what.endswith(", unsigned weights")
@@ -146,20 +147,20 @@ def test_a_quantized_peer_is_exact_where_its_products_would_saturate(
 
 
 @pytest.mark.slow
-def test_torch_compile_runs_where_there_is_a_compiler(match: Match) -> None:
-    found = ready_peer("torch-compile", match)
-    assert isinstance(found, ReadyPeer), found
-    assert found.relative_error < 5e-5
+def test_torch_compile_runs_where_there_is_a_compiler(task: PeerTask) -> None:
+    ready = ready_peer("torch-compile", task)
+    assert isinstance(ready, ReadyPeer), ready
+    assert ready.relative_error < 5e-5
 
 
 def test_without_a_working_compiler_torch_compile_is_skipped_with_its_reason(
-    match: Match, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: PeerTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_block = random_dit(replace(builtin_digits().config, depth=1), "one block")
-    monkeypatch.setitem(vars(match), "model", one_block)  # it fails the same, and sooner
+    monkeypatch.setitem(vars(task), "model", one_block)  # it fails the same, and sooner
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # else what was compiled before is taken from there
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    reason = ready_peer("torch-compile", match)
+    reason = ready_peer("torch-compile", task)
     assert isinstance(reason, str)
     assert "no-such-compiler" in reason
 
@@ -168,10 +169,10 @@ def test_a_bundle_without_its_reference_has_every_peer_skipped(
     digits: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(digits.path, tmp_path / "b", ignore=shutil.ignore_patterns("reference"))
-    found = bench(open_bundle(tmp_path / "b"), "--against all", capsys)
-    assert found["peers"] == {}
-    assert set(found["skipped"]) == set(PEERS)
-    assert all("no FP reference" in reason for reason in found["skipped"].values())
+    sides = bench(open_bundle(tmp_path / "b"), "--against all", capsys)
+    assert sides["peers"] == {}
+    assert set(sides["skipped"]) == set(PEERS)
+    assert all("no FP reference" in reason for reason in sides["skipped"].values())
 
 
 def test_a_model_that_the_manifest_does_not_tell_can_be_named(
@@ -179,8 +180,8 @@ def test_a_model_that_the_manifest_does_not_tell_can_be_named(
 ) -> None:
     skipped = bench(bundles["cached"], "--against torch-f32", capsys)["skipped"]
     assert "give it with --model" in skipped["torch-f32"]
-    found = bench(bundles["cached"], "--against torch-f32 --model own_models:same", capsys)
-    assert found["peers"]["torch-f32"]["relative_error"] < 1e-3  # the bundle stores its conditioning as FP16
+    sides = bench(bundles["cached"], "--against torch-f32 --model own_models:same", capsys)
+    assert sides["peers"]["torch-f32"]["relative_error"] < 1e-3  # the bundle stores its conditioning as FP16
 
 
 @pytest.mark.parametrize(
@@ -262,21 +263,21 @@ def test_a_ratio_without_any_peer_is_refused(
     assert "found none (openvino-f32: openvino is not installed" in capsys.readouterr().err
 
 
-def test_a_peer_walks_the_run_that_the_bundle_was_compiled_for(match: Match) -> None:
+def test_a_peer_walks_the_run_that_the_bundle_was_compiled_for(task: PeerTask) -> None:
     """Guidance and sampler around a peer are those around the bundle's FP program."""
-    found = ready_peer("onnxruntime-f32", match)
-    assert isinstance(found, ReadyPeer)
-    noise, fresh = seeded_noise(3, 0, 2, match.run.spec.latent_shape)
-    with load(match.bundle.path, reference=True) as pipe:
+    ready = ready_peer("onnxruntime-f32", task)
+    assert isinstance(ready, ReadyPeer)
+    noise, fresh = seeded_noise(3, 0, 2, task.run.spec.latent_shape)
+    with load(task.bundle.path, reference=True) as pipe:
         expected = pipe.latents([0, 1], seed=3)
-    assert np.abs(match.run.last(found.peer.forward, noise, fresh) - expected).max() < 1e-4
+    assert np.abs(task.run.last(ready.peer.forward, noise, fresh) - expected).max() < 1e-4
 
 
-def test_peers_are_compared_at_a_step_that_the_bundle_computes(match: Match) -> None:
-    program = match.bundle.manifest.program
-    assert program.steps[match.index].segment == "full"
-    assert [step for step, _ in match.points] == [0, 2]
-    assert match.labels.tolist() == [0, 1, 10, 10]
+def test_peers_are_compared_at_a_step_that_the_bundle_computes(task: PeerTask) -> None:
+    program = task.bundle.manifest.program
+    assert program.steps[task.index].segment == "full"
+    assert [step for step, _ in task.points] == [0, 2]
+    assert task.labels.tolist() == [0, 1, 10, 10]
 
 
 def test_sides_take_turns_and_warm_up_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +302,7 @@ def test_only_quantized_steps_are_held_against_a_peers(bundles: dict[str, Bundle
     assert kinds == ["float", "reuse", "step", "reuse", "float", "reuse", "run"]
 
 
-def test_a_peer_with_a_cache_is_measured_over_whole_runs(match: Match) -> None:
+def test_a_peer_with_a_cache_is_measured_over_whole_runs(task: PeerTask) -> None:
     calls: list[int | str] = []
 
     def forward(index: int, rows: Samples) -> Samples:
@@ -309,19 +310,19 @@ def test_a_peer_with_a_cache_is_measured_over_whole_runs(match: Match) -> None:
         return np.concatenate([rows, rows], axis=1)
 
     peer = Peer(forward, "made up", begin=lambda: calls.append("begin"))
-    measured = list(peer_turn(peer, match)())
+    measured = list(peer_turn(peer, task)())
     assert calls == ["begin", 0, 1, 2, 3]
     assert [kind for kind, _ in measured] == ["step", "step", "run"]
     assert measured[2][1] > measured[0][1] + measured[1][1]
-    measured = list(peer_turn(replace(peer, begin=None), match)())
+    measured = list(peer_turn(replace(peer, begin=None), task)())
     *steps, (kind, whole) = measured
     assert kind == "run"
     assert whole == pytest.approx(4 * sum(seconds for _, seconds in steps) / len(steps))
-    assert set(calls[5:]) == {match.index}
+    assert set(calls[5:]) == {task.index}
     assert len(calls[5:]) == len(steps) + 1  # the first of a burst is not counted
 
 
-def test_a_step_longer_than_a_burst_is_measured_once(match: Match, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_longer_than_a_burst_is_measured_once(task: PeerTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "BURST_SECONDS", 0)
     calls: list[int] = []
 
@@ -329,6 +330,6 @@ def test_a_step_longer_than_a_burst_is_measured_once(match: Match, monkeypatch: 
         calls.append(index)
         return np.concatenate([rows, rows], axis=1)
 
-    measured = list(peer_turn(Peer(forward, "made up"), match)())
+    measured = list(peer_turn(Peer(forward, "made up"), task)())
     assert [kind for kind, _ in measured] == ["step", "run"]
     assert len(calls) == 2

@@ -46,11 +46,11 @@ def test_the_limit_is_the_longer_of_products_and_what_must_be_moved(
 def test_every_measured_segment_has_a_limit(bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]) -> None:
     command = f"bench {bundles['cached'].path} --requests 2 --warmup 0 --roofline"
     assert run([*command.split(), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    lines = found["roofline"]["segments"]
+    benched = json.loads(capsys.readouterr().out)
+    lines = benched["roofline"]["segments"]
     assert set(lines) == {"condition", "full", "reuse"}
     for name, line in lines.items():
-        assert line["measured"] == found["segments"][name]["median"]
+        assert line["measured"] == benched["segments"][name]["median"]
         assert line["share_of_limit"] == pytest.approx(line["limit"] / line["measured"])
         assert line["limit"] > 0
     assert lines["full"]["limit"] > lines["reuse"]["limit"]

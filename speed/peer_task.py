@@ -1,4 +1,4 @@
-"""What a bundle and its peers are held to: the same network, samples, timesteps, labels and guidance.
+"""The task of a bundle and its peers: the same network, samples, timesteps, labels and guidance.
 
 They are compared at one step that computes, in the middle of the bundle's own run; the bundle's samples at its other
 computing steps calibrate the peers that quantize.
@@ -30,7 +30,7 @@ from ditc.runtime.reference_run import GuidedRun
 if TYPE_CHECKING:
     from ditc.exporter.model_facts import ModelFacts
 
-__all__ = ["Match", "ModelChoice", "bench_labels", "match_of"]
+__all__ = ["ModelChoice", "PeerTask", "bench_labels", "peer_task_of"]
 
 CALIBRATION_POINTS = 16  # at most, of the bundle's own run, for peers that quantize
 # relative error of a torch model's output against the bundle's FP reference, whose conditioning may be stored as FP16
@@ -46,11 +46,11 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
-class Match:
-    """The common ground of a bundle and its peers.
+class PeerTask:
+    """The run that a bundle and its peers are all measured on.
 
     `reference` is the FP segment of a computing step, with nothing but the prediction as output. `expected` is what it
-    gives for the samples `x` at step `index`, (rows, channels, height, width), and `found` what the bundle gives.
+    gives for the samples `x` at step `index`, (rows, channels, height, width), `bundle_output` what the bundle gives.
     `labels` are those of all rows, `tables` the bundle's conditioning, each (steps, rows, ...). `points` are (step,
     samples) to calibrate with. Peers write files to `scratch`.
     """
@@ -63,21 +63,21 @@ class Match:
     index: int
     x: Samples
     expected: Samples
-    found: Samples
+    bundle_output: Samples
     points: tuple[tuple[int, Samples], ...]
     scratch: Path
     choice: ModelChoice
 
     def feeds(self, index: int, rows: Samples) -> dict[str, NDArray[Any]]:
-        """Inputs of the FP segment at a step, for all rows of the network."""
+        """Return the inputs of the FP segment at a step, for all rows of the network."""
         return _feeds(self.tables, index, rows)
 
     def calibration(self) -> list[dict[str, NDArray[Any]]]:
-        """The same at every calibration point."""
+        """Return the same at every calibration point."""
         return [self.feeds(index, self.run.guidance.rows(x)) for index, x in self.points]
 
     def error(self, out: Samples) -> float:
-        """How far an output is from the FP one at the step that is compared."""
+        """Return the relative error of an output against the FP one at the step that is compared."""
         return relative_error(out, self.expected)
 
     @cached_property
@@ -87,15 +87,15 @@ class Match:
 
 
 def bench_labels(manifest: Manifest) -> list[int]:
-    """A full batch of classes."""
+    """Return a full batch of classes."""
     return manifest.model.labels_in_turn(0, manifest.batch)
 
 
-def match_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> Match:
-    """The match of a bundle that has its FP reference. Raises InputError where a named model is another one."""
+def peer_task_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> PeerTask:
+    """Return the task of a bundle that has its FP reference. Raises InputError where a named model is another one."""
     run = GuidedRun.of(bundle)
     labels = run.guidance.labels(bench_labels(bundle.manifest))
-    before, found = _own_run(bundle)
+    before, bundle_output = _own_run(bundle)
     computing = sorted(before)
     index = computing[len(computing) // 2]
     condition = OnnxRuntimeBackend().session(bundle.reference_path(CONDITION))
@@ -103,7 +103,7 @@ def match_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> Match:
     reference = _bare_reference(bundle, scratch)
     feeds = _feeds(tables, index, run.guidance.rows(before[index]))
     expected = OnnxRuntimeBackend().session(reference).run(["out"], feeds)[0]
-    match = Match(
+    task = PeerTask(
         bundle=bundle,
         reference=reference,
         run=run,
@@ -112,18 +112,18 @@ def match_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> Match:
         index=index,
         x=before[index],
         expected=np.asarray(expected),
-        found=found,
+        bundle_output=bundle_output,
         points=tuple((i, before[i]) for i in computing[:: -(-len(computing) // CALIBRATION_POINTS)]),
         scratch=scratch,
         choice=choice,
     )
     if choice.name is not None:
-        _ = match.model  # a wrong one is refused before anything is measured
-    return match
+        _ = task.model  # a wrong one is refused before anything is measured
+    return task
 
 
 def _own_run(bundle: Bundle) -> tuple[dict[int, Samples], Samples]:
-    """(samples before every call of `full`, what the bundle's network gave at the middle one of them)."""
+    """Return (samples before every call of `full`, what the bundle's network gave at the middle one of them)."""
     program = bundle.manifest.program
     calls = sum(step.segment == FULL for step in program.steps)
     recorder = RecordingBackend(OnnxRuntimeBackend(), {FULL: {calls // 2}})
@@ -138,7 +138,7 @@ def _feeds(tables: Mapping[str, NDArray[Any]], index: int, rows: Samples) -> dic
 
 
 def _bare_reference(bundle: Bundle, scratch: Path) -> Path:
-    """The FP segment of a computing step, its prediction the only output: a peer leaves nothing for later steps."""
+    """Write the FP segment of a computing step with its prediction as only output: a peer leaves nothing for later."""
     from ditc.exporter.onnx_files import load_graph, save_graph
     from ditc.quantize.segment_outputs import keep_outputs
 
@@ -150,7 +150,7 @@ def _bare_reference(bundle: Bundle, scratch: Path) -> Path:
 
 
 def known_model(manifest: Manifest) -> str:
-    """The name of the model that a bundle was compiled from, where its manifest tells. Raises InputError elsewhere."""
+    """Return the model that a bundle was compiled from, by its manifest. Raises InputError where that doesn't tell."""
     name = manifest.model.name
     if name == "digits":
         return name
@@ -160,26 +160,26 @@ def known_model(manifest: Manifest) -> str:
 
 
 def _class_facts(manifest: Manifest) -> ModelFacts:
-    """The classes that a bundle's checkpoint was read with; the rest of its facts changes no forward pass."""
+    """Return the classes that a bundle's checkpoint was read with; the rest of its facts changes no forward pass."""
     from ditc.exporter.model_facts import ModelFacts
 
     return ModelFacts(classes=manifest.model.num_classes, null_class=manifest.model.null_label is not None)
 
 
-def _checked_model(match: Match) -> Any:
+def _checked_model(task: PeerTask) -> Any:
     from ditc.exporter.models import load_model
     from ditc.speed.eager import eager_forward
 
-    manifest, choice = match.bundle.manifest, match.choice
+    manifest, choice = task.bundle.manifest, task.choice
     name = choice.name or known_model(manifest)
     model = load_model(name, num_heads=choice.heads, facts=_class_facts(manifest) if Path(name).is_file() else None)
-    advice = f"name the one that {match.bundle.path} was compiled from with --model"
+    advice = f"name the one that {task.bundle.path} was compiled from with --model"
     for kind in ("latent_shape", "out_channels", "num_classes", "branches"):
         own, wanted = getattr(model.spec, kind), getattr(manifest.model, kind)
         if own != wanted:
             raise InputError(f"{name} is another model: its {kind} is {own}, expected {wanted}; {advice}")
-    forward = eager_forward(model, match.run.columns["t"], match.labels, next(model.parameters()).dtype)
-    error = match.error(forward(match.index, match.run.guidance.rows(match.x)))
+    forward = eager_forward(model, task.run.columns["t"], task.labels, next(model.parameters()).dtype)
+    error = task.error(forward(task.index, task.run.guidance.rows(task.x)))
     if not error < SAME_MODEL:
         raise InputError(
             f"{name} is another model: its output is {error:.2g} from the bundle's FP reference (relative), "
