@@ -15,7 +15,7 @@ from ditc.errors import CheckError, InputError
 from ditc.runtime.options import Place
 
 if TYPE_CHECKING:
-    from ditc.diagnosis.bisecting import Bisection
+    from ditc.diagnosis.bisection import Bisection
     from ditc.diagnosis.doctor import Findings
     from ditc.diagnosis.polygraphy_export import PolygraphyExport
 
@@ -74,7 +74,7 @@ def export_polygraphy_command(bundle: Path, options: PolygraphyOptions, out: Pat
 
 
 def print_export(exported: PolygraphyExport) -> None:
-    """Where each segment was recorded, and what to do next."""
+    """Print the steps that each segment was recorded at, and what to do next."""
     click.echo(exported.folder)
     for name, segment in exported.segments.items():
         at = f" at steps {', '.join(map(str, segment.steps))}" if segment.steps else ""
@@ -86,14 +86,14 @@ def print_export(exported: PolygraphyExport) -> None:
 
 
 def print_findings(findings: Findings) -> None:
-    """What works and what doesn't, a line each."""
+    """Print what works and what doesn't, a line each."""
     width = max(len(finding.name) for finding in findings.root)
     for finding in findings.root:
         click.echo(f"{'yes' if finding.works else 'no ':<3}  {finding.name:<{width}}  {finding.detail}")
 
 
 def print_bisection(bisection: Bisection, top: int) -> None:
-    """The worst groups of layers, `top` of them."""
+    """Print the worst groups of layers, `top` of them."""
     from ditc.report.wording import joined_names
 
     steps = len(bisection.together_steps)

@@ -1,1 +1,1 @@
-"""What is wrong, and where: layers that err, machines that can't, inputs for Polygraphy."""
+"""Faults, and where they lie: layers that err, machines that can't, inputs for Polygraphy."""

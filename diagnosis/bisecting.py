@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ditc.bundle import Bundle, open_bundle
 from ditc.calibset import CalibSet
 from ditc.compiler.calibrating import calibration_feeds, chosen_points, scales_of
+from ditc.diagnosis.bisection import Bisection, GroupError, StepError
 from ditc.diagnosis.options import BisectOptions
 from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
@@ -40,14 +41,10 @@ from ditc.quantize.scale_table import ScaleTable
 from ditc.quantize.segment_outputs import keep_outputs
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import Samples
-from ditc.spec import Record
 from ditc.tables import step_inputs
 
 __all__ = [
     "MODES",
-    "Bisection",
-    "GroupError",
-    "StepError",
     "Target",
     "bisect_bundle",
     "open_target",
@@ -58,7 +55,7 @@ Layers = frozenset[str]
 
 @dataclass(frozen=True)
 class Mode:
-    """What is quantized to look at a group, (all layers, the group's) -> layers, and the square it then accounts for.
+    """A way to look at a group: `quantized` of (all layers, the group's), and the square that it then accounts for.
 
     `accounts_for` takes the error that was measured and that of everything quantized.
     """
@@ -86,51 +83,9 @@ def gone(error: float, together: float) -> float:
 MODES: dict[str, Mode] = {"only": Mode(only, caused), "without": Mode(without, gone)}
 
 
-class StepError(Record):
-    """Relative error of the predictions at one step of the trajectory; `t` is its timestep."""
-
-    step: int
-    t: float
-    error: float
-
-
-class GroupError(Record):
-    """What was measured for one group of layers.
-
-    `layers` are torch module paths. `error` is over all points: with mode "only" the error that the group causes,
-    with "without" the error that is left when it is not quantized. `worst` is the step where it causes most. `share`
-    is its part of the sum of squares that the groups account for; below 0 where leaving a group out makes it worse.
-    """
-
-    layers: tuple[str, ...]
-    branches: tuple[str, ...]
-    error: float
-    share: float
-    worst: StepError
-    steps: tuple[StepError, ...]
-
-
-class Bisection(Record):
-    """Groups by the error they cause, worst first.
-
-    `together` is the error with everything quantized, `together_steps` that of each step. `squares_ratio` is the sum
-    of the squares that the groups account for over the square of `together`: 1 where errors are independent.
-    """
-
-    model: str
-    backend: str
-    by: str
-    mode: str
-    points: int
-    together: float
-    together_steps: tuple[StepError, ...]
-    squares_ratio: float
-    groups: tuple[GroupError, ...]
-
-
 @dataclass(frozen=True)
 class Target:
-    """Where the variants run: the backend's name, whose lowerings they take, and what opens an ONNX file of it.
+    """The place where variants run: the backend's name, whose lowerings they take, and what opens an ONNX file of it.
 
     Every run has one point, so 2 rows with guidance and 1 without. The file may be gone after the engine is closed.
     """
@@ -141,7 +96,7 @@ class Target:
 
 @contextmanager
 def open_target(name: str, bundle: Path) -> Iterator[Target]:
-    """The target of a name: `cpu` is ONNX Runtime, `tensorrt` builds an engine of every variant on this machine."""
+    """Open the target of a name: `cpu` is ONNX Runtime, `tensorrt` builds an engine of every variant right here."""
     if name == "cpu":
         yield Target("onnxrt", OnnxRuntimeBackend().open)
         return
@@ -155,8 +110,8 @@ def open_target(name: str, bundle: Path) -> Iterator[Target]:
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """What all variants share: the FP segment in a folder that may be written, the scales, the inputs of each point.
+class _VariantParts:
+    """The common parts of variants: the FP segment in a folder that may be written, scales, inputs of each point.
 
     `channels` of the prediction are compared; those after them, a learned variance, are not.
     """
@@ -186,18 +141,18 @@ def bisect_bundle(
     bundle = open_bundle(Path(path))
     check_can_be_bisected(bundle)
     target = target or Target("onnxrt", OnnxRuntimeBackend().open)
-    with _bench(bundle, options.points, target) as bench:
-        groups = groups_of(load_graph(bench.segment), options.by)
+    with _variant_parts(bundle, options.points, target) as parts:
+        groups = groups_of(load_graph(parts.segment), options.by)
         every = frozenset(name for group in groups for name in group.names)
         chosen = [MODES[options.mode].quantized(every, frozenset(group.names)) for group in groups]
         variants = [frozenset(), every, *chosen]
         predictions = []
         for done, layers in enumerate(variants):
             progress("bisect", done, len(variants))
-            predictions.append(predict(bench, layers))
+            predictions.append(predict(parts, layers))
         progress("bisect", len(variants), len(variants))
-    exact, together, *found = predictions
-    return _ranked(bundle, options, bench, groups, [_errors(bench, part, exact) for part in (together, *found)])
+    exact, *of_quantized = predictions
+    return _ranked(bundle, options, parts, groups, [_errors(parts, part, exact) for part in of_quantized])
 
 
 def check_can_be_bisected(bundle: Bundle) -> None:
@@ -215,8 +170,8 @@ def check_can_be_bisected(bundle: Bundle) -> None:
 
 
 @contextmanager
-def _bench(bundle: Bundle, points: int, target: Target) -> Iterator[_Bench]:
-    """The FP segment copied to a folder that lives as long as the block, and the inputs of the chosen points."""
+def _variant_parts(bundle: Bundle, points: int, target: Target) -> Iterator[_VariantParts]:
+    """Copy the FP segment to a folder that lives as long as the block, and read the inputs of the chosen points."""
     spec = bundle.manifest.model
     null_label = Guidance.of(spec, bundle.manifest.guidance).null_label
     table, calib = scales_of(bundle), chosen_points(bundle, points)
@@ -230,63 +185,65 @@ def _bench(bundle: Bundle, points: int, target: Target) -> Iterator[_Bench]:
         with writing(segment):
             for file in filter(Path.is_file, (source, data_path(source))):
                 shutil.copyfile(file, segment.with_name(file.name))
-        yield _Bench(target, segment, table, feeds, calib, spec.in_channels)
+        yield _VariantParts(target, segment, table, feeds, calib, spec.in_channels)
 
 
-def predict(bench: _Bench, layers: Layers) -> list[Samples]:
-    """The prediction at each point with `layers` quantized, each (rows, channels, height, width)."""
-    path = write_variant(bench, layers)
+def predict(parts: _VariantParts, layers: Layers) -> list[Samples]:
+    """Return the prediction at each point with `layers` quantized, each (rows, channels, height, width)."""
+    path = write_variant(parts, layers)
     try:
-        with bench.target.open_engine(path) as engine:
-            return [_prediction(engine, feed, bench.channels) for feed in bench.feeds]
+        with parts.target.open_engine(path) as engine:
+            return [_prediction(engine, feed, parts.channels) for feed in parts.feeds]
     finally:
         for file in (path, data_path(path)):
             file.unlink(missing_ok=True)
 
 
-def write_variant(bench: _Bench, layers: Layers) -> Path:
-    """The segment with `layers` quantized and only the prediction as output, as the backend takes it."""
-    model = load_graph(bench.segment)
-    insert_qdq(model, bench.table, layers)
+def write_variant(parts: _VariantParts, layers: Layers) -> Path:
+    """Write the segment with `layers` quantized and only the prediction as output, as the backend takes it."""
+    model = load_graph(parts.segment)
+    insert_qdq(model, parts.table, layers)
     keep_outputs(model, [value for value in model.graph.outputs if value.name == "out"])
-    lower(model, bench.target.name)
-    path = bench.segment.with_name(f"variant-{digest_of(sorted(layers))}.onnx")
+    lower(model, parts.target.name)
+    path = parts.segment.with_name(f"variant-{digest_of(sorted(layers))}.onnx")
     save_derived(model, path)
     return path
 
 
 def _prediction(engine: Engine, feed: dict[str, NDArray[Any]], channels: int) -> Samples:
-    port = engine.outputs["out"]
-    shape = (len(feed["x"]), *(size for size in port.shape[1:] if isinstance(size, int)))
-    out: NDArray[Any] = np.empty(shape, port.dtype)
+    predicted = engine.outputs["out"]
+    shape = (len(feed["x"]), *(size for size in predicted.shape[1:] if isinstance(size, int)))
+    out: NDArray[Any] = np.empty(shape, predicted.dtype)
     binding = engine.binding()
-    for name, taken in engine.inputs.items():
-        binding.bind(name, np.ascontiguousarray(feed[name], taken.dtype))
+    for name, port in engine.inputs.items():
+        binding.bind(name, np.ascontiguousarray(feed[name], port.dtype))
     binding.bind("out", out)
     binding.run()
     return np.asarray(out[:, :channels], np.float32)
 
 
-def _errors(bench: _Bench, found: Sequence[Samples], exact: Sequence[Samples]) -> tuple[float, tuple[StepError, ...]]:
-    """The relative error over all points, and at each step."""
-    if not all(np.isfinite(part).all() for part in (*found, *exact)):
-        raise CheckError(f"a prediction on {bench.target.name} is NaN or infinite; `ditc verify` shows the step")
+def _errors(
+    parts: _VariantParts, predictions: Sequence[Samples], exact: Sequence[Samples]
+) -> tuple[float, tuple[StepError, ...]]:
+    """Return the relative error over all points, and at each step."""
+    if not all(np.isfinite(part).all() for part in (*predictions, *exact)):
+        raise CheckError(f"a prediction on {parts.target.name} is NaN or infinite; `ditc verify` shows the step")
     steps = []
-    for step, group in groupby(range(len(found)), key=lambda place: int(bench.calib.step[place])):
+    for step, group in groupby(range(len(predictions)), key=lambda place: int(parts.calib.step[place])):
         places = list(group)
-        error = relative_error(np.stack([found[i] for i in places]), np.stack([exact[i] for i in places]))
-        steps.append(StepError(step=step, t=float(bench.calib.t[places[0]]), error=error))
-    return relative_error(np.stack(found), np.stack(exact)), tuple(steps)
+        error = relative_error(np.stack([predictions[i] for i in places]), np.stack([exact[i] for i in places]))
+        steps.append(StepError(step=step, t=float(parts.calib.t[places[0]]), error=error))
+    return relative_error(np.stack(predictions), np.stack(exact)), tuple(steps)
 
 
 def _ranked(
     bundle: Bundle,
     options: BisectOptions,
-    bench: _Bench,
+    parts: _VariantParts,
     groups: Sequence[LayerGroup],
     errors: Sequence[tuple[float, tuple[StepError, ...]]],
 ) -> Bisection:
-    """The report; `errors` are those of everything quantized, then of each group."""
+    """Return the report; `errors` are those of everything quantized, then of each group."""
     (together, together_steps), *measured = errors
     accounts_for = MODES[options.mode].accounts_for
     squares = [accounts_for(error, together) for error, _ in measured]
@@ -306,10 +263,10 @@ def _ranked(
 
     return Bisection(
         model=bundle.manifest.model.name,
-        backend=bench.target.name,
+        backend=parts.target.name,
         by=options.by,
         mode=options.mode,
-        points=len(bench.calib),
+        points=len(parts.calib),
         together=together,
         together_steps=together_steps,
         squares_ratio=total / together**2 if together > 0 else 0.0,

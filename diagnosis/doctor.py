@@ -1,4 +1,4 @@
-"""What works on this machine and what doesn't, with the reason: `ditc doctor`."""
+"""Checks of what works on this machine, with the reason where something doesn't: `ditc doctor`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Finding(Record):
 
 
 class Findings(RootModel[tuple[Finding, ...]]):
-    """What `ditc doctor` found; as JSON it is a list."""
+    """The findings of `ditc doctor`; as JSON they are a list."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,12 +43,12 @@ def _finding(name: str, works: bool, detail: str) -> Finding:
 
 
 def examine() -> list[Finding]:
-    """Every check, in the order a user needs them."""
+    """Run every check, in the order a user needs them."""
     return [finding for check in CHECKS if (finding := check()) is not None]
 
 
 def compared(bundle: Path, target: str | None = None, engines: Path | None = None) -> list[Finding]:
-    """Does each segment of a bundle give here what it gave where it was compiled? A finding for each.
+    """Return a finding for each segment of a bundle: whether it gives here what it gave where it was compiled.
 
     In the order of their first call, but that `update` is the last: what it takes comes from the others. Raises
     BundleError for a bundle without a fingerprint.
@@ -59,7 +59,9 @@ def compared(bundle: Path, target: str | None = None, engines: Path | None = Non
         differences = pipe.differences()
     findings = []
     for segment in sorted(dict.fromkeys(difference.segment for difference in differences), key=UPDATE.__eq__):
-        worst = max((one for one in differences if one.segment == segment), key=attrgetter("excess"))
+        worst = max(
+            (difference for difference in differences if difference.segment == segment), key=attrgetter("excess")
+        )
         findings.append(_finding(f"segment {segment}", worst.is_rounding, worst.told))
     return findings
 
@@ -85,7 +87,7 @@ NEVER_TRIED = "GPUs (cuda, tensorrt, ort-tensorrt), Jetson, macOS, Windows, musl
 
 
 def tried_platform() -> Finding:
-    """Was ditc ever tried on a platform like this one?"""
+    """Say whether ditc was ever tried on a platform like this one."""
     system, processor = platform.system(), platform.machine()
     how = TRIED.get((system, processor)) if platform.libc_ver()[0] == "glibc" else None
     seen = f"{system} on {processor}: {how or 'never tried'}"
@@ -101,7 +103,7 @@ def compile_stages() -> Finding:
 
 
 def onnxruntime_cpu() -> Finding:
-    """Integer products are run, and held to the exact ones."""
+    """Run integer products, and hold them to the exact ones."""
     release = installed("onnxruntime") or installed("onnxruntime-gpu")
     if release is None:
         return _finding("target cpu", False, "not installed; install with: pip install 'ditc[cpu]'")
@@ -111,12 +113,12 @@ def onnxruntime_cpu() -> Finding:
 
 
 def openvino_cpu() -> Finding:
-    """What is left to ONNX Runtime is the target cpu's matter."""
+    """Run integer products in OpenVINO; what it leaves to ONNX Runtime is the target cpu's matter."""
     return _openvino("openvino", "f32")
 
 
 def openvino_bf16() -> Finding:
-    """The same with bfloat16 around the integers, where the processor has it."""
+    """Run the same with bfloat16 around the integers, where the processor has it."""
     return _openvino("openvino-bf16", "bf16")
 
 
@@ -130,7 +132,7 @@ def _openvino(target: str, rest: str) -> Finding:
 
 
 def _integers(name: str, library: str, backend: SaysArithmetic) -> Finding:
-    """What a library makes of integers here; it works where those of w8a8 are exact."""
+    """Hold a library's integer products to the exact ones; it works where those of w8a8 are exact."""
     try:
         arithmetic = backend.arithmetic(INT8.weights)
     except DitcError as e:
@@ -139,7 +141,7 @@ def _integers(name: str, library: str, backend: SaysArithmetic) -> Finding:
 
 
 def onnxruntime_provider(target: str, provider: str) -> Finding:
-    """Is a provider in this onnxruntime? Whether its libraries load shows when a session opens."""
+    """Say whether this onnxruntime has a provider; whether its libraries load shows when a session opens."""
     name = f"target {target}"
     if find_spec("onnxruntime") is None:
         return _finding(name, False, "onnxruntime is not installed; install with: pip install 'ditc[cuda]'")
@@ -159,7 +161,7 @@ def onnxruntime_tensorrt() -> Finding:
 
 
 def gpu() -> Finding:
-    """The GPU through cuda-core, with its memory."""
+    """Look for the GPU through cuda-core, with its memory."""
     from ditc.engines.device import open_device
 
     try:
@@ -172,7 +174,7 @@ def gpu() -> Finding:
 
 
 def tensorrt() -> Finding:
-    """The bindings, the library behind them, and what this version can do."""
+    """Look for the bindings, the library behind them, and what this version can do."""
     from ditc.engines.trt import import_tensorrt, open_builder
 
     name = "target tensorrt"
@@ -197,7 +199,7 @@ JETPACKS = (
 
 
 def jetpack(root: Path = Path("/")) -> Finding | None:
-    """The JetPack of a Jetson, read from its L4T release; None on other machines."""
+    """Return the JetPack of a Jetson, read from its L4T release; None on other machines."""
     try:
         text = (root / "etc" / "nv_tegra_release").read_text()
     except OSError:

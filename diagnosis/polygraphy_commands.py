@@ -24,7 +24,7 @@ WORKSPACE = "1G"  # TensorRT's scratch memory, as engines.trt.BuildSettings has 
 
 @dataclass(frozen=True)
 class SegmentFacts:
-    """What the commands of a segment need to know. Paths are relative to the bundle.
+    """The facts of a segment that its commands are written from. Paths are relative to the bundle.
 
     `shapes` are those of one recorded point, `rms` the size of each output there; `typed` is the form for TensorRT,
     None where the bundle has none, and `cut` a tensor half-way through the graph. `quantized_inputs` are those that
@@ -77,12 +77,12 @@ class Script:
 
 
 def loader_name(segment: str, form: str) -> str:
-    """The data loader that feeds a form: those for TensorRT take other types."""
+    """Return the data loader that feeds a form: those for TensorRT take other types."""
     return f"loader_{segment}_trt.py" if form.endswith(".trt.onnx") else f"loader_{segment}.py"
 
 
 def script_text(script: Script, segments: Sequence[SegmentFacts], bundle: str) -> str | None:
-    """The whole script; `bundle` is the default path to it. None where no segment has anything to do in it."""
+    """Return the whole script; `bundle` is the default path to it. None where no segment has anything to do in it."""
     bodies = {facts.name: script.body(facts) for facts in segments}
     names = [name for name, lines in bodies.items() if lines]
     if not names:
@@ -116,14 +116,14 @@ exit "$failed"
 
 
 def _case(facts: SegmentFacts, lines: Sequence[str]) -> str:
-    """What a script does with one segment."""
+    """Return the branch of a script for one segment."""
     needs_shapes = any("${shapes[@]}" in line for line in lines)
     body = [_shapes_array(facts.shapes), *lines] if needs_shapes else lines
     return "\n    ".join([f"{facts.name})", *body, ";;"])
 
 
 def _shapes_array(shapes: Mapping[str, Sequence[int]]) -> str:
-    """The `shapes` array of a case: bundles are built for one size, so least, best and largest are the same."""
+    """Return the `shapes` array of a case: bundles are built for one size, so least, best and largest are the same."""
     words = (f"{name}:[{','.join(map(str, shape))}]" for name, shape in shapes.items())
     return f"shapes=({' '.join(map(shlex.quote, words))})"
 
@@ -133,7 +133,7 @@ def _command(*lines: str) -> str:
 
 
 def _checked(*lines: str) -> str:
-    """A command whose failure is the script's, without keeping the next one from running."""
+    """Return a command whose failure is the script's, without keeping the next one from running."""
     return _command(*lines) + " || failed=1"
 
 

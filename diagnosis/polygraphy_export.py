@@ -16,6 +16,7 @@ import numpy as np
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.diagnosis.polygraphy_commands import SCRIPTS, SegmentFacts, loader_name, script_text
+from ditc.diagnosis.polygraphy_texts import LOADER, TITLE, readme
 from ditc.engines.backend import lowered_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordedRun, RecordingBackend
@@ -32,11 +33,9 @@ __all__ = ["PolygraphyExport", "RecordedSegment", "export_polygraphy", "recorded
 
 Runs = Mapping[str, Sequence[RecordedRun]]
 
-TITLE = "# Polygraphy on the segments of a bundle"
-
 
 class RecordedSegment(Record):
-    """How many calls of a segment were recorded, with inputs of which shapes.
+    """The recorded calls of a segment: how many, and the shapes of their inputs.
 
     `steps` are those it was recorded at, none for one that runs outside the loop.
     """
@@ -47,7 +46,7 @@ class RecordedSegment(Record):
 
 
 class PolygraphyExport(Record):
-    """What was written into `folder`; `tensorrt` says whether there is anything for TensorRT in it."""
+    """The files written into `folder`; `tensorrt` says whether there is anything for TensorRT in it."""
 
     folder: str
     tensorrt: bool
@@ -99,7 +98,7 @@ def _check_target(target: Path, bundle: Path, force: bool) -> None:
 
 
 def recorded_calls(program: Program, points: int) -> dict[str, list[int]]:
-    """Which calls of each segment to record: at most `points`, spread from the first call to the last."""
+    """Choose the calls of each segment to record: at most `points`, spread from the first call to the last."""
     counts = Counter({CONDITION: 1}) + Counter(step.segment for step in program.steps) + Counter(program.epilogue)
     return {
         name: sorted({int(call) for call in np.linspace(0, count - 1, min(points, count)).round()})
@@ -108,7 +107,7 @@ def recorded_calls(program: Program, points: int) -> dict[str, list[int]]:
 
 
 def recorded_runs(bundle: Bundle, points: int) -> dict[str, list[RecordedRun]]:
-    """What the engine of every segment was bound to at `points` of its calls, along one request of the bundle."""
+    """Record what the engine of every segment is bound to at `points` of its calls, along one request of the bundle."""
     manifest = bundle.manifest
     backend = RecordingBackend(OnnxRuntimeBackend(), recorded_calls(manifest.program, points))
     labels = manifest.model.labels_in_turn(0, manifest.batch)
@@ -119,7 +118,7 @@ def recorded_runs(bundle: Bundle, points: int) -> dict[str, list[RecordedRun]]:
 
 
 def with_every_row(bundle: Bundle, labels: list[int], run: RecordedRun) -> RecordedRun:
-    """A run of `condition` with a label for each network row, as an engine of fixed shapes takes it.
+    """Return a run of `condition` with a label for each network row, as an engine of fixed shapes takes it.
 
     On the CPU it was given each label once.
     """
@@ -130,7 +129,7 @@ def with_every_row(bundle: Bundle, labels: list[int], run: RecordedRun) -> Recor
 
 
 def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> SegmentFacts:
-    """What the commands of a segment need, read from its graph and its recorded runs."""
+    """Return the facts of a segment for its commands, read from its graph and its recorded runs."""
     from ditc.exporter.onnx_files import load_graph
     from ditc.lowering.modulation_folding import OVER_MAGNITUDE
 
@@ -158,7 +157,7 @@ def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> Seg
 
 
 def tensors_with(segment: Path, text: str) -> list[str]:
-    """Names of inner tensors of a graph that have a text in them."""
+    """Return the names of inner tensors of a graph that have a text in them."""
     from ditc.exporter.onnx_files import load_graph
 
     return [str(value.name) for node in load_graph(segment).graph for value in node.outputs if text in str(value.name)]
@@ -169,13 +168,13 @@ def _inside(bundle: Bundle, path: Path) -> str:
 
 
 def _rms(values: np.ndarray[Any, Any]) -> float:
-    """Root mean square of what is finite: a run that diverges is worth a look as well."""
+    """Return the root mean square of what is finite: a run that diverges is worth a look as well."""
     finite = values[np.isfinite(values)].astype(np.float64)
     return float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
 
 
 def _write_inputs(folder: Path, runs: Runs) -> None:
-    """NAME.npz per segment: each input stacked over its points, (points, ...)."""
+    """Write NAME.npz per segment: each input stacked over its points, (points, ...)."""
     folder.mkdir()
     for name, recorded in runs.items():
         stacked: dict[str, Any] = {key: np.stack([run.inputs[key] for run in recorded]) for key in recorded[0].inputs}
@@ -183,7 +182,7 @@ def _write_inputs(folder: Path, runs: Runs) -> None:
 
 
 def _write_loaders(folder: Path, bundle: Bundle, facts: Sequence[SegmentFacts]) -> None:
-    """A data loader for the portable form and one for TensorRT's, each with the types that its graph takes."""
+    """Write a data loader for the portable form and one for TensorRT's, each with the types that its graph takes."""
     from ditc.exporter.onnx_files import load_graph
 
     for part in facts:
@@ -213,93 +212,3 @@ def _recorded(program: Program, part: SegmentFacts, runs: Sequence[RecordedRun])
         steps=tuple(steps[run.call] for run in runs) if steps else (),
         inputs={name: tuple(shape) for name, shape in part.shapes.items()},
     )
-
-
-def readme(bundle: Bundle, facts: Sequence[SegmentFacts]) -> str:
-    """The page that goes with the folder."""
-    names = ", ".join(f"`{part.name}`" for part in facts)
-    with_tensorrt = any(part.typed is not None for part in facts)
-    tensorrt = TENSORRT_NOTES if with_tensorrt else NO_TENSORRT_NOTES.format(precision=bundle.manifest.precision)
-    rows = "".join(
-        f"| `{script.name}` | {script.head.splitlines()[0].rstrip('.')} |\n"
-        for script in SCRIPTS
-        if script_text(script, facts, ".") is not None
-    )
-    return README.format(title=TITLE, model=bundle.manifest.model.name, names=names, scripts=rows, tensorrt=tensorrt)
-
-
-LOADER = '''\
-"""Inputs of segment {segment}, recorded along a real trajectory, in the types that {form} takes.
-
-For Polygraphy's --data-loader-script; needs NumPy only.
-"""
-
-from pathlib import Path
-
-import numpy as np
-
-POINTS = Path(__file__).resolve().parent / "inputs" / "{segment}.npz"
-TYPES = {{
-{types}}}
-
-
-def load_data():
-    """Yield the inputs of every recorded point: name -> array."""
-    with np.load(POINTS, allow_pickle=False) as file:
-        stacked = {{name: file[name].astype(kind) for name, kind in TYPES.items()}}
-    for point in range(min(map(len, stacked.values()))):
-        yield {{name: values[point] for name, values in stacked.items()}}
-
-
-def load_first():
-    """Yield the first point alone, for commands that save every tensor."""
-    yield next(load_data())
-'''
-
-README = """\
-{title}
-
-Made by `ditc export-polygraphy` from a bundle of {model}, which it left as it was. Segments: {names}.
-
-| file | what it is |
-|---|---|
-| `inputs/SEGMENT.npz` | what the segment's engine was bound to at some of its calls, stacked over them |
-| `loader_SEGMENT.py` | these inputs for `--data-loader-script`, in the types of the portable form |
-{scripts}| `out/` | what the scripts write |
-
-They need Polygraphy 0.53 or newer and `onnxruntime`; some also `onnx` and `onnx-graphsurgeon`:
-
-    pip install polygraphy onnx onnxruntime onnx-graphsurgeon
-
-The scripts work in this folder and look for the bundle where it was. `BUNDLE=PATH ./compare_onnxrt.sh` names another
-place, seen from here; `./compare_onnxrt.sh full` takes one segment. They exit with 1 where something failed.
-
-Start with `compare_onnxrt.sh`. What fails there is in the graph: `layers_onnxrt.sh` says where.
-
-Tolerances are on the mean |difference| of an output, as a share of its RMS in the recorded run: 0.5 % where nothing is
-quantized, 10 % between two forms of an INT8 graph, 20 % between INT8 and FP. Inner tensors need 15 dB of signal to
-noise. They tell a wrong graph from rounding, not a good compile from a bad one: that is for `ditc verify`.
-
-On an x86 CPU without VNNI, INT8 products of 8-bit weights saturate in ONNX Runtime, and Polygraphy can't switch that
-off as ditc does: comparisons of INT8 forms in ONNX Runtime may fail there with nothing wrong in the graph.
-
-{tensorrt}"""
-
-TENSORRT_NOTES = """\
-## TensorRT
-
-Then `compare_tensorrt.sh`, where TensorRT is. If it fails: `layers_tensorrt.sh` for the first tensor that differs,
-`reduce_tensorrt.sh` for the smallest graph that does. `loader_SEGMENT_trt.py` casts to the types of
-`SEGMENT.trt.onnx`, the strongly typed form for TensorRT 10.3 to 11.4. It carries the INT8 scales: no calibration is
-needed.
-
-- 10.x only: `calibrate_tensorrt10.sh`; 11 has no calibrators.
-- An engine is good for the TensorRT version, GPU and system that built it. Rebuilds are not bit-identical;
-  `out/timing.cache` makes them quicker and more alike.
-- Polygraphy lets an engine run host code while it loads it. Only give it plans that you built yourself.
-"""
-
-NO_TENSORRT_NOTES = """\
-This bundle is {precision} and has no form for TensorRT (`SEGMENT.trt.onnx`), so everything for TensorRT is left out.
-Compile it with `--precision w8a8` to have it.
-"""

@@ -57,20 +57,20 @@ def test_a_layer_with_a_bad_scale_is_ranked_first_by_its_path(
     planted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["bisect", str(planted), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    worst = found["groups"][0]
+    bisection = json.loads(capsys.readouterr().out)
+    worst = bisection["groups"][0]
     assert worst["layers"] == [BAD]
     assert worst["branches"] == ["blocks.1.mlp"]
     assert worst["share"] > 0.5
     assert worst["worst"]["error"] == max(step["error"] for step in worst["steps"])
-    assert len(found["groups"]) == 8
+    assert len(bisection["groups"]) == 8
 
 
 def test_leaving_the_bad_layer_in_float_takes_most_of_the_error_away(planted: Path) -> None:
-    found = bisect_bundle(planted, BisectOptions(mode="without"))
-    assert found.groups[0].layers == (BAD,)
-    assert found.groups[0].error < found.together / 2
-    assert min(group.error for group in found.groups[1:]) > found.together / 2
+    bisection = bisect_bundle(planted, BisectOptions(mode="without"))
+    assert bisection.groups[0].layers == (BAD,)
+    assert bisection.groups[0].error < bisection.together / 2
+    assert min(group.error for group in bisection.groups[1:]) > bisection.together / 2
 
 
 @pytest.mark.parametrize(("by", "layers"), [("branch", 2), ("block", 4)])
@@ -88,10 +88,10 @@ def test_the_typed_form_for_tensorrt_names_the_same_layer(planted: Path) -> None
         types.update(port.dtype for name, port in engine.inputs.items() if name != "x")
         return engine
 
-    found = bisect_bundle(planted, target=Target("trt", opened))
+    bisection = bisect_bundle(planted, target=Target("trt", opened))
     assert types == {"float16"}
-    assert found.backend == "trt"
-    assert found.groups[0].layers == (BAD,)
+    assert bisection.backend == "trt"
+    assert bisection.groups[0].layers == (BAD,)
 
 
 def test_everything_quantized_is_the_error_of_the_deployed_segment(bundles: dict[str, Bundle]) -> None:
@@ -106,22 +106,22 @@ def test_everything_quantized_is_the_error_of_the_deployed_segment(bundles: dict
         np.stack([ORT.session(path).run(["out"], feed)[0][:, :3] for feed in feeds])
         for path in (bundle.reference_path("full"), runnable_path(bundle.segment_path("full"), "onnxrt"))
     )
-    found = bisect_bundle(bundle.path, BisectOptions(points=10))
-    assert found.points == 10
-    assert found.together == pytest.approx(relative_error(deployed, exact), rel=1e-4)
-    for step in found.together_steps:
+    bisection = bisect_bundle(bundle.path, BisectOptions(points=10))
+    assert bisection.points == 10
+    assert bisection.together == pytest.approx(relative_error(deployed, exact), rel=1e-4)
+    for step in bisection.together_steps:
         at_step = calib.step == step.step
         assert step.error == pytest.approx(relative_error(deployed[at_step], exact[at_step]), rel=1e-4)
         assert step.t == bundle.manifest.program.steps[step.step].t
 
 
 def test_shares_add_up_and_follow_the_order(bundles: dict[str, Bundle]) -> None:
-    found = bisect_bundle(bundles["cached"].path)
-    errors = [group.error for group in found.groups]
+    bisection = bisect_bundle(bundles["cached"].path)
+    errors = [group.error for group in bisection.groups]
     assert errors == sorted(errors, reverse=True)
-    assert sum(group.share for group in found.groups) == pytest.approx(1)
-    assert found.groups[0].share == pytest.approx(errors[0] ** 2 / sum(error**2 for error in errors))
-    assert found.squares_ratio == pytest.approx(sum(error**2 for error in errors) / found.together**2)
+    assert sum(group.share for group in bisection.groups) == pytest.approx(1)
+    assert bisection.groups[0].share == pytest.approx(errors[0] ** 2 / sum(error**2 for error in errors))
+    assert bisection.squares_ratio == pytest.approx(sum(error**2 for error in errors) / bisection.together**2)
 
 
 def test_the_bundle_is_unchanged_and_nothing_is_left_behind(
@@ -155,9 +155,9 @@ def test_variants_with_weights_of_their_own_give_the_same_errors(
 
 
 def test_points_come_from_steps_that_compute(bundles: dict[str, Bundle]) -> None:
-    found = bisect_bundle(bundles["cached"].path, BisectOptions(points=1000))
-    assert found.points == 24  # all there are
-    assert [step.step for step in found.together_steps] == [0, 2, 4]
+    bisection = bisect_bundle(bundles["cached"].path, BisectOptions(points=1000))
+    assert bisection.points == 24  # all there are
+    assert [step.step for step in bisection.together_steps] == [0, 2, 4]
 
 
 def test_points_of_steps_that_reuse_are_left_out(bundles: dict[str, Bundle]) -> None:
@@ -176,10 +176,10 @@ def test_points_of_steps_that_reuse_are_left_out(bundles: dict[str, Bundle]) -> 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 50))
 def test_points_are_spread_over_the_steps(steps: list[int], count: int) -> None:
     places = spread_points(np.array(steps), count)
-    taken = np.array(steps)[places]
+    chosen = np.array(steps)[places]
     assert len(set(places.tolist())) == len(places) == min(count, len(steps))
-    assert list(taken) == sorted(taken)
-    assert len(set(taken)) == min(count, len(set(steps)))
+    assert list(chosen) == sorted(chosen)
+    assert len(set(chosen)) == min(count, len(set(steps)))
 
 
 def test_fewer_points_than_steps_reach_from_the_first_step_to_the_last() -> None:
@@ -273,11 +273,11 @@ def test_a_point_is_run_with_the_scales_of_its_step(bundles: dict[str, Bundle]) 
     for feed in feeds:
         feed["ahead.modulation"] = feed["modulation"][None]
     deployed = ORT.session(runnable_path(bundle.segment_path("full"), "onnxrt"))
-    found = [
+    predictions = [
         deployed.run(["out"], feed | {name: table[step] for name, table in rows.items()})[0][:, :3]
         for feed, step in zip(feeds, calib.step, strict=True)
     ]
     reference = ORT.session(bundle.reference_path("full"))
     exact = [reference.run(["out"], feed)[0][:, :3] for feed in feeds]
     together = bisect_bundle(bundle.path, BisectOptions(points=6)).together
-    assert together == pytest.approx(relative_error(np.stack(found), np.stack(exact)), rel=1e-4)
+    assert together == pytest.approx(relative_error(np.stack(predictions), np.stack(exact)), rel=1e-4)

@@ -29,10 +29,10 @@ from ditc.engines.integer_form import Exactness
 def test_jetpack_is_read_from_its_release(release: str, works: bool, words: str, tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc" / "nv_tegra_release").write_text(release + "\n")
-    found = jetpack(tmp_path)
-    assert found is not None
-    assert found.works == works
-    assert words in found.detail
+    finding = jetpack(tmp_path)
+    assert finding is not None
+    assert finding.works == works
+    assert words in finding.detail
 
 
 def test_other_machines_have_no_jetpack(tmp_path: Path) -> None:
@@ -51,9 +51,9 @@ def test_what_the_probe_found_is_what_the_target_can(
     exactness: Exactness, works: bool, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxrt, "onnxruntime_exactness", lambda: exactness)
-    found = doctor.onnxruntime_cpu()
-    assert found.works == works
-    assert words in found.detail
+    finding = doctor.onnxruntime_cpu()
+    assert finding.works == works
+    assert words in finding.detail
 
 
 def test_a_deployment_is_probed_without_onnx() -> None:

@@ -63,12 +63,12 @@ def small(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) 
 
 def segment_names(bundle: Bundle) -> list[str]:
     program = bundle.manifest.program
-    return [*program.prologue, *(plan.name for plan in program.segments), *program.epilogue]
+    return [*program.prologue, *(segment.name for segment in program.segments), *program.epilogue]
 
 
 def test_calls_are_spread_from_the_first_to_the_last(decoding: Bundle) -> None:
     program = decoding.manifest.program
-    row = next(plan.name for plan in program.segments if plan.name.startswith("row-"))
+    row = next(segment.name for segment in program.segments if segment.name.startswith("row-"))
     assert recorded_calls(program, 4) == {"condition": [0], "full": [0, 1], "reuse": [0, 1], row: [0, 1], "decode": [0]}
     longer = program.model_copy(update={"steps": program.steps[:1] * 50, "epilogue": ()})
     assert recorded_calls(longer, 4) == {"condition": [0], "full": [0, 16, 33, 49]}
@@ -83,8 +83,8 @@ def test_recorded_inputs_are_what_each_segment_got(decoding: Bundle) -> None:
     for name, recorded in runs.items():
         session = backend.session(runnable_path(decoding.segment_path(name), backend.name))
         for point in recorded:
-            found = session.run(list(point.outputs), dict(point.inputs))
-            for output, values in zip(point.outputs, found, strict=True):
+            outputs = session.run(list(point.outputs), dict(point.inputs))
+            for output, values in zip(point.outputs, outputs, strict=True):
                 assert np.isfinite(values).all()
                 np.testing.assert_array_equal(values, point.outputs[output])
 
@@ -169,9 +169,9 @@ def commands(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     shutil.copytree(exported, work)
     (work / "out").mkdir()
     for inputs in (exported / "inputs").iterdir():
-        for made in ("plan", "bisected.onnx"):  # what earlier commands would have left
-            (work / "out" / f"{inputs.stem}.{made}").touch()
-    found = {}
+        for ending in ("plan", "bisected.onnx"):  # what earlier commands would have left
+            (work / "out" / f"{inputs.stem}.{ending}").touch()
+    commands_of = {}
     for script in sorted(work.glob("*.sh")):
         record = folder / f"{script.stem}.jsonl"
         environment = {
@@ -183,21 +183,21 @@ def commands(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         done = subprocess.run([script], env=environment, capture_output=True, text=True, check=False, cwd=folder)
         assert done.stderr == ""
         assert done.returncode == (1 if script.stem.startswith("reduce") else 0)
-        found[script.name] = [json.loads(line) for line in record.read_text().splitlines()]
-    return found
+        commands_of[script.name] = [json.loads(line) for line in record.read_text().splitlines()]
+    return commands_of
 
 
 def test_every_script_has_commands_for_every_segment(commands: dict[str, list[list[str]]], decoding: Bundle) -> None:
     assert set(commands) == {script.name for script in SCRIPTS}
-    for name, found in commands.items():
-        words = {word for line in found for word in line}
+    for name, lines in commands.items():
+        words = {word for line in lines for word in line}
         with_commands = {segment for segment in segment_names(decoding) if any(f"/{segment}." in w for w in words)}
         # the calibrator is for the only segment with an FP form of its own
         assert with_commands == ({"full"} if name == "calibrate_tensorrt10.sh" else set(segment_names(decoding)))
 
 
 def test_every_file_named_in_a_command_exists(commands: dict[str, list[list[str]]], exported: Path) -> None:
-    named = {word for found in commands.values() for line in found for word in line}
+    named = {word for lines in commands.values() for line in lines for word in line}
     loaders = {word.split(":")[0] for word in named if word.startswith("loader_")}
     models = {word for word in named if word.endswith(".onnx") and not word.startswith("out/")}
     assert len(models) == 5 + 2 + 5 + 1  # portable, ONNX Runtime's form of the quantized, TensorRT's, FP
@@ -208,9 +208,9 @@ def test_every_file_named_in_a_command_exists(commands: dict[str, list[list[str]
 def test_what_later_commands_read_earlier_ones_wrote(commands: dict[str, list[list[str]]]) -> None:
     left_by_others = re.compile(r"out/(.*\.plan|timing\.cache)")
     writing = ("--save-inputs", "--save-outputs", "-o", "--iter-artifact", "--save-engine", "--calibration-cache")
-    for name, found in commands.items():
+    for name, lines in commands.items():
         written: set[str] = set()
-        for line in found:
+        for line in lines:
             written |= {word for option, word in pairwise(line) if option in writing}
             read = {word for word in line if word.startswith("out/")} - written
             assert all(left_by_others.fullmatch(word) or "replay" in word for word in read), (name, read)
@@ -238,8 +238,8 @@ def test_polygraphy_takes_every_command_line(commands: dict[str, list[list[str]]
     """Its own parser, and for `run` its script generator, which resolves every option; TensorRT is not imported."""
     pytest.importorskip("polygraphy")
     lines = []
-    for found in commands.values():
-        for line in found:
+    for of_script in commands.values():
+        for line in of_script:
             lines.append(line)
             if "--check" in line:
                 check = line[line.index("--check") + 1 :]
@@ -359,12 +359,12 @@ def test_json_lists_steps_inputs_and_files(
 ) -> None:
     out = tmp_path / "exported"
     assert run(["export-polygraphy", str(bundles["cached"].path), "-o", str(out), "--points", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["tensorrt"]
-    assert found["segments"]["full"]["steps"] == [0, 4]
-    assert found["segments"]["reuse"]["steps"] == [1, 5]
-    assert found["segments"]["condition"]["inputs"] == {"t": [6], "y": [8]}
-    assert sorted(found["files"]) == sorted(f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file())
+    export = json.loads(capsys.readouterr().out)
+    assert export["tensorrt"]
+    assert export["segments"]["full"]["steps"] == [0, 4]
+    assert export["segments"]["reuse"]["steps"] == [1, 5]
+    assert export["segments"]["condition"]["inputs"] == {"t": [6], "y": [8]}
+    assert sorted(export["files"]) == sorted(f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file())
     assert all(os.access(script, os.X_OK) for script in out.glob("*.sh"))
 
 
