@@ -25,7 +25,7 @@ POINTS_OF_A_STEP = 4  # at which activations are recorded
 
 
 def calibration_of(bundle: Bundle) -> Calibration | Skipped:
-    """The calibration set of a bundle."""
+    """Return the calibration set of a bundle."""
     path = bundle.path / "calib" / "calib.npz"
     if not path.is_file():
         return Skipped(skipped=_no_calibration(bundle))
@@ -50,7 +50,7 @@ def _no_calibration(bundle: Bundle) -> str:
 
 
 def _clusters(bundle: Bundle, calib: CalibSet) -> tuple[Cluster, ...] | Skipped:
-    """TAP's clusters of the chosen points, early ones first; found again, since a bundle keeps no pool."""
+    """Return TAP's clusters of the chosen points, early ones first; computed again, since a bundle keeps no pool."""
     try:
         labels = _tap_labels(bundle, calib)
     except ModuleNotFoundError as e:
@@ -69,8 +69,8 @@ def _tap_labels(bundle: Bundle, calib: CalibSet) -> NDArray[np.int64]:
     from ditc.compiler.options import CompileOptions
 
     known = CompileOptions.model_fields.keys()
-    kept = {name: value for name, value in bundle.manifest.settings.items() if name in known and name != "sampler"}
-    chosen = CompileOptions.model_validate(kept).selection()
+    stated = {name: value for name, value in bundle.manifest.settings.items() if name in known and name != "sampler"}
+    chosen = CompileOptions.model_validate(stated).selection()
     options = SelectionOptions(
         points=len(calib), clusters=min(chosen.cluster_count, len(calib)), seed=chosen.seed, tap=chosen.tap
     )
@@ -110,7 +110,7 @@ def _recorded(bundle: Bundle, progress: Progress) -> Activations:
         activations=tuple(
             Activation(
                 layers=layers,
-                largest=tuple(found[name] for found in largest),
+                largest=tuple(of_step[name] for of_step in largest),
                 limits=tuple(table.reach(layers[0], step) for step in recorded) if table.scales else (),
             )
             for name, layers in readers.items()
@@ -121,7 +121,7 @@ def _recorded(bundle: Bundle, progress: Progress) -> Activations:
 def _probe(
     bundle: Bundle, folder: Path
 ) -> tuple[Mapping[str, tuple[str, ...]], Callable[[CalibSet], dict[str, float]]]:
-    """(layers that read each activation, what gives the largest magnitude of each at some points of one step).
+    """Return (layers that read each activation, what gives the largest magnitude of each at some points of one step).
 
     The FP segment is cut down to what linear layers read, in a folder of its own.
     """
@@ -137,14 +137,14 @@ def _probe(
     save_graph(model, folder / "probe.onnx")
     session = backend.session(folder / "probe.onnx")
     condition = backend.session(runnable_path(bundle.segment_path(CONDITION), backend.name))
-    taken, names = {port.name for port in session.get_inputs()}, list(readers)
+    ports, names = {port.name for port in session.get_inputs()}, list(readers)
     null_label = Guidance.of(bundle.manifest.model, bundle.manifest.guidance).null_label
 
     def run(points: CalibSet) -> dict[str, float]:
         largest = dict.fromkeys(names, 0.0)
         for feed in calibration_feeds(condition, points, null_label, POINTS_OF_A_STEP):
-            found = session.run(names, {name: array for name, array in feed.items() if name in taken})
-            largest = {name: max(largest[name], float(np.abs(x).max())) for name, x in zip(names, found, strict=True)}
+            arrays = session.run(names, {name: array for name, array in feed.items() if name in ports})
+            largest = {name: max(largest[name], float(np.abs(x).max())) for name, x in zip(names, arrays, strict=True)}
         return largest
 
     return readers, run

@@ -1,4 +1,4 @@
-"""What `ditc report` knows of a bundle: plain values, gathered once, written as JSON and rendered as a page.
+"""The facts of a report on a bundle: plain values, gathered once, written as JSON and rendered as a page.
 
 A part that could not be had is a `Skipped` with its reason, in its place.
 """
@@ -67,7 +67,7 @@ class Measure(Record):
 
 
 class Fidelity(Record):
-    """How close `images` finished samples are to FP's on the same noise; `of` says images or latents."""
+    """Closeness of `images` finished samples to FP's on the same noise; `of` says images or latents."""
 
     of: str
     images: int
@@ -167,7 +167,7 @@ class Calibration(Record):
 
 
 class ReportSettings(Record):
-    """How many images were walked step by step, from which seed, and how many requests were timed."""
+    """Counts of images walked step by step, from `seed` on, and of timed requests."""
 
     images: int
     seed: int

@@ -33,26 +33,26 @@ BOTH_KEYS: Keys = (("bundle", "bundle"), ("bare", "without compensation (K = 1)"
 
 
 def figure(title: str, unit: str, keys: Keys, *charts: Markup) -> Markup:
-    """Charts under one title, with what their colours stand for."""
+    """Return charts under one title, with what their colours stand for."""
     legend = [element("span", element("i", class_=kind), text, class_="key") for kind, text in keys]
     caption = element("figcaption", element("b", title), element("span", unit, class_="unit"), *legend)
     return element("figure", caption, *charts)
 
 
 def drawn_as(program: Program, segment: str) -> str:
-    """The class under which a segment's steps are drawn, one of KINDS."""
+    """Return the class under which a segment's steps are drawn, one of KINDS."""
     plan = program.segment(segment)
     return "float" if plan.in_float else "computed" if any(plan.compute) else "reused"
 
 
 def keys_of(kinds: Iterable[str], before: str = "") -> Keys:
-    """What the colours of those kinds that there are stand for."""
-    found = {*kinds}
-    return [(f"box {kind}", f"{before}{text}") for kind, text in KINDS.items() if kind in found]
+    """Return the meaning of the colours of those kinds that there are."""
+    drawn = {*kinds}
+    return [(f"box {kind}", f"{before}{text}") for kind, text in KINDS.items() if kind in drawn]
 
 
 def program_figure(program: Program) -> Markup:
-    """The program as a map: branches by steps, by whether one computes, and in what."""
+    """Draw the program as a map: branches by steps, by whether one computes, and in what."""
     computed = [program.segment(step.segment).compute for step in program.steps]
     kinds = [
         [drawn_as(program, step.segment) if computes else "reused" for computes in row]
@@ -75,7 +75,7 @@ def program_figure(program: Program) -> Markup:
 
 
 def latency_figure(speed: Speed, program: Program) -> Markup:
-    """The milliseconds of every step, inside the engine and around it; a peer's step as a line across."""
+    """Draw the milliseconds of every step, inside the engine and around it; a peer's step as a line across."""
     kinds = {plan.name: drawn_as(program, plan.name) for plan in program.segments}
     peers = speed.peers
     axis = axis_for(
@@ -108,7 +108,7 @@ def latency_figure(speed: Speed, program: Program) -> Markup:
 
 
 def drift_figures(drift: Drift) -> list[Markup]:
-    """The error of the samples after each step, and the drift of each channel's variance."""
+    """Draw the error of the samples after each step, and the drift of each channel's variance."""
     sides = [(drift.bundle, "bundle"), *([(drift.uncompensated, "bare")] if drift.uncompensated else [])]
     keys = BOTH_KEYS if drift.uncompensated else BUNDLE_KEYS
     unit = "norm of the difference over norm of FP's"
@@ -117,7 +117,7 @@ def drift_figures(drift: Drift) -> list[Markup]:
 
 
 def _variance_figure(sides: Sequence[tuple[StepDrift, str]], keys: Keys) -> Markup:
-    """A chart for each channel, all on one axis."""
+    """Draw a chart for each channel, all on one axis."""
     title, unit = "Drift of the variance", "variance over FP's, less 1"
     channels = _widest_channels([side for side, _ in sides])
     curves = {n: [([row[n] for row in side.variance_drift], kind) for side, kind in sides] for n in channels}
@@ -133,14 +133,14 @@ def _variance_figure(sides: Sequence[tuple[StepDrift, str]], keys: Keys) -> Mark
 
 
 def _widest_channels(sides: Sequence[StepDrift]) -> list[int]:
-    """The channels whose variance drifts furthest, in order; all where they are few."""
+    """Return the channels whose variance drifts furthest, in order; all where they are few."""
     count = len(sides[0].variance_drift[0])
     reach = [max(abs(row[channel]) for side in sides for row in side.variance_drift) for channel in range(count)]
     return sorted(sorted(range(count), key=lambda channel: -reach[channel])[:MOST_CHANNELS])
 
 
 def compensation_figure(k: Sequence[Sequence[float]]) -> Markup:
-    """K of every step, a line for each channel."""
+    """Draw K of every step, a line for each channel."""
     curves = [([row[channel] - 1 for row in k], "bundle" if len(k[0]) == 1 else "thin") for channel in range(len(k[0]))]
     unit = "K of each step, less 1"
     return figure("Compensation", unit, (), _curves("Compensation", unit, curves, signed=True))
@@ -149,9 +149,9 @@ def compensation_figure(k: Sequence[Sequence[float]]) -> Markup:
 def _curves(
     title: str, unit: str, curves: Sequence[tuple[Sequence[float], str]], *, signed: bool, axis: Axis | None = None
 ) -> Markup:
-    """Shares over the steps, in percent."""
+    """Draw shares over the steps, in percent."""
     sign = "+" if signed else ""
-    found = axis or axis_for(list(chain.from_iterable(c for c, _ in curves)), unit="%", signed=signed, scale=PERCENT)
+    scale = axis or axis_for(list(chain.from_iterable(c for c, _ in curves)), unit="%", signed=signed, scale=PERCENT)
     named = {"bundle": "bundle", "bare": "without compensation", "thin": "a channel"}
 
     def at(step: int, decimals: int) -> str:
@@ -160,22 +160,22 @@ def _curves(
     steps = len(curves[0][0])
     description = f"{unit}, over {steps} steps; after the last one: {at(-1, 2)}"
     chart = Chart(title, description, PLOT, steps, tuple(f"step {step}: {at(step, 3)}" for step in range(steps)))
-    return lines(chart, found, [Line(curve, kind) for curve, kind in curves])
+    return lines(chart, scale, [Line(curve, kind) for curve, kind in curves])
 
 
-def activation_figures(found: Activations, steps: int) -> Markup:
-    """Small multiples, one for each kind of layer: how much of its INT8 range every activation reaches."""
+def activation_figures(recorded: Activations, steps: int) -> Markup:
+    """Draw small multiples, one for each kind of layer: how much of its INT8 range every activation reaches."""
     kinds: dict[str, list[Activation]] = {}
-    for activation in found.activations:
+    for activation in recorded.activations:
         kinds.setdefault(kind_of(activation.layers), []).append(activation)
     shares = {kind: [_shares(activation) for activation in group] for kind, group in kinds.items()}
     axis = axis_for([1.0, *chain.from_iterable(chain.from_iterable(shares.values()))], unit="%", scale=PERCENT)
     heads = without_shared_head(list(kinds))
-    unit = "of its INT8 range" if found.activations[0].limits else "of its own largest"
+    unit = "of its INT8 range" if recorded.activations[0].limits else "of its own largest"
     return element(
         "div",
         *(
-            _activation_figure(head, unit, axis, found.steps, steps, list(zip(group, shares[kind], strict=True)))
+            _activation_figure(head, unit, axis, recorded.steps, steps, list(zip(group, shares[kind], strict=True)))
             for head, (kind, group) in zip(heads, kinds.items(), strict=True)
         ),
         class_="small",
@@ -202,7 +202,7 @@ def _activation_figure(
 
 
 def _shares(activation: Activation) -> list[float]:
-    """The largest magnitude at each recorded step, as a share of what INT8 reaches there."""
+    """Return the largest magnitude at each recorded step, as a share of what INT8 reaches there."""
     limits = activation.limits or [max(activation.largest) or 1.0] * len(activation.largest)
     return [largest / limit for largest, limit in zip(activation.largest, limits, strict=True)]
 
@@ -215,46 +215,46 @@ def _activation_text(activation: Activation) -> str:
 
 
 def kind_of(layers: Sequence[str]) -> str:
-    """The path of a layer without the numbers of blocks: what layers of one kind share."""
+    """Return the path of a layer without the numbers of blocks, which layers of one kind share."""
     return joined_names([".".join(part for part in path.split(".") if not part.isdigit()) for path in layers])
 
 
 def without_shared_head(names: Sequence[str]) -> list[str]:
-    """Dotted names less the first part, where all have the same and more follows it."""
+    """Return dotted names less the first part, where all have the same and more follows it."""
     heads = {name.split(".", 1)[0] for name in names}
     shared = len(heads) == 1 and all("." in name for name in names)
     return [name.split(".", 1)[1] if shared else name for name in names]
 
 
-def calibration_figures(found: Calibration) -> Iterator[Markup]:
-    """Points of each step, and TAP's clusters over the steps."""
-    steps = len(found.by_step)
-    hints = tuple(f"step {step}: {count} points" for step, count in enumerate(found.by_step))
+def calibration_figures(calibration: Calibration) -> Iterator[Markup]:
+    """Draw the points of each step, and TAP's clusters over the steps."""
+    steps = len(calibration.by_step)
+    hints = tuple(f"step {step}: {count} points" for step, count in enumerate(calibration.by_step))
     chart = Chart(
         title="Calibration points of each step",
-        description=f"{found.points} points at {sum(count > 0 for count in found.by_step)} of {steps} steps",
+        description=f"{calibration.points} points at {sum(map(bool, calibration.by_step))} of {steps} steps",
         height=90,
         steps=steps,
         hints=hints,
     )
-    bars = [[(float(count), "computed")] for count in found.by_step]
-    axis = axis_for([float(count) for count in found.by_step])
+    bars = [[(float(count), "computed")] for count in calibration.by_step]
+    axis = axis_for([float(count) for count in calibration.by_step])
     yield figure("Points", "chosen at each step", (), steps_stacked(chart, axis, bars))
-    if not isinstance(found.clusters, Skipped):
-        yield _cluster_figure(found, steps)
+    if not isinstance(calibration.clusters, Skipped):
+        yield _cluster_figure(calibration, steps)
 
 
-def _cluster_figure(found: Calibration, steps: int) -> Markup:
-    assert not isinstance(found.clusters, Skipped)
-    count = len(found.clusters)
+def _cluster_figure(calibration: Calibration, steps: int) -> Markup:
+    assert not isinstance(calibration.clusters, Skipped)
+    count = len(calibration.clusters)
     tall = min(14.0, max(3.6, 240 / count))
     chart = Chart(
         title="Clusters of the calibration set",
-        description=f"TAP puts {found.points} points into {count} clusters; each row is one, early ones above",
+        description=f"TAP puts {calibration.points} points into {count} clusters; each row is one, early ones above",
         height=count * tall,
         steps=steps,
     )
-    rows = [((number + 0.5) * tall, cluster) for number, cluster in enumerate(found.clusters)]
+    rows = [((number + 0.5) * tall, cluster) for number, cluster in enumerate(calibration.clusters)]
     marks = [Dot(step, y, weight) for y, cluster in rows for step, weight in cluster.steps.items()]
     ends = [
         element("text", str(number + 1), x=-8, y=y + 4, class_="tick y")
@@ -266,7 +266,7 @@ def _cluster_figure(found: Calibration, steps: int) -> Markup:
 
 
 def trajectory_figures(report: Report) -> Iterator[Markup]:
-    """Everything over the steps that lines up with the program."""
+    """Draw everything over the steps that lines up with the program."""
     yield program_figure(report.manifest.program)
     if isinstance(report.speed, Speed):
         yield latency_figure(report.speed, report.manifest.program)

@@ -33,7 +33,7 @@ USUAL_PEER = "onnxruntime-f32"
 
 
 def report_bundle(path: Path, options: ReportOptions, *, place: Place = HERE, progress: Progress = silent) -> Report:
-    """Everything about a bundle. A part that can't be had here says why; the bundle stays as it is.
+    """Gather everything about a bundle. A part that can't be had here says why; the bundle stays as it is.
 
     Where its own target can't run on this machine, and no other was asked for, samples come from the CPU and nothing
     is timed. Raises CheckError where the bundle makes NaN.
@@ -69,12 +69,12 @@ def report_bundle(path: Path, options: ReportOptions, *, place: Place = HERE, pr
 
 
 def _shown(name: str) -> str:
-    """A name out of a path as text for a page: that is UTF-8, and a path any bytes."""
+    """Return a name out of a path as text for a page: that is UTF-8, and a path any bytes."""
     return one_line(os.fsencode(name).decode(errors="backslashreplace"))
 
 
 def default_page(bundle: Path) -> Path:
-    """Where a report goes unless told: beside the bundle, which is sealed."""
+    """Return the path of a report unless told: beside the bundle, which is sealed."""
     whole = bundle.resolve()
     return whole.with_name(f"{whole.name}-report.html")
 
@@ -104,7 +104,7 @@ def check_report(report: Report, options: ReportOptions) -> None:
 
 
 def _runnable_place(bundle: Bundle, place: Place) -> tuple[Place, str]:
-    """(where samples come from, why nothing is timed there). A target that was asked for has to run."""
+    """Return (where samples come from, why nothing is timed there). A target that was asked for has to run."""
     target = bundle.manifest.target
     if place.target is not None or target == DEFAULT_TARGET:
         return place, ""
@@ -117,18 +117,18 @@ def _runnable_place(bundle: Bundle, place: Place) -> tuple[Place, str]:
 
 
 def _target(bundle: Bundle, place: Place) -> str:
-    """The target that ran."""
+    """Return the target that ran."""
     return place.target or bundle.manifest.target
 
 
 def _place_text(bundle: Bundle, place: Place) -> str:
-    """The target that ran, beside the bundle's own where that is another one."""
+    """Return the target that ran, beside the bundle's own where that is another one."""
     own, ran = bundle.manifest.target, _target(bundle, place)
     return ran if ran == own else f"{ran}, compiled for {own}"
 
 
 def _speed(bundle: Bundle, options: ReportOptions, place: Place, progress: Progress) -> Speed:
-    """Latencies of the bundle, with the usual peer in turn where nothing else was asked for and it can be had."""
+    """Measure the bundle's latencies, in turn with the usual peer where no other was asked for and it can be had."""
     against = _usual_peer(bundle, place) if options.against is None else options.against
     asked = options.bench.model_copy(update={"against": against})
     bench = bench_bundle(bundle.path, asked, place=place, progress=progress)
@@ -148,7 +148,7 @@ def _speed(bundle: Bundle, options: ReportOptions, place: Place, progress: Progr
 
 
 def _usual_peer(bundle: Bundle, place: Place) -> tuple[str, ...]:
-    """The FP program in ONNX Runtime, where a CPU runs the bundle and the compiler is installed."""
+    """Return the FP program in ONNX Runtime, where a CPU runs the bundle and the compiler is installed."""
     on_cpu = _target(bundle, place) == DEFAULT_TARGET
     return (USUAL_PEER,) if on_cpu and bundle.has_reference and find_spec("onnx_ir") is not None else ()
 

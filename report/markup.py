@@ -17,7 +17,7 @@ class Markup(str):
 
 
 def element(name: str, /, *children: str, **attributes: str | float | None) -> Markup:
-    """An element. `class_` is the attribute class, `aria_label` is aria-label; an attribute of None is left out."""
+    """Return an element. `class_` is the attribute class, `aria_label` aria-label; an attribute of None is left out."""
     opened = name + "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_text(value))}"'
         for key, value in attributes.items()
@@ -27,10 +27,10 @@ def element(name: str, /, *children: str, **attributes: str | float | None) -> M
 
 
 def joined(children: Iterable[str]) -> Markup:
-    """Children one after the other, each escaped unless it is markup."""
+    """Return children one after the other, each escaped unless it is markup."""
     return Markup("".join(child if isinstance(child, Markup) else escape(child) for child in children))
 
 
 def _text(value: str | float) -> str:
-    """A number in as few characters as three decimals take."""
+    """Return a number in as few characters as three decimals take."""
     return value if isinstance(value, str) else f"{value:.3f}".rstrip("0").rstrip(".")

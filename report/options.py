@@ -59,14 +59,14 @@ class ReportOptions(Settings):
 
     @property
     def bench(self) -> BenchOptions:
-        """How the bundle is timed."""
+        """The settings that the bundle is timed with."""
         return BenchOptions(
             requests=self.requests, warmup=1, against=self.against or (), fail_if_slower=self.fail_if_slower
         )
 
     @property
     def evaluation(self) -> EvaluateOptions | None:
-        """How distributions are measured; None where nothing asks for them."""
+        """The settings that distributions are measured with; None where nothing asks for them."""
         images = self.evaluate_images
         if images is None and self.fail_if_worse is None:
             return None

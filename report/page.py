@@ -46,7 +46,7 @@ Figure = tuple[str, str, str]  # a number, its unit, what it is
 
 
 def page_from_report(report: Report, numbers: str) -> str:
-    """The page; `numbers` is the name of the JSON file beside it."""
+    """Return the page; `numbers` is the name of the JSON file beside it."""
     title = f"{report.manifest.model.name}: ditc report"
     head = element(
         "head",
@@ -72,7 +72,7 @@ def page_from_report(report: Report, numbers: str) -> str:
 
 
 def header(report: Report) -> Markup:
-    """Model, program and the figures that matter."""
+    """Return model, program and the figures that matter."""
     manifest = report.manifest
     model = manifest.model
     latent = " \N{MULTIPLICATION SIGN} ".join(str(size) for size in model.latent_shape)
@@ -96,7 +96,7 @@ def header(report: Report) -> Markup:
 
 
 def program_sentence(report: Report) -> str:
-    """The whole program in one sentence."""
+    """Return the whole program in one sentence."""
     manifest = report.manifest
     program, sampler = manifest.program, manifest.asked.sampler
     branches, rows = len(program.branches), [program.segment(step.segment).compute for step in program.steps]
@@ -117,7 +117,7 @@ def program_sentence(report: Report) -> str:
 
 
 def _integers(report: Report) -> str:
-    """How integer products ran, where there were any."""
+    """Return a sentence on the integer products, where there were any."""
     return "" if report.arithmetic is None else f" INT8 there: {report.arithmetic.text}."
 
 
@@ -136,7 +136,7 @@ def _arithmetic(report: Report) -> str:
 
 
 def proper_name(setting: object) -> str:
-    """How a setting is written in a sentence."""
+    """Return a setting as it is written in a sentence."""
     return {"tap": "TAP", "mse": "MSE", "kmeans": "k-means"}.get(str(setting), str(setting))
 
 
@@ -145,7 +145,7 @@ def _and(parts: list[str]) -> str:
 
 
 def key_figures(report: Report) -> Iterator[Figure]:
-    """Speed, closeness, size and what is left to compute, as far as they are known."""
+    """Yield speed, closeness, size and what is left to compute, as far as they are known."""
     manifest = report.manifest
     if isinstance(report.speed, Speed):
         for name, peer in list(report.speed.peers.items())[:1]:
@@ -171,7 +171,7 @@ def _closeness_figure(report: Report) -> Iterator[Figure]:
 
 
 def _verified(manifest: Manifest) -> Verification | None:
-    """What the compile found of its own result, where it can be read."""
+    """Return the compile's own check of its result, where it can be read."""
     try:
         return manifest.measured("verify").verify
     except BundleError:
@@ -182,39 +182,44 @@ def section(title: str, *content: str) -> Markup:
     return element("section", element("h2", title), *content)
 
 
-def note(part: Skipped, what: str) -> Markup:
-    """Why something is not there."""
-    return element("p", f"{what}: {part.skipped}.", class_="note")
+def note(part: Skipped, missing: str) -> Markup:
+    """Return why something is not there."""
+    return element("p", f"{missing}: {part.skipped}.", class_="note")
 
 
 def pictures_section(report: Report) -> Markup:
-    """Images of FP and of the bundle on the same noise."""
-    found = report.pictures
-    if isinstance(found, Skipped):
-        return section("Images", note(found, "No images"))
-    paired = found.pictures[0].exact is not None
+    """Return images of FP and of the bundle on the same noise."""
+    pictures = report.pictures
+    if isinstance(pictures, Skipped):
+        return section("Images", note(pictures, "No images"))
+    paired = pictures.pictures[0].exact is not None
     text = "Images of the bundle."
     if paired:
         text = (
             "The same noise three times: by the FP program that computes every step, by the bundle, and the difference "
-            f"of the two, {found.gain:g} times as large, about grey."
+            f"of the two, {pictures.gain:g} times as large, about grey."
         )
-    pairs = [_picture(picture, found) for picture in found.pictures]
+    pairs = [_picture(picture, pictures) for picture in pictures.pictures]
     missing = [note(report.fidelity, "Nothing to compare with")] if isinstance(report.fidelity, Skipped) else []
     return section("Images", element("p", text), *missing, element("ul", *pairs, class_="pictures"))
 
 
-def _picture(picture: Picture, found: Pictures) -> Markup:
-    tiny = "tiny" if max(found.height, found.width) < TINY else None
+def _picture(picture: Picture, pictures: Pictures) -> Markup:
+    tiny = "tiny" if max(pictures.height, pictures.width) < TINY else None
     label = f"class {picture.label}"
     sides = (
         (picture.exact, f"{label} by the FP program"),
         (picture.found, f"{label} by the bundle"),
-        (picture.difference, f"difference of the two, {found.gain:g} times"),
+        (picture.difference, f"difference of the two, {pictures.gain:g} times"),
     )
     images = [
         element(
-            "img", src=f"data:image/png;base64,{data}", alt=alt, width=found.width, height=found.height, class_=tiny
+            "img",
+            src=f"data:image/png;base64,{data}",
+            alt=alt,
+            width=pictures.width,
+            height=pictures.height,
+            class_=tiny,
         )
         for data, alt in sides
         if data is not None
@@ -225,10 +230,10 @@ def _picture(picture: Picture, found: Pictures) -> Markup:
 
 
 def trajectory_section(report: Report) -> Markup:
-    """The program and everything that lines up with its steps."""
+    """Return the program and everything that lines up with its steps."""
     notes = [
-        note(part, what)
-        for part, what in ((report.speed, "Not timed"), (report.drift, "No errors"))
+        note(part, missing)
+        for part, missing in ((report.speed, "Not timed"), (report.drift, "No errors"))
         if isinstance(part, Skipped)
     ]
     numbers = element("details", element("summary", "Every number of these charts"), step_table(report))
@@ -237,7 +242,7 @@ def trajectory_section(report: Report) -> Markup:
 
 
 def trajectory_sentence(report: Report) -> str:
-    """What the curves end in."""
+    """Return a sentence on the ends of the curves."""
     if not isinstance(report.drift, Drift):
         return "The charts share their steps: what stands under one another happens in the same step."
     drift, bare = report.drift.bundle, report.drift.uncompensated
@@ -256,48 +261,50 @@ def trajectory_sentence(report: Report) -> str:
 
 
 def activations_section(report: Report) -> Markup:
-    """How far activations fill their ranges."""
-    found = report.activations
-    if isinstance(found, Skipped):
-        return section("Activation ranges", note(found, "Not recorded"))
+    """Return the shares of their ranges that activations fill."""
+    recorded = report.activations
+    if isinstance(recorded, Skipped):
+        return section("Activation ranges", note(recorded, "Not recorded"))
     text = (
         "The largest magnitude that linear layers read at each step, as a share of what INT8 reaches there. Above 100% "
         "it clips; far below, most levels stay unused. A line for each block."
     )
-    if not found.activations[0].limits:
+    if not recorded.activations[0].limits:
         text = (
             "The largest magnitude that linear layers read at each step. Scales are those of the tensor as it comes, "
             "so there is no range to keep to; lines are relative to their own largest value."
         )
-    scales = f"{proper_name(found.method)} ranges, {found.binding} scales"
-    origin = f"Recorded at {found.points} calibration points of the FP program; {scales}."
+    scales = f"{proper_name(recorded.method)} ranges, {recorded.binding} scales"
+    origin = f"Recorded at {recorded.points} calibration points of the FP program; {scales}."
     return section(
         "Activation ranges",
         element("p", text, " ", element("span", origin, class_="soft")),
-        activation_figures(found, len(report.manifest.program.steps)),
-        element("details", element("summary", "Every activation"), activation_table(found)),
+        activation_figures(recorded, len(report.manifest.program.steps)),
+        element("details", element("summary", "Every activation"), activation_table(recorded)),
     )
 
 
 def calibration_section(report: Report) -> Markup:
-    """What the ranges were made from."""
-    found = report.calibration
-    if isinstance(found, Skipped):
-        return section("Calibration set", note(found, "None"))
-    text = f"{found.points} points of {found.images} images, chosen by {proper_name(found.selector)}. "
+    """Return the points that the ranges were made from."""
+    calibration = report.calibration
+    if isinstance(calibration, Skipped):
+        return section("Calibration set", note(calibration, "None"))
+    text = (
+        f"{calibration.points} points of {calibration.images} images, chosen by {proper_name(calibration.selector)}. "
+    )
     notes = []
-    if isinstance(found.clusters, Skipped):
-        notes = [note(found.clusters, "No clusters")]
+    if isinstance(calibration.clusters, Skipped):
+        notes = [note(calibration.clusters, "No clusters")]
     else:
         text += (
             "Below, how TAP sees them: points that look alike and lie near in time fall into one cluster. The clusters "
             "are found again among the chosen points, since a bundle keeps no pool."
         )
-    return section("Calibration set", element("p", text), *notes, *calibration_figures(found))
+    return section("Calibration set", element("p", text), *notes, *calibration_figures(calibration))
 
 
 def speed_section(report: Report) -> Markup:
-    """Sizes and times of every segment, and of what was timed beside the bundle."""
+    """Return sizes and times of every segment, and of what was timed beside the bundle."""
     if isinstance(report.speed, Skipped):
         sizes = segment_table(report.manifest, None)
         return section("Speed and size", note(report.speed, "Not timed"), sizes)
@@ -321,14 +328,14 @@ def _machine_text(report: Report) -> str:
 
 
 def evaluation_section(report: Report) -> Markup:
-    """Against FP and real images, where `ditc evaluate` was asked to run too."""
+    """Return measures against FP and real images, where `ditc evaluate` was asked to run too."""
     if report.evaluation is None:
         return Markup()
     return section("Many images", *evaluation_tables(report.evaluation))
 
 
 def making_section(report: Report) -> Markup:
-    """Settings, versions, checks and files."""
+    """Return settings, versions, checks and files."""
     manifest = report.manifest
     checks = {name: check for name, check in manifest.checks.items() if name != PLANNED}
     parts = {
@@ -351,5 +358,5 @@ def making_section(report: Report) -> Markup:
 
 def footer(report: Report, numbers: str) -> Markup:
     settings = ", ".join(f"{name} {value}" for name, value in report.settings)
-    made = f"Made by ditc {report.ditc_version} at {report.made_at} ({settings}). All numbers are in "
-    return element("footer", joined((made, element("code", numbers), ".")))
+    origin = f"Made by ditc {report.ditc_version} at {report.made_at} ({settings}). All numbers are in "
+    return element("footer", joined((origin, element("code", numbers), ".")))

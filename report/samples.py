@@ -27,7 +27,7 @@ PEAK = 1.0  # differences are drawn about grey, so they have half the range of a
 
 @dataclass(frozen=True)
 class SampleParts:
-    """What comes of the samples."""
+    """The parts of a report that come of the samples."""
 
     pictures: Pictures | Skipped
     fidelity: Fidelity | Skipped
@@ -50,21 +50,21 @@ def sample_parts(path: Path, images: int, seed: int, place: Place, progress: Pro
     pipe = place.load(path)
     bundle = pipe.bundle
     labels = bundle.manifest.model.labels_in_turn(0, images)
-    found = _run(pipe, "bundle", images, seed, progress)
+    ours = _run(pipe, "bundle", images, seed, progress)
     if not bundle.has_reference:
         missing = Skipped(
             skipped="the bundle has no FP program to hold it to; compile it with --reference, or copy reference/ too"
         )
-        return SampleParts(_pictures(labels, found, None), missing, missing)
+        return SampleParts(_pictures(labels, ours, None), missing, missing)
     exact = _run(place.load(path, reference=True), "fp", images, seed, progress)
     bare = None
     if "compensation.k" in bundle.tables():
         bare = _run(place.load(path, compensation=False), "bundle-without-vc", images, seed, progress)
     drift = Drift(
-        bundle=step_drift(found.steps, exact.steps),
+        bundle=step_drift(ours.steps, exact.steps),
         uncompensated=None if bare is None else step_drift(bare.steps, exact.steps),
     )
-    return SampleParts(_pictures(labels, found, exact), _fidelity(found, exact), drift)
+    return SampleParts(_pictures(labels, ours, exact), _fidelity(ours, exact), drift)
 
 
 def _run(pipe: Pipeline, stage: str, images: int, seed: int, progress: Progress) -> _Run:
@@ -79,21 +79,21 @@ def _run(pipe: Pipeline, stage: str, images: int, seed: int, progress: Progress)
         return _Run(steps, np.concatenate(parts))
 
 
-def _fidelity(found: _Run, exact: _Run) -> Fidelity:
-    """Every paired measure over the images, over the latents where there is no decoder."""
-    ours, theirs = (run.steps[-1] if run.images is None else run.images for run in (found, exact))
+def _fidelity(own: _Run, exact: _Run) -> Fidelity:
+    """Return every paired measure over the images, over the latents where there is no decoder."""
+    ours, theirs = (run.steps[-1] if run.images is None else run.images for run in (own, exact))
     values = {name: measure(ours, theirs) for name, measure in PAIRED.items()}
     return Fidelity(
-        of="latents" if found.images is None else "images",
+        of="latents" if own.images is None else "images",
         images=len(ours),
         measures={name: Measure(mean=float(v.mean()), worst=float(v.min())) for name, v in values.items()},
     )
 
 
-def _pictures(labels: list[int], found: _Run, exact: _Run | None) -> Pictures | Skipped:
-    if found.images is None:
+def _pictures(labels: list[int], ours: _Run, exact: _Run | None) -> Pictures | Skipped:
+    if ours.images is None:
         return Skipped(skipped="the bundle makes latents and has no decoder; compile it with --vae FOLDER")
-    images = found.images[:MOST_PICTURES]
+    images = ours.images[:MOST_PICTURES]
     height, width = images.shape[-2:]
     if exact is None or exact.images is None:
         alone = [Picture(label=label, found=png(image)) for label, image in zip(labels, images, strict=False)]
@@ -109,11 +109,11 @@ def _pictures(labels: list[int], found: _Run, exact: _Run | None) -> Pictures | 
 
 
 def gain_for(gap: Samples) -> float:
-    """The power of two, 1 to 256, that shows the largest difference without clipping it."""
+    """Return the power of two, 1 to 256, that shows the largest difference without clipping it."""
     largest = float(np.abs(gap).max())
     return 256.0 if largest < PEAK / 256 else float(max(1, 2 ** int(np.floor(np.log2(PEAK / largest)))))
 
 
 def png(image: NDArray[np.float32]) -> str:
-    """An image (channels, height, width) in [-1, 1] as PNG in base64."""
+    """Return an image (channels, height, width) in [-1, 1] as PNG in base64."""
     return base64.b64encode(png_bytes(image)).decode()

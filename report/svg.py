@@ -31,14 +31,14 @@ class Axis:
     ticks: tuple[tuple[float, str], ...]
 
     def y(self, value: float, height: float) -> float:
-        """Pixels below the top of a plot; a value beyond the axis lies on its edge."""
+        """Return pixels below the top of a plot; a value beyond the axis lies on its edge."""
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
         return height * (1 - share)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What every chart has: its name, what it shows in words, its height in pixels, and how many steps it spans.
+    """A chart's name, what it shows in words, its height in pixels, and how many steps it spans.
 
     `hints` are one per step, shown where a pointer rests on it.
     """
@@ -50,7 +50,7 @@ class Chart:
     hints: tuple[str, ...] = ()
 
     def x(self, step: float) -> str:
-        """The place of a step on the horizontal axis."""
+        """Return the place of a step on the horizontal axis."""
         return f"{100 * step / self.steps:.3f}%"
 
 
@@ -74,7 +74,7 @@ class Dot:
 
 
 def axis_for(values: Sequence[float], *, unit: str = "", signed: bool = False, scale: float = 1) -> Axis:
-    """An axis with round ticks that holds 0 and every finite value; labels are values times `scale` with the unit."""
+    """Return an axis with round ticks, over 0 and all finite values; labels are values times `scale` with the unit."""
     finite = [value for value in values if isfinite(value)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     if high - low < 1e-12:
@@ -91,13 +91,13 @@ def axis_for(values: Sequence[float], *, unit: str = "", signed: bool = False, s
 
 
 def _round_width(width: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
+    """Return the next of 1, 2, 5 times a power of ten."""
     power = 10.0 ** floor(log10(width))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width * (1 - 1e-9))
 
 
 def lines(chart: Chart, axis: Axis, series: Sequence[Line], *marks: Markup) -> Markup:
-    """A line for each series over the steps; `marks` lie under them."""
+    """Draw a line for each series over the steps; `marks` lie under them."""
     drawn = joined(_path(chart, axis, line) for line in series)
     stretched = element(
         "svg",
@@ -112,14 +112,14 @@ def lines(chart: Chart, axis: Axis, series: Sequence[Line], *marks: Markup) -> M
 
 
 def level(chart: Chart, axis: Axis, value: float, kind: str, label: str = "") -> Markup:
-    """A horizontal line across a chart, named at its right end."""
+    """Draw a horizontal line across a chart, named at its right end."""
     y = axis.y(value, chart.height)
     rule = element("line", x1=0, x2="100%", y1=y, y2=y, class_=f"level {kind}")
     return joined((rule, element("text", label, x="100%", y=y - 5, class_=f"mark {kind}"))) if label else rule
 
 
 def _path(chart: Chart, axis: Axis, line: Line) -> Markup:
-    """A line through the middles of its steps, with a gap where a value is not finite."""
+    """Draw a line through the middles of its steps, with a gap where a value is not finite."""
     places, pen = [], "M"
     at = range(len(line.values)) if line.at is None else line.at
     for step, value in zip(at, line.values, strict=True):
@@ -133,7 +133,7 @@ def _path(chart: Chart, axis: Axis, line: Line) -> Markup:
 
 
 def steps_stacked(chart: Chart, axis: Axis, bars: Sequence[Sequence[tuple[float, str]]], *marks: Markup) -> Markup:
-    """A bar for each step, of (value, class) parts on top of one another."""
+    """Draw a bar for each step, of (value, class) parts on top of one another."""
     drawn = []
     for step, parts in enumerate(bars):
         base = 0.0
@@ -146,13 +146,13 @@ def steps_stacked(chart: Chart, axis: Axis, bars: Sequence[Sequence[tuple[float,
 
 
 def _bar(chart: Chart, step: int, top: float, size: float, kind: str) -> Markup:
-    """A rectangle in a step's band, a fifth of which stays free."""
+    """Draw a rectangle in a step's band, a fifth of which stays free."""
     width = f"{80 / chart.steps:.3f}%"
     return element("rect", x=chart.x(step + 0.1), y=top, width=width, height=max(size, 0), class_=kind)
 
 
 def step_map(chart: Chart, rows: Sequence[str], kinds: Sequence[Sequence[str]]) -> Markup:
-    """A row for each branch and a column for each step. `kinds` is the class of every cell, [steps][rows]."""
+    """Draw a row for each branch and a column for each step. `kinds` is the class of every cell, [steps][rows]."""
     tall = chart.height / len(rows)
     labelled = ceil(12 / tall)  # every how manieth row has room for its name
     labels = [
@@ -164,8 +164,8 @@ def step_map(chart: Chart, rows: Sequence[str], kinds: Sequence[Sequence[str]]) 
         kind: "".join(
             f"M{step + 0.08:g} {row + 0.1:g}h.84v.8h-.84z"
             for step, column in enumerate(kinds)
-            for row, found in enumerate(column)
-            if found == kind
+            for row, cell in enumerate(column)
+            if cell == kind
         )
         for kind in dict.fromkeys(chain.from_iterable(kinds))
     }
@@ -181,7 +181,7 @@ def step_map(chart: Chart, rows: Sequence[str], kinds: Sequence[Sequence[str]]) 
 
 
 def dots(chart: Chart, marks: Sequence[Dot], *labels: Markup) -> Markup:
-    """A dot for each mark."""
+    """Draw a dot for each mark."""
     drawn = [
         element("circle", cx=chart.x(dot.step + 0.5), cy=dot.y, r=1.6 * dot.weight**0.5, class_="dot") for dot in marks
     ]
@@ -189,7 +189,7 @@ def dots(chart: Chart, marks: Sequence[Dot], *labels: Markup) -> Markup:
 
 
 def _frame(chart: Chart, content: Sequence[Markup], hits: Markup) -> Markup:
-    """A chart as an image with a title and a description, the steps named below."""
+    """Draw a chart as an image with a title and a description, the steps named below."""
     return element(
         "svg",
         element("title", chart.title),
@@ -206,13 +206,13 @@ def _frame(chart: Chart, content: Sequence[Markup], hits: Markup) -> Markup:
 
 
 def _grid(chart: Chart, axis: Axis) -> list[Markup]:
-    found = []
+    marks = []
     for value, text in axis.ticks:
         y = axis.y(value, chart.height)
         kind = "base" if value == 0 else "grid"
-        found.append(element("line", x1=0, x2="100%", y1=y, y2=y, class_=kind))
-        found.append(element("text", text, x=-8, y=y + 4, class_="tick y"))
-    return found
+        marks.append(element("line", x1=0, x2="100%", y1=y, y2=y, class_=kind))
+        marks.append(element("text", text, x=-8, y=y + 4, class_="tick y"))
+    return marks
 
 
 def _step_labels(chart: Chart) -> list[Markup]:
@@ -230,7 +230,7 @@ def _step_labels(chart: Chart) -> list[Markup]:
 
 
 def _hits(chart: Chart) -> Markup:
-    """Where a pointer rests on a step, its hint is shown."""
+    """Show the hint of a step where a pointer rests on it."""
     return joined(
         element(
             "rect",

@@ -32,7 +32,7 @@ SEGMENTS = "segments/"
 
 
 def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[int] = (0,)) -> Markup:
-    """A table that scrolls by itself where it is too wide; the columns in `text` hold words, the others numbers."""
+    """Return a table that scrolls by itself where too wide; the columns in `text` hold words, the others numbers."""
 
     def kind(column: int) -> str | None:
         if column not in text:
@@ -53,17 +53,17 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *
 
 
 def counted(number: int, noun: str) -> str:
-    """1 image, 2 images."""
+    """Return 1 image, 2 images."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def pairs_table(caption: str, values: Mapping[str, str]) -> Markup:
-    """Names and what they are."""
+    """Return names beside what they are."""
     return table(caption, ("name", "value"), list(values.items()), text=(0, 1))
 
 
 def segment_table(manifest: Manifest, speed: Speed | None) -> Markup:
-    """Calls, bytes and, where they are known, times of every segment. Other forms share the portable one's weights."""
+    """Return calls, bytes and, where known, times of every segment. Other forms share the portable one's weights."""
     rows = []
     for name in manifest.program.calls:
         portable, forms = segment_bytes(manifest, name)
@@ -85,7 +85,7 @@ def _times(name: str, speed: Speed) -> tuple[str, ...]:
 
 
 def segment_bytes(manifest: Manifest, name: str) -> tuple[int, int]:
-    """Bytes of a segment with its weights, and of the graphs that backends take instead."""
+    """Return the bytes of a segment with its weights, and of the graphs that backends take instead."""
     own = {f"{SEGMENTS}{name}.onnx", f"{SEGMENTS}{name}.onnx.data"}
     files = {file: entry.size_bytes for file, entry in manifest.files.items() if file.startswith(f"{SEGMENTS}{name}.")}
     portable = sum(size for file, size in files.items() if file in own)
@@ -93,7 +93,7 @@ def segment_bytes(manifest: Manifest, name: str) -> tuple[int, int]:
 
 
 def peer_table(speed: Speed, sides: SideBySide) -> Markup:
-    """What else was timed in turn with the bundle."""
+    """Return the times of the peers that took turns with the bundle."""
     rows = [
         (
             name,
@@ -113,7 +113,7 @@ def peer_table(speed: Speed, sides: SideBySide) -> Markup:
 
 
 def step_table(report: Report) -> Markup:
-    """Every number that the charts over the steps are drawn from."""
+    """Return every number that the charts over the steps are drawn from."""
     columns: dict[str, list[str]] = {"t": [f"{step.t:g}" for step in report.manifest.program.steps]}
     if isinstance(report.speed, Speed):
         columns["ms"] = [f"{step.seconds * 1e3:.3f}" for step in report.speed.steps]
@@ -137,12 +137,12 @@ def _list(texts: Iterator[str]) -> str:
     return " ".join(texts)
 
 
-def activation_table(found: Activations) -> Markup:
-    """What every activation reaches, and where."""
+def activation_table(recorded: Activations) -> Markup:
+    """Return the magnitudes of every activation, and the step of the largest."""
     rows = []
-    for activation in found.activations:
+    for activation in recorded.activations:
         most = max(activation.largest)
-        step = found.steps[activation.largest.index(most)]
+        step = recorded.steps[activation.largest.index(most)]
         limits = f"{min(activation.limits):.3g} to {max(activation.limits):.3g}" if activation.limits else ""
         if activation.limits and min(activation.limits) == max(activation.limits):
             limits = f"{activation.limits[0]:.3g}"
@@ -154,7 +154,7 @@ def activation_table(found: Activations) -> Markup:
 
 
 def evaluation_tables(evaluation: Evaluation) -> Iterator[Markup]:
-    """Pairs and distributions as `ditc evaluate` has them."""
+    """Yield pairs and distributions as `ditc evaluate` has them."""
     n = f"{evaluation.n:,} images, seeds {', '.join(map(str, evaluation.seeds))}"
     level = f"{evaluation.bootstrap.level:.0%} intervals"
     pairs = [
@@ -184,7 +184,7 @@ def _span(measure: PairedMeasure | Estimate) -> str:
 
 
 def flattened(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and short texts of nested JSON; long lists are left to the JSON itself."""
+    """Yield dotted names and short texts of nested JSON; long lists are left to the JSON itself."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from flattened(inner, f"{name}.{key}" if name else str(key))
@@ -194,6 +194,6 @@ def flattened(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def file_table(manifest: Manifest) -> Markup:
-    """Every file with its size and digest."""
+    """Return every file with its size and digest."""
     rows = [(name, megabytes(entry.size_bytes), entry.sha256) for name, entry in manifest.files.items()]
     return table("Files", ("file", "size", "SHA-256"), rows, text=(0, 2))

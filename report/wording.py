@@ -9,12 +9,12 @@ __all__ = ["joined_names", "megabytes"]
 
 
 def megabytes(size_bytes: int) -> str:
-    """Millions of bytes, as text."""
+    """Return millions of bytes, as text."""
     return f"{size_bytes / 1e6:,.2f} MB"
 
 
 def joined_names(names: Sequence[str]) -> str:
-    """Dotted names with what they share written once: a.{q,k}."""
+    """Return dotted names with what they share written once: a.{q,k}."""
     parts = [name.split(".") for name in names]
     levels = zip(*(part[:-1] for part in parts), strict=False)  # up to the shortest name
     shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))

@@ -42,6 +42,6 @@ def test_markup_is_not_escaped_again() -> None:
 
 
 def test_names_of_attributes_are_those_of_html_and_none_is_left_out() -> None:
-    found = element("rect", class_="bar", aria_label="x", x=1.50004, y=2.0, width=None)
-    assert found == '<rect class="bar" aria-label="x" x="1.5" y="2"></rect>'
+    rectangle = element("rect", class_="bar", aria_label="x", x=1.50004, y=2.0, width=None)
+    assert rectangle == '<rect class="bar" aria-label="x" x="1.5" y="2"></rect>'
     assert element("img", src="data:,") == '<img src="data:,">'

@@ -99,11 +99,11 @@ def test_every_precision_with_integers_shows_its_activations_and_calibration(
 ) -> None:
     bundle = bundles["cached"]
     settings = changed_settings(bundle.manifest, precision=precision)
-    found = report_bundle(resealed(bundle, tmp_path / "b", precision=precision, settings=settings), QUICK)
-    assert isinstance(found.activations, Activations)
-    assert isinstance(found.calibration, Calibration)
+    report = report_bundle(resealed(bundle, tmp_path / "b", precision=precision, settings=settings), QUICK)
+    assert isinstance(report.activations, Activations)
+    assert isinstance(report.calibration, Calibration)
     words = "linear layers in INT8" if precision == "w8a8" else f"linear layers in INT8 of fewer bits ({precision})"
-    assert f"{words} with one scale for all steps" in program_sentence(found)
+    assert f"{words} with one scale for all steps" in program_sentence(report)
 
 
 def test_differences_are_enlarged_as_far_as_they_do_not_clip() -> None:
@@ -128,7 +128,7 @@ def test_every_step_is_timed_in_its_segment(cached: Report) -> None:
     program = cached.manifest.program
     assert [(s.index, s.t, s.segment) for s in cached.speed.steps] == [(s.index, s.t, s.segment) for s in program.steps]
     assert all(0 < step.engine_seconds < step.seconds for step in cached.speed.steps)
-    assert {name: found.calls for name, found in cached.speed.segments.items()} == {
+    assert {name: segment.calls for name, segment in cached.speed.segments.items()} == {
         "condition": 1,
         "full": 3,
         "reuse": 3,
@@ -139,49 +139,51 @@ def test_every_step_is_timed_in_its_segment(cached: Report) -> None:
 
 
 def test_activations_reach_what_calibration_saw(bundles: dict[str, Bundle], cached: Report) -> None:
-    found = cached.activations
-    assert isinstance(found, Activations)
-    assert found.steps == (0, 2, 4)
+    recorded = cached.activations
+    assert isinstance(recorded, Activations)
+    assert recorded.steps == (0, 2, 4)
     table = ScaleTable.model_validate_json((bundles["cached"].path / "calib" / "scales.json").read_bytes())
-    assert {layer for activation in found.activations for layer in activation.layers} == set(table.scales)
-    for activation in found.activations:
+    assert {layer for activation in recorded.activations for layer in activation.layers} == set(table.scales)
+    for activation in recorded.activations:
         assert activation.limits == pytest.approx([127 * table.scales[activation.layers[0]]] * 3)
         assert max(activation.largest) >= 0.5 * activation.limits[0]  # the range was made from such points
 
 
 def test_scales_of_each_step_and_midpoints_are_in_the_limits(bundles: dict[str, Bundle]) -> None:
     bundle = bundles["per-step"]
-    found = report_bundle(bundle.path, QUICK)
-    assert isinstance(found.activations, Activations)
+    report = report_bundle(bundle.path, QUICK)
+    assert isinstance(report.activations, Activations)
     table = ScaleTable.model_validate_json((bundle.path / "calib" / "scales.json").read_bytes())
-    for activation in found.activations.activations:
+    for activation in report.activations.activations:
         layer = activation.layers[0]
         middles = table.midpoints.get(layer, (0,) * 6)
-        wanted = [table.steps[layer][step] * (127 + abs(middles[step])) for step in found.activations.steps]
+        wanted = [table.steps[layer][step] * (127 + abs(middles[step])) for step in report.activations.steps]
         assert activation.limits == pytest.approx(wanted)
     assert table.midpoints
-    assert found.compensation is None
-    assert isinstance(found.drift, Drift)
-    assert found.drift.uncompensated is None
-    text = page_from_report(found, "x.json")
+    assert report.compensation is None
+    assert isinstance(report.drift, Drift)
+    assert report.drift.uncompensated is None
+    text = page_from_report(report, "x.json")
     assert "scales of their own at each step" in text
     assert "without compensation" not in text
 
 
 def test_the_calibration_set_is_counted_and_clustered(bundles: dict[str, Bundle], cached: Report) -> None:
-    found, calib = cached.calibration, CalibSet.load(bundles["cached"].path / "calib" / "calib.npz")
-    assert isinstance(found, Calibration)
-    assert found.digest == calib.digest
-    assert found.by_step == tuple(np.bincount(calib.step, minlength=6))
-    assert found.by_class == {label: int((calib.label == label).sum()) for label in np.unique(calib.label)}
-    assert not isinstance(found.clusters, Skipped)
-    assert len(found.clusters) == 3  # one for 8 points
+    calibration, calib = cached.calibration, CalibSet.load(bundles["cached"].path / "calib" / "calib.npz")
+    assert isinstance(calibration, Calibration)
+    assert calibration.digest == calib.digest
+    assert calibration.by_step == tuple(np.bincount(calib.step, minlength=6))
+    assert calibration.by_class == {label: int((calib.label == label).sum()) for label in np.unique(calib.label)}
+    assert not isinstance(calibration.clusters, Skipped)
+    assert len(calibration.clusters) == 3  # one for 8 points
     counted = np.zeros(6, int)
-    for cluster in found.clusters:
+    for cluster in calibration.clusters:
         for step, count in cluster.steps.items():
             counted[step] += count
-    assert tuple(counted) == found.by_step
-    assert [cluster.middle for cluster in found.clusters] == sorted(cluster.middle for cluster in found.clusters)
+    assert tuple(counted) == calibration.by_step
+    assert [cluster.middle for cluster in calibration.clusters] == sorted(
+        cluster.middle for cluster in calibration.clusters
+    )
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
@@ -230,12 +232,12 @@ def test_a_name_with_markup_in_it_stays_a_name(cached: Report) -> None:
 
 
 def test_a_bundle_without_quantization_or_reuse_says_so(bundles: dict[str, Bundle]) -> None:
-    found = report_bundle(bundles["fp32-none"].path, QUICK)
-    assert found.activations == Skipped(skipped="fp32 quantizes no activation, so none has a range to keep to")
-    assert found.calibration == Skipped(skipped="fp32 calibrates nothing")
-    assert isinstance(found.drift, Drift)
-    assert found.drift.bundle.relative_error == (0,) * 6  # it is its own FP program
-    text = page_from_report(found, "x.json")
+    report = report_bundle(bundles["fp32-none"].path, QUICK)
+    assert report.activations == Skipped(skipped="fp32 quantizes no activation, so none has a range to keep to")
+    assert report.calibration == Skipped(skipped="fp32 calibrates nothing")
+    assert isinstance(report.drift, Drift)
+    assert report.drift.bundle.relative_error == (0,) * 6  # it is its own FP program
+    text = page_from_report(report, "x.json")
     assert "of which 6 compute all 4 branches; everything in float32" in text
     assert "quantizes no activation" in text
 
@@ -253,12 +255,12 @@ def test_a_bundle_for_another_target_says_what_could_not_be_measured(
 ) -> None:
     bundle = bundles["cached"]
     path = resealed(bundle, tmp_path / "b", settings=changed_settings(bundle.manifest, target="cuda"))
-    found = report_bundle(path, QUICK)
-    assert isinstance(found.speed, Skipped)
-    assert "the bundle is for cuda, which does not run here (" in found.speed.skipped
-    assert found.place == "cpu, compiled for cuda"
-    assert isinstance(found.drift, Drift)  # its portable segments run here
-    text = page_from_report(found, "x.json")
+    report = report_bundle(path, QUICK)
+    assert isinstance(report.speed, Skipped)
+    assert "the bundle is for cuda, which does not run here (" in report.speed.skipped
+    assert report.place == "cpu, compiled for cuda"
+    assert isinstance(report.drift, Drift)  # its portable segments run here
+    text = page_from_report(report, "x.json")
     assert "Not timed: the bundle is for cuda" in text
     assert "Latency of each step" not in text
     assert "median ms" not in text
@@ -270,14 +272,14 @@ def test_without_the_reference_there_are_images_and_nothing_to_compare_with(
     bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:
     shutil.copytree(bundles["cached"].path, tmp_path / "b", ignore=shutil.ignore_patterns("reference", "calib"))
-    found = report_bundle(tmp_path / "b", QUICK.model_copy(update={"against": None}))
-    assert isinstance(found.pictures, Pictures)
-    assert found.pictures.pictures[0].exact is None
+    report = report_bundle(tmp_path / "b", QUICK.model_copy(update={"against": None}))
+    assert isinstance(report.pictures, Pictures)
+    assert report.pictures.pictures[0].exact is None
     assert all(
-        isinstance(part, Skipped) for part in (found.fidelity, found.drift, found.activations, found.calibration)
+        isinstance(part, Skipped) for part in (report.fidelity, report.drift, report.activations, report.calibration)
     )
-    assert isinstance(found.speed, Speed)
-    text = page_from_report(found, "x.json")
+    assert isinstance(report.speed, Speed)
+    text = page_from_report(report, "x.json")
     assert "Nothing to compare with: the bundle has no FP program" in text
     assert "measured at the compile over 4 latents" in text
 
@@ -286,11 +288,11 @@ def test_latents_without_a_decoder_have_curves_and_no_images(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "PIXEL_CHANNELS", (1,))
-    found = report_bundle(bundles["cached"].path, QUICK)
-    assert isinstance(found.pictures, Skipped)
-    assert isinstance(found.fidelity, Fidelity)
-    assert found.fidelity.of == "latents"
-    assert "compile it with --vae FOLDER" in page_from_report(found, "x.json")
+    report = report_bundle(bundles["cached"].path, QUICK)
+    assert isinstance(report.pictures, Skipped)
+    assert isinstance(report.fidelity, Fidelity)
+    assert report.fidelity.of == "latents"
+    assert "compile it with --vae FOLDER" in page_from_report(report, "x.json")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy sees it coming

@@ -79,18 +79,20 @@ def test_bars_stand_on_one_another_in_the_band_of_their_step() -> None:
 
 def test_a_map_fills_cells_by_their_kind() -> None:
     chart = Chart("Program", "two branches", height=28, steps=3)
-    found = parsed(step_map(chart, ["attn", "mlp"], [("float", "float"), ("reused", "computed"), ("reused", "reused")]))
-    cells = {path.attrib["class"]: re.findall(r"M(\S+) ([\d.]+)h", path.attrib["d"]) for path in found.iter("path")}
+    chart_svg = parsed(
+        step_map(chart, ["attn", "mlp"], [("float", "float"), ("reused", "computed"), ("reused", "reused")])
+    )
+    cells = {path.attrib["class"]: re.findall(r"M(\S+) ([\d.]+)h", path.attrib["d"]) for path in chart_svg.iter("path")}
     assert cells["float"] == [("0.08", "0.1"), ("0.08", "1.1")]
     assert cells["computed"] == [("1.08", "1.1")]
     assert cells["reused"] == [("1.08", "0.1"), ("2.08", "0.1"), ("2.08", "1.1")]
-    assert [text.text for text in found.iter("text") if text.attrib["x"] == "-8"] == ["attn", "mlp", "step"]
+    assert [text.text for text in chart_svg.iter("text") if text.attrib["x"] == "-8"] == ["attn", "mlp", "step"]
 
 
 def test_names_of_narrow_rows_leave_each_other_room() -> None:
     chart = Chart("Program", "many branches", height=300, steps=1)
-    found = parsed(step_map(chart, [f"b{n}" for n in range(100)], [("computed",) * 100]))
-    at = [float(text.attrib["y"]) for text in found.iter("text") if text.text.startswith("b")]
+    chart_svg = parsed(step_map(chart, [f"b{n}" for n in range(100)], [("computed",) * 100]))
+    at = [float(text.attrib["y"]) for text in chart_svg.iter("text") if text.text.startswith("b")]
     assert min(b - a for a, b in pairwise(at)) >= 12
 
 
@@ -101,23 +103,26 @@ def test_a_dot_has_an_area_in_proportion_to_its_weight() -> None:
 
 
 def test_a_level_is_named_where_it_lies() -> None:
-    found = parsed(f"<g>{level(CHART, UNIT, 0.75, 'fp', 'INT8')}</g>")
-    line, text = found
+    group = parsed(f"<g>{level(CHART, UNIT, 0.75, 'fp', 'INT8')}</g>")
+    line, text = group
     assert (line.attrib["y1"], line.attrib["y2"], text.text) == ("25", "25", "INT8")
 
 
 def test_a_chart_is_an_image_with_a_title_a_description_and_a_hint_for_each_step() -> None:
-    found = parsed(lines(CHART, UNIT, [Line([0.0] * 4, "bundle")]))
-    assert found.attrib["role"] == "img"
-    assert found.attrib["aria-label"] == "Name <of it>. What it shows"
-    assert [(child.tag, child.text) for child in found][:2] == [("title", "Name <of it>"), ("desc", "What it shows")]
-    assert [rect[0].text for rect in found.iter("rect")] == ["a", "b", "c", "d"]
+    chart_svg = parsed(lines(CHART, UNIT, [Line([0.0] * 4, "bundle")]))
+    assert chart_svg.attrib["role"] == "img"
+    assert chart_svg.attrib["aria-label"] == "Name <of it>. What it shows"
+    assert [(child.tag, child.text) for child in chart_svg][:2] == [
+        ("title", "Name <of it>"),
+        ("desc", "What it shows"),
+    ]
+    assert [rect[0].text for rect in chart_svg.iter("rect")] == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("steps", [2, 4, 50, 250, 1000])
 def test_few_steps_are_labelled_however_many_there_are(steps: int) -> None:
     chart = Chart("t", "d", height=10, steps=steps)
-    found = parsed(lines(chart, UNIT, [Line([0.0] * steps, "bundle")]))
-    labels = [int(text.text) for text in found.iter("text") if text.attrib["class"] == "tick x"]
+    chart_svg = parsed(lines(chart, UNIT, [Line([0.0] * steps, "bundle")]))
+    labels = [int(text.text) for text in chart_svg.iter("text") if text.attrib["class"] == "tick x"]
     assert labels[0] == 0
     assert 2 <= len(labels) <= 7
