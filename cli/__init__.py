@@ -1,1 +1,1 @@
-"""What can be typed, and what is printed."""
+"""The commands, and the lines that they print."""

@@ -12,7 +12,7 @@ from ditc.files import digest_of
 from ditc.progress import Progress
 from ditc.spec import Record
 
-__all__ = ["BuildPreview", "BuiltEngines", "EngineOnDisk", "EnginePreview", "build_bundle", "planned_build"]
+__all__ = ["BuildPreview", "BuiltEngines", "EngineOnDisk", "EnginePreview", "build_bundle", "preview_build"]
 
 
 class EnginePreview(Record):
@@ -36,7 +36,7 @@ class EngineOnDisk(Record):
 
 
 class BuildPreview(Record):
-    """What a build would make.
+    """The engines that a build would make, and the memory that they need.
 
     `memory` is what the trajectory needs of the device, in bytes by what for; of the device's own bytes some are free.
     `cache_key` is one key over all engines, for a CI cache.
@@ -51,7 +51,7 @@ class BuildPreview(Record):
 
 
 class BuiltEngines(Record):
-    """What a build made, beside what `BuildPreview` says of it."""
+    """The engines of a build, beside what `BuildPreview` says of it."""
 
     platform: str
     memory: dict[str, int]
@@ -61,39 +61,39 @@ class BuiltEngines(Record):
     engines: tuple[EngineOnDisk, ...]
 
 
-OnPlan = Callable[[BuildPreview], None]
+OnPreview = Callable[[BuildPreview], None]
 
 
-def planned_build(bundle: Path, options: BuildOptions) -> BuildPreview:
-    """What a build would make: platform, memory plan, the engines' keys, and one key over all for a CI cache."""
+def preview_build(bundle: Path, options: BuildOptions) -> BuildPreview:
+    """Preview a build: platform, memory needs, the engines' keys, and one key over all for a CI cache."""
     return described(_planned(bundle, options))
 
 
 def build_bundle(
-    bundle: Path, options: BuildOptions, *, progress: Progress, on_plan: OnPlan | None = None
+    bundle: Path, options: BuildOptions, *, progress: Progress, on_preview: OnPreview | None = None
 ) -> BuiltEngines:
-    """Build what is missing; returns the plan with every engine's size and time. `on_plan` sees it before."""
+    """Build what is missing; returns the preview with every engine's size and time. `on_preview` sees it before."""
     planned = _planned(bundle, options)
-    plan = described(planned)
-    if on_plan is not None:
-        on_plan(plan)
+    preview = described(planned)
+    if on_preview is not None:
+        on_preview(preview)
     engines = tuple(
         EngineOnDisk(
-            segment=one.key.segment,
-            file=planned.store.plan_path(one.key).name,
-            built=one.built,
-            sha256=one.record.sha256,
-            size_bytes=one.record.size_bytes,
-            device_memory_bytes=one.record.device_memory_bytes,
-            build_seconds=one.record.build_seconds,
+            segment=engine.key.segment,
+            file=planned.store.plan_path(engine.key).name,
+            built=engine.built,
+            sha256=engine.record.sha256,
+            size_bytes=engine.record.size_bytes,
+            device_memory_bytes=engine.record.device_memory_bytes,
+            build_seconds=engine.record.build_seconds,
         )
-        for one in build_engines(planned, progress)
+        for engine in build_engines(planned, progress)
     )
-    return BuiltEngines(**{**dict(plan), "engines": engines})
+    return BuiltEngines(**{**dict(preview), "engines": engines})
 
 
 def described(planned: PlannedBuild) -> BuildPreview:
-    """Return a plan with what a person asks of it."""
+    """Return the preview of a planned build."""
     machine = planned.machine
     return BuildPreview(
         platform=str(machine.platform),

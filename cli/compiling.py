@@ -99,19 +99,19 @@ def build_command(bundle: Path, options: BuildOptions, dry_run: bool, json_: boo
 
     Every segment is built in a process of its own; what is built stays, and a second build does nothing.
     """
-    from ditc.cli.building import build_bundle, planned_build
+    from ditc.cli.building import build_bundle, preview_build
 
     if dry_run:
-        planned = planned_build(bundle, options)
-        print_record(planned) if json_ else print_plan(planned)
+        preview = preview_build(bundle, options)
+        print_record(preview) if json_ else print_preview(preview)
         return
     with progress_on_stderr() as progress:
-        built = build_bundle(bundle, options, progress=progress, on_plan=None if json_ else print_plan)
+        built = build_bundle(bundle, options, progress=progress, on_preview=None if json_ else print_preview)
     print_record(built) if json_ else print_engines(built)
 
 
 def print_demo(demo: Demo) -> None:
-    """The comparison with plain torch."""
+    """Print the comparison with plain torch."""
     from ditc.report.wording import megabytes
 
     torch, ours = demo.torch, demo.compiled
@@ -133,20 +133,20 @@ def print_demo(demo: Demo) -> None:
     click.echo(f"picture: {demo.grid} (torch above, bundle below)\nbundle:  {demo.bundle}")
 
 
-def print_plan(planned: BuildPreview) -> None:
-    """What a build will make: platform, memory, keys."""
-    click.echo(f"{planned.platform}\n")
-    for name, size_bytes in planned.memory.items():
+def print_preview(preview: BuildPreview) -> None:
+    """Print what a build will make: platform, memory, keys."""
+    click.echo(f"{preview.platform}\n")
+    for name, size_bytes in preview.memory.items():
         click.echo(f"  {name:<24} {size_bytes / 1e6:>12,.2f} MB")
-    click.echo(f"  {'device':<24} {planned.total_bytes / 1e6:>12,.2f} MB, {planned.free_bytes / 1e6:,.2f} MB free\n")
-    click.echo(f"  cache key  {planned.cache_key}")
-    for engine in planned.engines:
+    click.echo(f"  {'device':<24} {preview.total_bytes / 1e6:>12,.2f} MB, {preview.free_bytes / 1e6:,.2f} MB free\n")
+    click.echo(f"  cache key  {preview.cache_key}")
+    for engine in preview.engines:
         click.echo(f"  {engine.segment:<14} {engine.file}  {'built earlier' if engine.present else ''}".rstrip())
     click.echo("")
 
 
 def print_engines(built: BuiltEngines) -> None:
-    """Every engine, with its size and how long it took."""
+    """Print every engine, with its size and the seconds that it took."""
     for engine in built.engines:
         state = f"built in {engine.build_seconds:.1f} s" if engine.built else "built earlier"
         click.echo(f"  {engine.segment:<14} {engine.size_bytes / 1e6:>10,.2f} MB  {state:<18} {engine.file}")

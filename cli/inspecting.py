@@ -1,4 +1,4 @@
-"""The command that shows what a bundle is: inspect."""
+"""The command that shows a bundle: inspect."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def inspect_command(bundle: Path, json_: bool) -> None:
 
 
 def print_inspection(bundle: Bundle) -> None:
-    """Everything that `ditc inspect` shows."""
+    """Print everything that `ditc inspect` shows."""
     from ditc.cli.listing import calibration_comparisons, schedule_map, step_runs
     from ditc.report.wording import megabytes
 
@@ -44,7 +44,7 @@ def print_inspection(bundle: Bundle) -> None:
         click.echo(f"  {row.steps:<9}  {row.t:<14}  {row.segment:<12}  {row.reads:>5}  {row.writes:>6}")
     if manifest.program.epilogue:
         click.echo(f"  then {' '.join(manifest.program.epilogue)}")
-    in_float = any(plan.in_float for plan in manifest.program.segments)
+    in_float = any(segment.in_float for segment in manifest.program.segments)
     click.echo(f"\nschedule (# computed, {'f computed in floating point, ' if in_float else ''}. reused)")
     for line in schedule_map(manifest.program):
         click.echo(f"  {line}")
@@ -60,7 +60,7 @@ def print_inspection(bundle: Bundle) -> None:
 
 
 def print_notes(bundle: Bundle) -> None:
-    """What was assumed when the model was read, and what speaks against it; nothing where all is stated."""
+    """Print what was assumed when the model was read, and what speaks against it; nothing where all is stated."""
     notes = bundle.manifest.model.notes
     if notes:
         click.echo("\nof the model")
@@ -69,7 +69,7 @@ def print_notes(bundle: Bundle) -> None:
 
 
 def print_calibration(comparison: CalibrationComparison) -> None:
-    """What a calibrator of TensorRT 10 found over the bundle's own scales; of a long list its two ends."""
+    """Print a calibrator's scales of TensorRT 10 over the bundle's own scales; of a long list its two ends."""
     click.echo(f"\n{comparison.file}: scale over the bundle's own, {comparison.layers} linear layers")
     ranked = sorted(comparison.ratios.items(), key=lambda item: item[1])
     for path, ratio in ranked if len(ranked) <= 6 else [*ranked[:3], ("...", None), *ranked[-3:]]:

@@ -78,7 +78,7 @@ def tune_command(
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Pairs, distributions with their intervals, and the drift of every step."""
+    """Print pairs, distributions with their intervals, and the drift of every step."""
     from ditc.spec import Skipped
 
     bundle, seeds = evaluation.bundle, ", ".join(map(str, evaluation.seeds))
@@ -103,7 +103,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_distributions(distributions: Distributions) -> None:
-    """Both sides against the real images, and their difference."""
+    """Print both sides against the real images, and their difference."""
     features, real = distributions.features, distributions.real
     click.echo(f"\nfeatures: {features.name}, {features.about}; real: {real.about}")
     sides = (distributions.bundle, distributions.fp, distributions.difference)
@@ -120,7 +120,7 @@ def print_distributions(distributions: Distributions) -> None:
 
 
 def print_drifts(drifts: Drifts) -> None:
-    """Per step the relative error, and of mean and variance the channel that drifts most; beside it without VC."""
+    """Print per step the relative error, and of mean and variance the channel that drifts most; the same without VC."""
     names = {"bundle": "bundle", "uncompensated": "without compensation"}
     sides = drifts.sides
     click.echo(f"\n{drifts.bundle.images} images step by step; of the channels the one that drifts most")
@@ -135,7 +135,7 @@ def print_drifts(drifts: Drifts) -> None:
 
 
 def print_veto(veto: Veto) -> None:
-    """Of every branch the ratio of quantization noise to the change that a reuse exploits; every step in JSON only."""
+    """Print each branch's ratio of quantization noise to the change that a reuse exploits; each step in JSON only."""
     width = max(map(len, ["branch", *veto.branches]))
     click.echo(f"\nquantization noise over the change that a reuse exploits, {veto.images} images; above 1 is vetoed")
     click.echo(f"{'branch':<{width}}  {'noise':>9}{'change':>9}{'ratio':>9}{'largest':>9}{'at step':>9}{'vetoed':>9}")
@@ -146,7 +146,7 @@ def print_veto(veto: Veto) -> None:
 
 
 def _veto_cells(veto: Veto, place: int) -> str:
-    """The numbers of one branch; nothing where it never reuses."""
+    """Return the numbers of one branch; nothing where it never reuses."""
     from statistics import median
 
     ratio = {step: row[place] for step, row in enumerate(veto.ratio)}
@@ -163,14 +163,14 @@ def _veto_cells(veto: Veto, place: int) -> str:
 
 
 def print_trial(trial: Trial) -> None:
-    """A candidate of `ditc tune` as it comes, on stderr."""
+    """Print a candidate of `ditc tune` as it comes, on stderr."""
     from ditc.quality.search import described
 
     click.echo(f"{trial.stage}: {described(trial)}{', within the budget' if trial.within else ''}", err=True)
 
 
 def print_tuning(tuning: Tuning) -> None:
-    """The front, fastest first; a star marks what was chosen."""
+    """Print the front, fastest first; a star marks what was chosen."""
     rows = []
     for trial in tuning.front:
         mark = " *" if trial.changes == tuning.chosen.changes else ""

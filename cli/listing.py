@@ -1,4 +1,4 @@
-"""A bundle as text: what `ditc inspect` prints."""
+"""A bundle as text, for `ditc inspect` and `ditc compile`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CalibrationComparison(Record):
 
 
 class CompiledBundle(Record):
-    """What `ditc compile` made, and where."""
+    """A bundle that `ditc compile` made, and its place."""
 
     bundle: str
     manifest: Manifest
@@ -65,7 +65,7 @@ def inspected(bundle: Bundle) -> Inspection:
 
 
 def step_runs(program: Program) -> Iterator[StepRun]:
-    """The steps as rows of a table; neighbouring steps that make the same call are one row."""
+    """Yield the steps as rows of a table; neighbouring steps that make the same call are one row."""
     steps = list(program.steps)
     for (segment, reads, writes), group in groupby(steps, key=lambda s: (s.segment, len(s.reads), len(s.writes))):
         run = list(group)
@@ -75,10 +75,10 @@ def step_runs(program: Program) -> Iterator[StepRun]:
 
 
 def schedule_map(program: Program) -> list[str]:
-    """One line per branch, one mark per step: # computed, f computed in floating point, . reused."""
+    """Return one line per branch, one mark per step: # computed, f computed in floating point, . reused."""
     marks_of = {
-        plan.name: ["." if not computes else "f" if plan.in_float else "#" for computes in plan.compute]
-        for plan in program.segments
+        segment.name: ["." if not computes else "f" if segment.in_float else "#" for computes in segment.compute]
+        for segment in program.segments
     }
     width = max(len(name) for name in program.branches)
     lines = []
@@ -112,7 +112,7 @@ def calibration_comparisons(bundle: Bundle) -> list[CalibrationComparison]:
 
 
 def activation_scales(bundle: Bundle) -> str:
-    """How the activation scales are bound, and how far those of one activation lie apart."""
+    """Return the binding of activation scales, and the distance between those of one activation."""
     binding = bundle.manifest.scales
     magnitudes = step_inputs(bundle.tables()).get(SCALES_INPUT)
     if magnitudes is None:
@@ -123,7 +123,7 @@ def activation_scales(bundle: Bundle) -> str:
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, str]:
-    """The headline facts of a bundle, name -> text. Raises BundleError where they aren't there to be told."""
+    """Return the headline facts of a bundle, name -> text. Raises BundleError where they aren't there to be told."""
     try:
         return _facts(bundle)
     except BundleError as e:
@@ -134,7 +134,7 @@ def _facts(bundle: Bundle) -> dict[str, str]:
     m = bundle.manifest
     measured = m.measured("smooth", "kernels", "tensorrt", "verify", "compensation")
     called = [m.program.segment(step.segment) for step in m.program.steps]
-    computed, in_float = sum(any(plan.compute) for plan in called), sum(plan.in_float for plan in called)
+    computed, in_float = sum(any(segment.compute) for segment in called), sum(segment.in_float for segment in called)
     unquantized = f" ({in_float} of them in floating point)" if in_float else ""
     facts = {
         "model": f"{m.model.name} ({m.model.family}, {m.model.parameters / 1e6:,.2f} M parameters)",

@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The exit code of a command line."""
+    """Run a command line, and return its exit code."""
     try:
         with advice_on_stderr():
             return int(cli.main(args=list(arguments), prog_name="ditc", standalone_mode=False) or 0)
@@ -45,8 +45,8 @@ def run(arguments: Sequence[str]) -> int:
         return e.exit_code
     except click.ClickException as e:
         command = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx is not None else "ditc"
-        what = one_line(e.format_message().rstrip("."))
-        click.echo(f"ditc: {what}; `{command} --help` lists what it takes", err=True)
+        message = one_line(e.format_message().rstrip("."))
+        click.echo(f"ditc: {message}; `{command} --help` lists what it takes", err=True)
         return e.exit_code
     except CheckError as e:
         click.echo(f"ditc: check failed: {e}", err=True)

@@ -23,7 +23,7 @@ model_argument = click.argument("model", required=False)
 
 
 class ModelOptions(Settings):
-    """What a command line says of a model beside its name; None and False leave it to the file, or to a guess."""
+    """The options that say something of a model beside its name; None and False leave it to the file, or to a guess."""
 
     random_size: Annotated[
         str | None,
@@ -67,7 +67,7 @@ class ModelOptions(Settings):
 
     @property
     def facts(self) -> ModelFacts:
-        """What is stated of the model. Raises InputError for what can't be."""
+        """The stated facts of the model. Raises InputError for what can't be."""
         from ditc.exporter.model_facts import ModelFacts, beta_schedule_facts
 
         return ModelFacts(

@@ -109,7 +109,7 @@ def by_group(options: Iterable[click.Option]) -> dict[str, list[click.Option]]:
 
 @dataclass(frozen=True)
 class _Part:
-    """Settings of which a command takes some: `hidden` ones are refused, with `reason`, others may not apply at all."""
+    """Settings of which a command takes some: `refused` ones are hidden, and refused with `reason`."""
 
     kind: type[Settings]
     only: Collection[str]
@@ -229,9 +229,9 @@ save_option = click.option(
 )
 
 
-def out_option(what: str, **more: Any) -> Callable[[Callback], Callback]:
+def out_option(text: str, **more: Any) -> Callable[[Callback], Callback]:
     """Return the option that says where a command writes."""
-    return click.option("-o", "--out", type=A_PATH, cls=SettingOption, help=what, **more)
+    return click.option("-o", "--out", type=A_PATH, cls=SettingOption, help=text, **more)
 
 
 def force_option(group: str = "") -> Callable[[Callback], Callback]:

@@ -1,4 +1,4 @@
-"""What several commands print on a terminal."""
+"""Lines and tables that several commands print on a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def print_record(result: BaseModel) -> None:
 
 
 def print_facts(path: Path, bundle: Bundle) -> None:
-    """The headline facts of a bundle."""
+    """Print the headline facts of a bundle."""
     from ditc.cli.listing import bundle_facts
 
     click.echo(f"{path}")
@@ -33,13 +33,13 @@ def print_facts(path: Path, bundle: Bundle) -> None:
 
 
 def print_arithmetic(arithmetic: Arithmetic | None) -> None:
-    """How integer products run on this machine, where there are any."""
+    """Print the arithmetic of integer products on this machine, where there are any."""
     if arithmetic is not None:
         click.echo(f"INT8 on this CPU: {arithmetic.text}")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout, names left, numbers right; as wide as it is, whatever the terminal."""
+    """Print a table on stdout, names left, numbers right; as wide as it is, whatever the terminal."""
     from rich.console import Console
     from rich.table import Table
 

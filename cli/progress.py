@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: live bars on a terminal, a line for each finished stage elsewhere."""
+"""The progress of a command, on stderr: live bars on a terminal, a line for each finished stage elsewhere."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def advice_on_stderr() -> Iterator[None]:
 
 @contextmanager
 def progress_on_stderr(*, lines: bool = True) -> Iterator[Progress]:
-    """A progress callback: a live bar per stage on a terminal, elsewhere `lines` for finished stages, or silence."""
+    """Give a progress callback: live bars by stage on a terminal, elsewhere `lines` for finished stages, or silence."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -59,7 +59,7 @@ def progress_on_stderr(*, lines: bool = True) -> Iterator[Progress]:
 
 @contextmanager
 def steps_on_stderr(name: str) -> Iterator[Callable[[Any], None]]:
-    """A callback for step events: a live bar on a terminal, silence elsewhere."""
+    """Give a callback for step events: a live bar on a terminal, silence elsewhere."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return

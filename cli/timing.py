@@ -52,11 +52,11 @@ def estimate_command(bundle: Path, options: EstimateOptions, json_: bool) -> Non
 
 
 def print_bench(bench: Bench) -> None:
-    """Latencies per request, segment and outside the engines; limits and peers where they were asked for."""
+    """Print latencies per request, segment and outside the engines; limits and peers where they were asked for."""
     click.echo(f"{bench.machine.processor}, {bench.machine.cores} cores")
     print_arithmetic(bench.arithmetic)
-    what = f"{bench.request.n} requests of {bench.batch} images, {bench.bundle.steps} steps"
-    click.echo(f"{what}, after {bench.warmup} others\n")
+    requests = f"{bench.request.n} requests of {bench.batch} images, {bench.bundle.steps} steps"
+    click.echo(f"{requests}, after {bench.warmup} others\n")
     outside = bench.outside_engines
     parts = {**bench.segments, "outside engines": outside}
     print_table(
@@ -84,7 +84,7 @@ def _times(latency: SpreadLatency) -> tuple[str, str, str]:
 
 
 def print_roofline(roofline: Roofline) -> None:
-    """Every segment against the ceilings of the machine."""
+    """Print every segment against the ceilings of the machine."""
     rates = roofline.rates
     click.echo(
         f"\nceilings, measured just now: INT8 {rates.int8_operations / 1e9:,.0f} G/s, "
@@ -108,7 +108,7 @@ def print_roofline(roofline: Roofline) -> None:
 
 
 def print_peers(against: SideBySide | NoPeer) -> None:
-    """The bundle and its peers, and why others were skipped."""
+    """Print the bundle and its peers, and why others were skipped."""
     from ditc.speed.side_by_side import SideBySide
 
     click.echo("")
@@ -119,7 +119,7 @@ def print_peers(against: SideBySide | NoPeer) -> None:
 
 
 def print_sides(sides: SideBySide) -> None:
-    """Those that were measured; x is how many times as long as the bundle it takes."""
+    """Print the measured peers; x is how many times as long as the bundle one takes."""
     click.echo(f"in turn, guidance {sides.guidance:g}, error at step {sides.step} against the FP reference")
     own = sides.bundle
     rows = [("bundle", str(own.step.n), *_times(own.step), "", *_times(own.run), "", f"{own.relative_error:.2g}")]
@@ -134,7 +134,7 @@ def print_sides(sides: SideBySide) -> None:
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """Work and time of every segment, and what they were made from."""
+    """Print work and time of every segment, and what they were made from."""
     rates = estimate.device
     click.echo(f"{rates.name}: {rates.source}")
     click.echo(

@@ -277,11 +277,11 @@ def test_an_empty_path_is_not_the_working_directory(
 
 def test_doctor_says_what_works_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--json"]) == 0
-    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert found["target cpu"]["works"]
-    assert "INT8 exact" in found["target cpu"]["detail"]
-    assert not found["target tensorrt"]["works"]
-    assert "TensorRT can't be imported" in found["target tensorrt"]["detail"]
+    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert findings["target cpu"]["works"]
+    assert "INT8 exact" in findings["target cpu"]["detail"]
+    assert not findings["target tensorrt"]["works"]
+    assert "TensorRT can't be imported" in findings["target tensorrt"]["detail"]
 
 
 @pytest.fixture
