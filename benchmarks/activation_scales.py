@@ -1,4 +1,4 @@
-"""What scales and midpoints do to the error of quantization, on the reference model.
+"""The effect of scales and midpoints on the error of quantization, on the reference model.
 
     python benchmarks/activation_scales.py
 
@@ -45,7 +45,7 @@ SEED = 12345
 
 
 def rounded(x: np.ndarray, table: ScaleTable, path: str, step: int) -> np.ndarray:
-    """An activation in a setting's integers, as numbers again."""
+    """Return an activation in a setting's integers, as numbers again."""
     if table.binding == "dynamic":  # DynamicQuantizeLinear: uint8 from the least to the largest value
         low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
         scale = (high - low) / 255
@@ -61,7 +61,7 @@ Probed = tuple[int, str, np.ndarray]  # step, layer, what it reads
 
 
 def probed(bundle: Bundle) -> Iterator[Probed]:
-    """What every linear layer reads along FP trajectories."""
+    """Yield the activations that linear layers read along FP trajectories."""
     recorder = RecordingBackend(OnnxRuntimeBackend(), {"full": range(len(bundle.manifest.program.steps))})
     with load(bundle.path, backend=recorder, reference=True) as pipe:
         pipe.latents(LABELS, seed=SEED)
@@ -78,19 +78,19 @@ def probed(bundle: Bundle) -> Iterator[Probed]:
 
 
 def input_errors(values: Iterator[Probed], tables: list[ScaleTable]) -> list[dict[str, float]]:
-    """Squared error over square for each kind of layer, under every table."""
+    """Return squared error over square for each kind of layer, under every table."""
     errors: list[dict[str, float]] = [defaultdict(float) for _ in tables]
     squares: dict[str, float] = defaultdict(float)
     for step, path, x in values:
         kind = path.rpartition(".")[2]
         squares[kind] += float((x.astype(np.float64) ** 2).sum())
-        for found, table in zip(errors, tables, strict=True):
-            found[kind] += float(((rounded(x, table, path, step) - x).astype(np.float64) ** 2).sum())
-    return [{kind: error / squares[kind] for kind, error in found.items()} for found in errors]
+        for of_table, table in zip(errors, tables, strict=True):
+            of_table[kind] += float(((rounded(x, table, path, step) - x).astype(np.float64) ** 2).sum())
+    return [{kind: error / squares[kind] for kind, error in of_table.items()} for of_table in errors]
 
 
 def images(plan: Plan, segments: Segments, tables: dict[str, Any], batches: int) -> np.ndarray:
-    """Finished images, (10 * batches, 1, 8, 8)."""
+    """Return finished images, (10 * batches, 1, 8, 8)."""
     with executor(plan, plan.program, segments, tables) as runner:
         starts = [seeded_noise(SEED + n, 0, len(LABELS), plan.spec.latent_shape) for n in range(batches)]
         return np.concatenate([runner.last(LABELS, noise, fresh) for noise, fresh in starts])
@@ -114,22 +114,22 @@ def main() -> None:
         rows, tables = [], []
         for scales, midpoint in SETTINGS:
             plan = make_plan(model, base.model_copy(update={"scales": scales, "midpoint": midpoint}))
-            made = Path(folder) / f"{scales}-{midpoint}"
-            made.mkdir()
-            quantize(plan, segments, calib, made)
-            step_tables = read_tables(made / "scales.safetensors")
-            found = images(plan, {**segments, "full": made / "full.onnx"}, step_tables, options.batches)
-            psnr = psnr_db(found, exact)
+            place = Path(folder) / f"{scales}-{midpoint}"
+            place.mkdir()
+            quantize(plan, segments, calib, place)
+            step_tables = read_tables(place / "scales.safetensors")
+            quantized_images = images(plan, {**segments, "full": place / "full.onnx"}, step_tables, options.batches)
+            psnr = psnr_db(quantized_images, exact)
             rows.append({"scales": scales, "midpoint": midpoint, "psnr_db": {"mean": psnr.mean(), "std": psnr.std()}})
-            tables.append(ScaleTable.model_validate_json((made / "scales.json").read_bytes()))
+            tables.append(ScaleTable.model_validate_json((place / "scales.json").read_bytes()))
         errors = input_errors(probed(bundle), tables)
     for row, error in zip(rows, errors, strict=True):
         row["input_error"] = error
         print(json.dumps(row))
     given = {name: value for name, value in vars(options).items() if name != "out"}
     settings = {"model": "digits", "guidance": base.cfg, "images": len(exact), "seed": SEED, **given}
-    found = {"machine": machine().model_dump(), **settings, "rows": rows}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    results = {"machine": machine().model_dump(), **settings, "rows": rows}
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How good the reference model's samples are: FP, 50 steps, against the real digits.
+"""The quality of the reference model's samples: FP, 50 steps, against the real digits.
 
     python benchmarks/digits_card.py --images 1000 --seeds 0 1 2
 
@@ -29,7 +29,7 @@ BATCH = 100
 
 
 def sample(sampler: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """(images, labels, seconds) of the FP model."""
+    """Return (images, labels, seconds) of the FP model."""
     model = builtin_digits()
     spec = model.sampler.model_copy(update={"name": sampler})
     table = sampler_table(model.diffusion, spec, 50)
@@ -61,14 +61,14 @@ def main() -> None:
             print(results[-1])
     extractors = [open_extractor(name, train.shape[1:]) for name in ("pixels", "digits")]
     floor = {each.name: frechet_distance(each.features(held_out), each.features(train)) for each in extractors}
-    found = {
+    card = {
         "machine": machine().model_dump(),
         "steps": 50,
         "guidance": 1.5,
         "frechet_distance_real_train_to_held_out": floor,
         "results": results,
     }
-    (HERE / "digits_card.json").write_text(json.dumps(found, indent=1) + "\n")
+    (HERE / "digits_card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 if __name__ == "__main__":

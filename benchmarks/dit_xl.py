@@ -1,4 +1,4 @@
-"""DiT-XL/2 at 256 pixels, random weights: what its compile and serving cost, and its bundle against its peers.
+"""DiT-XL/2 at 256 pixels, random weights: the cost of its compile and of serving, and its bundle against its peers.
 
     python benchmarks/dit_xl.py --work out/xl [--measure-only] [--steps-only] [--against PEER,...]
 
@@ -61,7 +61,7 @@ print(json.dumps({
 
 
 def compile_cost(size: str, interval: int, out: Path) -> dict[str, float]:
-    """Wall seconds of the compile, and the peak resident bytes of this and earlier ones."""
+    """Return the wall seconds of the compile, and the peak resident bytes of this and earlier ones."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "ditc.cli", "compile", "--random", size, "--policy", f"fora:{interval}"]
     images = math.ceil(POINTS / len(range(0, STEPS, interval)))  # whose computing steps hold that many points
@@ -71,13 +71,13 @@ def compile_cost(size: str, interval: int, out: Path) -> dict[str, float]:
 
 
 def serving_cost(bundle: Path) -> dict[str, float]:
-    """Opening time and memory of a process that serves one image."""
+    """Return opening time and memory of a process that serves one image."""
     done = subprocess.run([sys.executable, "-c", SERVE, str(bundle)], check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout))
 
 
 def in_turn(bundles: dict[str, Path], peers: dict[str, ReadyPeer], task: PeerTask, rounds: int) -> dict[str, Any]:
-    """Latencies of every bundle and peer: a step that computes, one that reuses, a whole run.
+    """Return the latencies of every bundle and peer: a step that computes, one that reuses, a whole run.
 
     A bundle's name ends in @TARGET where that is not the one it was compiled for.
     """
@@ -87,20 +87,20 @@ def in_turn(bundles: dict[str, Path], peers: dict[str, ReadyPeer], task: PeerTas
             for name, path in bundles.items()
         }
         turns = {name: bundle_turn(pipe) for name, pipe in pipes.items()}
-        turns |= {name: peer_turn(found.peer, task) for name, found in peers.items()}
+        turns |= {name: peer_turn(ready.peer, task) for name, ready in peers.items()}
         times = take_turns(list(turns.values()), rounds, 1, silent)
     return {
-        name: {kind: latency_of(seconds).model_dump() for kind, seconds in found.items()}
-        for name, found in zip(turns, times, strict=True)
+        name: {kind: latency_of(seconds).model_dump() for kind, seconds in times_of.items()}
+        for name, times_of in zip(turns, times, strict=True)
     }
 
 
 def ratios(times: dict[str, Any], bundles: dict[str, Path], kind: str) -> dict[str, dict[str, float]]:
-    """For each bundle, how many times as long every peer takes."""
+    """Return for each bundle the ratio of every peer's time to its own."""
     return {
         own: {
-            name: found[kind]["median"] / times[own][kind]["median"]
-            for name, found in times.items()
+            name: other[kind]["median"] / times[own][kind]["median"]
+            for name, other in times.items()
             if name not in bundles
         }
         for own in bundles
@@ -108,7 +108,7 @@ def ratios(times: dict[str, Any], bundles: dict[str, Path], kind: str) -> dict[s
 
 
 def walked_once(task: PeerTask, peers: dict[str, ReadyPeer]) -> dict[str, float]:
-    """Seconds of one real run of each torch peer."""
+    """Return the seconds of one real run of each torch peer."""
     seconds = {}
     for name, ready in peers.items():
         if name.startswith("torch"):
@@ -123,13 +123,13 @@ def measured(bundles: dict[str, Path], options: argparse.Namespace) -> dict[str,
     first = next(iter(bundles.values()))
     with TemporaryDirectory() as scratch:
         task = peer_task_of(open_bundle(first), ModelChoice(f"random:{options.size}"), Path(scratch).resolve())
-        found = {name: ready_peer(name, task) for name in peer_names([options.against])}
-        peers = {name: ready for name, ready in found.items() if isinstance(ready, ReadyPeer)}
+        ready_or_reason = {name: ready_peer(name, task) for name in peer_names([options.against])}
+        peers = {name: ready for name, ready in ready_or_reason.items() if isinstance(ready, ReadyPeer)}
         times = in_turn(bundles, peers, task, options.rounds)
         walked = {} if options.steps_only or options.no_walk else {"walked_once": walked_once(task, peers)}
     return {
         "peers": {name: {"what": r.peer.what, "relative_error": r.relative_error} for name, r in peers.items()},
-        "skipped": {name: reason for name, reason in found.items() if isinstance(reason, str)},
+        "skipped": {name: reason for name, reason in ready_or_reason.items() if isinstance(reason, str)},
         "relative_error": task.error(task.bundle_output),
         "times": times,
         "ratio_step": ratios(times, bundles, "step"),
@@ -165,7 +165,7 @@ def main() -> None:
     else:
         cost = {f"fora:{n}": compile_cost(options.size, n, bundles[f"fora:{n}"]) for n in intervals}
     manifest = open_bundle(next(iter(bundles.values()))).manifest
-    found = {
+    results = {
         "machine": machine().model_dump(),
         "size": options.size,
         "settings": manifest.settings,
@@ -174,8 +174,8 @@ def main() -> None:
         "reference_bytes": manifest.size_bytes(reference=True),
         **measured(bundles, options),
     }
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({key: found[key] for key in ("compile", "ratio_step", "ratio_run", "skipped")}, indent=1))
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps({key: results[key] for key in ("compile", "ratio_step", "ratio_run", "skipped")}, indent=1))
 
 
 if __name__ == "__main__":

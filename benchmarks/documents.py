@@ -1,4 +1,4 @@
-"""What the documents of another revision named and today's no longer name, and how many words each document has.
+"""Names that documents of another revision have and today's no longer, and the number of words of each document.
 
     python benchmarks/documents.py main     figures, options and files that no document names any more, by document
     python benchmarks/documents.py --words  words of each document, as `wc -w` counts them
@@ -29,20 +29,20 @@ Documents = Mapping[str, str]
 
 
 def figures(text: str) -> set[str]:
-    """The figures in a text, each with its unit where it has one."""
-    found = {(number.replace(",", ""), unit) for number, unit in FIGURE.findall(text)}
+    """Return the figures in a text, each with its unit where it has one."""
+    pairs = {(number.replace(",", ""), unit) for number, unit in FIGURE.findall(text)}
     return {
-        f"{number} {unit}".strip() for number, unit in found if unit or len(re.sub(r"\D", "", number.lstrip("0."))) > 1
+        f"{number} {unit}".strip() for number, unit in pairs if unit or len(re.sub(r"\D", "", number.lstrip("0."))) > 1
     }
 
 
 def options(text: str) -> set[str]:
-    """The command-line options in a text."""
+    """Return the command-line options in a text."""
     return set(OPTION.findall(text))
 
 
 def files(text: str) -> set[str]:
-    """The names of files, without their folders, and of modules in a text."""
+    """Return the names of files, without their folders, and of modules in a text."""
     return set(FILE.findall(text))
 
 
@@ -50,7 +50,7 @@ NAMES: Mapping[str, Callable[[str], set[str]]] = {"figures": figures, "options":
 
 
 def lost(before: Documents, today: Documents) -> dict[str, dict[str, list[str]]]:
-    """By document and kind, what `before` named and none of `today` does; a document without a loss is left out."""
+    """Return by document and kind what `before` named and none of `today` does; those without loss are left out."""
     now = {kind: set().union(*map(names, today.values())) for kind, names in NAMES.items()}
     bare = {figure.split()[0] for figure in now["figures"]}
     now["figures"] |= bare  # a number that has a unit today may have had none
@@ -62,13 +62,13 @@ def lost(before: Documents, today: Documents) -> dict[str, dict[str, list[str]]]
 
 
 def documents_today() -> dict[str, str]:
-    """The documents of the working tree by their paths."""
+    """Return the documents of the working tree by their paths."""
     paths = sorted({path for place in PLACES for path in ROOT.glob(place)})
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
 
 def documents_of(revision: str) -> dict[str, str]:
-    """The documents of a revision by their paths."""
+    """Return the documents of a revision by their paths."""
     pathspecs = [f":(glob){place}" for place in PLACES]
     listed = git("ls-tree", "-r", "--name-only", revision).split()
     known = set(git("ls-files", "--with-tree", revision, "--", *pathspecs).split())
@@ -80,7 +80,7 @@ def git(*arguments: str) -> str:
 
 
 def words(documents: Documents) -> list[str]:
-    """A line for each document with its words, and one with their sum."""
+    """Return a line for each document with its words, and one with their sum."""
     counts = {name: len(text.split()) for name, text in documents.items()}
     return [*(f"{count:7,}  {name}" for name, count in counts.items()), f"{sum(counts.values()):7,}  in all"]
 

@@ -1,4 +1,4 @@
-"""How the cost of a compiled step and of a whole run grows: with blocks, tokens, batch and cache interval.
+"""The growth of a compiled step's cost and of a whole run's: with blocks, tokens, batch and cache interval.
 
     python benchmarks/growth.py [--quick] [--work out/growth]
 
@@ -60,7 +60,7 @@ QUICK = Grid((1, 2, 4), (16, 64, 256), (1, 2, 4), (1, 2, 4), (2, 64, 2))
 
 
 def compiled(work: Path, blocks: int, tokens: int, interval: int, batch: int = 1) -> Bundle:
-    """The bundle of a size, for so many images at a time, compiled unless it is there."""
+    """Return the bundle of a size, for so many images at a time, compiled unless it is there."""
     path = work / f"blocks{blocks}-tokens{tokens}-fora{interval}-batch{batch}"
     if not path.exists():
         start = perf_counter()
@@ -79,7 +79,7 @@ def compiled(work: Path, blocks: int, tokens: int, interval: int, batch: int = 1
 
 
 def sweeps(work: Path, grid: Grid) -> dict[str, dict[int, Path]]:
-    """Size -> bundle, for each of the four."""
+    """Return size -> bundle, for each of the four."""
     blocks, tokens, interval = grid.base
     return {
         "blocks": {n: compiled(work, n, tokens, interval).path for n in grid.blocks},
@@ -90,15 +90,15 @@ def sweeps(work: Path, grid: Grid) -> dict[str, dict[int, Path]]:
 
 
 def measured(paths: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
-    """Latencies of a step and of a whole run of every bundle, all in turn."""
+    """Return the latencies of a step and of a whole run of every bundle, all in turn."""
     with ExitStack() as stack:
         pipes = [stack.enter_context(ditc.load(path)) for path in paths]
         times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, silent)
-    return [{kind: latency_of(found[kind]).model_dump() for kind in ("step", "run")} for found in times]
+    return [{kind: latency_of(times_of[kind]).model_dump() for kind in ("step", "run")} for times_of in times]
 
 
 def predicted(path: Path, rates: Rates) -> dict[str, dict[str, float]]:
-    """Operations, and seconds by the cost model, of a step and of a whole run."""
+    """Return operations, and seconds by the cost model, of a step and of a whole run."""
     bundle = open_bundle(path)
     works, program = footprints_here(bundle), bundle.manifest.program
 
@@ -113,7 +113,7 @@ def predicted(path: Path, rates: Rates) -> dict[str, dict[str, float]]:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> dict[str, Any]:
-    """Slope of log cost over log size, the root mean square of what it leaves (in log units), and local slopes."""
+    """Return the slope of log cost over log size, its residuals' root mean square (log units), and local slopes."""
     x, y = np.log(np.asarray(sizes, np.float64)), np.log(np.asarray(costs, np.float64))
     slope, offset = np.polyfit(x, y, 1)
     return {
@@ -124,7 +124,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> dict[str, Any]:
 
 
 def fitted(points: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Exponents of a sweep, of a step and of a run: of the median, of the least, in operations, by the cost model."""
+    """Return exponents of a sweep, by step and run: of the median, of the least, in operations, by the cost model."""
     sizes = list(points)
     sources: dict[str, Callable[[dict[str, Any], str], float]] = {
         "measured": lambda point, kind: point[kind]["median"],
@@ -141,9 +141,9 @@ def fitted(points: dict[int, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     rows = []
-    for name, sweep in found["sweeps"].items():
+    for name, sweep in results["sweeps"].items():
         for kind, fits in sweep["exponents"].items():
             ends = [f"{fits[source]['between_neighbours'][-1]:.2f}" for source in ("measured", "operations")]
             slopes = [f"{fit['exponent']:.2f} ± {fit['residual']:.2f}" for fit in fits.values()]
@@ -166,7 +166,7 @@ def main() -> None:
     points = {
         path: times | predicted(path, rates) for path, times in zip(paths, measured(paths, options.rounds), strict=True)
     }
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "machine": machine().model_dump(),
         "rates": rates.model_dump(),
         "model": {
@@ -180,9 +180,9 @@ def main() -> None:
     }
     for name, sweep in bundles.items():
         at = {size: points[path] for size, path in sweep.items()}
-        found["sweeps"][name] = {"sizes": list(at), "points": list(at.values()), "exponents": fitted(at)}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-    show(found)
+        results["sweeps"][name] = {"sizes": list(at), "points": list(at.values()), "exponents": fitted(at)}
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    show(results)
 
 
 if __name__ == "__main__":

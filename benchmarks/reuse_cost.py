@@ -1,4 +1,4 @@
-"""What `--reuse taylor` costs to run: a step that computes, one that reuses and a whole run, against `hold`, in turn.
+"""The cost of running `--reuse taylor`: a step that computes, one that reuses and a whole run, against `hold`, in turn.
 
     python benchmarks/reuse_cost.py [--work out/reuse] [--depth 4]
 
@@ -31,7 +31,7 @@ WAYS = ("hold", "taylor")
 
 
 def in_turn(model: Any, work: Path, interval: int, rounds: int) -> dict[str, Any]:
-    """Latencies of a model's bundles, and how many times as long as `hold` the other takes."""
+    """Return the latencies of a model's bundles, and the ratio of `taylor`'s to `hold`'s."""
     with ExitStack() as stack:
         pipes = []
         for way in WAYS:
@@ -39,12 +39,12 @@ def in_turn(model: Any, work: Path, interval: int, rounds: int) -> dict[str, Any
             compile_model(model, path, OPTIONS.model_copy(update={"policy": f"fora:{interval}", "reuse": way}))
             pipes.append(stack.enter_context(ditc.load(path)))
         times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, silent)
-    found: dict[str, Any] = {
+    latencies: dict[str, Any] = {
         way: {kind: latency_of(seconds).model_dump() for kind, seconds in of.items()}
         for way, of in zip(WAYS, times, strict=True)
     }
-    hold, taylor = (found[way] for way in WAYS)
-    return found | {"ratio": {kind: taylor[kind]["median"] / hold[kind]["median"] for kind in ("step", "run")}}
+    hold, taylor = (latencies[way] for way in WAYS)
+    return latencies | {"ratio": {kind: taylor[kind]["median"] / hold[kind]["median"] for kind in ("step", "run")}}
 
 
 def main() -> None:
@@ -56,16 +56,16 @@ def main() -> None:
     options = parser.parse_args()
     shutil.rmtree(options.work, ignore_errors=True)
     models = {"digits": builtin_digits(), "blocks of DiT-XL/2": random_model("dit-xl-2-256", depth=options.depth)}
-    found = {
+    results = {
         f"{name}, N = {interval}": in_turn(model, options.work / name.split(maxsplit=1)[0], interval, options.rounds)
         for name, model in models.items()
         for interval in (3, 5)
     }
     about = {"machine": machine().model_dump(), "depth": options.depth, "rounds": options.rounds}
-    options.out.write_text(json.dumps(about | {"found": found}, indent=1) + "\n")
+    options.out.write_text(json.dumps(about | {"found": results}, indent=1) + "\n")
     print_table(
         ("", "a step that computes", "whole run"),
-        [(name, *(f"{times['ratio'][kind]:.3f}" for kind in ("step", "run"))) for name, times in found.items()],
+        [(name, *(f"{times['ratio'][kind]:.3f}" for kind in ("step", "run"))) for name, times in results.items()],
     )
 
 

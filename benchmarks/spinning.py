@@ -1,4 +1,4 @@
-"""What idle threads of one session cost the others: whole runs as ONNX Runtime waits by default, and as bundles do.
+"""The cost of one session's idle threads to the others: whole runs as ONNX Runtime waits by default, and as bundles do.
 
     python benchmarks/spinning.py [--work out/spinning]
 
@@ -37,7 +37,7 @@ WIDER = DiTConfig(input_size=32, patch_size=2, hidden_size=192, depth=5, num_hea
 
 @contextmanager
 def spinning() -> Iterator[None]:
-    """Sessions that are opened inside wait as ONNX Runtime does by default."""
+    """Let sessions that are opened inside wait as ONNX Runtime does by default."""
     options_of = OnnxRuntimeBackend._options
 
     def as_default(self: OnnxRuntimeBackend, segment: Path) -> Any:
@@ -56,14 +56,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "spinning.json")
     options = parser.parse_args()
     shutil.rmtree(options.work, ignore_errors=True)
-    found = {}
+    results = {}
     for name, model in (("digits", builtin_digits()), ("192 wide, 5 blocks", random_dit(WIDER, "wider"))):
         for policy in ("none", "fora:3"):
             path = options.work / f"{name.split(maxsplit=1)[0].strip(',')}-{policy.replace(':', '')}"
             compile_model(model, path, OPTIONS.model_copy(update={"policy": policy}))
-            found[f"{name}, {policy}"] = in_turn(path, options.rounds)
+            results[f"{name}, {policy}"] = in_turn(path, options.rounds)
     options.out.write_text(
-        json.dumps({"machine": machine().model_dump(), "rounds": options.rounds, "found": found}, indent=1) + "\n"
+        json.dumps({"machine": machine().model_dump(), "rounds": options.rounds, "found": results}, indent=1) + "\n"
     )
     print_table(
         ("", "default, ms per run", "stopped", "ratio"),
@@ -73,21 +73,21 @@ def main() -> None:
                 *(f"{times[way]['run']['median'] * 1e3:.1f}" for way in ("default", "stopped")),
                 f"{times['ratio']:.2f}",
             )
-            for name, times in found.items()
+            for name, times in results.items()
         ],
     )
 
 
 def in_turn(path: Path, rounds: int) -> dict[str, Any]:
-    """Latencies of a step and a whole run both ways, and how many times as long the default's run takes."""
+    """Return the latencies of a step and a whole run both ways, and the ratio of the default's run to the other."""
     with ExitStack() as stack:
         with spinning():
             pipes = [stack.enter_context(ditc.load(path))]
         pipes.append(stack.enter_context(ditc.load(path)))
         times = take_turns([bundle_turn(pipe) for pipe in pipes], rounds, 1, silent)
     ways = {
-        way: {kind: latency_of(seconds).model_dump() for kind, seconds in found.items()}
-        for way, found in zip(("default", "stopped"), times, strict=True)
+        way: {kind: latency_of(seconds).model_dump() for kind, seconds in times_of.items()}
+        for way, times_of in zip(("default", "stopped"), times, strict=True)
     }
     return ways | {"ratio": ways["default"]["run"]["median"] / ways["stopped"]["run"]["median"]}
 

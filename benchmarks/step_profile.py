@@ -1,4 +1,4 @@
-"""Where the time of a computing step goes, operator by operator, and how near its INT8 products are to the machine's.
+"""The time of a computing step, operator by operator, and the distance of its INT8 products from the machine's.
 
     python benchmarks/step_profile.py BUNDLE [--out FILE.json]
 
@@ -32,7 +32,7 @@ Shape = tuple[int, int, int]
 
 
 def shapes_of(bundle: Bundle) -> dict[Shape, int]:
-    """(rows, in, out) -> number of linear layers, of the FP `full` segment."""
+    """Return (rows, in, out) -> number of linear layers, of the FP `full` segment."""
     manifest, counts = bundle.manifest, defaultdict(int)
     rows = manifest.batch * manifest.halves * manifest.model.branch_shape[0]
     for linear in linears_of(load_graph(bundle.reference_path("full"))):
@@ -42,7 +42,7 @@ def shapes_of(bundle: Bundle) -> dict[Shape, int]:
 
 
 def kinds_of(folder: Path) -> dict[str, float]:
-    """Milliseconds of one call by operator, median of each, from a trace of `full`."""
+    """Return the milliseconds of one call by operator, median of each, from a trace of `full`."""
     layers = {
         layer["Name"]: layer["LayerType"] for layer in json.loads((folder / "layers_full.json").read_text())["Layers"]
     }
@@ -94,13 +94,14 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, default=HERE / "step_profile.json")
     options = parser.parse_args()
-    found = profiled(options.bundle)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-    total = found["step_milliseconds"]
+    profile = profiled(options.bundle)
+    options.out.write_text(json.dumps(profile, indent=1) + "\n")
+    total = profile["step_milliseconds"]
     print_table(
-        ("operator", "ms", "share"), [(k, f"{ms:.1f}", f"{ms / total:.1%}") for k, ms in found["milliseconds"].items()]
+        ("operator", "ms", "share"),
+        [(k, f"{ms:.1f}", f"{ms / total:.1%}") for k, ms in profile["milliseconds"].items()],
     )
-    products = found["int8_products"]
+    products = profile["int8_products"]
     print(
         f"INT8 products {products['operations_per_second'] / 1e9:.0f} GOP/s, by themselves "
         f"{products['alone_operations_per_second'] / 1e9:.0f}; {products['share_of_step']:.0%} of the step"

@@ -1,4 +1,4 @@
-"""What threads and batches cost on a processor: requests side by side and in turn, merged and one by one.
+"""The cost of threads and batches on a processor: requests side by side and in turn, merged and one by one.
 
     MALLOC_PERTURB_=165 python benchmarks/threads.py [--work out/threads] [--requests 1000]
 
@@ -45,12 +45,12 @@ Work = Callable[[], None]
 
 
 def request(number: int) -> tuple[list[int], int]:
-    """Labels and seed of a request of one to three images."""
+    """Return labels and seed of a request of one to three images."""
     return [(number + place) % 10 for place in range(1 + number % 3)], number
 
 
 def equal_images(pipes: Mapping[str, ditc.Pipeline], requests: int) -> dict[str, Any]:
-    """Requests over all pipelines from eight threads, against the same in turn."""
+    """Hold requests over all pipelines from eight threads, against the same in turn."""
     jobs = [(pipes[name], *request(number)) for number in range(requests // len(pipes)) for name in pipes]
     expected = [pipe.images(labels, seed=seed) for pipe, labels, seed in jobs]
 
@@ -59,12 +59,12 @@ def equal_images(pipes: Mapping[str, ditc.Pipeline], requests: int) -> dict[str,
         return np.array_equal(pipe.images(labels, seed=seed), expected[number])
 
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(same, range(len(jobs))))
-    return {"requests": len(jobs), "images": sum(len(images) for images in expected), "different": found.count(False)}
+        equal = list(pool.map(same, range(len(jobs))))
+    return {"requests": len(jobs), "images": sum(len(images) for images in expected), "different": equal.count(False)}
 
 
 def sharing(path: Path, stack: ExitStack, requests: int) -> dict[str, Work]:
-    """The ways in which eight threads can share a pipeline, each doing the same requests."""
+    """Return the ways in which eight threads can share a pipeline, each doing the same requests."""
     cores, lock = core_gate(), threading.Lock()
     kinds = {
         "every core": OnnxRuntimeBackend(),
@@ -75,7 +75,7 @@ def sharing(path: Path, stack: ExitStack, requests: int) -> dict[str, Work]:
     pipes = {name: stack.enter_context(ditc.load(path, backend=backend)) for name, backend in kinds.items()}
 
     def spread(pipe: ditc.Pipeline, threads: int, *, locked: bool = False) -> Work:
-        def one(number: int) -> None:
+        def serve(number: int) -> None:
             labels, seed = request(number)
             if not locked:
                 pipe.images(labels, seed=seed)
@@ -85,7 +85,7 @@ def sharing(path: Path, stack: ExitStack, requests: int) -> dict[str, Work]:
 
         def work() -> None:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(one, range(requests)))
+                list(pool.map(serve, range(requests)))
 
         return work
 
@@ -100,7 +100,7 @@ def sharing(path: Path, stack: ExitStack, requests: int) -> dict[str, Work]:
 
 
 def batches(path: Path, stack: ExitStack) -> dict[str, Work]:
-    """The images of 32 labels, made in three ways."""
+    """Return the images of 32 labels, made in three ways."""
     pipe, single = stack.enter_context(ditc.load(path)), stack.enter_context(ditc.load(path, batch=1))
 
     def generated() -> None:
@@ -114,11 +114,11 @@ def batches(path: Path, stack: ExitStack) -> dict[str, Work]:
 
 
 def void(_: object) -> None:
-    """Nothing."""
+    """Return nothing."""
 
 
 def in_turns(ways: Mapping[str, Work], rounds: int, images: int) -> dict[str, Any]:
-    """Milliseconds per image of each way, all in turn in each round, and the median of the ratios to the first."""
+    """Return milliseconds per image of each way, all in turn in each round, and the median ratio to the first."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, work in ways.items():
@@ -129,7 +129,7 @@ def in_turns(ways: Mapping[str, Work], rounds: int, images: int) -> dict[str, An
     first = np.array(next(iter(seconds.values())))
     return {
         name: {
-            "ms_per_image": latency_of([1e3 * one / images for one in times]).model_dump(),
+            "ms_per_image": latency_of([1e3 * whole / images for whole in times]).model_dump(),
             "takes": float(np.median(np.array(times) / first)),
         }
         for name, times in seconds.items()
@@ -157,7 +157,7 @@ def main() -> None:
         shared = in_turns(sharing(paths["w8a8"], stack, served), options.rounds, images)
     with ExitStack() as stack:
         merged = in_turns(batches(paths["w8a8"], stack), options.rounds, len(LABELS))
-    found = {
+    results = {
         "machine": machine().model_dump(),
         "threads": THREADS,
         "malloc_perturb": os.environ.get("MALLOC_PERTURB_"),
@@ -168,7 +168,7 @@ def main() -> None:
     for rows in (shared, merged):
         lines = [(name, f"{row['ms_per_image']['median']:.2f}", f"{row['takes']:.2f}") for name, row in rows.items()]
         print_table(("way", "ms per image", "takes"), lines)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each approximator of reused features is worth on the reference model, W8A8, with and without compensation.
+"""The worth of each approximator of reused features on the reference model, W8A8, with and without compensation.
 
 Every cell is one compile (its seed is that of calibration and fits) and `--images` images on the same noise for all
 cells. Three measures against the FP, uncached program:
@@ -48,7 +48,7 @@ EVERY_RUN = range(1 << 30)
 
 
 def walked(pipe: Pipeline, images: int) -> list[Samples]:
-    """The samples after every step, each (images, channels, height, width)."""
+    """Return the samples after every step, each (images, channels, height, width)."""
     steps: list[list[Samples]] = [[] for _ in pipe.program.steps]
     for first in range(0, images, OPTIONS.batch):
         labels = pipe.bundle.manifest.model.labels_in_turn(first, min(OPTIONS.batch, images - first))
@@ -58,7 +58,7 @@ def walked(pipe: Pipeline, images: int) -> list[Samples]:
 
 
 def eps_error(bundle: Bundle) -> float:
-    """Mean over the steps that reuse of the prediction's error, without compensation."""
+    """Return the mean over the steps that reuse of the prediction's error, without compensation."""
     recorder = RecordingBackend(OnnxRuntimeBackend(), dict.fromkeys(("reuse", "extrapolate"), EVERY_RUN))
     with TemporaryDirectory() as folder:
         model = load_graph(bundle.reference_path(FULL))
@@ -76,7 +76,7 @@ def eps_error(bundle: Bundle) -> float:
 
 
 def estimate_of(values: NDArray[np.float64]) -> dict[str, float]:
-    """Mean over images with its bootstrap interval."""
+    """Return the mean over images with its bootstrap interval."""
     n = len(values)
     means = bootstrapped(lambda counts: counts @ values[:, None] / n, n, ROUNDS, 0)
     (row,) = estimates(np.array([values.mean()]), means)
@@ -84,7 +84,7 @@ def estimate_of(values: NDArray[np.float64]) -> dict[str, float]:
 
 
 def cells_of(interval: int, seed: int, images: int, exact: Sequence[Samples] | None) -> tuple[Any, list[Any]]:
-    """The FP samples, made where they are None, and the cells of one interval and seed."""
+    """Return the FP samples, made where they are None, and the cells of one interval and seed."""
     rows: list[dict[str, Any]] = []
     held: dict[str, NDArray[np.float64]] = {}
     for reuse in APPROXIMATORS:
@@ -97,14 +97,14 @@ def cells_of(interval: int, seed: int, images: int, exact: Sequence[Samples] | N
             eps = eps_error(bundle)
             for vc in ("none", "std"):
                 with ditc.load(bundle.path, compensation=vc != "none") as pipe:
-                    found = walked(pipe, images)
-                psnr = psnr_db(found[-1].clip(-1, 1), exact[-1].clip(-1, 1))
+                    samples = walked(pipe, images)
+                psnr = psnr_db(samples[-1].clip(-1, 1), exact[-1].clip(-1, 1))
                 gain = psnr - held.setdefault(vc, psnr)
-                errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
+                errors = [relative_error(a, b) for a, b in zip(samples, exact, strict=True)]
                 row = {"interval": interval, "reuse": reuse, "vc": vc, "seed": seed, "n": images}
                 row |= {"psnr_db": estimate_of(psnr), "gain_db": estimate_of(gain)}
                 row |= {"trajectory": float(np.mean(errors)), "eps": eps, "worse_than_hold": float((gain < 0).mean())}
-                row |= {"std_ratio": float(found[-1].std() / exact[-1].std())}
+                row |= {"std_ratio": float(samples[-1].std() / exact[-1].std())}
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     return exact, rows

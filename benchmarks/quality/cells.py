@@ -105,7 +105,7 @@ def interval_cells() -> Iterator[Cell]:
 
 
 def reuse_cells() -> Iterator[Cell]:
-    """What a step that reuses takes, where it is fitted; the others are among the strategies."""
+    """Yield reuses that are fitted to a step; the others are among the strategies."""
     for interval, model in product((3, 5), MODELS):
         at = {"policy": f"fora:{interval}"}
         yield Cell("reuse", "naive", model, at)
@@ -115,7 +115,7 @@ def reuse_cells() -> Iterator[Cell]:
 
 
 def noise_cells() -> Iterator[Cell]:
-    """Holding and extrapolating under fresh noise: shorter and longer intervals, and some with both ends computed."""
+    """Yield holding and extrapolating under fresh noise: shorter and longer intervals, some with both ends computed."""
     for policy, model in product(("fora:2", "fora:4", "fora:8", "window:5:2:2", "window:8:2:2"), MODELS):
         at = {"sampler": "ddpm", "policy": policy}
         yield Cell("noise", "naive", model, at)
@@ -125,7 +125,7 @@ def noise_cells() -> Iterator[Cell]:
 
 
 def control_cells() -> Iterator[Cell]:
-    """What TAP is held against, with the largest magnitude as range, where the points matter most."""
+    """Yield selections that TAP is held against, with the largest magnitude as range, where the points matter most."""
     controls: Mapping[str, Settings] = {
         **SELECTORS,
         "kmeans": {"select": "kmeans"},
@@ -137,13 +137,13 @@ def control_cells() -> Iterator[Cell]:
 
 
 def points_cells() -> Iterator[Cell]:
-    """How many points it takes; those of 64 and 800 are trials of the controls too."""
+    """Yield the numbers of calibration points; those of 64 and 800 are trials of the controls too."""
     for model, (name, settings), points in product(MODELS, SELECTORS.items(), POINTS):
         yield Cell("points", f"{name}, {points} points", model, {"points": points, "ranges": "max", **settings})
 
 
 def quantizer_cells() -> Iterator[Cell]:
-    """Ranges, scales, smoothing and bits, one at a time."""
+    """Yield ranges, scales, smoothing and bits, one at a time."""
     for model in MODELS:
         for ranges in ("max", "percentile", "mse", "entropy"):
             yield Cell("ranges", ranges, model, {"ranges": ranges})
@@ -156,7 +156,7 @@ def quantizer_cells() -> Iterator[Cell]:
 
 
 def seven_cells() -> Iterator[Cell]:
-    """Seven bits of weights beside eight: without a cache, and as ditc compiles by default."""
+    """Yield seven bits of weights beside eight: without a cache, and as ditc compiles by default."""
     default = {"smooth": "smooth", "select": "tap"}
     for sampler, model, policy in product(SAMPLERS, MODELS, ("none", "fora:3", "fora:5")):
         extrapolates = policy != "none" and (sampler, policy) != ("ddpm", "fora:5")
@@ -169,7 +169,7 @@ def seven_cells() -> Iterator[Cell]:
 
 
 def float_cells() -> Iterator[Cell]:
-    """Steps at either end in floating point, where INT8 costs little and where six bits of activations cost much."""
+    """Yield steps at either end in floating point, where INT8 costs little and where six-bit activations cost much."""
     for model, precision, ends in product(MODELS, ("w8a8", "w8a6"), ("none", "8:0", "0:8", "8:8")):
         name = f"{precision}, " + ("all quantized" if ends == "none" else f"{ends} in floating point")
         changes = {} if ends == "none" else {"float_steps": ends}
@@ -177,10 +177,10 @@ def float_cells() -> Iterator[Cell]:
 
 
 def tuned_cells() -> Iterator[Cell]:
-    """What `ditc tune` chose, where it has been run."""
-    found = json.loads(TUNED.read_text())
-    for search in found["searches"].values():
-        settings = {"sampler": search["sampler"], "select": found["base"]["select"], **search["chosen"]["changes"]}
+    """Yield the choices of `ditc tune`, where it has been run."""
+    tuned = json.loads(TUNED.read_text())
+    for search in tuned["searches"].values():
+        settings = {"sampler": search["sampler"], "select": tuned["base"]["select"], **search["chosen"]["changes"]}
         yield Cell("tuned", "tuned", search["model"], settings, MAIN_SEEDS, MAIN_IMAGES)
         beside = {name: settings[name] for name in ("sampler", "policy")}
         yield Cell("tuned", "naive", search["model"], beside, MAIN_SEEDS, MAIN_IMAGES)

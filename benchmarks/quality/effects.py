@@ -1,4 +1,4 @@
-"""What the trials of the experiment say: effects against FP and one other cell, with intervals and stars.
+"""The effects that the trials of the experiment show: against FP and one other cell, with intervals and stars.
 
 A trial is a compile and its images, all from one seed, so an interval over trials covers the choice of calibration
 points and the noise of the images at once. Intervals are Student's t at 95 %, the differences are paired by seed. A
@@ -21,15 +21,15 @@ __all__ = [
     "GROUPS",
     "NAIVE",
     "Effect",
-    "Found",
     "Row",
     "Trials",
+    "TriedCell",
     "distance",
     "effect_of",
-    "found_in",
     "psnr",
     "recall",
     "significant",
+    "tried_cells",
     "variance",
 ]
 
@@ -55,7 +55,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Found:
+class TriedCell:
     """A cell with the trials of it that have been run, by seed, and those of the cell that it is held against."""
 
     cell: Cell
@@ -75,12 +75,12 @@ class Found:
 
 
 def distance(row: Row) -> float:
-    """How much farther from the real digits than FP's images of the same noise."""
+    """Return the distance from the real digits less that of FP's images of the same noise."""
     return float(row["found"]["frechet_distance"] - row["fp"]["frechet_distance"])
 
 
 def recall(row: Row) -> float:
-    """How much less of the real digits lies among the images than among FP's of the same noise."""
+    """Return the part of the real digits among the images less that among FP's of the same noise."""
     return float(row["found"]["recall"] - row["fp"]["recall"])
 
 
@@ -93,7 +93,7 @@ def variance(row: Row) -> float:
 
 
 def effect_of(values: Sequence[float]) -> Effect:
-    """Student's t; one trial alone has no interval, and shows nothing."""
+    """Return Student's t; one trial alone has no interval, and shows nothing."""
     numbers = np.asarray(values, np.float64)
     n, mean = len(numbers), float(numbers.mean())
     if n == 1:
@@ -105,40 +105,40 @@ def effect_of(values: Sequence[float]) -> Effect:
 
 
 def significant(effects: Sequence[Effect]) -> list[bool]:
-    """Holm's step-down procedure over all of them."""
+    """Run Holm's step-down procedure over all of them."""
     order = np.argsort([effect.p for effect in effects])
-    found = [False] * len(effects)
+    stars = [False] * len(effects)
     for rank, place in enumerate(order):
         if effects[place].p > (1 - LEVEL) / (len(effects) - rank):
             break
-        found[place] = True
-    return found
+        stars[place] = True
+    return stars
 
 
 def rows_of(cell: Cell, trials: Trials) -> dict[int, Row]:
-    """The trials of a cell that have been run, by seed."""
+    """Return the trials of a cell that have been run, by seed."""
     digests = {seed: digest_of_trial(cell, seed) for seed in range(cell.seeds)}
     return {seed: trials[digest] for seed, digest in digests.items() if digest in trials}
 
 
 def naive_of(cell: Cell) -> Cell:
-    """The naive combination at a cell's sampler, schedule and precision."""
-    kept = {name: value for name, value in cell.every_setting.items() if name in ("sampler", "policy", "precision")}
-    return Cell(cell.group, "naive", cell.model, {**BASE, **kept}, cell.seeds, cell.images)
+    """Return the naive combination at a cell's sampler, schedule and precision."""
+    shared = {name: value for name, value in cell.every_setting.items() if name in ("sampler", "policy", "precision")}
+    return Cell(cell.group, "naive", cell.model, {**BASE, **shared}, cell.seeds, cell.images)
 
 
 def eight_bits_of(cell: Cell) -> Cell:
-    """The same settings with eight bits of weights."""
+    """Return the same settings with eight bits of weights."""
     settings = {name: value for name, value in cell.settings.items() if name != "precision"}
     return replace(cell, name=BESIDE["seven"], settings=settings)
 
 
-def found_in(group: str, trials: Trials) -> list[Found]:
-    """The cells of a group that have been tried."""
-    found, other = {}, eight_bits_of if group in BESIDE else naive_of
+def tried_cells(group: str, trials: Trials) -> list[TriedCell]:
+    """Return the cells of a group that have been tried."""
+    tried, other = {}, eight_bits_of if group in BESIDE else naive_of
     for cell in CELLS:
         rows = rows_of(cell, trials)
         if cell.group == group and rows:
             name = (cell.model, cell.name, *(cell.every_setting[key] for key in ("sampler", "policy")))
-            found[name] = Found(cell, rows, rows_of(other(cell), trials))
-    return list(found.values())
+            tried[name] = TriedCell(cell, rows, rows_of(other(cell), trials))
+    return list(tried.values())

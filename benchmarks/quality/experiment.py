@@ -1,4 +1,4 @@
-"""What quantization, cache, TAP and VC are worth, alone and together, on the reference model, plain and under stress.
+"""The worth of quantization, cache, TAP and VC, alone and together, on the reference model, plain and under stress.
 
     python benchmarks/quality/experiment.py [--groups ddim ...] [--hours 2]
 
@@ -31,7 +31,7 @@ GROUPS = tuple(dict.fromkeys(cell.group for cell in CELLS))
 
 
 def pinned(cores: Any) -> None:
-    """A worker has a core of its own."""
+    """Give a worker a core of its own."""
     os.sched_setaffinity(0, {cores.get()})
     import torch
 
@@ -39,15 +39,15 @@ def pinned(cores: Any) -> None:
 
 
 def timed(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
-    """A trial with the time that its core worked for it."""
+    """Run a trial, and add the time that its core worked for it."""
     start = time.process_time()
-    found = trial(cell, seed, work)
+    measures = trial(cell, seed, work)
     key = {"model": cell.model, "settings": dict(cell.settings), "seed": seed}
-    return key | found | {"seconds": round(time.process_time() - start, 1)}
+    return key | measures | {"seconds": round(time.process_time() - start, 1)}
 
 
 def missing(groups: list[str], rows: dict[str, Any]) -> Iterator[tuple[str, Cell, int]]:
-    """Trials that are not in the results, every cell's first seed first: a part of them says something of all."""
+    """Yield trials that are not in the results, every cell's first seed first: a part of them says something of all."""
     seen = set(rows)
     chosen = [cell for cell in CELLS if cell.group in groups]
     for seed in range(max(cell.seeds for cell in chosen)):
@@ -59,8 +59,8 @@ def missing(groups: list[str], rows: dict[str, Any]) -> Iterator[tuple[str, Cell
 
 
 def write(out: Path, rows: dict[str, Any]) -> None:
-    found = {"machine": machine().model_dump(), "base": dict(BASE), "trials": dict(sorted(rows.items()))}
-    atomic_write(out, json.dumps(found, indent=0).encode() + b"\n")
+    results = {"machine": machine().model_dump(), "base": dict(BASE), "trials": dict(sorted(rows.items()))}
+    atomic_write(out, json.dumps(results, indent=0).encode() + b"\n")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What two steps that computed say of the next one: the error of holding, extrapolating, and of fitted weights.
+"""The next step as two that computed foretell it: the error of holding, extrapolating, and of fitted weights.
 
     python benchmarks/quality/extrapolation.py [--out benchmarks/quality/extrapolation.json]
 
@@ -59,20 +59,20 @@ class Exact:
         return Exact(plan, samples, condition_tables(condition, plan.columns["t"], labels), full)
 
     def sums(self, step: int, gates: int) -> Sums:
-        """What all branches add at a step's own sample, with the gates of step `gates`: (rows, *branch_shape)."""
+        """Return the sum of all branches at a step's sample, with the gates of step `gates`: (rows, *branch_shape)."""
         feeds = {"x": self.plan.guidance.rows(self.samples[step - 1])}
         for name, table in self.tables.items():
             feeds[name] = table[step]
             feeds[f"{AHEAD}.{name}"] = np.repeat(
                 table[gates : gates + 1], self.plan.program.segment(FULL).ahead, axis=0
             )
-        taken = {port.name: feeds[port.name] for port in self.full.get_inputs()}
-        return np.asarray(self.full.run([f"cache.{AHEAD}.1"], taken)[0])
+        inputs = {port.name: feeds[port.name] for port in self.full.get_inputs()}
+        return np.asarray(self.full.run([f"cache.{AHEAD}.1"], inputs)[0])
 
 
 def errors(plan: Plan, exact: Exact) -> dict[str, float]:
-    """Relative errors by what w is, and the least squares weight; means over the steps that extrapolate."""
-    found = defaultdict(list)
+    """Return relative errors by what w is, and the least squares weight; means over the steps that extrapolate."""
+    errors_of = defaultdict(list)
     rows = np.arange(2 * IMAGES) % IMAGES  # of which image; both guidance halves
     fits, held_out = rows < FITTED, rows >= FITTED
     t = [step.t for step in plan.program.steps]
@@ -90,9 +90,9 @@ def errors(plan: Plan, exact: Exact) -> dict[str, float]:
         weights = {"hold": 0.0, "taylor": taylor, "half": taylor / 2, "fitted": scalar, "fitted per channel": channel}
         norm = np.linalg.norm(wanted[held_out])
         for name, weight in weights.items():
-            found[name].append(np.linalg.norm((missing - weight * change)[held_out]) / norm)
-        found["fitted weight / taylor's"].append(scalar / taylor)
-    return {name: float(np.mean(values)) for name, values in found.items()}
+            errors_of[name].append(np.linalg.norm((missing - weight * change)[held_out]) / norm)
+        errors_of["fitted weight / taylor's"].append(scalar / taylor)
+    return {name: float(np.mean(values)) for name, values in errors_of.items()}
 
 
 def main() -> None:
@@ -116,8 +116,8 @@ def main() -> None:
                 exact = Exact.of(plan, {call: folder / f"{call}.onnx" for call in plan.program.calls})
                 rows.append({"policy": f"fora:{interval}", "sampler": sampler, "seed": seed, **errors(plan, exact)})
                 print(rows[-1], flush=True)
-    found = {"machine": machine().model_dump(), "images": IMAGES, "fitted": FITTED, "rows": rows}
-    atomic_write(options.out, json.dumps(found, indent=1).encode() + b"\n")
+    results = {"machine": machine().model_dump(), "images": IMAGES, "fitted": FITTED, "rows": rows}
+    atomic_write(options.out, json.dumps(results, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def lines_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return [*head, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def approximators(rows: Rows) -> list[str]:
-    """What a reuse returns, at two intervals, with and without compensation."""
+    """Return the quality of each reuse, at two intervals, with and without compensation."""
     columns = (
         "N",
         "`--reuse`",
@@ -54,7 +54,7 @@ WEIGHT = "fitted weight / taylor's"
 
 
 def extrapolation(rows: Rows) -> list[str]:
-    """The error of extrapolating, by sampler and interval: mean and range over the seeds."""
+    """Return the error of extrapolating, by sampler and interval: mean and range over the seeds."""
     columns = ("sampler", "N", "hold", "taylor", "half of its weight", "least squares", "per channel", WEIGHT)
     places = dict.fromkeys((row["sampler"], int(row["policy"].split(":")[1])) for row in rows)
     values = []
@@ -70,7 +70,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def smoothing(rows: Rows) -> list[str]:
-    """The error of the quantized segment, by model, ranges and method: mean and range over the seeds."""
+    """Return the error of the quantized segment, by model, ranges and method: mean and range over the seeds."""
     methods = tuple(dict.fromkeys(row["smooth"] for row in rows))
     at = {(row["model"], row["ranges"], row["smooth"]): row for row in rows}
     return lines_of(
@@ -87,7 +87,7 @@ def smoothing(rows: Rows) -> list[str]:
 
 
 def smoothing_fc2(rows: Rows) -> list[str]:
-    """The error of the quantized segment where the second MLP layer is smoothed too: over all points, and median."""
+    """Return the quantized segment's error where the second MLP layer is smoothed too: over all points, and median."""
     errors = ("relative_error", "median_step")
     return lines_of(
         ("ranges", "second MLP layer", "error over all points", "at the median step"),
@@ -96,7 +96,7 @@ def smoothing_fc2(rows: Rows) -> list[str]:
 
 
 def activation_scales(rows: Rows) -> list[str]:
-    """What scales and midpoints do: PSNR with its spread, and the error of what each kind of layer reads."""
+    """Return the effect of scales and midpoints: PSNR with its spread, and the error of each kind of layer's input."""
     layers = ("qkv", "proj", "fc1", "fc2")
     return lines_of(
         ("`--scales`", "`--midpoint`", "PSNR, dB", *layers),

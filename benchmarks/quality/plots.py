@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 from cells import MODELS, POINTS, SELECTORS
-from effects import Effect, Found, distance, psnr
+from effects import Effect, TriedCell, distance, psnr
 from matplotlib.figure import Figure
 
 __all__ = ["draw"]
@@ -31,14 +31,14 @@ mpl.rcParams.update(
 )
 
 
-def draw(tables: Mapping[str, Sequence[Found]], folder: Path) -> None:
+def draw(tables: Mapping[str, Sequence[TriedCell]], folder: Path) -> None:
     """One file for each group that has a plot."""
     for group, plot in (("ddim", strategies), ("ddpm", strategies), ("points", by_points)):
         if group in tables:
             plot(tables[group]).savefig(folder / f"results-{group}.svg", metadata={"Date": None})
 
 
-def strategies(cells: Sequence[Found]) -> Figure:
+def strategies(cells: Sequence[TriedCell]) -> Figure:
     """Every strategy's Frechet distance less FP's with its interval: a panel for each model and policy."""
     panels = list(dict.fromkeys((f.cell.model, f.cell.every_setting["policy"]) for f in cells))
     panels = [panel for panel in panels if panel[1] != "none"]
@@ -52,9 +52,9 @@ def strategies(cells: Sequence[Found]) -> Figure:
             axis.set_title(f"{model}, {policy}")
             axis.axvline(0, color="#999999", linewidth=0.8)
             effects = {
-                names.index(found.cell.name): found.effect(distance)
-                for found in cells
-                if (found.cell.model, found.cell.every_setting["policy"]) == (model, policy)
+                names.index(tried.cell.name): tried.effect(distance)
+                for tried in cells
+                if (tried.cell.model, tried.cell.every_setting["policy"]) == (model, policy)
             }
             usual = median([abs(effect.mean) for effect in effects.values()])
             for place, effect in effects.items():
@@ -77,7 +77,7 @@ def _interval(axis: Any, effect: Effect, place: float) -> None:
     axis.plot([effect.mean], [place], color=COLOUR, marker="o", markersize=4)
 
 
-def by_points(cells: Sequence[Found]) -> Figure:
+def by_points(cells: Sequence[TriedCell]) -> Figure:
     """PSNR against the number of calibration points, a line for each selector with its intervals."""
     figure = Figure(figsize=(8.4, 3.2))
     axes: Any = figure.subplots(1, len(MODELS), squeeze=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import CELLS
-from effects import GROUPS, Found, Trials, found_in
+from effects import GROUPS, Trials, TriedCell, tried_cells
 from other_tables import OTHERS
 from tables import SUMMARIES, in_short, summary, table
 from trial import digest_of_trial
@@ -60,7 +60,7 @@ points, `mse` ranges, static scales, no smoothing, `--reuse hold`, `--vc none`."
 
 
 def state(trials: Trials, processor: str) -> str:
-    """How much of the experiment has been run, by group, and how long that took."""
+    """Return the share of the experiment that has been run, by group, and the hours that it took."""
     wanted = {
         group: {digest_of_trial(c, seed) for c in CELLS if c.group == group for seed in range(c.seeds)}
         for group in GROUPS
@@ -72,24 +72,24 @@ def state(trials: Trials, processor: str) -> str:
 
 
 def written(text: str, name: str, lines: Sequence[str]) -> str:
-    """A document with a table between its marks."""
+    """Return a document with a table between its marks."""
     mark, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     if text.count(mark) != 1 or text.count(end) != 1:
         raise SystemExit(f"docs/results.md has no place for the table of {name}: {mark} ... {end}")
     return re.sub(f"{mark}.*?{end}", lambda _: "\n".join((mark, "", *lines, "", end)), text, flags=re.DOTALL)
 
 
-def renewed(page: str, cells: Mapping[str, Sequence[Found]]) -> str:
-    """docs/results.md with the small tables of what has been found."""
+def renewed(page: str, cells: Mapping[str, Sequence[TriedCell]]) -> str:
+    """Return docs/results.md with the small tables of what has been found."""
     figures = {key: values for group in cells.values() for key, values in in_short(group).items()}
     for name, rows in SUMMARIES.items():
         page = written(page, name, summary(rows, figures))
     return page
 
 
-def tables_page(found: Mapping[str, Any], cells: Mapping[str, Sequence[Found]]) -> str:
-    """tables.md: every group's table, and those of the smaller experiments."""
-    parts = [FRONT, state(found["trials"], found["machine"]["processor"])]
+def tables_page(experiment: Mapping[str, Any], cells: Mapping[str, Sequence[TriedCell]]) -> str:
+    """Return tables.md: every group's table, and those of the smaller experiments."""
+    parts = [FRONT, state(experiment["trials"], experiment["machine"]["processor"])]
     for group, (heading, note) in HEADINGS.items():
         parts += [f"## {heading}", note, "\n".join(table(cells[group])) if cells[group] else "Not run yet."]
     for other in OTHERS:
@@ -105,8 +105,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="renew docs/results.md and tables.md, all groups")
     parser.add_argument("--plots", action="store_true", help="draw the plots of docs/results.md again")
     options = parser.parse_args()
-    found = json.loads(options.results.read_text())
-    cells = {group: found_in(group, found["trials"]) for group in GROUPS}
+    experiment = json.loads(options.results.read_text())
+    cells = {group: tried_cells(group, experiment["trials"]) for group in GROUPS}
     for group in options.groups:
         if cells[group]:
             print(f"\n### {group}\n")
@@ -114,7 +114,7 @@ def main() -> None:
     if options.write:
         page = DOCS / "results.md"
         page.write_text(renewed(page.read_text(), cells))
-        TABLES.write_text(tables_page(found, cells))
+        TABLES.write_text(tables_page(experiment, cells))
     if options.plots:
         from plots import draw
 

@@ -1,4 +1,4 @@
-"""What smoothing does to the error of INT8: the reference model, plain and under stress.
+"""The effect of smoothing on the error of INT8: the reference model, plain and under stress.
 
     python benchmarks/quality/smoothing.py
 
@@ -45,7 +45,7 @@ EVALUATION_POINTS = 200
 
 
 def evaluation_points(plan: Plan, segments: Segments) -> CalibSet:
-    """Points of FP trajectories, drawn evenly from all steps."""
+    """Return points of FP trajectories, drawn evenly from all steps."""
     held_out = replace(plan, options=plan.options.model_copy(update={"seed": EVALUATION_SEED}))
     points = record_pool(held_out, segments).calibration_set()
     chosen = np.random.default_rng(0).permutation(len(points))[:EVALUATION_POINTS]
@@ -53,38 +53,38 @@ def evaluation_points(plan: Plan, segments: Segments) -> CalibSet:
 
 
 def predictions(plan: Plan, segments: Segments, points: CalibSet) -> list[np.ndarray]:
-    """The noise prediction at the points of each step, in the order of steps."""
+    """Return the noise prediction at the points of each step, in the order of steps."""
     condition = plan.backend.session(segments[CONDITION])
     full = plan.backend.session(runnable_path(segments["full"], plan.backend.name))
-    found = []
+    outputs = []
     for step in np.unique(points.step):
         at_step = points.take(np.flatnonzero(points.step == step))
         feeds = calibration_feeds(condition, at_step, plan.guidance_label, len(at_step))
-        found += [full.run(["out"], feed)[0][:, : plan.spec.in_channels] for feed in feeds]
-    return found
+        outputs += [full.run(["out"], feed)[0][:, : plan.spec.in_channels] for feed in feeds]
+    return outputs
 
 
-def errors(found: list[np.ndarray], exact: list[np.ndarray]) -> dict[str, float]:
-    """Over all points, where the last steps count most, since there INT8 errs most; and that of the median step."""
-    steps = [relative_error(f, e) for f, e in zip(found, exact, strict=True)]
-    together = relative_error(np.concatenate(found), np.concatenate(exact))
+def errors(outputs: list[np.ndarray], exact: list[np.ndarray]) -> dict[str, float]:
+    """Return the error over all points, mostly of the last steps, since there INT8 errs most; and the median step's."""
+    steps = [relative_error(f, e) for f, e in zip(outputs, exact, strict=True)]
+    together = relative_error(np.concatenate(outputs), np.concatenate(exact))
     return {"relative_error": together, "median_step": float(np.median(steps))}
 
 
 def compiled(plan: Plan, segments: Segments, calib: Path, folder: Path) -> Segments:
-    """The segments as a compile quantizes them under the plan's settings."""
-    for name, made in (("smooth", smooth), ("quantize", quantize)):
+    """Return the segments as a compile quantizes them under the plan's settings."""
+    for name, stage in (("smooth", smooth), ("quantize", quantize)):
         if name == "smooth" and plan.options.smooth == "none":
             continue
         place = folder / name
         place.mkdir()
-        made(plan, segments, calib, place)
+        stage(plan, segments, calib, place)
         segments = {key: new if (new := place / path.name).is_file() else path for key, path in segments.items()}
     return segments
 
 
 def measured(name: str, seeds: list[int]) -> list[dict[str, Any]]:
-    """Rows of the result: one per seed, smoothing and ranges."""
+    """Return rows of the result: one per seed, smoothing and ranges."""
     rows = []
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -102,16 +102,18 @@ def measured(name: str, seeds: list[int]) -> list[dict[str, Any]]:
             for method, ranges in ((m, r) for m in SMOOTHINGS for r in RANGES):
                 options = seeded.options.model_copy(update={"smooth": method, "ranges": ranges})
                 with TemporaryDirectory(dir=place) as variant:
-                    made = compiled(replace(plan, options=options), segments, place / "calib.npz", Path(variant))
-                    found = errors(predictions(plan, made, points), exact)
-                rows.append({"model": name, "seed": seed, "smooth": method, "ranges": ranges, **found})
+                    variant_segments = compiled(
+                        replace(plan, options=options), segments, place / "calib.npz", Path(variant)
+                    )
+                    errors_of = errors(predictions(plan, variant_segments, points), exact)
+                rows.append({"model": name, "seed": seed, "smooth": method, "ranges": ranges, **errors_of})
                 print(rows[-1], flush=True)
     return rows
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and spread over the seeds."""
-    found = []
+    """Return mean and spread over the seeds."""
+    means = []
     for model, method, ranges in ((m, s, r) for m in MODELS for s in SMOOTHINGS for r in RANGES):
         key = {"model": model, "smooth": method, "ranges": ranges}
         of_seeds = [row for row in rows if key.items() <= row.items()]
@@ -119,8 +121,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             together = [row["relative_error"] for row in of_seeds]
             spread = {"mean": float(np.mean(together)), "least": min(together), "largest": max(together)}
             median_step = float(np.mean([row["median_step"] for row in of_seeds]))
-            found.append(key | spread | {"median_step": median_step})
-    return found
+            means.append(key | spread | {"median_step": median_step})
+    return means
 
 
 def main() -> None:

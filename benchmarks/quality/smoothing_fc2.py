@@ -1,4 +1,4 @@
-"""What factors in front of the second layer of an MLP would bring, where GELU lets nothing fold: an explicit product.
+"""The gain of factors in front of an MLP's second layer, where GELU lets nothing fold: an explicit product.
 
     python benchmarks/quality/smoothing_fc2.py
 
@@ -75,12 +75,12 @@ def main() -> None:
             base = {name: new if (new := place / path.name).is_file() else path for name, path in segments.items()}
             for fc2 in ("none", "smooth", "balance"):
                 options = smoothed.options.model_copy(update={"smooth": fc2})
-                taken = replace(plan, options=options)
-                made = base if fc2 == "none" else with_products(taken, base, calib, place / f"fc2-{fc2}")
+                fc2_plan = replace(plan, options=options)
+                with_factors = base if fc2 == "none" else with_products(fc2_plan, base, calib, place / f"fc2-{fc2}")
                 (place / f"int8-{fc2}").mkdir()
                 quantized = compiled(
                     replace(plan, options=options.model_copy(update={"smooth": "none"})),
-                    made,
+                    with_factors,
                     calib,
                     place / f"int8-{fc2}",
                 )

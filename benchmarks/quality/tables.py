@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cells import MODELS, Cell
-from effects import BESIDE, NAIVE, Effect, Found, distance, psnr, recall, significant, variance
+from effects import BESIDE, NAIVE, Effect, TriedCell, distance, psnr, recall, significant, variance
 
 __all__ = ["SUMMARIES", "Rows", "in_short", "shown", "summary", "table"]
 
@@ -41,59 +41,59 @@ SUMMARIES: Mapping[str, tuple[Rows, ...]] = {
 
 
 def header(beside: str) -> list[str]:
-    """The head of a table whose cells are held against FP and one other."""
+    """Return the head of a table whose cells are held against FP and one other."""
     names = ("model", "sampler", "policy", "", "trials x images", "Frechet distance less FP's", f"less {beside}'s")
     columns = [*names, "recall less FP's", "PSNR", "variance"]
     return [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
 
 
-def table(cells: Sequence[Found]) -> list[str]:
-    """Markdown lines of a group."""
-    against_fp = [found.effect(distance) for found in cells]
-    changes = [found.change for found in cells]
+def table(cells: Sequence[TriedCell]) -> list[str]:
+    """Return the Markdown lines of a group."""
+    against_fp = [tried.effect(distance) for tried in cells]
+    changes = [tried.change for tried in cells]
     known = [change for change in changes if change is not None]
     stars = dict(zip(map(id, [*against_fp, *known]), [*significant(against_fp), *significant(known)], strict=True))
     lines = header(BESIDE.get(cells[0].cell.group, NAIVE))
-    for found, own, change in zip(cells, against_fp, changes, strict=True):
-        settings = found.cell.every_setting
+    for tried, own, change in zip(cells, against_fp, changes, strict=True):
+        settings = tried.cell.every_setting
         columns = (
-            found.cell.model,
+            tried.cell.model,
             settings["sampler"],
             settings["policy"],
-            found.cell.name,
-            f"{len(found.rows)} x {found.cell.images:,}",
+            tried.cell.name,
+            f"{len(tried.rows)} x {tried.cell.images:,}",
             shown(own) + (" *" if stars[id(own)] else ""),
             "" if change is None else shown(change) + (" *" if stars[id(change)] else ""),
-            shown(found.effect(recall)),
-            shown(found.effect(psnr), "{:.1f}"),
-            f"{found.effect(variance).mean:.3f}",
+            shown(tried.effect(recall)),
+            shown(tried.effect(psnr), "{:.1f}"),
+            f"{tried.effect(variance).mean:.3f}",
         )
         lines.append(f"| {' | '.join(columns)} |")
     return lines
 
 
 def key_of(cell: Cell) -> tuple[str, ...]:
-    """What a small table knows a cell by: its group, sampler, policy and name, and the model."""
+    """Return the key of a cell in small tables: its group, sampler, policy and name, and the model."""
     settings = cell.every_setting
     return cell.group, settings["sampler"], settings["policy"], cell.name, cell.model
 
 
-def in_short(cells: Sequence[Found]) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Distance with interval and star, recall and PSNR of each cell of a group."""
-    effects = [found.effect(distance) for found in cells]
+def in_short(cells: Sequence[TriedCell]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Return distance with interval and star, recall and PSNR of each cell of a group."""
+    effects = [tried.effect(distance) for tried in cells]
     return {
-        key_of(found.cell): (
+        key_of(tried.cell): (
             shown(effect) + (" *" if star else ""),
-            f"{found.effect(recall).mean:+.3f}",
-            f"{found.effect(psnr).mean:.1f}",
+            f"{tried.effect(recall).mean:+.3f}",
+            f"{tried.effect(psnr).mean:.1f}",
         )
-        for found, effect, star in zip(cells, effects, significant(effects), strict=True)
+        for tried, effect, star in zip(cells, effects, significant(effects), strict=True)
     }
 
 
 def summary(rows: Sequence[Rows], figures: Mapping[tuple[str, ...], tuple[str, ...]]) -> list[str]:
-    """Markdown lines of a small table from the figures of its groups, the models side by side."""
-    columns = ("", "", *(f"{model}: {what}" for model in MODELS for what in ("distance", "recall", "PSNR")))
+    """Return the Markdown lines of a small table from the figures of its groups, the models side by side."""
+    columns = ("", "", *(f"{model}: {measure}" for model in MODELS for measure in ("distance", "recall", "PSNR")))
     lines = [f"| {' | '.join(columns)} |".replace("|  |  |", "| | |"), "|---" * len(columns) + "|"]
     for part in rows:
         for name in part.names:

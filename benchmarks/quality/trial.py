@@ -48,7 +48,7 @@ WATCHED = 100  # images whose samples are kept after every step
 
 
 @dataclass(frozen=True)
-class Made:
+class SeedImages:
     """Finished images, (n, 1, 8, 8), and the first WATCHED of them after every step, (steps, WATCHED, 1, 8, 8)."""
 
     images: Samples
@@ -56,27 +56,27 @@ class Made:
 
 
 def digest_of_trial(cell: Cell, seed: int) -> str:
-    """What names a trial: everything that decides its result."""
+    """Return the name of a trial: a digest of everything that decides its result."""
     return digest_of([REVISION, cell.model, cell.every_setting, cell.images, seed])
 
 
 def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
-    """The measures of one trial and of FP on the same noise."""
+    """Return the measures of one trial and of FP on the same noise."""
     options = CompileOptions(**cell.every_setting, seed=seed)
     plan = replace(make_plan(MODELS[cell.model](), options), threads=THREADS)
     segments = exported(cell.model, plan, work)
     exact = exact_side(cell, seed, work)
     with TemporaryDirectory(dir=work) as temporary:
         compiled, tables = compiled_segments(plan, segments, Path(temporary))
-        found = made(plan, plan.program, compiled, tables, seed, cell.images)
-    drift = step_drift(found.steps, exact.steps)
+        own = seed_images(plan, plan.program, compiled, tables, seed, cell.images)
+    drift = step_drift(own.steps, exact.steps)
     return {
         "n": cell.images,
-        "found": measures(found.images).model_dump(),
+        "found": measures(own.images).model_dump(),
         "fp": measures(exact.images).model_dump(),
-        "psnr_db": float(psnr_db(found.images, exact.images).mean()),
-        "ssim": float(ssim(found.images, exact.images).mean()),
-        "variance_ratio": float(found.images.var() / exact.images.var()),
+        "psnr_db": float(psnr_db(own.images, exact.images).mean()),
+        "ssim": float(ssim(own.images, exact.images).mean()),
+        "variance_ratio": float(own.images.var() / exact.images.var()),
         "steps": {
             "relative_error": np.round(drift.relative_error, 5).tolist(),
             "variance_drift": np.round(np.ravel(drift.variance_drift), 5).tolist(),
@@ -85,7 +85,7 @@ def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
 
 
 def exported(model: str, plan: Plan, work: Path) -> Segments:
-    """The FP segments of a model under a policy, exported once."""
+    """Return the FP segments of a model under a policy, exported once."""
     folder = work / f"export-{digest_of([REVISION, model, plan.options.policy, plan.options.reuse, plan.options.cfg])}"
     with in_turn(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "parity.json").is_file():
@@ -95,7 +95,7 @@ def exported(model: str, plan: Plan, work: Path) -> Segments:
 
 
 def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Segments, Tables]:
-    """What `ditc compile` makes of the segments, and the tables beside them."""
+    """Return the segments as `ditc compile` makes them, and the tables beside them."""
     compiled, tables = segments, dict(plan.reuse_tables)
     if plan.options.bits is not None:
         select(plan, segments, folder)
@@ -117,8 +117,10 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Seg
     return compiled, tables
 
 
-def made(plan: Plan, program: Program, segments: Segments, tables: Tables, seed: int, count: int) -> Made:
-    """The images of a seed; the classes take turns."""
+def seed_images(
+    plan: Plan, program: Program, segments: Segments, tables: Tables, seed: int, count: int
+) -> SeedImages:
+    """Return the images of a seed; the classes take turns."""
     images: list[Samples] = []
     watched: list[list[Samples]] = [[] for _ in program.steps]
     with executor(plan, program, segments, tables) as runner:
@@ -129,11 +131,11 @@ def made(plan: Plan, program: Program, segments: Segments, tables: Tables, seed:
                 if first < WATCHED:
                     watched[event.index].append(event.x.copy())
             images.append(event.x.copy())
-    return Made(np.concatenate(images), np.stack([np.concatenate(parts)[:WATCHED] for parts in watched]))
+    return SeedImages(np.concatenate(images), np.stack([np.concatenate(parts)[:WATCHED] for parts in watched]))
 
 
-def exact_side(cell: Cell, seed: int, work: Path) -> Made:
-    """FP without a cache, on the plain model: stress changes nothing there. Made once for each sampler and seed."""
+def exact_side(cell: Cell, seed: int, work: Path) -> SeedImages:
+    """Return FP without a cache, on the plain model: stress changes nothing there. Run once a sampler and seed."""
     sampler = cell.every_setting["sampler"]
     path = work / f"fp-{digest_of([REVISION, sampler, cell.images, seed])}.npz"
     with in_turn(path.with_name(f".{path.name}.lock")):
@@ -141,14 +143,14 @@ def exact_side(cell: Cell, seed: int, work: Path) -> Made:
             without = {"policy": "none", "precision": "fp32", "float_steps": "none", "smooth": "none", "reuse": "hold"}
             options = CompileOptions(**{**cell.every_setting, **without})
             plan = replace(make_plan(MODELS["plain"](), options), threads=THREADS)
-            found = made(plan, plan.program, exported("plain", plan, work), {}, seed, cell.images)
-            np.savez(path, images=found.images, steps=found.steps)
+            exact = seed_images(plan, plan.program, exported("plain", plan, work), {}, seed, cell.images)
+            np.savez(path, images=exact.images, steps=exact.steps)
     with np.load(path, allow_pickle=False) as arrays:
-        return Made(arrays["images"], arrays["steps"])
+        return SeedImages(arrays["images"], arrays["steps"])
 
 
 def measures(images: Samples) -> DistributionValues:
-    """Against the real digits, over the classifier's features."""
+    """Measure images against the real digits, over the classifier's features."""
     extractor = open_extractor("digits", DIGITS_SHAPE)
     real, _ = real_digits()
     features = extractor.features(images)

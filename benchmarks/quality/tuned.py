@@ -1,4 +1,4 @@
-"""What `ditc tune` finds for the models and samplers of the experiment, between the intervals of its main cells.
+"""The choices of `ditc tune` for the models and samplers of the experiment, between the intervals of its main cells.
 
     python benchmarks/quality/tuned.py
     python benchmarks/quality/experiment.py --groups tuned
@@ -30,7 +30,7 @@ SEARCH = TuneOptions(worse_by=0.05, seeds=(SEED,), features="digits", real="digi
 
 
 def searched(model: str, base: CompileOptions, out: Path) -> Tuning:
-    """What one search measured and chose."""
+    """Run one search, and return what it measured and chose."""
 
     def tell(trial: Trial) -> None:
         print(f"{model}, {base.sampler}: {described(trial)}", flush=True)
@@ -44,17 +44,17 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     base = CompileOptions(steps=BASE["steps"], cfg=BASE["cfg"], vc_images=BASE["vc_images"], seed=SEED)
-    found = json.loads(TUNED.read_text())["searches"] if TUNED.exists() else {}
+    searches = json.loads(TUNED.read_text())["searches"] if TUNED.exists() else {}
     for model, sampler in product(MODELS, SAMPLERS):
         name = f"{model}, {sampler}"
-        if name not in found:
+        if name not in searches:
             tuning = searched(model, base.model_copy(update={"sampler": sampler}), options.work / f"{model}-{sampler}")
-            found[name] = {"model": model, "sampler": sampler, **tuning.model_dump(mode="json")}
+            searches[name] = {"model": model, "sampler": sampler, **tuning.model_dump(mode="json")}
             document = {
                 "machine": machine().model_dump(),
                 "search": SEARCH.model_dump(),
                 "base": base.model_dump(),
-                "searches": found,
+                "searches": searches,
             }
             atomic_write(TUNED, json.dumps(document, indent=1).encode() + b"\n")
 

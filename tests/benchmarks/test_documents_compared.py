@@ -1,4 +1,4 @@
-"""What `benchmarks/documents.py` finds lost between two states of the documents."""
+"""Names that `benchmarks/documents.py` finds lost between two states of the documents."""
 
 from __future__ import annotations
 

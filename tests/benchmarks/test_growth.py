@@ -1,4 +1,4 @@
-"""What `benchmarks/growth.py` rests on: exponents, and bundles at another batch."""
+"""The ground of `benchmarks/growth.py`: exponents, and bundles at another batch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def growth(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_an_exponent_is_the_slope_of_logarithms(growth: Any) -> None:
-    found = growth.exponent([1, 2, 4], [3, 12, 48])
-    assert found["exponent"] == pytest.approx(2)
-    assert found["residual"] == pytest.approx(0, abs=1e-12)
+    fit = growth.exponent([1, 2, 4], [3, 12, 48])
+    assert fit["exponent"] == pytest.approx(2)
+    assert fit["residual"] == pytest.approx(0, abs=1e-12)
     bent = growth.exponent([1, 2, 4], [1, 2, 8])
     assert bent["between_neighbours"] == pytest.approx([1, 2])
     assert bent["exponent"] == pytest.approx(1.5)
@@ -32,9 +32,9 @@ def test_an_exponent_is_the_slope_of_logarithms(growth: Any) -> None:
 
 
 def test_a_bundle_for_more_images_at_a_time_has_that_much_more_work(growth: Any, tmp_path: Path) -> None:
-    one, twice = (growth.compiled(tmp_path, 1, 16, 2, batch) for batch in (1, 2))
-    assert [bundle.manifest.batch for bundle in (one, twice)] == [1, 2]
-    operations = [footprints_here(bundle)["full"].int8_operations for bundle in (one, twice)]
+    single, twice = (growth.compiled(tmp_path, 1, 16, 2, batch) for batch in (1, 2))
+    assert [bundle.manifest.batch for bundle in (single, twice)] == [1, 2]
+    operations = [footprints_here(bundle)["full"].int8_operations for bundle in (single, twice)]
     assert operations[1] == 2 * operations[0]
 
 
@@ -42,9 +42,9 @@ def test_operations_of_a_run_are_those_of_its_calls(growth: Any, bundles: dict[s
     rates = growth.Rates(
         name="unit", int8_operations=1, float_operations=1, bandwidth=1, memory_bytes=1, source="made up"
     )
-    found = growth.predicted(bundles["cached"].path, rates)["operations"]
+    operations = growth.predicted(bundles["cached"].path, rates)["operations"]
     work = {
         name: need.int8_operations + need.float_operations for name, need in footprints_here(bundles["cached"]).items()
     }
-    assert found["step"] == work["full"]
-    assert found["run"] == work["condition"] + 3 * (work["full"] + work["reuse"])
+    assert operations["step"] == work["full"]
+    assert operations["run"] == work["condition"] + 3 * (work["full"] + work["reuse"])

@@ -32,11 +32,11 @@ def statistics(results: ModuleType) -> ModuleType:
 
 
 def test_the_pages_are_what_the_script_writes_from_the_committed_data(results: ModuleType) -> None:
-    found = json.loads((QUALITY / "experiment.json").read_text())
-    cells = {group: results.found_in(group, found["trials"]) for group in results.GROUPS}
+    experiment = json.loads((QUALITY / "experiment.json").read_text())
+    cells = {group: results.tried_cells(group, experiment["trials"]) for group in results.GROUPS}
     page = (results.DOCS / "results.md").read_text()
     assert results.renewed(page, cells) == page
-    assert results.tables_page(found, cells) == results.TABLES.read_text()
+    assert results.tables_page(experiment, cells) == results.TABLES.read_text()
 
 
 def test_every_group_has_its_table(results: ModuleType) -> None:
@@ -90,7 +90,7 @@ def test_a_table_holds_every_cell_to_fp_and_to_the_naive_one_of_its_seeds(result
         for name, values in distances.items()
         for seed, value in enumerate(values)
     }
-    lines = results.table(results.found_in("ddim", trials))
+    lines = results.table(results.tried_cells("ddim", trials))
     rows = [line.split(" | ") for line in lines[2:]]
     assert [row[3] for row in rows] == ["naive", "tap", "vc std"]
     assert rows[0][4:7] == ["3 x 2,000", "+3.000 (+0.516 to +5.484)", ""]
