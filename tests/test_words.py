@@ -9,33 +9,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-<<<<<<< HEAD
 # these folders and their tests
 CLEAN = (
+    "benchmarks",
+    "browser",
     "calib_data",
+    "cli",
     "compiler",
     "conformance",
     "core",
+    "diagnosis",
     "engines",
     "exporter",
+    "golden",
     "lowering",
+    "portable",
     "quality",
     "quantize",
+    "replay",
+    "report",
     "runtime",
     "simulated",
-=======
-CLEAN = (  # these folders and their tests
-    "calib_data",
-    "engines",
-    "exporter",
-    "lowering",
-    "quantize",
     "speed",
->>>>>>> 50ef47f (speed: docstrings say what is done, locals what they hold; peers are given a task; a peer in another type is tested through the library it asks)
+    "wheel",
 )
 
 PRONOUNS = ("What", "How", "Which", "Whether")
 HAVING = {"found", "made", "kept", "taken"}  # of a value they tell that it was had, not what it is
+ON_DISK = {("report/facts.py", "found")}  # a key of the report's JSON
 
 
 def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -77,7 +78,8 @@ def test_no_docstring_begins_with_a_pronoun(folder: str) -> None:
 @pytest.mark.parametrize("folder", CLEAN)
 def test_nothing_is_named_after_having_been_had(folder: str) -> None:
     names = [(file, *each) for file, tree in files_of(folder).items() for each in bindings(tree)]
-    assert [f"{file}:{line}: {name}" for file, line, name in names if name in HAVING] == []
+    had = [each for each in names if each[2] in HAVING and (each[0], each[2]) not in ON_DISK]
+    assert [f"{file}:{line}: {name}" for file, line, name in had] == []
 
 
 def test_every_binding_is_seen() -> None:

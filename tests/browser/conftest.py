@@ -53,8 +53,8 @@ class Tab:
         while (answer := self._next()).get("id") != self.sent:
             self._note(answer)
         assert "error" not in answer, answer
-        found: dict[str, Any] = answer["result"]
-        return found
+        result: dict[str, Any] = answer["result"]
+        return result
 
     def wait_for(self, event: str) -> None:
         """Read on until an event has happened since the page was opened."""
@@ -71,18 +71,18 @@ class Tab:
         self.wait_for("Page.loadEventFired")
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression is worth in the page."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        """Return the value of a JavaScript expression in the page."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Write the whole page as PNG."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, format="png")
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def printed(self) -> bytes:
-        """The page as PDF, as it would be printed."""
+        """Write the page as PDF, as it would be printed."""
         return base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True)["data"])
 
     def _next(self) -> dict[str, Any]:
@@ -91,8 +91,8 @@ class Tab:
             message += byte
         if not message:
             raise BrowserGoneError
-        found: dict[str, Any] = json.loads(message)
-        return found
+        event: dict[str, Any] = json.loads(message)
+        return event
 
     def _note(self, event: dict[str, Any]) -> None:
         method, params = event.get("method", ""), event.get("params", {})
@@ -109,7 +109,7 @@ class Tab:
 
 @contextmanager
 def opened_tab(browser: str, profile: Path) -> Iterator[Tab | None]:
-    """A page of a browser that lives as long as the block; None where it does not start."""
+    """Open a page of a browser that lives as long as the block; None where it does not start."""
     (their_end, commands), (answers, their_answers) = os.pipe(), os.pipe()
     script = ON_ITS_DESCRIPTORS.format(commands=their_end, answers=their_answers)
     process = subprocess.Popen(
@@ -144,11 +144,11 @@ def opened_tab(browser: str, profile: Path) -> Iterator[Tab | None]:
 
 @pytest.fixture(scope="session")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    """A page of this machine's Chromium; skips where there is none."""
+    """Open a page of this machine's Chromium; skips where there is none."""
     browser = next(filter(None, map(shutil.which, NAMES)), None)
     if browser is None:
         pytest.skip(f"no browser here: none of {', '.join(NAMES)} is installed")
-    with opened_tab(browser, tmp_path_factory.mktemp("browser")) as found:
-        if found is None:
+    with opened_tab(browser, tmp_path_factory.mktemp("browser")) as page:
+        if page is None:
             pytest.skip(f"{browser} does not start here")
-        yield found
+        yield page

@@ -68,9 +68,9 @@ def test_no_text_of_a_chart_leaves_its_page(pages: dict[str, Path], tab: Tab) ->
 def test_charts_of_steps_line_up(pages: dict[str, Path], tab: Tab) -> None:
     tab.open(pages["closed"], 1400)
     places = "[...document.querySelectorAll('section > figure > svg.plot')].map(s => s.getBoundingClientRect().left)"
-    found = tab.value(places)
-    assert len(found) > 4
-    assert max(found) == min(found)
+    lefts = tab.value(places)
+    assert len(lefts) > 4
+    assert max(lefts) == min(lefts)
 
 
 def test_a_dark_scheme_is_dark_and_print_is_light(pages: dict[str, Path], tab: Tab) -> None:

@@ -14,7 +14,7 @@ MOST_SHOWN = 16  # whole numbers of a constant: shapes, axes, places
 
 
 def graph_text(path: Path) -> str:
-    """Inputs, outputs, constants and nodes, a line each; floating-point constants by type and shape alone."""
+    """Return inputs, outputs, constants and nodes, a line each; floating-point constants by type and shape alone."""
     model = load_graph(path)
     graph = model.graph
     opsets = ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in sorted(model.opset_imports.items()))

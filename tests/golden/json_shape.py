@@ -12,12 +12,12 @@ TYPES = {str: "text", int: "whole number", float: "number", bool: "yes or no", t
 
 
 def shape_text(document: str) -> str:
-    """The shape of a document, as indented JSON."""
+    """Return the shape of a document, as indented JSON."""
     return json.dumps(shape_of(json.loads(document)), indent=1) + "\n"
 
 
 def shape_of(value: Any, name: str = "") -> Any:
-    """Every key with the shape of its value; of a list the different shapes in it."""
+    """Return every key with the shape of its value; of a list the different shapes in it."""
     if isinstance(value, dict) and name in SHUT:
         return "..."
     if isinstance(value, dict) and (name in OPEN or (value and all(key.isdigit() for key in value))):
@@ -30,5 +30,5 @@ def shape_of(value: Any, name: str = "") -> Any:
 
 
 def different(shapes: Sequence[Any]) -> list[Any]:
-    """The shapes, each once."""
+    """Return the shapes, each once."""
     return [shape for place, shape in enumerate(shapes) if shape not in shapes[:place]]

@@ -32,7 +32,7 @@ MEASURED = (
 
 
 def check_golden(name: str, text: str) -> None:
-    """The text is that of the file; where it isn't, both are shown side by side."""
+    """Hold a text to its file; where it isn't, both are shown side by side."""
     file = EXPECTED / name
     if os.environ.get("GOLDEN") == "write":
         file.parent.mkdir(parents=True, exist_ok=True)

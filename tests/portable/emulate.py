@@ -70,13 +70,13 @@ def here(folder: Path, wheel: Path) -> Runtime:
 
 
 def without_vnni(folder: Path, wheel: Path) -> Runtime:
-    """This interpreter and the same packages, on a Haswell: AVX2 and no integer dot products."""
+    """Return this interpreter and the same packages, on a Haswell: AVX2 and no integer dot products."""
     same = here(folder, wheel)
     return Runtime((emulator("qemu-x86_64"), "-cpu", "Haswell", *same.python), same.packages)
 
 
 def aarch64(folder: Path, wheel: Path) -> Runtime:
-    """Debian's interpreter for arm64, unpacked into a folder, and the wheels for it."""
+    """Return Debian's interpreter for arm64, unpacked into a folder, and the wheels for it."""
     root = unpacked_debian(folder / "root", folder / "apt")
     python = next(path for path in sorted((root / "usr/bin").glob("python3.*")) if path.suffix[1:].isdigit())
     tags = [option for tag in MANYLINUX for option in ("--platform", f"{tag}_aarch64")]
@@ -88,7 +88,7 @@ def aarch64(folder: Path, wheel: Path) -> Runtime:
 
 
 def unpacked_debian(root: Path, apt: Path) -> Path:
-    """An interpreter of arm64 with what it needs, from this system's archive; the system itself stays as it is."""
+    """Unpack an interpreter of arm64 with its needs, from this system's archive; the system itself stays as it is."""
     for part in ("state/lists/partial", "cache/archives/partial"):
         (apt / part).mkdir(parents=True, exist_ok=True)
     (apt / "status").touch()  # nothing is installed, so that everything is fetched
@@ -127,7 +127,7 @@ def wheel_of_ditc(folder: Path) -> Path:
 
 
 def compiled(folder: Path) -> dict[str, Path]:
-    """The reference model in every precision that has integers of its own on some CPU."""
+    """Compile the reference model in every precision that has integers of its own on some CPU."""
     bundles = {precision: folder / precision for precision in PRECISIONS}
     for precision, bundle in bundles.items():
         options = ("--precision", precision, "--exports", folder / "exports", "--force")
@@ -136,7 +136,7 @@ def compiled(folder: Path) -> dict[str, Path]:
 
 
 def measured(runtime: Runtime, bundle: Path, out: Path, fp_images: int) -> dict[str, Any]:
-    """Images of a bundle on one machine, the first `fp_images` also of its FP program."""
+    """Return images of a bundle on one machine, the first `fp_images` also of its FP program."""
     environment = {"PYTHONPATH": str(runtime.packages), "PATH": os.environ["PATH"]}
     command = (*runtime.python, "-S", "-W", "ignore", CHILD, bundle, out, fp_images, IMAGES)  # -S: no site-packages
     subprocess.run([str(part) for part in command], check=True, env=environment, stderr=subprocess.DEVNULL)
@@ -144,13 +144,13 @@ def measured(runtime: Runtime, bundle: Path, out: Path, fp_images: int) -> dict[
         return {"exact": arrays["exact"], "found": arrays["found"], **json.loads(str(arrays["facts"]))}
 
 
-def compared(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A machine against this one. INT8 images are all held to the FP images of this machine."""
-    difference = float(np.abs(found["exact"] - own["exact"][: len(found["exact"])]).max())
-    psnr, own_psnr = (float(psnr_db(side["found"], own["exact"]).mean()) for side in (found, own))
+def compared(there: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Hold a machine against this one. INT8 images are all held to the FP images of this machine."""
+    difference = float(np.abs(there["exact"] - own["exact"][: len(there["exact"])]).max())
+    psnr, own_psnr = (float(psnr_db(side["found"], own["exact"]).mean()) for side in (there, own))
     change = psnr - own_psnr
-    passed = difference <= FP_TOLERANCE and abs(change) <= PSNR_TOLERANCE_DB and found["fingerprint"] <= 1
-    facts = {name: value for name, value in found.items() if name not in ("exact", "found")}
+    passed = difference <= FP_TOLERANCE and abs(change) <= PSNR_TOLERANCE_DB and there["fingerprint"] <= 1
+    facts = {name: value for name, value in there.items() if name not in ("exact", "found")}
     return {**facts, "fp_difference": difference, "psnr_db": psnr, "psnr_change_db": change, "passed": passed}
 
 
@@ -178,12 +178,12 @@ def main(out: Path) -> None:
         runtime = machine.make(folder, wheel)
         for precision, bundle in bundles.items():
             first = precision not in own
-            found = measured(runtime, bundle, folder / f"{precision}.npz", IMAGES if first else FP_IMAGES)
-            own.setdefault(precision, found)
-            rows.append({"name": machine.name, "precision": precision, **compared(found, own[precision])})
+            images = measured(runtime, bundle, folder / f"{precision}.npz", IMAGES if first else FP_IMAGES)
+            own.setdefault(precision, images)
+            rows.append({"name": machine.name, "precision": precision, **compared(images, own[precision])})
             shown(rows[-1:])
-    found_all = {"fp_images": FP_IMAGES, "images": IMAGES, "rows": rows}
-    (out / "portable.json").write_text(json.dumps(found_all, indent=1) + "\n")
+    results = {"fp_images": FP_IMAGES, "images": IMAGES, "rows": rows}
+    (out / "portable.json").write_text(json.dumps(results, indent=1) + "\n")
     if not all(row["passed"] for row in rows):
         raise click.ClickException(f"a machine gives other images, see {out / 'portable.json'}")
 

@@ -18,7 +18,7 @@ AT_ONCE = 16
 
 
 def images(pipe, count):
-    """The first images of seed 0, classes in turn."""
+    """Return the first images of seed 0, classes in turn."""
     spec, parts = pipe.bundle.manifest.model, []
     for first in range(0, count, AT_ONCE):
         labels = spec.labels_in_turn(first, min(AT_ONCE, count - first))
@@ -31,7 +31,7 @@ bundle, out, fp_count, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.arg
 with ditc.load(bundle, reference=True) as pipe:
     exact = images(pipe, fp_count)
 with ditc.load(bundle) as pipe:
-    found = images(pipe, count)
+    quantized = images(pipe, count)
     worst = max(pipe.differences(), key=attrgetter("excess"))
     integers = pipe.backend.arithmetic(7 if pipe.bundle.manifest.precision == "w7a8" else 8).text
 loaded = sorted({"torch", "onnx", "onnx_ir"} & sys.modules.keys())
@@ -44,4 +44,4 @@ facts = {
     "integers": integers,
     "fingerprint": worst.excess,
 }
-np.savez(out, exact=exact, found=found, facts=json.dumps(facts))
+np.savez(out, exact=exact, found=quantized, facts=json.dumps(facts))

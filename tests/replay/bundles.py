@@ -33,7 +33,7 @@ LABELS, SEED = [3, 0, 1], 5
 
 
 def small_model() -> DiT:
-    """Random weights, the same ones every time, and no zero gates."""
+    """Return random weights, the same ones every time, and no zero gates."""
     torch.manual_seed(0)
     config = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
     return DiT(config, name="small").eval()

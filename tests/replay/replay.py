@@ -44,7 +44,7 @@ MOST_LINES = 20  # of a difference that are shown
 
 
 def sources(commit: str, folder: Path) -> Path:
-    """The files of a commit."""
+    """Return the files of a commit."""
     if commit == TREE:
         return ROOT
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
@@ -54,7 +54,7 @@ def sources(commit: str, folder: Path) -> Path:
 
 
 def package(source: Path, folder: Path) -> Path:
-    """A folder to import `ditc` from, laid out as pyproject.toml says it is installed."""
+    """Make a folder to import `ditc` from, laid out as pyproject.toml says it is installed."""
     places = _places(source)
     for name in sorted(places, key=lambda name: name.count(".")):
         target = folder.joinpath(*name.split("."))
@@ -68,7 +68,7 @@ def package(source: Path, folder: Path) -> Path:
 
 
 def _places(source: Path) -> dict[str, str]:
-    """The folder of each package."""
+    """Return the folder of each package."""
     folders = source / "core" / "folders.py"
     if not folders.exists():  # older commits have them in pyproject.toml
         return dict(tomllib.loads((source / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"])
@@ -81,8 +81,8 @@ def python(packages: Path, *command: object) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True, env=environment, cwd=packages)
 
 
-def made(side: str, commit: str, work: Path, names: list[str]) -> Path:
-    """The folder of a side's package and bundles."""
+def built_side(side: str, commit: str, work: Path, names: list[str]) -> Path:
+    """Make the folder of a side's package and bundles."""
     folder = work / side
     packages = package(sources(commit, folder / "sources"), folder / "packages")
     python(packages, HERE / "bundles.py", folder / "bundles", *names)
@@ -90,7 +90,7 @@ def made(side: str, commit: str, work: Path, names: list[str]) -> Path:
 
 
 def differences(old: Path, new: Path) -> Iterator[str]:
-    """Each thing in which two bundles differ."""
+    """Yield each thing in which two bundles differ."""
     sides = [json.loads((bundle / "manifest.json").read_text()) for bundle in (old, new)]
     for part in SAME_OF:
         texts = [json.dumps(_without_place(side[part]), indent=1).splitlines() for side in sides]
@@ -108,7 +108,7 @@ def differences(old: Path, new: Path) -> Iterator[str]:
 
 
 def _without_place(value: Any) -> Any:
-    """Settings without the path of a schedule's file."""
+    """Return settings without the path of a schedule's file."""
     if isinstance(value, dict) and str(value.get("policy", "")).endswith(".json"):
         return {**value, "policy": "SCHEDULE"}
     return value
@@ -121,15 +121,18 @@ def _text_difference(name: str, old: list[str], new: list[str]) -> Iterator[str]
 
 
 def image_differences(old: Path, new: Path, work: Path, name: str) -> Iterator[str]:
-    """Images of each side's own bundle, and of the old bundle in the new runtime."""
+    """Compare images of each side's own bundle, and of the old bundle in the new runtime."""
     python(
         new / "packages", "-c", OPENED.format(labels=LABELS, seed=SEED), old / "bundles" / name, work / f"{name}.npy"
     )
     exact = np.load(old / "bundles" / f"{name}.npy")
-    for what, file in (("images", new / "bundles" / f"{name}.npy"), ("images of the old bundle", work / f"{name}.npy")):
-        found = np.load(file)
-        if not np.array_equal(found, exact):
-            yield f"{what}: differ by up to {np.abs(found - exact).max():.2g}"
+    for subject, file in (
+        ("images", new / "bundles" / f"{name}.npy"),
+        ("images of the old bundle", work / f"{name}.npy"),
+    ):
+        images = np.load(file)
+        if not np.array_equal(images, exact):
+            yield f"{subject}: differ by up to {np.abs(images - exact).max():.2g}"
 
 
 @click.command()
@@ -141,14 +144,14 @@ def main(old: str, new: str, names: tuple[str, ...], work: Path) -> None:
     """Compile the same models with the commits OLD and NEW, and compare what comes out."""
     work, chosen = work.resolve(), list(names or MODELS)
     shutil.rmtree(work, ignore_errors=True)
-    before, after = (made(side, commit, work, chosen) for side, commit in (("old", old), ("new", new)))
+    before, after = (built_side(side, commit, work, chosen) for side, commit in (("old", old), ("new", new)))
     failed = False
     for name in chosen:
         bundles = [side / "bundles" / name for side in (before, after)]
-        found = [*differences(*bundles), *image_differences(before, after, work, name)]
-        failed = failed or bool(found)
-        click.echo(f"{'differs' if found else 'equal  '}  {name}")
-        for line in found:
+        lines = [*differences(*bundles), *image_differences(before, after, work, name)]
+        failed = failed or bool(lines)
+        click.echo(f"{'differs' if lines else 'equal  '}  {name}")
+        for line in lines:
             click.echo(f"  {line}")
     if failed:
         raise click.ClickException(f"{old} and {new} give other bundles; both lie in {work}")

@@ -23,7 +23,7 @@ TEXTS = ("program", "reference_program", "settings")
 
 
 def digests_of(bundle: Bundle) -> dict[str, str]:
-    """A digest of each text that no processor decides."""
+    """Return a digest of each text that no processor decides."""
     manifest = bundle.manifest.model_dump(mode="json")
     texts = {part: json.dumps(manifest[part], sort_keys=True) for part in TEXTS}
     graphs = {name: graph_text(bundle.path / name) for name in bundle.manifest.files if name.endswith(".onnx")}
@@ -32,10 +32,10 @@ def digests_of(bundle: Bundle) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["float-ends"])
 def test_a_small_model_compiles_to_what_was_reviewed(name: str, bundles: dict[str, Bundle]) -> None:
-    found = {name: digests_of(bundles[name])}
+    digests = {name: digests_of(bundles[name])}
     if os.environ.get("GOLDEN") == "write":
-        KEPT.write_text(json.dumps(found, indent=1) + "\n")
-    assert found == json.loads(KEPT.read_text()), "if it is meant, GOLDEN=write pytest tests/golden tests/replay"
+        KEPT.write_text(json.dumps(digests, indent=1) + "\n")
+    assert digests == json.loads(KEPT.read_text()), "if it is meant, GOLDEN=write pytest tests/golden tests/replay"
 
 
 def test_the_replay_finds_no_difference_where_there_is_none(bundles: dict[str, Bundle]) -> None:

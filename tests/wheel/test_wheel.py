@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.wheel, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def output_of(*command: str | Path, cwd: Path) -> str:
-    """What a command prints. Where it fails, all that it said is in the error."""
+    """Return what a command prints. Where it fails, all that it said is in the error."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd=cwd)
     assert done.returncode == 0, f"{command} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -35,7 +35,7 @@ def output_of(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the tree, built from a copy: what an earlier build left would go into it."""
+    """Build the wheel of the tree, from a copy: what an earlier build left would go into it."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in PLACES:
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -43,8 +43,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, folder / "tree")
     pip = [sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-deps"]
     output_of(*pip, "--wheel-dir", folder, folder / "tree", cwd=folder)
-    (made,) = folder.glob("*.whl")
-    return made
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def bundle(wheel: Path) -> Path:
 
 
 def here(cwd: Path, *arguments: str | Path) -> str:
-    """A command of the tree under test."""
+    """Run a command of the tree under test."""
     return output_of(sys.executable, "-m", "ditc.cli", *arguments, cwd=cwd)
 
 
