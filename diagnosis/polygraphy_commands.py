@@ -1,16 +1,28 @@
-"""The shell scripts of `ditc export-polygraphy`: which Polygraphy commands, on which forms, with which tolerances.
+"""Polygraphy commands for one segment of a bundle: a function for each purpose, with forms and tolerances.
 
-Every option here is one of Polygraphy 0.53; the tests hand each command line to its own parser. A script is a row of
-`SCRIPTS`: a name, what it is for, and a function from the facts of a segment to the commands for it.
+Every option here is one of Polygraphy 0.53; the tests hand each command line to its own parser.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["SCRIPTS", "Script", "SegmentFacts", "loader_name", "script_text"]
+__all__ = [
+    "SegmentFacts",
+    "calibrate_tensorrt10",
+    "compare_onnxrt",
+    "compare_tensorrt",
+    "extract",
+    "inspect",
+    "layers_onnxrt",
+    "layers_tensorrt",
+    "loader_name",
+    "reduce_onnxrt",
+    "reduce_tensorrt",
+    "shapes_array",
+]
 
 # Mean |difference| that passes, as a share of an output's RMS. Measured on `digits` and a random DiT-S/2, worst output
 # of 8 points: 0.0004 where nothing is quantized, 0.05 between two forms of one INT8 graph (FP16 moves values across
@@ -64,65 +76,12 @@ class SegmentFacts:
         return self.quantized and self.reference != self.portable
 
 
-Body = Callable[[SegmentFacts], Sequence[str]]  # commands and comments, none where the script isn't for that segment
-
-
-@dataclass(frozen=True)
-class Script:
-    """A shell script: its file name, the comment at its head, and what it does with a segment."""
-
-    name: str
-    head: str
-    body: Body
-
-
 def loader_name(segment: str, form: str) -> str:
     """Return the data loader that feeds a form: those for TensorRT take other types."""
     return f"loader_{segment}_trt.py" if form.endswith(".trt.onnx") else f"loader_{segment}.py"
 
 
-def script_text(script: Script, segments: Sequence[SegmentFacts], bundle: str) -> str | None:
-    """Return the whole script; `bundle` is the default path to it. None where no segment has anything to do in it."""
-    bodies = {facts.name: script.body(facts) for facts in segments}
-    names = [name for name, lines in bodies.items() if lines]
-    if not names:
-        return None
-    cases = "\n".join(_case(facts, bodies[facts.name]) for facts in segments if facts.name in names)
-    head = "\n".join(f"# {line}" for line in script.head.splitlines())
-    return FRAME.format(head=head, script=script.name, names=" ".join(names), bundle=shlex.quote(bundle), cases=cases)
-
-
-FRAME = """\
-#!/usr/bin/env bash
-{head}
-#
-# ./{script} [SEGMENT...]     default: {names}
-bundle_here={bundle}
-BUNDLE="${{BUNDLE:-$bundle_here}}"  # where the bundle lies, seen from this folder
-
-cd "$(dirname "$0")" || exit 2
-[ -f "$BUNDLE/manifest.json" ] || {{ echo "$0: no bundle at $BUNDLE; set BUNDLE to its path" >&2; exit 2; }}
-[ "$#" -gt 0 ] || set -- {names}
-mkdir -p out
-failed=0
-for segment in "$@"; do
-case "$segment" in
-{cases}
-*) echo "$0: unknown segment $segment; choose from: {names}" >&2; exit 2 ;;
-esac
-done
-exit "$failed"
-"""
-
-
-def _case(facts: SegmentFacts, lines: Sequence[str]) -> str:
-    """Return the branch of a script for one segment."""
-    needs_shapes = any("${shapes[@]}" in line for line in lines)
-    body = [_shapes_array(facts.shapes), *lines] if needs_shapes else lines
-    return "\n    ".join([f"{facts.name})", *body, ";;"])
-
-
-def _shapes_array(shapes: Mapping[str, Sequence[int]]) -> str:
+def shapes_array(shapes: Mapping[str, Sequence[int]]) -> str:
     """Return the `shapes` array of a case: bundles are built for one size, so least, best and largest are the same."""
     words = (f"{name}:[{','.join(map(str, shape))}]" for name, shape in shapes.items())
     return f"shapes=({' '.join(map(shlex.quote, words))})"
@@ -150,7 +109,7 @@ AS_WRITTEN = "--graph-optimization-level ORT_DISABLE_ALL"
 
 
 def compare_onnxrt(facts: SegmentFacts) -> list[str]:
-    """Every deployed form against the FP graph (the portable one, where there is no other) as it is written."""
+    """Hold every deployed form against the FP graph (the portable one, where there is no other) as it is written."""
     golden = f"out/{facts.name}.reference.json"
     lines = [
         _checked(
@@ -172,7 +131,7 @@ def compare_onnxrt(facts: SegmentFacts) -> list[str]:
 
 
 def layers_onnxrt(facts: SegmentFacts) -> list[str]:
-    """Every tensor of the typed form against the tensor of that name in the portable one."""
+    """Hold every tensor of the typed form against the tensor of that name in the portable one."""
     if facts.typed is None:
         return []
     return [
@@ -191,7 +150,7 @@ def layers_onnxrt(facts: SegmentFacts) -> list[str]:
 
 
 def _reduce(facts: SegmentFacts, form: str, runner: str) -> list[str]:
-    """Commands that shrink a form to the part whose outputs `runner` computes differently from the graph as written."""
+    """Shrink a form to the part whose outputs `runner` computes differently from the graph as it is written."""
     out = f"out/{facts.name}"
     # a smaller graph starts at inner tensors: `feeds` has their values, `golden` what its outputs should be
     values = f"--load-inputs {out}.feeds.json --load-outputs {out}.golden.json {SNR}"
@@ -225,15 +184,17 @@ def _reduce(facts: SegmentFacts, form: str, runner: str) -> list[str]:
 
 
 def reduce_onnxrt(facts: SegmentFacts) -> list[str]:
+    """Shrink the typed form, or the portable one, to the part that ONNX Runtime's optimizer changes."""
     return _reduce(facts, facts.typed or facts.portable, "--onnxrt")
 
 
 def reduce_tensorrt(facts: SegmentFacts) -> list[str]:
+    """Shrink the typed form to the part that TensorRT computes differently."""
     return [] if facts.typed is None else _reduce(facts, facts.typed, f"--trt {BUILD}")
 
 
 def extract(facts: SegmentFacts) -> list[str]:
-    """The first half of the graph as a model of its own."""
+    """Cut off the first half of the graph as a model of its own."""
     form = facts.typed or facts.portable
     return [
         f"half_way={shlex.quote(facts.cut)}",
@@ -245,6 +206,7 @@ def extract(facts: SegmentFacts) -> list[str]:
 
 
 def inspect(facts: SegmentFacts) -> list[str]:
+    """Print the layers of every form, and of the engine where there is one."""
     lines = [_checked(f'polygraphy inspect model "$BUNDLE/{form}" --show layers') for form in facts.forms]
     if facts.typed is not None:
         plan = f"out/{facts.name}.plan"
@@ -254,7 +216,7 @@ def inspect(facts: SegmentFacts) -> list[str]:
 
 
 def compare_tensorrt(facts: SegmentFacts) -> list[str]:
-    """TensorRT against ONNX Runtime on the typed form, which both run in the types that it says."""
+    """Hold TensorRT against ONNX Runtime on the typed form, which both run in the types that it says."""
     if facts.typed is None:
         return []
     return [
@@ -271,7 +233,7 @@ def compare_tensorrt(facts: SegmentFacts) -> list[str]:
 
 
 def layers_tensorrt(facts: SegmentFacts) -> list[str]:
-    """Every tensor of the typed form in both."""
+    """Compare every tensor of the typed form in both."""
     if facts.typed is None:
         return []
     return [
@@ -287,12 +249,12 @@ def layers_tensorrt(facts: SegmentFacts) -> list[str]:
 
 
 def calibrate_tensorrt10(facts: SegmentFacts) -> list[str]:
-    """TensorRT's own calibration of the FP graph."""
+    """Run TensorRT's own calibration of the FP graph."""
     if facts.typed is None or not facts.has_fp_reference:
         return []
     shapes = {name: shape for name, shape in facts.shapes.items() if name not in facts.quantized_inputs}
     return [
-        *([_shapes_array(shapes)] if facts.quantized_inputs else []),
+        *([shapes_array(shapes)] if facts.quantized_inputs else []),
         _checked(
             f'polygraphy convert "$BUNDLE/{facts.reference}" --convert-to trt --int8 --fp16',
             f"--data-loader-script {loader_name(facts.name, facts.reference)}",
@@ -302,67 +264,3 @@ def calibrate_tensorrt10(facts: SegmentFacts) -> list[str]:
             f"-o out/{facts.name}.calibrated.plan",
         ),
     ]
-
-
-SCRIPTS: tuple[Script, ...] = (
-    Script(
-        "inspect.sh",
-        "Print the layers of every form of a segment, and of its engine where there is one.\n"
-        "compare_tensorrt.sh saves the engine. Polygraphy lets an engine run host code while it loads it: only ever\n"
-        "give it a plan that you built yourself.",
-        inspect,
-    ),
-    Script(
-        "compare_onnxrt.sh",
-        "Compare every form of a segment with its FP graph, in ONNX Runtime; needs no GPU.\n"
-        "Where the bundle has no FP graph, with the portable one. What fails here is in the graph, not in TensorRT.",
-        compare_onnxrt,
-    ),
-    Script(
-        "layers_onnxrt.sh",
-        "Compare every tensor of the typed form with the portable form's, in ONNX Runtime; needs no GPU.\n"
-        "On the first recorded point; tensors are matched by name. The first that fails is where FP16 goes wrong.\n"
-        "SNR=DECIBELS sets the least signal to noise. Writes all tensors as JSON: gigabytes for a large model.",
-        layers_onnxrt,
-    ),
-    Script(
-        "reduce_onnxrt.sh",
-        "Shrink a form to the part that ONNX Runtime's optimizer changes; needs no GPU.\n"
-        "The typed form where there is one. The steps are those of reduce_tensorrt.sh. SNR=DECIBELS sets the least\n"
-        "signal to noise. Writes the values of all tensors at one point as JSON: gigabytes for a large model.",
-        reduce_onnxrt,
-    ),
-    Script(
-        "extract.sh",
-        "Cut a segment behind one of its tensors, and save the first part as a model.\n"
-        "TENSOR=NAME cuts behind NAME; inspect.sh prints the names.",
-        extract,
-    ),
-    Script(
-        "compare_tensorrt.sh",
-        "Compare TensorRT with ONNX Runtime on the typed form.\nSaves the engine, inputs and outputs in out/.",
-        compare_tensorrt,
-    ),
-    Script(
-        "layers_tensorrt.sh",
-        "Compare every tensor of the typed form, TensorRT with ONNX Runtime.\n"
-        "On the first recorded point. A tensor that is an output can't be fused away, so this engine is not the one\n"
-        "that compare_tensorrt.sh builds: where all tensors pass here and an output fails there, suspect a fusion,\n"
-        "and go on with reduce_tensorrt.sh. SNR=DECIBELS sets the least signal to noise.",
-        layers_tensorrt,
-    ),
-    Script(
-        "reduce_tensorrt.sh",
-        "Shrink the typed form to the part that TensorRT computes differently, or can't build.\n"
-        "Ends with out/SEGMENT.bisected.onnx. SNR=DECIBELS sets the least signal to noise. Writes the values of all\n"
-        "tensors at one point as JSON: gigabytes for a large model.",
-        reduce_tensorrt,
-    ),
-    Script(
-        "calibrate_tensorrt10.sh",
-        "TensorRT 10.x only, 11 has no calibrators: let it calibrate the FP graph on the recorded inputs.\n"
-        "A few points make poor scales: export with --points 50 or more first. The scales that ditc made are in the\n"
-        "typed form already, for every version.",
-        calibrate_tensorrt10,
-    ),
-)

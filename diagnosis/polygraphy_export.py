@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ditc.bundle import Bundle, open_bundle
-from ditc.diagnosis.polygraphy_commands import SCRIPTS, SegmentFacts, loader_name, script_text
+from ditc.diagnosis.polygraphy_commands import SegmentFacts, loader_name
+from ditc.diagnosis.polygraphy_scripts import SCRIPTS, script_text
 from ditc.diagnosis.polygraphy_texts import LOADER, TITLE, readme
 from ditc.engines.backend import lowered_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend

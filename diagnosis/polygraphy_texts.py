@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ditc.bundle import Bundle
-from ditc.diagnosis.polygraphy_commands import SCRIPTS, SegmentFacts, script_text
+from ditc.diagnosis.polygraphy_commands import SegmentFacts
+from ditc.diagnosis.polygraphy_scripts import SCRIPTS, script_text
 
 __all__ = ["LOADER", "TITLE", "readme"]
 

@@ -22,8 +22,8 @@ from ditc.bundle import Bundle
 from ditc.cli.main import run
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
-from ditc.diagnosis.polygraphy_commands import SCRIPTS
 from ditc.diagnosis.polygraphy_export import export_polygraphy, recorded_calls, recorded_runs
+from ditc.diagnosis.polygraphy_scripts import SCRIPTS
 from ditc.engines.backend import runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.exporter.dit import DiT, DiTConfig

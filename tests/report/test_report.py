@@ -29,8 +29,9 @@ from ditc.quantize.scale_table import ScaleTable
 from ditc.report.facts import Activations, Calibration, Drift, Fidelity, Pictures, Report, Skipped, Speed
 from ditc.report.gathering import check_report, default_page, report_bundle
 from ditc.report.options import ReportOptions
-from ditc.report.page import page_from_report, program_sentence
+from ditc.report.page import page_from_report
 from ditc.report.samples import gain_for
+from ditc.report.sentences import program_sentence
 from ditc.report.tables import segment_bytes
 from ditc.speed.side_by_side import SideBySide
 
