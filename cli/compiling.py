@@ -7,20 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ditc.cli.headings import BUNDLE, Command, SettingOption
 from ditc.cli.model_options import ModelOptions, echo_note, model_argument
-from ditc.cli.options import (
-    BUNDLE,
-    Command,
-    SettingOption,
-    a_bundle,
-    as_json,
-    exports_option,
-    force_option,
-    out_option,
-    takes,
-)
+from ditc.cli.options import takes
 from ditc.cli.output import print_arithmetic, print_facts, print_record
 from ditc.cli.progress import progress_on_stderr
+from ditc.cli.shared_options import a_bundle, as_json, exports_option, force_option, out_option
 from ditc.compiler.options import CompileOptions
 from ditc.engines.options import BuildOptions
 

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ditc.cli.options import A_PATH, Command, a_bundle, as_json, force_option, out_option, part_of, takes
+from ditc.cli.headings import Command
+from ditc.cli.option_types import A_PATH
+from ditc.cli.options import part_of, takes
 from ditc.cli.output import print_record
 from ditc.cli.progress import progress_on_stderr
+from ditc.cli.shared_options import a_bundle, as_json, force_option, out_option
 from ditc.diagnosis.options import BisectOptions, PolygraphyOptions
 from ditc.errors import CheckError, InputError
 from ditc.runtime.options import Place

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ditc.cli.options import Command, a_bundle, as_json
+from ditc.cli.headings import Command
 from ditc.cli.output import print_facts, print_record
+from ditc.cli.shared_options import a_bundle, as_json
 
 if TYPE_CHECKING:
     from ditc.bundle import Bundle

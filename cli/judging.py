@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ditc.cli.headings import BUNDLE, Command
 from ditc.cli.model_options import ModelOptions, echo_note, model_argument
-from ditc.cli.options import BUNDLE, Command, a_bundle, as_json, force_option, out_option, part_of, save_option, takes
+from ditc.cli.options import part_of, takes
 from ditc.cli.output import print_record, print_table
 from ditc.cli.progress import progress_on_stderr
+from ditc.cli.shared_options import a_bundle, as_json, force_option, out_option, save_option
 from ditc.compiler.options import CompileOptions
 from ditc.quality.options import SEARCHED, EvaluateOptions, TuneOptions
 from ditc.runtime.options import Place

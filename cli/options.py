@@ -7,10 +7,9 @@ def report_command(bundle: Path, options: ReportOptions, place: Place) -> None: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -18,93 +17,14 @@ import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
+from ditc.cli.headings import SettingOption
+from ditc.cli.option_types import TYPES
 from ditc.errors import InputError
 from ditc.settings import Option, Settings, flag_of, names_in, options_of
 
-__all__ = [
-    "A_PATH",
-    "BUNDLE",
-    "GENERAL",
-    "Command",
-    "SettingOption",
-    "a_bundle",
-    "as_json",
-    "by_group",
-    "exports_option",
-    "force_option",
-    "out_option",
-    "part_of",
-    "save_option",
-    "takes",
-]
+__all__ = ["part_of", "takes"]
 
 Callback = TypeVar("Callback", bound=Callable[..., Any])
-
-GENERAL = "General"  # the heading of --json and --help
-BUNDLE = "Bundle"  # as in compiler/options.py
-
-
-class _Path(click.Path):
-    """A path that is not empty: the working directory, which an empty one stands for, nobody means by it."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            name = "a path" if param is None else param.get_error_hint(ctx)
-            raise InputError(f"{name} is empty; name a file or folder, . for the working directory")
-        return super().convert(value, param, ctx)
-
-
-class _WholeNumbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click only
-    """Whole numbers with commas between."""
-
-    name = "N,N,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, _: click.Context | None) -> tuple[int, ...]:
-        if not isinstance(value, str):
-            return tuple(value)
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError as e:
-            flag = "" if param is None else param.opts[0]
-            raise InputError(f"{flag} must be whole numbers with commas between, like 0,1,2; found {value!r}") from e
-
-
-A_PATH = _Path(path_type=Path)
-# the type of a field -> that of its option; all others are texts, which the settings refuse themselves
-TYPES: dict[Any, click.ParamType[Any]] = {
-    int: click.INT,
-    float: click.FLOAT,
-    Path: A_PATH,
-    tuple[int, ...]: _WholeNumbers(),
-}
-
-
-class SettingOption(click.Option):
-    """An option with the heading that it stands under in `--help`; "" is the first one."""
-
-    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.group = group
-
-
-class Command(click.Command):
-    """A command whose options stand under their headings: the ones that matter most, then the others by group."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
-        for group, members in by_group(options).items():
-            with formatter.section(group or "Options"):
-                formatter.write_dl([record for option in members if (record := option.get_help_record(ctx))])
-
-
-def by_group(options: Iterable[click.Option]) -> dict[str, list[click.Option]]:
-    """Return the options that are shown by heading, in the order they come in; "" is the first, GENERAL the last."""
-    groups: dict[str, list[click.Option]] = {"": []}
-    for option in options:
-        if not option.hidden:
-            groups.setdefault(getattr(option, "group", GENERAL), []).append(option)
-    general = groups.pop(GENERAL, [])
-    return {name: members for name, members in {**groups, GENERAL: general}.items() if members}
 
 
 @dataclass(frozen=True)
@@ -203,39 +123,3 @@ def _inner(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         return next(part for part in get_args(annotation) if part is not type(None))
     return annotation
-
-
-a_bundle = click.argument("bundle", type=A_PATH)
-as_json = click.option(
-    "--json",
-    "json_",
-    is_flag=True,
-    cls=SettingOption,
-    group=GENERAL,
-    help="Print one JSON document on stdout, and nothing else there.",
-)
-exports_option = click.option(
-    "--exports",
-    type=A_PATH,
-    cls=SettingOption,
-    group=BUNDLE,
-    help="Folder that keeps FP segments for compiles with other settings.",
-)
-save_option = click.option(
-    "--save",
-    type=A_PATH,
-    cls=SettingOption,
-    help="Folder for report, features and FP images; FP images that lie there already are taken again.",
-)
-
-
-def out_option(text: str, **more: Any) -> Callable[[Callback], Callback]:
-    """Return the option that says where a command writes."""
-    return click.option("-o", "--out", type=A_PATH, cls=SettingOption, help=text, **more)
-
-
-def force_option(group: str = "") -> Callable[[Callback], Callback]:
-    """Return the option that allows to replace what lies there."""
-    return click.option(
-        "--force", is_flag=True, cls=SettingOption, group=group, help="Replace what an earlier run wrote."
-    )

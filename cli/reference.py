@@ -12,8 +12,8 @@ from pathlib import Path
 
 import click
 
+from ditc.cli.headings import GENERAL, by_group
 from ditc.cli.main import cli
-from ditc.cli.options import GENERAL, by_group
 from ditc.runtime.options import PLACE
 
 __all__ = ["rewritten", "tables_of"]

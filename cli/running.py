@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
-from ditc.cli.options import Command, a_bundle, as_json, out_option, takes
+from ditc.cli.headings import Command
+from ditc.cli.options import takes
 from ditc.cli.output import print_record
 from ditc.cli.progress import steps_on_stderr
+from ditc.cli.shared_options import a_bundle, as_json, out_option
 from ditc.runtime.options import Place, RunOptions, VerifyOptions
 
 __all__ = ["run_command", "verify_command"]

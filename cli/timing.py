@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ditc.cli.options import Command, a_bundle, as_json, part_of, takes
+from ditc.cli.headings import Command
+from ditc.cli.options import part_of, takes
 from ditc.cli.output import print_arithmetic, print_record, print_table
 from ditc.cli.progress import progress_on_stderr
+from ditc.cli.shared_options import a_bundle, as_json
 from ditc.runtime.options import Place
 from ditc.speed.options import BenchOptions, EstimateOptions
 

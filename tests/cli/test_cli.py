@@ -18,8 +18,8 @@ import ditc
 from ditc.bundle import Bundle
 from ditc.checks import Verification
 from ditc.cli.compiling import print_demo
+from ditc.cli.headings import GENERAL, by_group
 from ditc.cli.main import cli, run
-from ditc.cli.options import GENERAL, by_group
 from ditc.cli.output import print_record
 from ditc.cli.progress import advice_on_stderr
 from ditc.cli.reference import rewritten
