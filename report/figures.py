@@ -41,8 +41,8 @@ def figure(title: str, unit: str, keys: Keys, *charts: Markup) -> Markup:
 
 def drawn_as(program: Program, segment: str) -> str:
     """Return the class under which a segment's steps are drawn, one of KINDS."""
-    plan = program.segment(segment)
-    return "float" if plan.in_float else "computed" if any(plan.compute) else "reused"
+    called = program.segment(segment)
+    return "float" if called.in_float else "computed" if any(called.compute) else "reused"
 
 
 def keys_of(kinds: Iterable[str], before: str = "") -> Keys:
@@ -76,7 +76,7 @@ def program_figure(program: Program) -> Markup:
 
 def latency_figure(speed: Speed, program: Program) -> Markup:
     """Draw the milliseconds of every step, inside the engine and around it; a peer's step as a line across."""
-    kinds = {plan.name: drawn_as(program, plan.name) for plan in program.segments}
+    kinds = {segment.name: drawn_as(program, segment.name) for segment in program.segments}
     peers = speed.peers
     axis = axis_for(
         [*(step.seconds for step in speed.steps), *(peer.step.median for peer in peers.values())],

@@ -22,12 +22,12 @@ __all__ = ["onnxruntime_f32", "onnxruntime_quant", "openvino_bf16", "openvino_f3
 
 
 def onnxruntime_f32(task: PeerTask) -> Peer:
-    """Return the CPU provider with its defaults."""
+    """Return ONNX Runtime's CPU provider with its defaults."""
     return _onnxruntime_peer(task, task.reference, "float32")
 
 
 def onnxruntime_quant(task: PeerTask) -> Peer:
-    """Return static QDQ of `onnxruntime.quantization`: linear layers only, per channel, min-max ranges."""
+    """Return `onnxruntime.quantization`'s static QDQ: linear layers only, per channel, min-max ranges."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     quantized = task.scratch / "quantized.onnx"
@@ -47,12 +47,12 @@ def onnxruntime_quant(task: PeerTask) -> Peer:
 
 
 def openvino_f32(task: PeerTask) -> Peer:
-    """Return float32 all through, which is not OpenVINO's choice where the processor has bfloat16."""
+    """Return OpenVINO in float32 all through, which is not its own choice where the processor has bfloat16."""
     return _openvino_peer(task, _openvino_model(task), "f32")
 
 
 def openvino_bf16(task: PeerTask) -> Peer:
-    """Return bfloat16 products. Raises InputError where the processor has none, so that it would be float32."""
+    """Return OpenVINO with bfloat16 products. Raises InputError where a processor has none: it takes float32 there."""
     peer = _openvino_peer(task, _openvino_model(task), "bf16")
     if not peer.what.endswith("bf16"):
         raise InputError(f"this CPU has no bfloat16, so it would be openvino-f32 again ({peer.what})")

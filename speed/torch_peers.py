@@ -26,7 +26,7 @@ def torch_bf16(task: PeerTask) -> Peer:
 
 
 def torch_compile(task: PeerTask) -> Peer:
-    """Return float32 through torch.compile with its defaults; it needs a C++ compiler on a CPU."""
+    """Return the model in float32 through torch.compile with its defaults; it needs a C++ compiler on a CPU."""
     import torch
 
     return _torch_peer(task, torch.compile(task.model, dynamic=False), "torch.compile float32")
