@@ -117,9 +117,7 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Seg
     return compiled, tables
 
 
-def seed_images(
-    plan: Plan, program: Program, segments: Segments, tables: Tables, seed: int, count: int
-) -> SeedImages:
+def seed_images(plan: Plan, program: Program, segments: Segments, tables: Tables, seed: int, count: int) -> SeedImages:
     """Return the images of a seed; the classes take turns."""
     images: list[Samples] = []
     watched: list[list[Samples]] = [[] for _ in program.steps]
