@@ -22,7 +22,7 @@ from ditc.tables import Tables
 __all__ = ["fingerprint"]
 
 ON_PROCESSORS, ON_DEVICES = ("f32", "bf16"), ("f16",)  # types around the integers
-NOISE = 4_000_003  # of an image that no other stage has seen
+NOISE = 4_000_003  # the first image of those that fit a reuse: what is compared here is not fitted to it
 
 
 def fingerprint(plan: Plan, segments: Segments, tables: Tables, folder: Path) -> None:

@@ -19,7 +19,7 @@ from ditc.runtime.closeness import psnr_db
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.images import grid, save_png
 from ditc.runtime.pipeline import load
-from ditc.spec import Record
+from ditc.spec import ModelSpec, Record
 from ditc.speed.eager import eager_images
 from ditc.speed.side_by_side import RUN, take_turns
 from ditc.tables import sampler_columns
@@ -92,22 +92,11 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> Demo:
         def compiled(labels: list[int], first: int) -> Samples:
             return list(pipe.generate(labels, seed=SEED, first=first))[-1].x
 
-        speed = {}
-        for batch in TIMED_BATCHES:
-            progress("time", TIMED_BATCHES.index(batch), len(TIMED_BATCHES))
-            speed[str(batch)] = _side_by_side(plain, compiled, model.spec.labels_in_turn(0, batch))
-        progress("time", 1, 1)
-        fp, int8 = [], []
-        for first in range(0, QUALITY_IMAGES, QUALITY_BATCH):
-            progress("quality", first, QUALITY_IMAGES)
-            labels = model.spec.labels_in_turn(first, QUALITY_BATCH)
-            fp.append(plain(labels, first))
-            int8.append(compiled(labels, first))
-    exact, ours = np.concatenate(fp), np.concatenate(int8)
+        speed = _speed(plain, compiled, model.spec, progress)
+        exact, ours = _images_of_both(plain, compiled, model.spec, progress)
     picture = out / "grid.png"
     save_png(grid([exact[:10], ours[:10], exact[10:20], ours[10:20]], scale=10, gap=4), picture)
-    labels_all = np.array(model.spec.labels_in_turn(0, QUALITY_IMAGES))
-    progress("quality", 1, 1)
+    labels = np.array(model.spec.labels_in_turn(0, QUALITY_IMAGES))
     return Demo(
         grid=str(picture),
         bundle=str(out / "bundle"),
@@ -115,15 +104,37 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> Demo:
         arithmetic=arithmetic,
         images=QUALITY_IMAGES,
         torch=TorchSide(
-            **dict(digit_quality(exact, labels_all)), size_bytes=sum(p.numel() * 4 for p in model.parameters())
+            **dict(digit_quality(exact, labels)), size_bytes=sum(p.numel() * 4 for p in model.parameters())
         ),
         compiled=BundleSide(
-            **dict(digit_quality(ours, labels_all)),
+            **dict(digit_quality(ours, labels)),
             size_bytes=bundle.manifest.size_bytes(reference=False),
             psnr_db=float(psnr_db(ours, exact).mean()),
         ),
         settings=bundle.manifest.settings,
     )
+
+
+def _speed(plain: Images, compiled: Images, spec: ModelSpec, progress: Progress) -> dict[str, BatchSeconds]:
+    """Return what both sides take per image, by batch."""
+    seconds = {}
+    for place, batch in enumerate(TIMED_BATCHES):
+        progress("time", place, len(TIMED_BATCHES))
+        seconds[str(batch)] = _side_by_side(plain, compiled, spec.labels_in_turn(0, batch))
+    progress("time", 1, 1)
+    return seconds
+
+
+def _images_of_both(plain: Images, compiled: Images, spec: ModelSpec, progress: Progress) -> tuple[Samples, Samples]:
+    """Return QUALITY_IMAGES images of torch and of the bundle, on the same noise."""
+    exact, ours = [], []
+    for first in range(0, QUALITY_IMAGES, QUALITY_BATCH):
+        progress("quality", first, QUALITY_IMAGES)
+        labels = spec.labels_in_turn(first, QUALITY_BATCH)
+        exact.append(plain(labels, first))
+        ours.append(compiled(labels, first))
+    progress("quality", 1, 1)
+    return np.concatenate(exact), np.concatenate(ours)
 
 
 def _side_by_side(plain: Images, compiled: Images, labels: list[int]) -> BatchSeconds:
