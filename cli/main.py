@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
+from typing import Any
 
 import click
 
@@ -25,6 +26,8 @@ from ditc.errors import CheckError, DitcError, one_line
 __all__ = ["cli", "main"]
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+# how click says that it printed the help; 8.1 prints it, and says nothing
+NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 def main() -> None:
@@ -40,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with advice_on_stderr():
             return int(cli.main(args=list(arguments), prog_name="ditc", standalone_mode=False) or 0)
-    except click.exceptions.NoArgsIsHelpError as e:
+    except NO_ARGUMENTS as e:
         e.show()
         return e.exit_code
     except click.ClickException as e:

@@ -9,12 +9,13 @@ that names the option, in Python as on the command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from ditc.errors import InputError, unknown_name
 from ditc.spec import Record
@@ -32,12 +33,13 @@ OUT_OF_BOUNDS = ("greater_than", "less_than")
 KINDS = (
     ("int", "a whole number"),
     ("float", "a number"),
-    ("finite", "a number"),
+    ("finite", "a finite number"),
     ("bool", "true or false"),
     ("tuple", "a row of values"),
     ("string", "a text"),
     ("path", "a path"),
 )
+LONGEST = 80  # characters of a value that a message quotes
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,24 @@ class Settings(Record):
     @classmethod
     def _refusal(cls, error: ErrorDetails) -> InputError:
         """Return what a user reads of the first thing that pydantic holds against the values."""
-        name, given, kind = str(error["loc"][0]), error["input"], error["type"]
-        if kind == "extra_forbidden":
+        given, kind = error["input"], error["type"]
+        if not error["loc"]:
+            return InputError(f"{cls.__name__} must be made of settings by name, found {_quoted(given)}")
+        name = str(error["loc"][0])
+        if name not in cls.model_fields:
             return unknown_name("setting", name, cls.model_fields)
         flag, field = flag_of(cls, name), cls.model_fields[name]
         if kind == "missing":
             return InputError(f"{flag} is missing; {cls.__name__} needs it")
+        if kind == "literal_error" and isinstance(given, str):
+            return unknown_name(flag, given, names_in(field.annotation))
         if kind == "literal_error":
-            return unknown_name(flag, str(given), names_in(field.annotation))
+            return InputError(f"{flag} must be one of: {', '.join(names_in(field.annotation))}; found {_quoted(given)}")
         if kind.startswith(OUT_OF_BOUNDS):
             expected, shown = _bounds(field), _number(given)
         else:
             expected = next((words for begin, words in KINDS if kind.startswith(begin)), error["msg"])
-            shown = repr(given)
+            shown = _quoted(given)
         option = _option(field)
         advice = f"; {option.advice}" if option is not None and option.advice else ""
         return InputError(f"{flag} must be {expected}, found {shown}{advice}")
@@ -134,4 +141,17 @@ def _bounds(field: FieldInfo) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else _shortened(value, str)
+
+
+def _quoted(value: Any) -> str:
+    return _shortened(value, repr)
+
+
+def _shortened(value: Any, text_of: Callable[[Any], str]) -> str:
+    """Return a value as text, of a long one the beginning."""
+    try:
+        text = text_of(value)
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        return "an integer too long to show"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

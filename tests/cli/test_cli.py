@@ -6,6 +6,8 @@ import json
 import math
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -328,7 +330,7 @@ def bad_files(tmp_path: Path) -> Path:
         ("compile digits -o {bad}/b --batch 0", "--batch must be at least 1"),
         ("compile digits -o {bad}/b --seed -1", "--seed must be at least 0 and below 2147483648, found -1"),
         ("compile digits -o {bad}/b --seed 5000000000", "--seed must be at least 0 and below 2147483648, found"),
-        ("verify {bad} --min-psnr nan", "--min-psnr must be a number, found nan"),
+        ("verify {bad} --min-psnr nan", "--min-psnr must be a finite number, found nan"),
         ("compile digits -o {bad}/b --tap-tau nan", "--tap-tau must be above 0, found nan"),
         ("compile digits -o {bad}/b --pool 0", "--pool must be at least 1, found 0"),
         ("compile digits -o {bad}/b --cfg 2000", "--cfg must be above 0 and below 1000"),
@@ -375,6 +377,14 @@ def test_a_bundle_from_a_newer_schema_is_refused(
     (tmp_path / "b" / "manifest.sha256").write_text(f"{sha256_of(manifest)}\n")
     assert run(["inspect", str(tmp_path / "b")]) == 2
     assert "schema 99, this ditc reads up to 1; update ditc" in capsys.readouterr().err
+
+
+def test_bad_usage_is_exit_code_2_under_the_oldest_click() -> None:
+    """Releases before 8.2 have no error for help that was printed."""
+    code = "import click.exceptions\ndel click.exceptions.NoArgsIsHelpError\n"
+    code += "import sys\nfrom ditc.cli.main import run\nsys.exit(run(['zzz']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "ditc: No such command 'zzz'; `ditc --help` lists what it takes\n")
 
 
 def test_bad_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,7 +220,7 @@ def test_latents_without_a_decoder_have_pairs_and_no_distribution(
         ("--rounds 1", "--rounds must be at least 2"),
         ("--batch 0", "--batch must be at least 1"),
         ("--step-images 0", "--step-images must be at least 1"),
-        ("--fail-if-worse nan", "--fail-if-worse must be a number"),
+        ("--fail-if-worse nan", "--fail-if-worse must be a finite number"),
         ("--features vgg", "unknown --features 'vgg'; choose one of"),
         ("--features digits", "take images of shape (1, 8, 8)"),
         ("--real {bad}/nowhere", "--real takes fp, digits"),

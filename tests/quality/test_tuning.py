@@ -70,8 +70,8 @@ def test_a_budget_of_distance_asks_for_features_before_images_are_made() -> None
     [
         ({"least_psnr_db": None}, "--worse-by DISTANCE or --least-psnr DB"),
         ({"worse_by": 0.1, "seconds": 0.0}, "--seconds must be above 0"),
-        ({"worse_by": float("nan")}, "--worse-by must be a number, found nan"),
-        ({"least_psnr_db": float("inf")}, "--least-psnr must be a number, found inf"),
+        ({"worse_by": float("nan")}, "--worse-by must be a finite number, found nan"),
+        ({"least_psnr_db": float("inf")}, "--least-psnr must be a finite number, found inf"),
         ({"intervals": (1, 2)}, "growing numbers from 2 on"),
         ({"intervals": (3, 2)}, "growing numbers from 2 on"),
         ({"requests": 0}, "requests must be at least 1"),

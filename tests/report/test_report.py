@@ -360,7 +360,7 @@ def test_a_gate_asks_for_what_it_needs() -> None:
         ("--requests 0", "--requests must be at least 1"),
         ("--against fastest", "unknown peer 'fastest'"),
         ("--fail-if-slower 1", "--fail-if-slower is about peers; name some with --against"),
-        ("--fail-if-worse nan", "--fail-if-worse must be a number"),
+        ("--fail-if-worse nan", "--fail-if-worse must be a finite number"),
         ("--evaluate-images 2", "--evaluate-images must be at least 4, found 2"),
         ("--evaluate-images 8 --evaluate-seeds 1,1", "--evaluate-seeds must be different numbers"),
         ("--evaluate-seeds a", "--evaluate-seeds must be whole numbers"),
