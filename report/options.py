@@ -10,7 +10,7 @@ from ditc.choices import Peer
 from ditc.errors import InputError
 from ditc.quality.options import EvaluateOptions, WorseGate
 from ditc.settings import Option, Settings
-from ditc.speed.options import BenchOptions, SlowerGate, peer_names
+from ditc.speed.options import BenchOptions, SlowerGate, peer_names, row_of_names
 
 __all__ = ["ReportOptions"]
 
@@ -50,7 +50,8 @@ class ReportOptions(Settings):
     @field_validator("against", mode="before")
     @classmethod
     def _names(cls, given: Any) -> Any:
-        return None if given is None else () if tuple(given) == NO_PEER else peer_names(given)
+        items = row_of_names(given)
+        return None if items is None else () if items == NO_PEER else peer_names(items)
 
     @model_validator(mode="after")
     def _can_be_measured(self) -> ReportOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from ditc.choices import Device, Peer, names_of
 from ditc.errors import InputError, unknown_name
 from ditc.settings import Option, Settings
 
-__all__ = ["ALL", "GATES", "BenchOptions", "EstimateOptions", "SlowerGate", "peer_names"]
+__all__ = ["ALL", "GATES", "BenchOptions", "EstimateOptions", "SlowerGate", "peer_names", "row_of_names"]
 
 ALL = "all"
 PEERS = "Peers"
@@ -28,12 +29,22 @@ SlowerGate = Annotated[
 ]
 
 
-def peer_names(given: Any) -> tuple[str, ...]:
+def row_of_names(given: Any) -> Any:
+    """Return a lone text as a row of one, another row as a tuple; what is no row as it is, for its field to refuse."""
+    if isinstance(given, str):
+        return (given,)
+    return tuple(given) if isinstance(given, Iterable) else given
+
+
+def peer_names(given: Any) -> Any:
     """Return the peers that were asked for, each once, in the order of their table; an item may be a comma list.
 
-    Raises InputError for one that there is not.
+    What is no row of texts is returned as it is, for its field to refuse. Raises InputError for one that there is not.
     """
-    names = {part.strip() for item in given for part in item.split(",")}
+    items = row_of_names(given)
+    if not isinstance(items, tuple) or not all(isinstance(item, str) for item in items):
+        return items
+    names = {part.strip() for item in items for part in item.split(",")}
     known = names_of(Peer)
     if unknown := sorted(names - {ALL, *known}):
         raise unknown_name("peer", unknown[0], (ALL, *known))

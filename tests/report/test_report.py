@@ -33,6 +33,7 @@ from ditc.report.page import page_from_report
 from ditc.report.samples import gain_for
 from ditc.report.sentences import program_sentence
 from ditc.report.tables import segment_bytes
+from ditc.speed.options import BenchOptions
 from ditc.speed.side_by_side import SideBySide
 
 QUICK = ReportOptions(images=3, requests=2, against=())
@@ -343,6 +344,25 @@ def test_the_gates_are_those_of_evaluate_and_bench(cached: Report) -> None:
     with pytest.raises(CheckError, match=r"interval 0\.1 to 0\.9, all above 0\.05"):
         check_report(evaluated, ReportOptions(fail_if_worse=0.05))
     check_report(evaluated, ReportOptions(fail_if_worse=0.2))
+
+
+@pytest.mark.parametrize("row", [str, lambda name: [name], lambda name: {name}, lambda name: iter([name])])
+@pytest.mark.parametrize("kind", [BenchOptions, ReportOptions])
+def test_peers_may_be_one_name_or_any_row_of_names(kind: Any, row: Any) -> None:
+    assert kind(against=row("torch-f32")).against == ("torch-f32",)
+
+
+def test_no_peer_may_be_a_lone_name() -> None:
+    assert ReportOptions(against="none").against == ()
+
+
+@pytest.mark.parametrize("kind", [BenchOptions, ReportOptions])
+@pytest.mark.parametrize(
+    ("given", "message"), [(3, "a row of values, found 3"), ([1], "one of: torch-f32, .*; found 1")]
+)
+def test_peers_that_are_no_names_are_refused_in_one_line(kind: Any, given: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"^--against must be {message}$"):
+        kind(against=given)
 
 
 def test_a_gate_asks_for_what_it_needs() -> None:
