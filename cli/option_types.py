@@ -33,8 +33,9 @@ class _WholeNumbers(click.ParamType):  # type: ignore[type-arg]  # generic in ne
         try:
             return tuple(int(part) for part in value.split(","))
         except ValueError as e:
-            flag = "" if param is None else param.opts[0]
-            raise InputError(f"{flag} must be whole numbers with commas between, like 0,1,2; found {value!r}") from e
+            flag, default = ("", None) if param is None else (param.opts[0], param.default)
+            like = default if isinstance(default, str) and "," in default else "0,1,2"
+            raise InputError(f"{flag} must be whole numbers with commas between, like {like}; found {value!r}") from e
 
 
 A_PATH = _Path(path_type=Path)

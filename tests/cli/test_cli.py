@@ -339,6 +339,10 @@ def bad_files(tmp_path: Path) -> Path:
         ("run {bad}/broken.json --labels 1 -o {bad}/i", "is a file, expected the folder"),
         ("run {bundle} --labels 9 -o {bad}/i", "label 9 is not a class"),
         ("run {bundle} --labels a,b -o {bad}/i", "--labels must be whole numbers"),
+        (
+            "tune digits -o {bad}/b --worse-by 1 --intervals two",
+            "with commas between, like 2,3,4,5,6,8,10; found 'two'",
+        ),
         ("verify {bundle} --images 0", "--images must be at least 1"),
         ("inspect {bad}/nowhere", "is not a bundle"),
     ],
