@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
             return int(cli.main(args=list(arguments), prog_name="ditc", standalone_mode=False) or 0)
     except NO_ARGUMENTS as e:
         e.show()
-        return e.exit_code
+        return BAD_INPUT
     except click.ClickException as e:
         command = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx is not None else "ditc"
         message = one_line(e.format_message().rstrip("."))
