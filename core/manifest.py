@@ -151,4 +151,5 @@ class Manifest(Record):
 def _first(error: ValidationError) -> str:
     """The first thing that is wrong, in one line."""
     first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}".removeprefix(": ")
+    said = first["msg"].removeprefix("Value error, ")  # pydantic's heading of what a validator says
+    return f"{'.'.join(str(part) for part in first['loc'])}: {said}".removeprefix(": ")

@@ -65,7 +65,7 @@ def test_a_bundle_of_another_version_opens_and_is_shown_as_it_was_written(
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("target", None, "target is null"),
+        ("target", None, r"\(Value error, target is null"),
         ("target", 5, "target: Input should be a valid string"),
         ("scales", ["static"], "scales: Input should be a valid string"),
         ("points", "many", "points: Input should be a valid integer"),
