@@ -157,7 +157,7 @@ def _read_manifest(path: Path) -> Manifest:
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path / MANIFEST} is damaged at {where} ({first['msg']}); copy the bundle again") from e
+        raise BundleError(f"{path / MANIFEST} is damaged at {where} ({first['msg']}); compile it again") from e
 
 
 def _parsed(path: Path, text: bytes) -> Any:

@@ -8,7 +8,9 @@ from pathlib import Path
 from ditc.engines.backend import Backend, DeviceBackend
 from ditc.errors import InputError, unknown_name
 
-__all__ = ["TARGETS", "backend_for"]
+__all__ = ["MOST_THREADS", "TARGETS", "backend_for"]
+
+MOST_THREADS = 4096  # more than any machine has cores
 
 # (folder of engines or None, threads of a run or None for all cores)
 Opener = Callable[[Path | None, int | None], "Backend | DeviceBackend"]
@@ -86,6 +88,6 @@ def backend_for(target: str, store: Path | None = None, threads: int | None = No
     """
     if target not in TARGETS:
         raise unknown_name("target", target, TARGETS)
-    if threads is not None and threads < 1:
-        raise InputError(f"--threads must be at least 1, found {threads}; leave it out for every core")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"--threads must be 1 to {MOST_THREADS}, found {threads}; leave it out for every core")
     return TARGETS[target](store, threads)

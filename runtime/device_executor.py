@@ -107,7 +107,7 @@ class DeviceExecutor:
                 count = self._start(labels, noise, fresh_noise)
                 self._queue_condition()
                 self._device.synchronize()
-            before = np.ascontiguousarray(noise, dtype=np.float32)
+            before = np.array(noise, np.float32, order="C")  # as on a processor
             for step in self.program.steps:
                 with self._turn_of(request):
                     event = self._run_step(step, before, count)

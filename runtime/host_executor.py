@@ -137,7 +137,7 @@ class HostExecutor:
         try:
             for place, buffers in parts:
                 self._run_condition(labels[place], buffers)
-            x = np.ascontiguousarray(noise, dtype=np.float32)
+            x = np.array(noise, np.float32, order="C")  # a record of it stays what it is, whatever the caller does
             for step in self.program.steps:
                 if self._closed:
                     raise closed_while_running()

@@ -162,6 +162,15 @@ def test_an_event_cannot_be_written_to_and_changes_no_step(name: str, pipe: Pipe
     assert noise.flags.writeable  # the caller's own stays as it was
 
 
+def test_the_first_record_stays_what_it_is_whatever_becomes_of_the_noise(pipe: Pipeline) -> None:
+    noise = np.ones((1, *pipe.bundle.manifest.model.latent_shape), np.float32)
+    events = pipe.generate([1], noise=noise)
+    first = next(events)
+    noise[:] = 0
+    assert (first.before == 1).all()
+    events.close()
+
+
 def test_the_images_of_an_event_cannot_be_written_to(pipe: Pipeline) -> None:
     *_, event = pipe.generate(LABELS, seed=5)
     assert event.images is not None

@@ -357,7 +357,8 @@ def asking(pipe: Pipeline) -> tuple[Callable[..., Any], ...]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threads": 0}, "--threads must be at least 1, found 0"),
+        ({"threads": 0}, "--threads must be 1 to 4096, found 0"),
+        ({"threads": 999_999_999_999}, "--threads must be 1 to 4096, found 999999999999"),
         ({"batch": 0}, "--batch must be at least 1, found 0"),
         ({"threads": 2, "target": "cuda"}, "--threads is for processors; cuda runs on a GPU"),
     ],
