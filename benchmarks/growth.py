@@ -34,8 +34,8 @@ from ditc.machine import machine
 from ditc.program import CONDITION
 from ditc.progress import silent
 from ditc.speed.ceilings import measured_rates
-from ditc.speed.estimating import MEASURED, Rates, segment_seconds
 from ditc.speed.latency import latency_of
+from ditc.speed.rates import MEASURED, Rates, segment_seconds
 from ditc.speed.roofline import footprints_here
 from ditc.speed.side_by_side import bundle_turn, take_turns
 

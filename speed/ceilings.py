@@ -19,7 +19,7 @@ from ditc.machine import processor
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.qdq import insert_qdq
 from ditc.quantize.scale_table import ScaleTable
-from ditc.speed.estimating import HERE, Rates
+from ditc.speed.rates import HERE, Rates
 
 __all__ = ["WIDEST", "measured_rates", "product_seconds"]
 

@@ -16,8 +16,8 @@ from ditc.bundle import Bundle
 from ditc.footprint import Footprint
 from ditc.program import CONDITION, DECODE
 from ditc.spec import Record
-from ditc.speed.estimating import MEASURED, Rates, segment_seconds
 from ditc.speed.peer_task import bench_labels
+from ditc.speed.rates import MEASURED, Rates, segment_seconds
 
 __all__ = ["Roofline", "SegmentLimit", "SegmentRoof", "footprints_here", "limit_of", "roofline"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import resource
 import subprocess
@@ -28,6 +29,25 @@ def test_the_arrow_has_every_folder_of_the_list_and_no_other() -> None:
     """import-linter passes over a folder that its contract doesn't name."""
     arrow = (ROOT / "pyproject.toml").read_text().split("layers = [")[1].split("ditc.errors")[0]
     assert sorted(re.findall(r"ditc\.(\w+)", arrow)) == sorted(FOLDERS)
+
+
+def imported_by(path: Path) -> set[str]:
+    """The modules of ours that a file imports, wherever in it, as their files have them: "speed/rates"."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ditc."):
+            place = str(node.module).removeprefix("ditc.").replace(".", "/")
+            names |= {place if "/" in place or place in FOLDERS else f"core/{place}"}
+    return names
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Inside a folder too, and inside functions: who is in a circle can't be understood, nor moved, by itself."""
+    paths = (path for folder in ("core", *FOLDERS) for path in (ROOT / folder).glob("*.py"))
+    imports = {str(path.relative_to(ROOT).with_suffix("")): imported_by(path) for path in paths}
+    while leaves := {name for name, needed in imports.items() if not needed & imports.keys()}:
+        imports = {name: needed for name, needed in imports.items() if name not in leaves}
+    assert imports == {}
 
 
 def test_generating_from_a_bundle_loads_no_torch(cached_bundle_path: Path) -> None:

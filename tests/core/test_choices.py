@@ -23,8 +23,8 @@ from ditc.quantize.transforms import TRANSFORMS
 from ditc.runtime.compensation import ESTIMATORS
 from ditc.runtime.device_executor import GRAPHS
 from ditc.schedule import APPROXIMATORS
-from ditc.speed.estimating import DEVICES, HERE
 from ditc.speed.peers import PEERS
+from ditc.speed.rates import DEVICES, HERE
 
 TABLES: dict[str, Collection[str]] = {
     "AutoCaches": ("auto", *FOLDING),

@@ -10,7 +10,8 @@ from ditc.bundle import Bundle
 from ditc.cli.main import run
 from ditc.engines.memory_needs import footprints
 from ditc.footprint import Footprint
-from ditc.speed.estimating import DEVICES, MEASURED, Rates, estimate_bundle, segment_seconds
+from ditc.speed.estimating import estimate_bundle
+from ditc.speed.rates import DEVICES, MEASURED, Rates, segment_seconds
 
 UNIT = Rates(
     name="unit", int8_operations=100, float_operations=10, bandwidth=1, memory_bytes=1, source="made up", float_bytes=2

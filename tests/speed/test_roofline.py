@@ -10,7 +10,7 @@ from ditc.bundle import Bundle
 from ditc.cli.main import run
 from ditc.engines.memory_needs import footprints
 from ditc.footprint import Footprint, PortShape
-from ditc.speed.estimating import Rates
+from ditc.speed.rates import Rates
 from ditc.speed.roofline import footprints_here, limit_of
 
 UNIT = Rates(name="unit", int8_operations=100, float_operations=10, bandwidth=1, memory_bytes=1, source="made up")
