@@ -18,11 +18,13 @@ from ditc.choices import (
     RangeMethod,
     SamplerName,
     ScaleBinding,
+    SchedulerSampler,
     Selector,
     Smoothing,
     Spacing,
     Target,
     Variance,
+    names_of,
 )
 from ditc.errors import InputError
 from ditc.precision import INT8, PRECISIONS, Bits
@@ -217,7 +219,7 @@ class CompileOptions(Settings):
         return SelectionOptions(points=self.points, clusters=self.clusters, seed=self.seed, tap=tap)
 
     def sampler_spec(self, default: SamplerSpec) -> SamplerSpec:
-        """Return the model's sampler with the settings that were given."""
+        """Return the model's sampler with the settings given. Raises InputError for one that does nothing for it."""
         given: dict[str, Any] = {
             "name": self.sampler,
             "spacing": self.spacing,
@@ -228,7 +230,16 @@ class CompileOptions(Settings):
         changes = {name: value for name, value in given.items() if value is not None}
         if "spacing" in changes and changes["spacing"] != "leading":
             changes["offset"] = 0
-        return SamplerSpec.model_validate(default.model_dump() | changes)
+        sampler = SamplerSpec.model_validate(default.model_dump() | changes)
+        if sampler.name not in names_of(SchedulerSampler):
+            return sampler
+        useless = [f"--{name}" for name in ("variance", "eta", "clip") if name in changes]
+        if useless:
+            raise InputError(
+                f"--sampler {sampler.name} adds no noise and clips nothing, so {' and '.join(useless)} would do "
+                "nothing; leave it out"
+            )
+        return SamplerSpec(name=sampler.name, spacing=sampler.spacing, offset=sampler.offset)
 
     def pool_size(self, recorded_steps: int) -> int:
         """Return the number of images to record for the pool."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ditc.choices import Caches, Reuse
+import numpy as np
+from numpy.typing import NDArray
+
+from ditc.choices import Caches, Reuse, SchedulerSampler, names_of
 from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
@@ -19,6 +22,7 @@ from ditc.program import AHEAD, FULL, Program
 from ditc.progress import Progress, silent
 from ditc.runtime.samplers import adds_noise, sampler_table
 from ditc.schedule import CacheSchedule, schedule_for
+from ditc.spec import DiffusionSpec, SamplerSpec
 
 __all__ = ["SmallPoolError", "make_plan"]
 
@@ -38,7 +42,7 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     spec = model.spec
     if options.cfg != 1 and spec.null_label is None:
         raise InputError(f"{spec.name} has no unconditional class for guidance; set --cfg 1")
-    columns = sampler_table(spec.diffusion, options.sampler_spec(spec.sampler), options.steps)
+    columns = trajectory_table(spec.diffusion, options.sampler_spec(spec.sampler), options.steps)
     t = [float(value) for value in columns["t"]]
     decode = model.decoder is not None
 
@@ -62,6 +66,15 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     check_pool_suffices(plan)
     check_selector_sees(plan)
     return plan
+
+
+def trajectory_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> dict[str, NDArray[np.float64]]:
+    """The sampler's columns: from its formula, or read off the scheduler that it names."""
+    if sampler.name in names_of(SchedulerSampler):
+        from ditc.exporter.multistep import multistep_table
+
+        return multistep_table(diffusion, sampler, steps)
+    return sampler_table(diffusion, sampler, steps)
 
 
 def decided(

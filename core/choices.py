@@ -34,6 +34,7 @@ __all__ = [
     "Reuse",
     "SamplerName",
     "ScaleBinding",
+    "SchedulerSampler",
     "Selector",
     "Smoothing",
     "Spacing",
@@ -48,7 +49,8 @@ AUTO = "auto"  # for a setting that is decided when the model and the schedule a
 # of a model and its sampler
 Prediction = Literal["epsilon", "v", "sample"]
 BetaSchedule = Literal["linear", "scaled-linear", "squared-cosine"]
-SamplerName = Literal["ddim", "ddpm"]
+SchedulerSampler = Literal["dpm++2m", "dpm++3m", "unipc", "deis", "lms", "euler"]  # read off a scheduler of diffusers
+SamplerName = Literal["ddim", "ddpm", SchedulerSampler]
 Spacing = Literal["linspace", "leading", "trailing"]
 Variance = Literal["learned", "fixed-small", "fixed-large"]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ditc.manifest import REFERENCE, SEGMENTS, Manifest
 from ditc.onnx_ports import Ports, Shape
 from ditc.program import AHEAD, CONDITION, DECODE, LABELS, REUSE_ROWS, TIMESTEPS, UPDATE, SegmentPlan
-from ditc.tables import SAMPLER, STEP_INPUTS, Tables
+from ditc.tables import SAMPLER, STEP_INPUTS, Tables, history_columns, memory_of, sampler_columns
+from ditc.update_form import PREDICTED
 
 __all__ = ["port_contradictions"]
 
@@ -76,8 +77,12 @@ def _update(graphs: Graphs, ports: Ports) -> Iterator[str]:
     rows = images * graphs.manifest.halves
     noise = {"z": (images, *graphs.latent)} if (graphs.tables[f"{SAMPLER}sigma"] > 0).any() else {}
     inputs: dict[str, Shape] = {"x": (rows, *graphs.latent), "out": (rows, *graphs.prediction), "row": ("width",)}
+    memory = memory_of(sampler_columns(graphs.tables))
+    for of_x, of_out in history_columns(memory):
+        inputs |= {of_x: (rows, *graphs.latent), of_out: (images, *graphs.latent)}
+    predicted = {PREDICTED: (images, *graphs.latent)} if memory else {}
     yield from _differences("takes", ports.inputs, inputs | noise)
-    yield from _differences("returns", ports.outputs, {"next": (rows, *graphs.latent)})
+    yield from _differences("returns", ports.outputs, {"next": (rows, *graphs.latent)} | predicted)
 
 
 OTHER_CALLS: Mapping[str, Callable[[Graphs, Ports], Iterator[str]]] = {

@@ -70,7 +70,8 @@ class SamplerSpec(Record):
     takes multiples from 0 (+ `offset`), "trailing" from the last down. `variance` is DDPM's: "learned" interpolates
     between its bounds with the network's second half, "fixed-small" is the posterior's, "fixed-large" is beta.
     `eta` scales DDIM's noise. `final_alpha_one` steps to a clean sample at the end, else to the first alpha.
-    `clip` bounds the predicted clean sample to [-clip, clip].
+    `clip` bounds the predicted clean sample to [-clip, clip]. A name of SchedulerSampler is read off a scheduler of
+    diffusers and takes `spacing` and `offset` alone.
     """
 
     name: SamplerName = "ddim"

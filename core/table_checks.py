@@ -18,6 +18,9 @@ from ditc.tables import (
     SAMPLER_COLUMNS,
     SCALES_TABLE,
     Tables,
+    history_columns,
+    memory_of,
+    sampler_columns,
 )
 
 __all__ = ["TABLE_CHECKS", "table_contradictions"]
@@ -69,6 +72,8 @@ def _described(shape: tuple[int | None, ...]) -> str:
 def tables_are_complete(manifest: Manifest, tables: Tables) -> Iterator[str]:
     """Nothing is missing that a step or a table beside it asks for."""
     needed = [f"{SAMPLER}{name}" for name in SAMPLER_COLUMNS]
+    history = [name for name in tables if name.startswith((f"{SAMPLER}x.", f"{SAMPLER}out."))]
+    needed += [f"{SAMPLER}{name}" for pair in history_columns(-(-len(history) // 2)) for name in pair]
     needed += [REUSE_ROWS] * any(plan.rows for plan in manifest.program.segments)
     needed += [SCALES_TABLE] * (MIDPOINTS_TABLE in tables)
     for pair in ([f"{SAMPLER}{name}" for name in LOG_VARIANCES], COMPENSATION):
@@ -84,6 +89,8 @@ def tables_follow_the_settings(manifest: Manifest, tables: Tables) -> Iterator[s
     if sampler is not None:
         learned = sampler.name == "ddpm" and sampler.variance == "learned"
         yield from _presence(tables, f"{SAMPLER}{LOG_VARIANCES[0]}", learned, f"variance {sampler.variance}")
+        if sampler.name in ("ddim", "ddpm"):
+            yield from _presence(tables, f"{SAMPLER}{history_columns(1)[0][0]}", False, f"--sampler {sampler.name}")
     if vc not in (None, "auto"):
         something = quantized(manifest.precision) or manifest.program.slots > 0
         yield from _presence(tables, COMPENSATION[0], vc != "none" and something, f"--vc {vc}")
@@ -125,10 +132,21 @@ def timesteps_are_those_of_the_steps(manifest: Manifest, tables: Tables) -> Iter
             yield f"'{SAMPLER}t' of step {step.index} is {t:g}, and the program says {step.t:g}"
 
 
+def history_is_linear_and_begins_with_nothing(manifest: Manifest, tables: Tables) -> Iterator[str]:
+    """A sampler with memory clips nothing, and no step looks back to before the first."""
+    columns = sampler_columns(tables)
+    memory = memory_of(columns)
+    if memory and np.isfinite(columns["clip"]).any():
+        yield f"'{SAMPLER}clip' holds {columns['clip'].min():g}, and a sampler that looks back clips nothing"
+    for back, pair in enumerate(history_columns(memory), 1):
+        for name in pair:
+            if columns[name][:back].any():
+                yield f"'{SAMPLER}{name}' looks back to before the first step"
+
+
 def columns_are_of_a_sampler(manifest: Manifest, tables: Tables) -> Iterator[str]:
     """The sampler's columns fit each other; those that were mixed up don't."""
-    columns = {name: tables[f"{SAMPLER}{name}"] for name in SAMPLER_COLUMNS}
-    return sampler_contradictions(columns, manifest.model.diffusion.prediction)
+    return sampler_contradictions(sampler_columns(tables), manifest.model.diffusion.prediction)
 
 
 TABLE_CHECKS: tuple[TableCheck, ...] = (
@@ -138,5 +156,6 @@ TABLE_CHECKS: tuple[TableCheck, ...] = (
     compensation_is_the_one_that_was_measured,
     numbers_are_possible,
     timesteps_are_those_of_the_steps,
+    history_is_linear_and_begins_with_nothing,
     columns_are_of_a_sampler,
 )

@@ -25,6 +25,8 @@ __all__ = [
     "SCALES_TABLE",
     "STEP_INPUTS",
     "Tables",
+    "history_columns",
+    "memory_of",
     "read_tables",
     "sampler_columns",
     "sampler_tables",
@@ -68,6 +70,16 @@ def read_tables(path: Path) -> dict[str, NDArray[Any]]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def history_columns(memory: int) -> list[tuple[str, str]]:
+    """Return the sampler's columns for each of so many kept pairs, latest first: of the sample, of the output."""
+    return [(f"x.{back}", f"out.{back}") for back in range(1, memory + 1)]
+
+
+def memory_of(columns: Mapping[str, Any]) -> int:
+    """Return how many pairs of sample and output the sampler of these columns keeps; 0 for most."""
+    return sum(name.startswith("x.") for name in columns)
 
 
 def sampler_columns(tables: Tables) -> dict[str, NDArray[np.float64]]:

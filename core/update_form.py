@@ -12,11 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.spec import ModelSpec
+from ditc.tables import history_columns, memory_of
 
-__all__ = ["COLUMNS", "UpdateForm"]
+__all__ = ["COLUMNS", "PREDICTED", "UpdateForm", "row_columns"]
 
 # the sampler's columns in the order of a row; `noise` is 1 where the step adds noise, else 0
 COLUMNS = ("x0_x", "x0_out", "clip", "prev_x0", "prev_x", "prev_out", "sigma", "log_var_min", "log_var_max", "noise")
+
+
+PREDICTED = "predicted"  # the output with which a later step looks back at this one: the prediction after guidance
+
+
+def row_columns(memory: int) -> tuple[str, ...]:
+    """Return the columns of a row for a sampler that keeps so many pairs."""
+    return (*COLUMNS, *(name for pair in history_columns(memory) for name in pair))
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class UpdateForm:
     clips: bool
     adds_noise: bool
     learned_variance: bool
+    memory: int = 0  # pairs of earlier steps
 
     @staticmethod
     def of(columns: Mapping[str, NDArray[np.float64]], spec: ModelSpec, guidance: float) -> UpdateForm:
@@ -37,4 +47,5 @@ class UpdateForm:
             clips=bool(np.isfinite(columns["clip"]).any()),
             adds_noise=adds_noise,
             learned_variance=adds_noise and "log_var_min" in columns and spec.diffusion.learned_sigma,
+            memory=memory_of(columns),
         )

@@ -6,9 +6,12 @@ input, one row of a table.
 
     inputs   x    (rows, channels, height, width)      the sample, once per guidance half
              out  (rows, out_channels, height, width)  what the network returned
-             row  (width,)                             COLUMNS, then K and mu per channel
+             row  (width,)                             `row_columns`, then K and mu per channel
              z    (images, channels, height, width)    fresh noise, only where the sampler adds any
-    output   next (rows, channels, height, width)      the next sample, once per guidance half
+             x.k, out.k                                those of k steps ago, only for a sampler with memory; x as it is,
+                                                       out (images, channels, height, width) as it was kept
+    outputs  next (rows, channels, height, width)      the next sample, once per guidance half
+             predicted (images, channels, height, width)  the prediction after guidance, only for a sampler with memory
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 from ditc.guidance import Guidance
 from ditc.program import UPDATE
 from ditc.spec import ModelSpec
-from ditc.update_form import COLUMNS, UpdateForm
+from ditc.tables import history_columns
+from ditc.update_form import PREDICTED, UpdateForm, row_columns
 
 __all__ = ["update_model"]
 
@@ -77,14 +81,22 @@ def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
     plane: list[int | str] = [spec.height, spec.width]
     x = _input("x", [images * halves, channels, *plane])
     out = _input("out", [images * halves, spec.out_channels, *plane])
-    row = _input("row", [len(COLUMNS) + 2 * channels])
+    columns = row_columns(form.memory)
+    row = _input("row", [len(columns) + 2 * channels])
     z = _input("z", [images, channels, *plane])
     write = _Writer()
-    sizes = [1] * len(COLUMNS) + [channels, channels]
-    parts = dict(zip((*COLUMNS, "k", "mu"), write.pieces(row, sizes, [*COLUMNS, "k", "mu"], 0), strict=True))
+    past = [
+        (_input(of_x, [images * halves, channels, *plane]), _input(of_out, [images, channels, *plane]))
+        for of_x, of_out in history_columns(form.memory)
+    ]
+    sizes, names = [1] * len(columns) + [channels, channels], [*columns, "k", "mu"]
+    pieces = write.pieces(row, sizes, [f"row.{name}" if "." in name else name for name in names], 0)
+    parts = dict(zip(names, pieces, strict=True))
     sample = write.pieces(x, [images] * halves, ["sample", "sample_again"][:halves], 0)[0]
     prediction, raw_variance = _guided(write, guidance, out, images)
     after = _stepped(write, form, parts, sample, prediction)
+    for pair in past:
+        after = _with_past(write, parts, after, pair, [images] * halves)
     if form.adds_noise:
         after = _noised(write, form, parts, after, raw_variance, z)
     after = _compensated(write, parts, after, channels)
@@ -93,9 +105,13 @@ def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
     else:
         after = write.node("Identity", [after], "next")
     after.shape = ir.Shape([images * halves, channels, *plane])
+    outputs = [after]
+    if past:
+        outputs.append(write.node("Identity", [prediction], PREDICTED))
+        outputs[-1].shape = ir.Shape([images, channels, *plane])
     graph = ir.Graph(
-        [x, out, row, *([z] if form.adds_noise else [])],
-        [after],
+        [x, out, row, *([z] if form.adds_noise else []), *(value for pair in past for value in pair)],
+        outputs,
         nodes=write.nodes,
         initializers=write.constants,
         opset_imports={"": 20},
@@ -138,6 +154,20 @@ def _stepped(write: _Writer, form: UpdateForm, parts: Mapping[str, ir.Value], x:
         clean = write.node("Max", [write.node("Min", [clean, parts["clip"]], "x0.below"), low], "x0.clipped")
     near = write.plus(write.times(parts["prev_x0"], clean, "prev.x0"), write.times(parts["prev_x"], x, "prev.x"), "mix")
     return write.plus(near, write.times(parts["prev_out"], out, "prev.out"), "prev")
+
+
+def _with_past(
+    write: _Writer,
+    parts: Mapping[str, ir.Value],
+    after: ir.Value,
+    pair: tuple[ir.Value, ir.Value],
+    sizes: list[int],
+) -> ir.Value:
+    """What an earlier step's sample and prediction add; the sample comes once per guidance half."""
+    x, out = pair
+    earlier = write.pieces(x, sizes, [f"{x.name}.sample", f"{x.name}.again"][: len(sizes)], 0)[0]
+    after = write.plus(after, write.times(parts[str(x.name)], earlier, f"{x.name}.scaled"), f"{x.name}.added")
+    return write.plus(after, write.times(parts[str(out.name)], out, f"{out.name}.scaled"), f"{out.name}.added")
 
 
 def _noised(

@@ -1,6 +1,7 @@
 """The memory of one program on a device: every buffer that its engine calls are bound to, allocated once.
 
-Two sample buffers take turns, so step i always reads and writes the same addresses.
+Two sample buffers take turns, and one more for each step that the sampler looks back; so step i always reads and writes
+the same addresses.
 """
 
 from __future__ import annotations
@@ -18,27 +19,28 @@ from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Program
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.conditioning import most_ahead, steps_ahead
 from ditc.runtime.executor import slot_type
-from ditc.tables import Tables, sampler_columns, step_inputs
-from ditc.update_form import COLUMNS
+from ditc.tables import Tables, memory_of, sampler_columns, step_inputs
+from ditc.update_form import row_columns
 
 __all__ = ["DeviceBuffers", "update_rows"]
 
 
 def update_rows(tables: Tables, channels: int) -> NDArray[np.float32]:
-    """The `row` input of `update` for every step, (steps, width): COLUMNS, then K and mu per channel.
+    """The `row` input of `update` for every step, (steps, width): `row_columns`, then K and mu per channel.
 
     `tables` are a bundle's: the sampler's columns, and the compensation where there is one.
     """
     given = sampler_columns(tables)
     steps = len(given["t"])
-    columns = {name: given.get(name, np.zeros(steps)) for name in COLUMNS}
+    names = row_columns(memory_of(given))
+    columns = {name: given.get(name, np.zeros(steps)) for name in names}
     columns["noise"] = (columns["sigma"] > 0).astype(np.float64)
     k, mu = np.ones((steps, channels)), np.zeros((steps, channels))
     compensation = TableCompensation.from_tables(tables)
     if compensation is not None:
         k = compensation.k
         mu = np.where(k == 1, 0.0, compensation.mu)
-    rows = np.concatenate([np.stack([columns[name] for name in COLUMNS], axis=1), k, mu], axis=1)
+    rows = np.concatenate([np.stack([columns[name] for name in names], axis=1), k, mu], axis=1)
     return rows.astype(np.float32)
 
 
@@ -48,14 +50,21 @@ class DeviceBuffers:
     What a step takes a row of lies here for all steps: `t`, `update_rows`, `step_inputs` by name, and fresh noise `z`,
     which is empty where the sampler adds none. `tables` are what the conditioning returns, and `table_parts` what of
     them each step binds, by port; a part in `copied_parts` is bound as a copy that is made when the tables are there.
-    `latent` and `image` are a decoder's, where there is one.
+    `latent` and `image` are a decoder's, where there is one. `memory` is how many steps the sampler looks back.
     """
 
     def __init__(self, manifest: Manifest, tables: Tables, engines: Mapping[str, DeviceEngine], device: Device) -> None:
         self._device = device
         spec, program, batch = manifest.model, manifest.program, manifest.batch
         rows, steps = batch * manifest.halves, len(program.steps)
-        self._x = tuple(device.empty((rows, *spec.latent_shape), "float32") for _ in range(2))
+        self.memory = memory_of(sampler_columns(tables))
+        self._x = tuple(device.empty((rows, *spec.latent_shape), "float32") for _ in range(2 + self.memory))
+        self._predictions: tuple[DeviceTensor, ...] = ()
+        if self.memory:  # this step's and those that it looks back at
+            self._predictions = tuple(
+                device.empty((batch, *spec.latent_shape), "float32") for _ in range(1 + self.memory)
+            )
+            self._nothing = tuple(self._uploaded(np.zeros((n, *spec.latent_shape), np.float32)) for n in (rows, batch))
         self.start_x = device.empty((rows, *spec.latent_shape), "float32")
         self.final = self.x_at(steps).rows(0, batch)
         self.out = device.empty((rows, spec.out_channels, spec.height, spec.width), "float32")
@@ -76,7 +85,17 @@ class DeviceBuffers:
 
     def x_at(self, index: int) -> DeviceTensor:
         """Return the samples in front of step `index`, and behind the one before it."""
-        return self._x[index % 2]
+        return self._x[index % len(self._x)]
+
+    def prediction_at(self, index: int) -> DeviceTensor:
+        """Return the prediction after guidance of step `index`, where the sampler looks back at any."""
+        return self._predictions[index % len(self._predictions)]
+
+    def pair_at(self, index: int) -> tuple[DeviceTensor, DeviceTensor]:
+        """Return (samples, prediction) of step `index`, zeros for one before the first."""
+        if index < 0:
+            return self._nothing[0], self._nothing[1]
+        return self.x_at(index), self.prediction_at(index)
 
     def contents(self) -> list[NDArray[Any]]:
         """Return copies of all that a step leaves and a later one needs."""
@@ -89,7 +108,7 @@ class DeviceBuffers:
 
     def _carried(self) -> list[DeviceTensor]:
         copies = (copy for _, copy in self.copied_parts)
-        return [*self._x, *self.tables.values(), *copies, *self.z, *self.slots]
+        return [*self._x, *self._predictions, *self.tables.values(), *copies, *self.z, *self.slots]
 
     def _uploaded(self, array: NDArray[Any]) -> DeviceTensor:
         tensor = self._device.empty(array.shape, str(array.dtype))

@@ -34,7 +34,8 @@ from ditc.runtime.executor import (
     in_range,
     written_ports,
 )
-from ditc.tables import Tables
+from ditc.tables import Tables, history_columns
+from ditc.update_form import PREDICTED
 
 __all__ = ["GRAPHS", "DeviceExecutor"]
 
@@ -176,7 +177,7 @@ class DeviceExecutor:
             for step in (step for step in self.program.steps if step.index in samples):
                 x = self._guidance.rows(_filled(samples[step.index], self.batch))
                 self._device.upload(np.ascontiguousarray(x, np.float32), self._buffers.x_at(step.index))
-                self._queue_step(step)
+                self._queue_step(step, looks_back=False)
                 caches = {port: self._buffers.slots[slot] for port, slot in written_ports(step)}
                 written = {"out": self._buffers.out, **caches}
                 outputs = {port: self._device.download(tensor)[:: self.batch] for port, tensor in written.items()}
@@ -244,8 +245,11 @@ class DeviceExecutor:
             self._device.copy(part, own)
         self._device.copy(buffers.start_x, buffers.x_at(0))
 
-    def _queue_step(self, step: Step) -> None:
-        """The segment, then the update; every address depends on the step alone."""
+    def _queue_step(self, step: Step, *, looks_back: bool = True) -> None:
+        """The segment, then the update; every address depends on the step alone.
+
+        Where it must not look back, and to before the first step, the update finds zeros.
+        """
         engine, buffers = self._engines[step.segment], self._buffers
         x = buffers.x_at(step.index)
         engine.bind("x", x)
@@ -263,6 +267,12 @@ class DeviceExecutor:
         update.bind("row", buffers.update_rows[step.index])
         if buffers.z:
             update.bind("z", buffers.z[step.index])
+        for back, (of_x, of_out) in enumerate(history_columns(buffers.memory), 1):
+            sample, prediction = buffers.pair_at(step.index - back if looks_back else -1)
+            update.bind(of_x, sample)
+            update.bind(of_out, prediction)
+        if buffers.memory:
+            update.bind(PREDICTED, buffers.prediction_at(step.index))
         update.bind("next", buffers.x_at(step.index + 1))
         update.enqueue()
 

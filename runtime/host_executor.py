@@ -1,9 +1,10 @@
 """The executor on a processor: runs a program step by step on named buffers. It decides nothing.
 
 One request: the conditioning once for all steps, then per step one segment call, guidance, the sampler's update and
-the correction. What a request computes on is its own: buffers, and their bindings to the engines. They are allocated
-at its first step or come from an earlier request of the same size; cache slots carry nothing over, because a program
-writes every slot before it reads it. So requests may run in any number of threads, half-way, nested or abandoned.
+the correction. What a request computes on is its own: buffers, their bindings to the engines, and the pairs that a
+sampler with memory looks back at. Buffers are allocated at its first step or come from an earlier request of the same
+size; cache slots carry nothing over, because a program writes every slot before it reads it. So requests may run in any
+number of threads, half-way, nested or abandoned.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from ditc.runtime.executor import (
     slot_type,
     written_ports,
 )
-from ditc.runtime.samplers import Row, needs_noise, update
+from ditc.runtime.samplers import Pairs, Row, needs_noise, no_pairs, update
 from ditc.spec import ModelSpec
-from ditc.tables import Tables, sampler_columns, step_inputs
+from ditc.tables import Tables, memory_of, sampler_columns, step_inputs
 
 __all__ = ["HostExecutor"]
 
@@ -62,7 +63,7 @@ class _Buffers:
     bindings: dict[str, Binding]
 
 
-Part = tuple[slice, _Buffers]  # the images of a request that go through the engines together
+Part = tuple[slice, _Buffers, Pairs]  # the images of a request that go through the engines together, and their past
 
 
 class HostExecutor:
@@ -100,6 +101,7 @@ class HostExecutor:
         self._together = together
         self._engines = engines
         columns = sampler_columns(tables)
+        self._memory = memory_of(columns)
         self._rows: list[Row] = [
             {name: float(column[i]) for name, column in columns.items()} for i in range(len(program.steps))
         ]
@@ -116,6 +118,7 @@ class HostExecutor:
             return self._together
         branch, latent = prod(self.spec.branch_shape), prod(self.spec.latent_shape)
         values = self.guidance.halves * ((self.program.slots + BLOCK_INSIDES) * branch + 3 * latent)
+        values += 2 * self._memory * latent
         image_bytes = np.dtype(np.float32).itemsize * (values + self._table_values())
         return max(self._batch, min(REQUEST_BYTES // image_bytes, MOST_AT_ONCE))
 
@@ -133,9 +136,9 @@ class HostExecutor:
         check_request(self.spec, labels, noise)
         size = self._together or len(labels)
         places = [slice(first, min(first + size, len(labels))) for first in range(0, len(labels), size)]
-        parts = [(place, self._lent(place.stop - place.start)) for place in places]
+        parts = [(place, self._lent(place.stop - place.start), no_pairs(self._rows[0])) for place in places]
         try:
-            for place, buffers in parts:
+            for place, buffers, _ in parts:
                 self._run_condition(labels[place], buffers)
             x = np.array(noise, np.float32, order="C")  # a record of it stays what it is, whatever the caller does
             for step in self.program.steps:
@@ -145,7 +148,7 @@ class HostExecutor:
                 x = event.x
                 yield event
         finally:
-            for _, buffers in parts:
+            for _, buffers, _ in parts:
                 self._free.append(buffers)
 
     def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
@@ -188,7 +191,7 @@ class HostExecutor:
                     step.segment,
                     {"out": buffers.out, **{port: buffers.slots[slot] for port, slot in written_ports(step)}},
                 )
-                after = self._updated(step, x, buffers.out, np.zeros_like(x))
+                after = self._updated(step, x, buffers.out, np.zeros_like(x), no_pairs(self._rows[0]))
                 yield step.index, UPDATE, {"next": self._corrected(step, after)}
         finally:
             self._free.append(buffers)
@@ -213,9 +216,9 @@ class HostExecutor:
         start = perf_counter()
         z = fresh_noise(step.index) if needs_noise(self._rows[step.index]) else None
         after, engine_seconds = list[Samples](), 0.0
-        for place, buffers in parts:
+        for place, buffers, pairs in parts:
             engine_seconds += self._run_engine(step, x[place], buffers)
-            after.append(self._updated(step, x[place], buffers.out, None if z is None else z[place]))
+            after.append(self._updated(step, x[place], buffers.out, None if z is None else z[place], pairs))
         return StepEvent(
             index=step.index,
             steps=len(self.program.steps),
@@ -236,10 +239,13 @@ class HostExecutor:
         binding.run()
         return perf_counter() - start
 
-    def _updated(self, step: Step, x: Samples, out: Samples, z: Samples | None) -> Samples:
-        """The samples after guidance and the sampler's update."""
+    def _updated(self, step: Step, x: Samples, out: Samples, z: Samples | None, pairs: Pairs) -> Samples:
+        """The samples after guidance and the sampler's update, which looks back at `pairs` and adds this step's."""
         prediction, raw_variance = self.guidance.combine(out, len(x))
-        return update(self._rows[step.index], x, prediction, raw_variance, z)
+        after = update(self._rows[step.index], x, prediction, raw_variance, z, pairs)
+        if self._memory:
+            pairs.appendleft((x, np.array(prediction)))  # a copy: the buffer that it lies in is used again
+        return after
 
     def _corrected(self, step: Step, x: Samples) -> Samples:
         """The samples that the next step starts from."""

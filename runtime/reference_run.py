@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ditc.bundle import Bundle
 from ditc.guidance import Guidance
 from ditc.runtime.executor import NoiseSource, Samples
-from ditc.runtime.samplers import needs_noise, update
+from ditc.runtime.samplers import Pairs, needs_noise, no_pairs, update
 from ditc.spec import ModelSpec
 from ditc.tables import sampler_columns
 
@@ -39,15 +39,21 @@ class GuidedRun:
     def steps(self) -> int:
         return len(self.columns["t"])
 
-    def step(self, forward: Forward, index: int, x: Samples, fresh_noise: NoiseSource) -> Samples:
-        """The samples after step `index`."""
+    def step(
+        self, forward: Forward, index: int, x: Samples, fresh_noise: NoiseSource, pairs: Pairs | None = None
+    ) -> Samples:
+        """Return the samples after step `index`; `pairs`, which the sampler looks back at, take this step's in."""
         row = {name: float(values[index]) for name, values in self.columns.items()}
         prediction, raw_variance = self.guidance.combine(forward(index, self.guidance.rows(x)), len(x))
-        return update(row, x, prediction, raw_variance, fresh_noise(index) if needs_noise(row) else None)
+        z = fresh_noise(index) if needs_noise(row) else None
+        after = update(row, x, prediction, raw_variance, z, pairs or ())
+        if pairs is not None:
+            pairs.appendleft((x, prediction))
+        return after
 
     def last(self, forward: Forward, noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """The finished samples; `noise` is x_T, (n, channels, height, width)."""
-        x = noise
+        x, pairs = noise, no_pairs(self.columns)
         for index in range(self.steps):
-            x = self.step(forward, index, x, fresh_noise)
+            x = self.step(forward, index, x, fresh_noise, pairs)
         return x

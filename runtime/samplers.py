@@ -2,6 +2,7 @@
 
     x0     = x0_x * x + x0_out * out                                            clipped to [-clip, clip]
     x_prev = prev_x0 * x0 + prev_x * x + prev_out * out + sigma * z
+             + sum_k x.k * (x of k steps ago) + out.k * (out of k steps ago)    for a sampler with memory
 
 `out` is the network's prediction after guidance (noise, v or clean sample), `z` fresh noise. With a learned variance
 sigma = exp(log_var / 2), log_var between the rows `log_var_min` and `log_var_max` (Improved DDPM, arXiv 2102.09672).
@@ -10,7 +11,8 @@ Sources: DDPM arXiv 2006.11239, DDIM arXiv 2010.02502 eq. 12 and 16, v predictio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,13 @@ from ditc.diffusion import alphas_cumprod
 from ditc.errors import InputError
 from ditc.guidance import Samples
 from ditc.spec import DiffusionSpec, SamplerSpec
+from ditc.tables import history_columns, memory_of
 
-__all__ = ["adds_noise", "needs_noise", "sampler_table", "timesteps", "update"]
+__all__ = ["UPDATES", "Pairs", "adds_noise", "needs_noise", "no_pairs", "sampler_table", "timesteps", "update"]
 
 Column = NDArray[np.float64]  # (steps,)
 Row = Mapping[str, float]
+Pairs = deque[tuple[Samples, Samples]]  # samples that the network saw, its outputs after guidance; latest first
 
 
 def timesteps(sampler: SamplerSpec, steps: int, train_steps: int) -> NDArray[np.int64]:
@@ -47,6 +51,8 @@ def sampler_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) ->
     """All coefficients of a trajectory: name of the column -> (steps,). Column "t" holds the timesteps."""
     if sampler.name == "ddpm" and sampler.variance == "learned" and not diffusion.learned_sigma:
         raise InputError("the model has no learned variance; choose variance fixed-small or fixed-large")
+    if sampler.name not in UPDATES:
+        raise InputError(f"sampler {sampler.name} is read off diffusers; only ddim and ddpm have a formula here")
     t = timesteps(sampler, steps, diffusion.train_steps)
     products = alphas_cumprod(diffusion)
     alpha_bar = products[t]
@@ -136,18 +142,29 @@ def adds_noise(columns: Mapping[str, Column]) -> bool:
     return bool((columns["sigma"] > 0).any())
 
 
+def no_pairs(columns: Mapping[str, Any]) -> Pairs:
+    """Return where a run keeps what its sampler looks back at: `appendleft` after each step, empty at its start."""
+    return deque(maxlen=memory_of(columns))
+
+
 def update(
     row: Row,
     x: Samples,
     out: Samples,
     raw_variance: Samples | None,
     z: Samples | None,
+    pairs: Iterable[tuple[Samples, Samples]] = (),
 ) -> Samples:
-    """The next sample; all arrays are (batch, channels, height, width) and `row` is one row of the table."""
+    """The next sample; all arrays are (batch, channels, height, width) and `row` is one row of the table.
+
+    `pairs` are those of earlier steps, latest first; one that is not there counts as nothing.
+    """
     x0 = np.float32(row["x0_x"]) * x + np.float32(row["x0_out"]) * out
     if row["clip"] < np.inf:
         np.clip(x0, -row["clip"], row["clip"], out=x0)
     prev: Samples = np.float32(row["prev_x0"]) * x0 + np.float32(row["prev_x"]) * x + np.float32(row["prev_out"]) * out
+    for (earlier_x, earlier_out), (of_x, of_out) in zip(pairs, history_columns(memory_of(row)), strict=False):
+        prev = prev + np.float32(row[of_x]) * earlier_x + np.float32(row[of_out]) * earlier_out
     if z is None or not needs_noise(row):
         return prev
     if raw_variance is None or "log_var_min" not in row:

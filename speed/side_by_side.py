@@ -22,6 +22,7 @@ from ditc.program import FULL
 from ditc.progress import Progress
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.samplers import no_pairs
 from ditc.spec import Record
 from ditc.speed.latency import SpreadLatency, latency_of, with_spread
 from ditc.speed.options import BenchOptions
@@ -219,10 +220,10 @@ def _whole_run(peer: Peer, begin: Callable[[], None], task: PeerTask) -> Turn:
     def turn() -> Iterator[tuple[str, float]]:
         x, fresh = seeded_noise(0, 0, len(task.x), shape)
         begin()
-        whole = 0.0
+        whole, pairs = 0.0, no_pairs(task.run.columns)
         for step in program.steps:
             start = perf_counter()
-            x = task.run.step(peer.forward, step.index, x, fresh)
+            x = task.run.step(peer.forward, step.index, x, fresh, pairs)
             seconds = perf_counter() - start
             whole += seconds
             if all(program.segment(step.segment).compute):

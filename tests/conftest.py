@@ -55,6 +55,10 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "fp32-branches": {"policy": "fora:2", "precision": "fp32", "vc": "none", "caches": "branches"},
     "fp32-taylor": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "taylor"},
     "fp32-affine": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "affine"},
+    "memory": {"policy": "fora:2", "precision": "fp32", "vc": "std", "sampler": "unipc"},
+    "memory-int8": {"policy": "fora:2", "sampler": "dpm++3m", "vc": "none"},
+    "memory-none": {"policy": "none", "precision": "fp32", "vc": "none", "sampler": "unipc"},
+    "memory-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none", "sampler": "unipc"},
     "fp32-none": {"policy": "none", "precision": "fp32", "vc": "none"},
     "fp32-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none"},
 }

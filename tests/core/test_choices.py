@@ -12,6 +12,7 @@ from ditc.choices import names_of
 from ditc.diagnosis.bisecting import MODES
 from ditc.engines.calibrator import CALIBRATORS
 from ditc.engines.targets import TARGETS
+from ditc.exporter.multistep import MULTISTEP
 from ditc.passes import FOLDING
 from ditc.precision import PRECISIONS
 from ditc.quality.features import FEATURES
@@ -22,6 +23,7 @@ from ditc.quantize.scale_binding import BINDINGS
 from ditc.quantize.transforms import TRANSFORMS
 from ditc.runtime.compensation import ESTIMATORS
 from ditc.runtime.device_executor import GRAPHS
+from ditc.runtime.samplers import UPDATES
 from ditc.schedule import APPROXIMATORS
 from ditc.speed.peers import PEERS
 from ditc.speed.rates import DEVICES, HERE
@@ -45,14 +47,16 @@ TABLES: dict[str, Collection[str]] = {
     "PublishedDevice": DEVICES,
     "RangeMethod": RANGES,
     "Reuse": APPROXIMATORS,
+    "SamplerName": (*UPDATES, *MULTISTEP),
     "ScaleBinding": BINDINGS,
+    "SchedulerSampler": MULTISTEP,
     "Selector": SELECTORS,
     "Smoothing": ("auto", "none", *TRANSFORMS),
     "Target": TARGETS,
     "Transform": TRANSFORMS,
 }
 # those without a table are read where they are declared: fields of a spec, and settings with two or three ways
-TYPES = {"BetaSchedule", "BisectTarget", "PoolSteps", "Prediction", "SamplerName", "Spacing", "Variance"}
+TYPES = {"BetaSchedule", "BisectTarget", "PoolSteps", "Prediction", "Spacing", "Variance"}
 CHOICES = set(choices.__all__) - {"AUTO", "names_of"}
 
 

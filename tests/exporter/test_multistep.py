@@ -1,0 +1,150 @@
+"""Schedulers of diffusers read off as recurrences, and the bundles that are made with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from ditc.choices import SamplerName, SchedulerSampler, names_of
+from ditc.compiler.options import CompileOptions
+from ditc.errors import InputError
+from ditc.exporter.multistep import MULTISTEP, multistep_recurrence, multistep_table
+from ditc.exporter.recurrence import read_recurrence
+from ditc.runtime.samplers import no_pairs, update
+from ditc.sampler_checks import sampler_contradictions
+from ditc.spec import DiffusionSpec, SamplerSpec
+
+# of NumPy, about how diffusers takes arrays from tensors
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+NAMES = names_of(SchedulerSampler)
+MEMORY = {"dpm++2m": 1, "dpm++3m": 2, "unipc": 2, "deis": 1, "lms": 3, "euler": 0}
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
+
+
+def scheduler_of(kind: str, steps: int, **config: Any) -> Any:
+    scheduler = getattr(diffusers, kind)(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", **config)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def network(x: np.ndarray, t: float) -> np.ndarray:
+    return np.asarray(np.tanh(1.3 * x[:, ::-1] + np.cos(t / 70)), np.float32)
+
+
+@pytest.mark.parametrize("prediction", sorted(PREDICTIONS))
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_over_the_columns_is_the_run_of_the_scheduler(name: SamplerName, spacing: Any, prediction: Any) -> None:
+    kind, config = MULTISTEP[name]
+    theirs = scheduler_of(
+        kind, 12, timestep_spacing=spacing, steps_offset=1, prediction_type=PREDICTIONS[prediction], **config
+    )
+    offset = 1 if spacing == "leading" else 0
+    table = multistep_table(
+        DiffusionSpec(prediction=prediction), SamplerSpec(name=name, spacing=spacing, offset=offset), 12
+    )
+    x = np.random.default_rng(1).standard_normal((2, 3, 4, 4)).astype(np.float32)
+    scaled = float(theirs.scale_model_input(torch.ones(1), theirs.timesteps[0]))
+    sample, pairs = torch.from_numpy(x / np.float32(scaled)), no_pairs(table)
+    for i, t in enumerate(theirs.timesteps):
+        seen = theirs.scale_model_input(sample, t).numpy()
+        sample = theirs.step(torch.from_numpy(network(seen, float(t))), t, sample).prev_sample
+        out = network(x, table["t"][i])
+        after = update({column: float(values[i]) for column, values in table.items()}, x, out, None, None, pairs)
+        pairs.appendleft((x, out))
+        x = after
+    assert np.abs(x - sample.numpy()).max() < 1e-5 * np.abs(sample.numpy()).max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_sampler_keeps_more_pairs_than_it_needs(name: SamplerName) -> None:
+    assert multistep_recurrence(DiffusionSpec(), SamplerSpec(name=name), 12).memory == MEMORY[name]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("schedule", ["linear", "scaled-linear"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_columns_contradict_nothing_and_mixed_up_ones_do(name: SamplerName, schedule: Any, prediction: Any) -> None:
+    table = multistep_table(DiffusionSpec(prediction=prediction, beta_schedule=schedule), SamplerSpec(name=name), 20)
+    assert list(sampler_contradictions(table, prediction)) == []
+    for column in {"prev_x", "prev_out", "x.1", "out.1"} & table.keys():
+        if np.abs(table[column]).max() < 1e-3:
+            continue  # of a prediction of noise, some look back at outputs alone
+        assert list(sampler_contradictions({**table, column: table[column] * 1.01}, prediction))
+
+
+def test_columns_that_a_bundle_would_be_refused_for_are_refused_by_the_compile() -> None:
+    """At the first step of squared cosine betas sigma is 24000, so what float32 tables say of the noise is rough."""
+    diffusion = DiffusionSpec(beta_schedule="squared-cosine")
+    with pytest.raises(InputError, match=r"--sampler dpm\+\+3m .* too rough"):
+        multistep_table(diffusion, SamplerSpec(name="dpm++3m"), 10)
+    table = multistep_table(diffusion, SamplerSpec(name="unipc"), 10)
+    assert list(sampler_contradictions(table, "epsilon")) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "reason"),
+    [
+        ("HeunDiscreteScheduler", {}, "calls the network 19 times in 10 steps"),
+        ("KDPM2DiscreteScheduler", {}, "times in 10 steps"),
+        ("LCMScheduler", {}, "adds noise of its own"),
+        ("TCDScheduler", {}, "adds noise of its own"),
+        ("EulerAncestralDiscreteScheduler", {}, "adds noise of its own"),
+        ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 0.1}, "a whole run of it differs"),
+    ],
+)
+def test_what_is_no_recurrence_is_refused_with_the_reason(kind: str, config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason) as refused:
+        read_recurrence(kind, lambda: scheduler_of(kind, 10, **config), 10)
+    assert str(refused.value).startswith(f"{kind} can't be taken: ")
+
+
+@pytest.mark.parametrize("given", [{"eta": 0.5}, {"clip": 1.0}, {"variance": "fixed-large"}])
+def test_settings_that_would_do_nothing_are_refused(given: dict[str, Any]) -> None:
+    options = CompileOptions(sampler="unipc", **given)
+    with pytest.raises(InputError, match=f"--sampler unipc .* --{next(iter(given))} would do nothing"):
+        options.sampler_spec(SamplerSpec())
+
+
+def test_what_a_model_clips_by_itself_is_not_asked_of_such_a_sampler() -> None:
+    sampler = CompileOptions(sampler="deis").sampler_spec(SamplerSpec(spacing="leading", offset=1, clip=1.0))
+    assert sampler == SamplerSpec(name="deis", spacing="leading", offset=1)
+
+
+def test_without_diffusers_one_line_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    with pytest.raises(InputError, match="--sampler lms is read off diffusers, which is not installed"):
+        multistep_table(DiffusionSpec(), SamplerSpec(name="lms"), 10)
+
+
+@pytest.mark.parametrize("name", ["unipc", "lms"])
+def test_a_bundle_walks_as_the_scheduler_and_the_model_do_in_torch(
+    name: SamplerName,
+    compiled_once: Callable[..., Any],
+    make_small_model: Callable[..., Any],
+    quick_options: CompileOptions,
+) -> None:
+    from ditc.runtime.pipeline import load
+
+    options = quick_options.model_copy(
+        update={"sampler": name, "policy": "none", "precision": "fp32", "vc": "none", "cfg": 1.0}
+    )
+    model, labels = make_small_model(), [1, 4]
+    noise = np.random.default_rng(2).standard_normal((2, 3, 8, 8), dtype=np.float32)
+    with load(compiled_once(model, options).path) as pipe:
+        found = pipe.latents(labels, noise=noise)
+    kind, config = MULTISTEP[name]
+    theirs = scheduler_of(kind, options.steps, timestep_spacing="linspace", **config)
+    sample = torch.from_numpy(noise) / theirs.scale_model_input(torch.ones(1), theirs.timesteps[0])
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            seen = theirs.scale_model_input(sample, t)
+            out = model(seen, torch.full((2,), float(t)), torch.tensor(labels))[:, :3]
+            sample = theirs.step(out, t, sample).prev_sample
+    assert np.abs(found - sample.numpy()).max() < 1e-4 * np.abs(sample.numpy()).max()

@@ -1,0 +1,133 @@
+"""The laws of the trajectory where the sampler looks back at earlier steps, and where such a bundle runs."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ditc.bundle import Bundle
+from ditc.runtime.closeness import relative_error
+from ditc.runtime.executor import seeded_noise
+from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.reference_run import GuidedRun
+from ditc.tables import memory_of, sampler_columns
+from tests.runtime.test_executors import IN_HOST_MEMORY, PlayedDevice, executor_of, request_for
+
+LABELS = [0, 3, 1, 4]
+CACHED = ["memory", "memory-int8"]
+
+
+def noise_for(count: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, 3, 8, 8), dtype=np.float32)
+
+
+def test_a_bundle_says_which_sampler_it_was_made_with(bundles: dict[str, Bundle]) -> None:
+    for name, sampler, memory in (("memory", "unipc", 2), ("memory-int8", "dpm++3m", 2), ("cached", "ddim", 0)):
+        asked = bundles[name].manifest.asked.sampler
+        assert asked is not None
+        assert asked.name == sampler
+        assert memory_of(sampler_columns(bundles[name].tables())) == memory
+
+
+def test_a_schedule_with_no_reuse_gives_the_uncached_result_bit_for_bit(pipes: dict[str, Pipeline]) -> None:
+    assert np.array_equal(pipes["memory-fora1"].latents(LABELS, seed=3), pipes["memory-none"].latents(LABELS, seed=3))
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_permuting_the_batch_permutes_the_images(pipes: dict[str, Pipeline], name: str) -> None:
+    order, noise = [2, 0, 3, 1], noise_for(4)
+    plain = pipes[name].latents(LABELS, noise=noise)
+    permuted = pipes[name].latents([LABELS[i] for i in order], noise=noise[order])
+    np.testing.assert_allclose(permuted, plain[order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_merged_requests_give_what_each_gives_alone(pipes: dict[str, Pipeline], name: str) -> None:
+    noise = noise_for(4)
+    together = pipes[name].latents(LABELS, noise=noise)
+    alone = [pipes[name].latents(LABELS[i : i + 1], noise=noise[i : i + 1]) for i in range(4)]
+    np.testing.assert_allclose(np.concatenate(alone), together, rtol=0, atol=1e-5)
+
+
+def test_a_second_request_equals_the_first_after_an_abandoned_one(pipes: dict[str, Pipeline]) -> None:
+    first = pipes["memory"].images(LABELS, seed=5)
+    abandoned = pipes["memory"].generate([4, 4, 4, 4], seed=9)
+    for _ in range(3):
+        next(abandoned)
+    abandoned.close()
+    assert np.array_equal(pipes["memory"].images(LABELS, seed=5), first)
+
+
+def test_threads_give_what_one_gives(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["memory"]
+    alone = [pipe.latents(LABELS, seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(lambda seed: pipe.latents(LABELS, seed=seed), range(4)))
+    for one, other in zip(alone, at_once, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_two_requests_can_be_walked_in_turn(pipes: dict[str, Pipeline]) -> None:
+    alone = [pipes["memory"].latents(LABELS, seed=seed) for seed in (1, 2)]
+    last = list(zip(*(pipes["memory"].generate(LABELS, seed=seed) for seed in (1, 2)), strict=True))[-1]
+    assert np.array_equal(last[0].x, alone[0])
+    assert np.array_equal(last[1].x, alone[1])
+
+
+def test_a_run_around_another_network_keeps_the_same_past(bundles: dict[str, Bundle]) -> None:
+    """A run with a network that returns its sample: what the columns make of it by hand, step by step."""
+    run = GuidedRun.of(bundles["memory-none"])
+    noise = noise_for(2)
+
+    def network(index: int, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.tanh(rows), rows], axis=1)[:, : run.spec.out_channels]
+
+    seen: list[Any] = [noise]
+    for i in range(run.steps):
+        after = run.table["prev_x"][i] * seen[i] + run.table["prev_out"][i] * np.tanh(seen[i])
+        for back in (1, 2):
+            if i >= back:
+                x = seen[i - back]
+                after = after + run.table[f"x.{back}"][i] * x + run.table[f"out.{back}"][i] * np.tanh(x)
+        seen.append(after)
+    assert relative_error(run.last(network, noise, lambda _: noise), seen[-1].astype(np.float32)) < 1e-5
+
+
+@pytest.mark.parametrize("graphs", ["none", "step", "trajectory"])
+def test_a_device_gives_what_the_processor_gives(
+    bundles: dict[str, Bundle], pipes: dict[str, Pipeline], graphs: str
+) -> None:
+    expected = [event.x for event in executor_of(pipes["memory"]).run(*request_for(pipes["memory"]))]
+    with Pipeline(bundles["memory"], backend=PlayedDevice(IN_HOST_MEMORY), graphs=graphs) as pipe:
+        executor = executor_of(pipe)
+        for _ in range(3):
+            events = [event.x for event in executor.run(*request_for(pipe))]
+            assert max(relative_error(one, other) for one, other in zip(events, expected, strict=True)) < 1e-5
+            assert np.array_equal(executor.last(*request_for(pipe)), events[-1])
+            executor.last([1], *seeded_noise(9, 0, 1, pipe.bundle.manifest.model.latent_shape))
+
+
+def test_requests_that_take_turns_on_a_device_keep_their_own_past(bundles: dict[str, Bundle]) -> None:
+    with Pipeline(bundles["memory"], backend=PlayedDevice(IN_HOST_MEMORY)) as pipe:
+        executor = executor_of(pipe)
+        alone = [executor.last(*request_for(pipe, seed)) for seed in (1, 2)]
+        last = list(zip(*(executor.run(*request_for(pipe, seed)) for seed in (1, 2)), strict=True))[-1]
+        assert np.array_equal(last[0].x, alone[0])
+        assert np.array_equal(last[1].x, alone[1])
+
+
+def test_a_device_has_the_fingerprint_of_the_processor(bundles: dict[str, Bundle], pipes: dict[str, Pipeline]) -> None:
+    """An update looks back at nothing there, whatever a request has left."""
+    samples = {step: noise_for(1) for step in (0, 3)}
+    with Pipeline(bundles["memory"], backend=PlayedDevice(IN_HOST_MEMORY)) as pipe:
+        executor_of(pipe).last(*request_for(pipe))
+        own = list(executor_of(pipe).outputs_at(1, samples))
+    for (_, call, one), (_, other_call, other) in zip(
+        own, executor_of(pipes["memory"]).outputs_at(1, samples), strict=True
+    ):
+        assert call == other_call
+        for port in one:
+            assert relative_error(np.asarray(one[port]), np.asarray(other[port])) < 1e-5
