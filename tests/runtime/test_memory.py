@@ -13,6 +13,7 @@ from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.reference_run import GuidedRun
+from ditc.table_checks import table_contradictions
 from ditc.tables import memory_of, sampler_columns
 from tests.runtime.test_executors import IN_HOST_MEMORY, PlayedDevice, executor_of, request_for
 
@@ -131,3 +132,26 @@ def test_a_device_has_the_fingerprint_of_the_processor(bundles: dict[str, Bundle
         assert call == other_call
         for port in one:
             assert relative_error(np.asarray(one[port]), np.asarray(other[port])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("sampler.out.2"), "'sampler.out.2' is missing"),
+        (lambda t: t["sampler.x.1"].__setitem__(0, 0.5), "'sampler.x.1' looks back to before the first step"),
+        (lambda t: t["sampler.clip"].fill(1.0), "'sampler.clip' holds 1, and a sampler that looks back clips nothing"),
+        (lambda t: t["sampler.out.1"].__imul__(1.1), "the sampler's columns of step 1 don't fit"),
+    ],
+)
+def test_columns_that_contradict_each_other_are_refused(bundles: dict[str, Bundle], change: Any, message: str) -> None:
+    tables = {name: np.array(table) for name, table in bundles["memory"].tables().items()}
+    assert next(table_contradictions(bundles["memory"].manifest, tables), None) is None
+    change(tables)
+    assert message in next(table_contradictions(bundles["memory"].manifest, tables))
+
+
+def test_a_bundle_of_ddim_has_no_history(bundles: dict[str, Bundle]) -> None:
+    tables = dict(bundles["cached"].tables())
+    steps = len(tables["sampler.t"])
+    tables |= {"sampler.x.1": np.zeros(steps), "sampler.out.1": np.zeros(steps)}
+    assert "'sampler.x.1' is there" in next(table_contradictions(bundles["cached"].manifest, tables))
