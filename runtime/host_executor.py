@@ -244,7 +244,7 @@ class HostExecutor:
         prediction, raw_variance = self.guidance.combine(out, len(x))
         after = update(self._rows[step.index], x, prediction, raw_variance, z, pairs)
         if self._memory:
-            pairs.appendleft((x, np.array(prediction)))  # a copy: the buffer that it lies in is used again
+            pairs.appendleft((x, prediction))  # a copy of its own, as `combine` gives it
         return after
 
     def _corrected(self, step: Step, x: Samples) -> Samples:
