@@ -1,4 +1,4 @@
-"""How many pairs each sampler with memory keeps, and how far a run over its columns is from its scheduler's own.
+"""The pairs that each sampler with memory keeps, and the distance of a run over its columns from its scheduler's own.
 
 Writes samplers.json and samplers.md beside this script: python benchmarks/samplers.py
 """

@@ -7,6 +7,7 @@ adds noise. Nothing has run by then, so settings that make no sense for a model 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ditc.choices import Caches, Reuse, SchedulerSampler, names_of
 from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
-from ditc.errors import InputError
+from ditc.errors import AdviceWarning, InputError
 from ditc.passes import NoSumsError, ends_in_float, program_from_schedule
 from ditc.program import AHEAD, FULL, Program
 from ditc.progress import Progress, silent
@@ -42,7 +43,9 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     spec = model.spec
     if options.cfg != 1 and spec.null_label is None:
         raise InputError(f"{spec.name} has no unconditional class for guidance; set --cfg 1")
-    columns = trajectory_table(spec.diffusion, options.sampler_spec(spec.sampler), options.steps)
+    sampler = options.sampler_spec(spec.sampler)
+    advise_on_clipping(spec.sampler, sampler)
+    columns = trajectory_table(spec.diffusion, sampler, options.steps)
     t = [float(value) for value in columns["t"]]
     decode = model.decoder is not None
 
@@ -66,6 +69,17 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     check_pool_suffices(plan)
     check_selector_sees(plan)
     return plan
+
+
+def advise_on_clipping(own: SamplerSpec, chosen: SamplerSpec) -> None:
+    """Warn where the model's own sampler clips the clean sample, and the chosen one can't."""
+    if own.clip is not None and chosen.name in names_of(SchedulerSampler):
+        warnings.warn(
+            f"the model's own sampler clips the clean sample to [-{own.clip:g}, {own.clip:g}], and --sampler "
+            f"{chosen.name} clips nothing; look at its images, or take --sampler ddim",
+            AdviceWarning,
+            stacklevel=3,
+        )
 
 
 def trajectory_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> dict[str, NDArray[np.float64]]:

@@ -58,8 +58,8 @@ def sampler_contradictions(columns: Mapping[str, Column], prediction: str) -> It
     with np.errstate(all="ignore"):
         mix = MIXES[prediction](columns["x0_x"], columns["x0_out"])
         # coefficients that cancel carry the rounding of a scheduler's tables, relative to their size
-        taken = ("prev_x", "prev_out", *(name for pair in past_columns for name in pair))
-        size = np.max([np.ones(len(mix.signal)), *(abs(columns[name]) for name in taken)], axis=0)
+        weights = ("prev_x", "prev_out", *(name for pair in past_columns for name in pair))
+        size = np.max([np.ones(len(mix.signal)), *(abs(columns[name]) for name in weights)], axis=0)
         rounding = (ROUNDING_READ_OFF if past_columns else ROUNDING) * size
         left = columns["prev_x0"] + columns["prev_x"] * mix.signal + columns["prev_out"] * mix.predicted_signal
         noise = columns["prev_x"] * mix.noise + columns["prev_out"] * mix.predicted_noise

@@ -37,7 +37,7 @@ NEGLIGIBLE = 1e-9  # a singular value below this share of the largest one holds 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """What `read_recurrence` found: `t` (steps,); `a` and `b` (steps, K + 1), newest first; `error` of a whole run.
+    """A recurrence as it was read off: `t` (steps,); `a` and `b` (steps, K + 1), newest first; `error` of a whole run.
 
     `sigmas` are the noise levels that the scheduler says its steps have, (steps,): noise over signal.
     """
@@ -50,7 +50,7 @@ class Recurrence:
 
     @property
     def memory(self) -> int:
-        """How many pairs are kept: K."""
+        """The number of pairs that are kept: K."""
         return int(self.a.shape[1]) - 1
 
 
@@ -104,7 +104,7 @@ def _driven(name: str, make: MakeScheduler, steps: int, kicks: bool) -> tuple[Ar
 
 
 def _scales(make: MakeScheduler) -> Array:
-    """What the network's samples are of the scheduler's, (steps + 1,); the last one is taken as it is."""
+    """Return the network's samples over the scheduler's, (steps + 1,); the last one is taken as it is."""
     import torch
 
     scheduler, one = make(), torch.ones((1, 1, 1, 1), dtype=torch.float64)

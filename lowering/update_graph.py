@@ -163,7 +163,7 @@ def _with_past(
     pair: tuple[ir.Value, ir.Value],
     sizes: list[int],
 ) -> ir.Value:
-    """What an earlier step's sample and prediction add; the sample comes once per guidance half."""
+    """Add an earlier step's sample and prediction; the sample comes once per guidance half."""
     x, out = pair
     earlier = write.pieces(x, sizes, [f"{x.name}.sample", f"{x.name}.again"][: len(sizes)], 0)[0]
     after = write.plus(after, write.times(parts[str(x.name)], earlier, f"{x.name}.scaled"), f"{x.name}.added")

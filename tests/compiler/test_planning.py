@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,3 +109,17 @@ def test_sums_that_a_schedule_does_not_allow_are_an_error_of_their_own(
 def test_what_was_asked_for_is_not_decided_again(make_small_model: Callable[[], DiT]) -> None:
     plan = make_plan(make_small_model(), DEFAULTS.model_copy(update={"reuse": "hold", "smooth": "balance"}))
     assert (plan.options.reuse, plan.options.smooth) == ("hold", "balance")
+
+
+@pytest.mark.parametrize(
+    ("clip", "sampler", "advised"), [(1.0, "euler", True), (None, "euler", False), (1.0, None, False)]
+)
+def test_a_sampler_that_cannot_clip_says_so_where_the_models_own_does(
+    clip: float | None, sampler: str | None, advised: bool, make_small_model: Callable[..., Any]
+) -> None:
+    model = make_small_model()
+    model.sampler = model.sampler.model_copy(update={"clip": clip})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_plan(model, DEFAULTS.model_copy(update={"sampler": sampler}))
+    assert any("clips nothing" in str(warning.message) for warning in caught) is advised

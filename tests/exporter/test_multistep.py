@@ -138,7 +138,7 @@ def test_a_bundle_walks_as_the_scheduler_and_the_model_do_in_torch(
     model, labels = make_small_model(), [1, 4]
     noise = np.random.default_rng(2).standard_normal((2, 3, 8, 8), dtype=np.float32)
     with load(compiled_once(model, options).path) as pipe:
-        found = pipe.latents(labels, noise=noise)
+        latents = pipe.latents(labels, noise=noise)
     kind, config = MULTISTEP[name]
     theirs = scheduler_of(kind, options.steps, timestep_spacing="linspace", **config)
     sample = torch.from_numpy(noise) / theirs.scale_model_input(torch.ones(1), theirs.timesteps[0])
@@ -147,4 +147,4 @@ def test_a_bundle_walks_as_the_scheduler_and_the_model_do_in_torch(
             seen = theirs.scale_model_input(sample, t)
             out = model(seen, torch.full((2,), float(t)), torch.tensor(labels))[:, :3]
             sample = theirs.step(out, t, sample).prev_sample
-    assert np.abs(found - sample.numpy()).max() < 1e-4 * np.abs(sample.numpy()).max()
+    assert np.abs(latents - sample.numpy()).max() < 1e-4 * np.abs(sample.numpy()).max()

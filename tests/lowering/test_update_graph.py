@@ -132,14 +132,14 @@ def test_update_looks_back_as_the_host_does(memory: int, guidance: float, tmp_pa
     feeds = {"x": np.concatenate([x] * halves), "out": out, "row": update_rows(sampler_tables(table), 4)[1]}
     for (of_x, of_out), (earlier_x, earlier_out) in zip(history_columns(memory), pairs, strict=True):
         feeds |= {of_x: np.concatenate([earlier_x] * halves), of_out: earlier_out}
-    after, kept = session.run(["next", "kept"], feeds)
+    after, predicted = session.run(["next", "predicted"], feeds)
     prediction, _ = Guidance.of(spec, guidance).combine(out, IMAGES)
     row = {name: float(column[1]) for name, column in table.items()}
     expected = update(row, x, prediction, None, None, pairs)
     for half in range(halves):
         part = after[half * IMAGES : (half + 1) * IMAGES]
         assert np.abs(part - expected).max() <= 2e-6 * np.abs(expected).max()
-    np.testing.assert_allclose(kept, prediction, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(predicted, prediction, rtol=0, atol=1e-6)
 
 
 def test_an_update_that_looks_back_breaks_no_rule_of_tensorrt() -> None:

@@ -15,7 +15,7 @@ from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.reference_run import GuidedRun
 from ditc.table_checks import table_contradictions
 from ditc.tables import memory_of, sampler_columns
-from tests.runtime.test_executors import IN_HOST_MEMORY, PlayedDevice, executor_of, request_for
+from tests.runtime.test_executors import IN_HOST_MEMORY, PlayedDevice, request_for
 
 LABELS = [0, 3, 1, 4]
 CACHED = ["memory", "memory-int8"]
@@ -88,11 +88,11 @@ def test_a_run_around_another_network_keeps_the_same_past(bundles: dict[str, Bun
 
     seen: list[Any] = [noise]
     for i in range(run.steps):
-        after = run.table["prev_x"][i] * seen[i] + run.table["prev_out"][i] * np.tanh(seen[i])
+        after = run.columns["prev_x"][i] * seen[i] + run.columns["prev_out"][i] * np.tanh(seen[i])
         for back in (1, 2):
             if i >= back:
                 x = seen[i - back]
-                after = after + run.table[f"x.{back}"][i] * x + run.table[f"out.{back}"][i] * np.tanh(x)
+                after = after + run.columns[f"x.{back}"][i] * x + run.columns[f"out.{back}"][i] * np.tanh(x)
         seen.append(after)
     assert relative_error(run.last(network, noise, lambda _: noise), seen[-1].astype(np.float32)) < 1e-5
 
@@ -101,9 +101,9 @@ def test_a_run_around_another_network_keeps_the_same_past(bundles: dict[str, Bun
 def test_a_device_gives_what_the_processor_gives(
     bundles: dict[str, Bundle], pipes: dict[str, Pipeline], graphs: str
 ) -> None:
-    expected = [event.x for event in executor_of(pipes["memory"]).run(*request_for(pipes["memory"]))]
+    expected = [event.x for event in pipes["memory"].executor.run(*request_for(pipes["memory"]))]
     with Pipeline(bundles["memory"], backend=PlayedDevice(IN_HOST_MEMORY), graphs=graphs) as pipe:
-        executor = executor_of(pipe)
+        executor = pipe.executor
         for _ in range(3):
             events = [event.x for event in executor.run(*request_for(pipe))]
             assert max(relative_error(one, other) for one, other in zip(events, expected, strict=True)) < 1e-5
@@ -113,7 +113,7 @@ def test_a_device_gives_what_the_processor_gives(
 
 def test_requests_that_take_turns_on_a_device_keep_their_own_past(bundles: dict[str, Bundle]) -> None:
     with Pipeline(bundles["memory"], backend=PlayedDevice(IN_HOST_MEMORY)) as pipe:
-        executor = executor_of(pipe)
+        executor = pipe.executor
         alone = [executor.last(*request_for(pipe, seed)) for seed in (1, 2)]
         last = list(zip(*(executor.run(*request_for(pipe, seed)) for seed in (1, 2)), strict=True))[-1]
         assert np.array_equal(last[0].x, alone[0])
@@ -124,10 +124,10 @@ def test_a_device_has_the_fingerprint_of_the_processor(bundles: dict[str, Bundle
     """An update looks back at nothing there, whatever a request has left."""
     samples = {step: noise_for(1) for step in (0, 3)}
     with Pipeline(bundles["memory"], backend=PlayedDevice(IN_HOST_MEMORY)) as pipe:
-        executor_of(pipe).last(*request_for(pipe))
-        own = list(executor_of(pipe).outputs_at(1, samples))
+        pipe.executor.last(*request_for(pipe))
+        own = list(pipe.executor.outputs_at(1, samples))
     for (_, call, one), (_, other_call, other) in zip(
-        own, executor_of(pipes["memory"]).outputs_at(1, samples), strict=True
+        own, pipes["memory"].executor.outputs_at(1, samples), strict=True
     ):
         assert call == other_call
         for port in one:
