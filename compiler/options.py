@@ -68,7 +68,9 @@ class CompileOptions(Settings):
     ] = None
     variance: Annotated[Variance | None, Option("DDPM's variance; default is the model's own.", group=SAMPLER)] = None
     eta: Annotated[float | None, Field(ge=0, le=1), Option("Noise of DDIM, 0 to 1.", group=SAMPLER)] = None
-    clip: Annotated[float | None, Field(gt=0), Option("Bound of the predicted clean sample.", group=SAMPLER)] = None
+    clip: Annotated[
+        float | None, Field(gt=0, allow_inf_nan=False), Option("Bound of the predicted clean sample.", group=SAMPLER)
+    ] = None
     cfg: Annotated[float, Field(gt=0, lt=1000), Option("Guidance weight; 1 is none.", advice="1 means no guidance")] = (
         1.5
     )
@@ -109,7 +111,9 @@ class CompileOptions(Settings):
     tap_alpha: Annotated[float, Field(ge=0, le=1), Option("TAP: weight of looks against time.", group=CALIBRATION)] = (
         0.5
     )
-    tap_tau: Annotated[float, Field(gt=0), Option("TAP: reach of the time kernel, in steps.", group=CALIBRATION)] = 1.0
+    tap_tau: Annotated[
+        float, Field(gt=0, allow_inf_nan=False), Option("TAP: reach of the time kernel, in steps.", group=CALIBRATION)
+    ] = 1.0
     tap_subsamples: Annotated[int, Field(ge=1), Option("TAP: random sub-samples.", group=CALIBRATION)] = 3
     tap_share: Annotated[
         float, Field(gt=0, le=1), Option("TAP: size of one, as a share of the pool.", group=CALIBRATION)

@@ -41,7 +41,9 @@ def multistep_recurrence(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: 
     try:
         import diffusers
     except ImportError as e:
-        raise InputError(f"--sampler {sampler.name} is read off diffusers, which is not installed: install it") from e
+        raise InputError(
+            f"--sampler {sampler.name} is read off diffusers; install it with: pip install 'ditc[export]'"
+        ) from e
     if not 2 <= steps <= diffusion.train_steps:
         raise InputError(
             f"steps must be 2 to {diffusion.train_steps}, the model's training steps, found {steps}; set --steps"

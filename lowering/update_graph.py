@@ -81,17 +81,14 @@ def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
     plane: list[int | str] = [spec.height, spec.width]
     x = _input("x", [images * halves, channels, *plane])
     out = _input("out", [images * halves, spec.out_channels, *plane])
-    columns = row_columns(form.memory)
-    row = _input("row", [len(columns) + 2 * channels])
+    row = _input("row", [len(row_columns(form.memory)) + 2 * channels])
     z = _input("z", [images, channels, *plane])
     write = _Writer()
     past = [
         (_input(of_x, [images * halves, channels, *plane]), _input(of_out, [images, channels, *plane]))
         for of_x, of_out in history_columns(form.memory)
     ]
-    sizes, names = [1] * len(columns) + [channels, channels], [*columns, "k", "mu"]
-    pieces = write.pieces(row, sizes, [f"row.{name}" if "." in name else name for name in names], 0)
-    parts = dict(zip(names, pieces, strict=True))
+    parts = _row_parts(write, row, form.memory, channels)
     sample = write.pieces(x, [images] * halves, ["sample", "sample_again"][:halves], 0)[0]
     prediction, raw_variance = _guided(write, guidance, out, images)
     after = _stepped(write, form, parts, sample, prediction)
@@ -109,8 +106,22 @@ def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
     if past:
         outputs.append(write.node("Identity", [prediction], PREDICTED))
         outputs[-1].shape = ir.Shape([images, channels, *plane])
+    inputs = [x, out, row, *([z] if form.adds_noise else []), *(value for pair in past for value in pair)]
+    return _model(write, inputs, outputs)
+
+
+def _row_parts(write: _Writer, row: ir.Value, memory: int, channels: int) -> dict[str, ir.Value]:
+    """Return the coefficients of a step by column, and "k" and "mu", (channels,)."""
+    names = [*row_columns(memory), "k", "mu"]
+    sizes = [1] * (len(names) - 2) + [channels, channels]
+    pieces = write.pieces(row, sizes, [f"row.{name}" if "." in name else name for name in names], 0)
+    return dict(zip(names, pieces, strict=True))
+
+
+def _model(write: _Writer, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+    """Return the graph that was written, with the shapes of its inner values: memory is planned by them."""
     graph = ir.Graph(
-        [x, out, row, *([z] if form.adds_noise else []), *(value for pair in past for value in pair)],
+        inputs,
         outputs,
         nodes=write.nodes,
         initializers=write.constants,
@@ -118,7 +129,7 @@ def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
         name=UPDATE,
     )
     model = ir.Model(graph, ir_version=10, producer_name="ditc")
-    ShapeInferencePass()(model)  # inner values need shapes where memory is planned
+    ShapeInferencePass()(model)
     return model
 
 

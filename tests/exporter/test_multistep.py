@@ -119,7 +119,7 @@ def test_what_a_model_clips_by_itself_is_not_asked_of_such_a_sampler() -> None:
 
 def test_without_diffusers_one_line_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(InputError, match="--sampler lms is read off diffusers, which is not installed"):
+    with pytest.raises(InputError, match="--sampler lms is read off diffusers; install it with: pip install"):
         multistep_table(DiffusionSpec(), SamplerSpec(name="lms"), 10)
 
 
