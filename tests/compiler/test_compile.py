@@ -384,7 +384,7 @@ def test_guidance_needs_an_unconditional_class(
         ({"tap_alpha": 2.0}, "--tap-alpha must be at least 0 and at most 1"),
         ({"clusters": 50}, "clusters must be 1 to 24"),
         ({"eta": 3.0}, "--eta must be at least 0 and at most 1"),
-        ({"sampler": "euler"}, "unknown --sampler 'euler'"),
+        ({"sampler": "heun"}, "unknown --sampler 'heun'"),
         ({"float_steps": "2"}, "--float-steps needs FIRST:LAST, found '2'; write for example --float-steps 2:2"),
         ({"float_steps": f"{'9' * 5000}:0"}, "--float-steps needs FIRST:LAST"),
         ({"float_steps": "0:0"}, "--float-steps needs FIRST:LAST, found '0:0'"),
