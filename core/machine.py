@@ -13,7 +13,8 @@ from ditc.spec import Record
 
 __all__ = ["Machine", "machine", "package_versions", "processor"]
 
-PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "scikit-learn", "numpy", "scipy")
+# diffusers decides the numbers of samplers that are read off it
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "scikit-learn", "numpy", "scipy", "diffusers")
 
 
 class Machine(Record):

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-OPEN = ("versions", "files", "features", "changes")  # what a machine or an installation decides: one of all is shown
+# decided by a machine, an installation or a clock: one of all is shown
+OPEN = ("versions", "files", "features", "changes", "notes")
 SHUT = ("layers",)  # by layer, of which numbers decide whether there is anything to tell
 TYPES = {str: "text", int: "whole number", float: "number", bool: "yes or no", type(None): "null"}
 

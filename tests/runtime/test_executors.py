@@ -179,11 +179,21 @@ def test_the_images_of_an_event_cannot_be_written_to(pipe: Pipeline) -> None:
 
 
 def test_what_a_whole_request_gives_is_the_callers_own(pipe: Pipeline) -> None:
+    """It may be written to, and what is written there is in no later request."""
     executor = pipe.executor
-    for walk in (executor.last, executor.images):
-        walk(*request_for(pipe))[...] = 0
-    executor.decode(executor.last(*request_for(pipe)))[...] = 0
-    pipe.images(LABELS)[...] = pipe.latents(LABELS)[...] = 0
+    given = (
+        lambda: executor.last(*request_for(pipe)),
+        lambda: executor.images(*request_for(pipe)),
+        lambda: executor.decode(executor.last(*request_for(pipe))),
+        lambda: pipe.images(LABELS, seed=5),
+        lambda: pipe.latents(LABELS, seed=5),
+    )
+    for give in given:
+        array = give()
+        expected = array.copy()
+        array[...] = 0
+        assert np.abs(expected).max() > 0
+        assert np.array_equal(give(), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
