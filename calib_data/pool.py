@@ -27,7 +27,7 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """N points of trajectories: `x` (N, channels, height, width); the other fields are (N,).
+    """N points of trajectories: `x` (N, channels, *space); the other fields are (N,).
 
     `sample` and `step` are a point's origin; points are ordered by (sample, step), whatever order they came in.
     `peaks` (N, tensors) are the largest magnitudes that linear layers read at a point, where they were looked at.

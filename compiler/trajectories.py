@@ -67,7 +67,7 @@ def start_requests(
 
 
 def exact_trajectory(plan: Plan, segments: Segments, count: int, purpose: int, stage: str) -> list[Samples]:
-    """Run FP uncached, and return the samples after every step, each (count, channels, height, width)."""
+    """Run FP uncached, and return the samples after every step, each (count, channels, *space)."""
     steps: list[list[Samples]] = [[] for _ in plan.reference_program.steps]
     with executor(plan, plan.reference_program, segments) as runner:
         for part, request in start_requests(plan, runner, count, purpose):

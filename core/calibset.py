@@ -22,7 +22,7 @@ __all__ = ["CalibSet"]
 class CalibSet:
     """Points (sample, step, t, x, label), all with a leading axis of the same length; `weight` sums to it.
 
-    `x` is (n, channels, height, width) as the network took it, `sample` and `step` say where in the pool it was.
+    `x` is (n, channels, *space) as the network took it, `sample` and `step` say where in the pool it was.
     """
 
     x: NDArray[np.float32]

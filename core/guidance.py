@@ -20,7 +20,7 @@ from ditc.spec import ModelSpec
 
 __all__ = ["Guidance", "Labels", "Samples", "halves_of", "row_labels"]
 
-Samples = NDArray[np.float32]  # (n, channels, height, width)
+Samples = NDArray[np.float32]  # (n, channels, *space)
 Labels = NDArray[np.int64]  # the class of each row or image
 
 
@@ -78,7 +78,7 @@ class Guidance:
         return halves_of(self.weight)
 
     def rows(self, x: Samples) -> Samples:
-        """Return what the network takes for samples (n, channels, height, width): all of them for each half."""
+        """Return what the network takes for samples (n, channels, *space): all of them for each half."""
         return np.concatenate([x] * self.halves)
 
     def labels(self, labels: Sequence[int] | Labels) -> Labels:
@@ -86,9 +86,9 @@ class Guidance:
         return row_labels(labels, self.null_label)
 
     def combine(self, out: Samples, count: int) -> tuple[Samples, Samples | None]:
-        """Return (prediction, raw variance or None) of `count` images, each (count, channels, height, width).
+        """Return (prediction, raw variance or None) of `count` images, each (count, channels, *space).
 
-        `out` is what the network returned, (rows, out_channels, height, width); it is left as it is.
+        `out` is what the network returned, (rows, out_channels, *space); it is left as it is.
         """
         raw_variance = out[:count, self.channels :] if self.learned_variance else None
         prediction = out[:count, : self.channels].copy()

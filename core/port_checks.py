@@ -28,8 +28,7 @@ class Graphs:
 
     @property
     def prediction(self) -> Shape:
-        spec = self.manifest.model
-        return spec.out_channels, spec.height, spec.width
+        return self.manifest.model.prediction_shape
 
     @property
     def conditioning(self) -> Mapping[str, Shape]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,9 @@ from ditc.choices import BetaSchedule, Prediction, SamplerName, Spacing, Varianc
 from ditc.errors import InputError
 
 __all__ = ["DiffusionSpec", "ModelSpec", "PartialRecord", "Record", "SamplerSpec", "Skipped"]
+
+PICTURE = ("height", "width")  # the axes of a picture, after its channels
+PIXEL_CHANNELS = (1, 3)  # grey or RGB
 
 
 class Record(BaseModel):
@@ -86,6 +89,8 @@ class SamplerSpec(Record):
 class ModelSpec(Record):
     """A diffusion transformer as the schedule, the samplers and the executor see it.
 
+    A sample, or latent, is (in_channels, *space): (height, width) of a picture, (frames, height, width) of a video, ()
+    of a vector. For a picture `height` and `width` may be given in place of `space`, and are what is written as JSON.
     `branches` are the residual sub-layers in the order they run; each caches a tensor of `branch_shape` (without the
     batch axis). `null_label` is the class of unconditional guidance, None for a model without it. `cfg_channels` says
     to how many of the latent channels guidance applies: 3 in the original DiT release, all in diffusers.
@@ -96,8 +101,7 @@ class ModelSpec(Record):
     name: str
     family: str
     in_channels: int = Field(ge=1)
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
+    space: tuple[Annotated[int, Field(ge=1)], ...]
     num_classes: int = Field(ge=1)
     null_label: int | None = None
     cfg_channels: int = Field(ge=1)
@@ -112,6 +116,24 @@ class ModelSpec(Record):
     latent_shift: float = 0.0
     assumptions: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _space_of_a_picture(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "space" in given or not given.keys() & {*PICTURE}:
+            return given
+        sides = tuple(given[side] for side in PICTURE if side in given)
+        if len(sides) != len(PICTURE):
+            raise ValueError(f"a picture has a height and a width, found only {', '.join(given.keys() & {*PICTURE})}")
+        return {name: value for name, value in given.items() if name not in PICTURE} | {"space": sides}
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = {}
+        for name, value in handler(self).items():
+            picture = name == "space" and len(value) == len(PICTURE)
+            written |= dict(zip(PICTURE, value, strict=True)) if picture else {name: value}
+        return written
 
     @property
     def notes(self) -> list[str]:
@@ -130,9 +152,19 @@ class ModelSpec(Record):
         return self.in_channels * (2 if self.diffusion.learned_sigma else 1)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one sample."""
-        return self.in_channels, self.height, self.width
+    def latent_shape(self) -> tuple[int, ...]:
+        """(channels, *space) of one sample."""
+        return self.in_channels, *self.space
+
+    @property
+    def prediction_shape(self) -> tuple[int, ...]:
+        """(channels, *space) of what the network returns for one sample."""
+        return self.out_channels, *self.space
+
+    @property
+    def is_picture(self) -> bool:
+        """Is a sample itself a picture, grey or RGB?"""
+        return len(self.space) == len(PICTURE) and self.in_channels in PIXEL_CHANNELS
 
     def labels_in_turn(self, first: int, count: int) -> list[int]:
         """Return the classes of images `first` to `first + count`, where the classes take turns."""

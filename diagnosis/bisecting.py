@@ -189,7 +189,7 @@ def _variant_parts(bundle: Bundle, points: int, target: Target) -> Iterator[_Var
 
 
 def predict(parts: _VariantParts, layers: Layers) -> list[Samples]:
-    """Return the prediction at each point with `layers` quantized, each (rows, channels, height, width)."""
+    """Return the prediction at each point with `layers` quantized, each (rows, channels, *space)."""
     path = write_variant(parts, layers)
     try:
         with parts.target.open_engine(path) as engine:

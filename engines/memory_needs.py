@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 from ditc.bundle import Bundle
 from ditc.engines.device import ALIGNMENT
@@ -87,8 +88,7 @@ def memory_needs(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryNeeds:
         for port_name, port in need.outputs.items()
         if port_name.startswith("cache.")
     ]
-    plane = 4 * manifest.model.height * manifest.model.width
-    latent, prediction = manifest.model.in_channels * plane, manifest.model.out_channels * plane
+    latent, prediction = (4 * prod(shape) for shape in (manifest.model.latent_shape, manifest.model.prediction_shape))
     decoded = needs[DECODE].outputs.values() if DECODE in needs else ()
     images = [port.size_bytes(profile_sizes(bundle, DECODE)) for port in decoded]
     factor = 1 if calibration == EXPLICIT else 2  # the calibrator's networks hand over FP32

@@ -11,6 +11,7 @@ returns about as much as it is given, and one of a flow divides that by its time
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,9 @@ def noise_gain(model: Any) -> float | None:
 
 
 def _answer(model: Any, timestep: int, strength: float) -> tuple[Tensor, Tensor]:
-    """(noise, what the model predicts for it), both (rows, channels, height, width)."""
+    """(noise, what the model predicts for it), both (rows, channels, *space)."""
     spec = model.spec
-    rows = -(-NUMBERS // (spec.in_channels * spec.height * spec.width))
+    rows = -(-NUMBERS // prod(spec.latent_shape))
     noise = strength * torch.randn(rows, *spec.latent_shape, generator=torch.Generator().manual_seed(0))
     out = model(noise, torch.full((rows,), float(timestep)), torch.arange(rows) % spec.num_classes)
     return noise, out[:, : spec.in_channels]

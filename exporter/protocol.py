@@ -73,11 +73,11 @@ class TrajectoryModel(Protocol):
         ...
 
     def embed(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) to the residual stream."""
+        """(batch, channels, *space) to the residual stream."""
         ...
 
     def head(self, h: Tensor, parts: Any) -> Tensor:
-        """The residual stream to (batch, out_channels, height, width)."""
+        """The residual stream to (batch, out_channels, *space)."""
         ...
 
 

@@ -4,14 +4,14 @@ On a GPU this keeps the sample on the device between steps. It is the arithmetic
 `runtime.samplers.update` and of `runtime.compensation` in the same order, FP32; the coefficients of a step are an
 input, one row of a table.
 
-    inputs   x    (rows, channels, height, width)      the sample, once per guidance half
-             out  (rows, out_channels, height, width)  what the network returned
-             row  (width,)                             `row_columns`, then K and mu per channel
-             z    (images, channels, height, width)    fresh noise, only where the sampler adds any
-             x.k, out.k                                those of k steps ago, only for a sampler with memory; x as it is,
-                                                       out (images, channels, height, width) as it was kept
-    outputs  next (rows, channels, height, width)      the next sample, once per guidance half
-             predicted (images, channels, height, width)  the prediction after guidance, only for a sampler with memory
+    inputs   x    (rows, channels, *space)          the sample, once per guidance half
+             out  (rows, out_channels, *space)      what the network returned
+             row  (width,)                          `row_columns`, then K and mu per channel
+             z    (images, channels, *space)        fresh noise, only where the sampler adds any
+             x.k, out.k                             those of k steps ago, only for a sampler with memory; x as it is,
+                                                    out (images, channels, *space) as it was kept
+    outputs  next (rows, channels, *space)          the next sample, once per guidance half
+             predicted (images, channels, *space)   the prediction after guidance, only for a sampler with memory
 """
 
 from __future__ import annotations
@@ -70,22 +70,21 @@ class _Writer:
         return self.node("Add", [a, b], name)
 
 
-def _input(name: str, shape: list[int | str]) -> ir.Value:
+def _input(name: str, shape: list[int]) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
 
 
 def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
     """The segment for a batch of `images`."""
     guidance = Guidance.of(spec, form.guidance)
-    channels, halves = spec.in_channels, guidance.halves
-    plane: list[int | str] = [spec.height, spec.width]
-    x = _input("x", [images * halves, channels, *plane])
-    out = _input("out", [images * halves, spec.out_channels, *plane])
+    channels, halves, latent = spec.in_channels, guidance.halves, spec.latent_shape
+    x = _input("x", [images * halves, *latent])
+    out = _input("out", [images * halves, *spec.prediction_shape])
     row = _input("row", [len(row_columns(form.memory)) + 2 * channels])
-    z = _input("z", [images, channels, *plane])
+    z = _input("z", [images, *latent])
     write = _Writer()
     past = [
-        (_input(of_x, [images * halves, channels, *plane]), _input(of_out, [images, channels, *plane]))
+        (_input(of_x, [images * halves, *latent]), _input(of_out, [images, *latent]))
         for of_x, of_out in history_columns(form.memory)
     ]
     parts = _row_parts(write, row, form.memory, channels)
@@ -96,16 +95,16 @@ def update_model(spec: ModelSpec, form: UpdateForm, images: int) -> ir.Model:
         after = _with_past(write, parts, after, pair, [images] * halves)
     if form.adds_noise:
         after = _noised(write, form, parts, after, raw_variance, z)
-    after = _compensated(write, parts, after, channels)
+    after = _compensated(write, parts, after, (1, channels, *(1 for _ in spec.space)))
     if halves == 2:
         after = write.node("Concat", [after, after], "next", axis=0)
     else:
         after = write.node("Identity", [after], "next")
-    after.shape = ir.Shape([images * halves, channels, *plane])
+    after.shape = ir.Shape([images * halves, *latent])
     outputs = [after]
     if past:
         outputs.append(write.node("Identity", [prediction], PREDICTED))
-        outputs[-1].shape = ir.Shape([images, channels, *plane])
+        outputs[-1].shape = ir.Shape([images, *latent])
     inputs = [x, out, row, *([z] if form.adds_noise else []), *(value for pair in past for value in pair)]
     return _model(write, inputs, outputs)
 
@@ -205,8 +204,8 @@ def _noised(
     return write.plus(x, write.times(strength, z, "noise.scaled"), "noised")
 
 
-def _compensated(write: _Writer, parts: Mapping[str, ir.Value], x: ir.Value, channels: int) -> ir.Value:
-    """mu + K (x - mu), per channel."""
-    shape = write.constant("per_channel", np.array([1, channels, 1, 1], np.int64))
+def _compensated(write: _Writer, parts: Mapping[str, ir.Value], x: ir.Value, per_channel: tuple[int, ...]) -> ir.Value:
+    """mu + K (x - mu), a number each per channel: of the shape `per_channel`, which spreads over x."""
+    shape = write.constant("per_channel", np.array(per_channel, np.int64))
     k, mu = (write.node("Reshape", [parts[name], shape], f"{name}.channels") for name in ("k", "mu"))
     return write.plus(mu, write.times(k, write.node("Sub", [x, mu], "centred"), "scaled"), "compensated")

@@ -32,7 +32,7 @@ class BranchProbe:
     def run(self, step: int, x: Samples, conditioning: Tables) -> list[Samples]:
         """Return every branch's output, (rows, *branch_shape), in the order of branches.
 
-        `x` is (rows, channels, height, width), all guidance halves; `conditioning` has the tables of all steps.
+        `x` is (rows, channels, *space), all guidance halves; `conditioning` has the tables of all steps.
         """
         every = {**conditioning, **self.rows}
         feeds = {port.name: every[port.name][step] for port in self.session.get_inputs() if port.name != "x"}

@@ -139,7 +139,7 @@ def _paired(pairs: Pairs, rounds: int) -> dict[str, PairedMeasure | Skipped]:
     paired: dict[str, PairedMeasure | Skipped] = {}
     for name, row, column in zip(pairs.paired, estimates(values.mean(axis=0), means), values.T, strict=True):
         worst = column.max() if name in LOWER_IS_BETTER else column.min()
-        window = ssim_window(*pairs.image_shape[1:]) if name == "ssim" else None
+        window = ssim_window(*pairs.image_shape[-2:]) if name == "ssim" else None
         paired[name] = PairedMeasure(mean=row.value, low=row.low, high=row.high, worst=float(worst), window=window)
     if pairs.judges.no_lpips:
         paired["lpips"] = Skipped(skipped=pairs.judges.no_lpips)

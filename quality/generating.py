@@ -46,7 +46,7 @@ class ImageSource:
             yield places, images
 
     def trajectory(self, stage: str, seed: int, count: int) -> list[Samples]:
-        """Return the samples after every step, each (count, channels, height, width)."""
+        """Return the samples after every step, each (count, channels, *space)."""
         steps = defaultdict(list)
         for places, labels in self._requests(stage, 0, count):
             for event in self.pipe.generate(labels, seed=seed, first=places.start):

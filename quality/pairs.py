@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ditc.quality.features import (
 from ditc.quality.generating import ImageSource, stored_images
 from ditc.quality.options import EvaluateOptions
 from ditc.quality.pretrained import lpips_distance
-from ditc.runtime.closeness import PAIRED, StepDrift, step_drift
+from ditc.runtime.closeness import StepDrift, measures_of, step_drift
 from ditc.runtime.executor import Samples
 from ditc.runtime.options import Place
 
@@ -48,7 +48,7 @@ class Work:
 class Judges:
     """The measures of images: `paired` by name, and the extractor or the reason why there is none."""
 
-    paired: dict[str, Callable[[Samples, Samples], NDArray[np.float64]]]
+    paired: Mapping[str, Callable[[Samples, Samples], NDArray[np.float64]]]
     extractor: Extractor | None
     no_extractor: str
     no_lpips: str
@@ -105,11 +105,11 @@ def _judges(source: ImageSource, options: EvaluateOptions) -> Judges:
         reason = "the bundle makes latents and has no decoder; compile it with --vae FOLDER"
         if options.needs_features:
             raise InputError(f"features need images, but {reason}")
-        return Judges(PAIRED, None, reason, reason)
+        return Judges(measures_of(source.pipe.bundle.manifest.model.latent_shape), None, reason, reason)
     shape = source.image_shape
-    paired, extractor, no_extractor, no_lpips = PAIRED, None, "", ""
+    paired, extractor, no_extractor, no_lpips = measures_of(shape), None, "", ""
     try:
-        paired = PAIRED | {"lpips": lpips_distance(*shape[1:])}
+        paired = {**paired, "lpips": lpips_distance(*shape[1:])}
     except InputError as e:
         no_lpips = str(e)
     name = options.features or default_extractor(source.pipe.bundle.manifest.model.name, shape)

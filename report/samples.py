@@ -13,7 +13,7 @@ from ditc.errors import CheckError
 from ditc.progress import Progress
 from ditc.quality.generating import ImageSource
 from ditc.report.facts import Drift, Fidelity, Measure, Picture, Pictures, Skipped
-from ditc.runtime.closeness import PAIRED, psnr_db, step_drift
+from ditc.runtime.closeness import measures_of, psnr_db, step_drift
 from ditc.runtime.executor import Samples
 from ditc.runtime.images import png_bytes
 from ditc.runtime.options import Place
@@ -82,7 +82,7 @@ def _run(pipe: Pipeline, stage: str, images: int, seed: int, progress: Progress)
 def _fidelity(own: _Run, exact: _Run) -> Fidelity:
     """Return every paired measure over the images, over the latents where there is no decoder."""
     ours, theirs = (run.steps[-1] if run.images is None else run.images for run in (own, exact))
-    values = {name: measure(ours, theirs) for name, measure in PAIRED.items()}
+    values = {name: measure(ours, theirs) for name, measure in measures_of(ours.shape[1:]).items()}
     return Fidelity(
         of="latents" if own.images is None else "images",
         images=len(ours),

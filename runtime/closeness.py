@@ -1,11 +1,11 @@
 """Distances of images and trajectories from the exact ones that they are paired with: same noise, same label.
 
-Every measure of images takes `seen` and `exact`, each (n, channels, height, width), and gives one number per image.
+Every measure of images takes `seen` and `exact`, each (n, channels, *space), and gives one number per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from ditc.checks import Verification
 from ditc.spec import Record
 
 __all__ = [
-    "PAIRED",
     "StepDrift",
     "cosine",
+    "measures_of",
     "psnr_db",
     "relative_error",
     "ssim",
@@ -26,12 +26,11 @@ __all__ = [
     "trajectory_comparison",
 ]
 
-Images = NDArray[Any]  # (n, channels, height, width), of any type of number
+Images = NDArray[Any]  # (n, channels, height, width), or (n, channels, *space) of latents; of any type of number
 PerImage = NDArray[np.float64]  # (n,)
 
 PEAK = 2.0  # the range of values of images in [-1, 1]
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004
-PIXEL_AXES = (0, 2, 3)  # every axis but the channels
 
 
 def relative_error(seen: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -77,7 +76,7 @@ def ssim(seen: Images, exact: Images, peak: float = PEAK) -> PerImage:
     c1, c2 = (SSIM_K1 * peak) ** 2, (SSIM_K2 * peak) ** 2
     top = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     bottom = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return np.asarray((top / bottom).mean(axis=(1, 2, 3)))
+    return np.asarray((top / bottom).reshape(len(seen), -1).mean(axis=1))
 
 
 def sliding_gaussian(size: int, side: int) -> NDArray[np.float64]:
@@ -89,7 +88,14 @@ def sliding_gaussian(size: int, side: int) -> NDArray[np.float64]:
     return matrix
 
 
-PAIRED: dict[str, Callable[[Images, Images], PerImage]] = {"psnr_db": psnr_db, "ssim": ssim, "cosine": cosine}
+PAIRED: Mapping[str, Callable[[Images, Images], PerImage]] = {"psnr_db": psnr_db, "ssim": ssim, "cosine": cosine}
+NEED_A_PLANE = {"ssim"}
+
+
+def measures_of(shape: Sequence[int]) -> Mapping[str, Callable[[Images, Images], PerImage]]:
+    """Return the measures by name that images, or latents, of `shape` have: (channels, *space)."""
+    has_plane = len(shape) > 2
+    return {name: measure for name, measure in PAIRED.items() if has_plane or name not in NEED_A_PLANE}
 
 
 class StepDrift(Record):
@@ -107,7 +113,7 @@ class StepDrift(Record):
 
 
 def step_drift(seen: Sequence[Images], exact: Sequence[Images]) -> StepDrift:
-    """The drift of samples after each step, each (n, channels, height, width), from the exact ones."""
+    """The drift of samples after each step, each (n, channels, *space), from the exact ones."""
     drifts = [_channel_drift(np.float64(x), np.float64(target)) for x, target in zip(seen, exact, strict=True)]
     return StepDrift(
         images=len(exact[0]),
@@ -120,15 +126,16 @@ def step_drift(seen: Sequence[Images], exact: Sequence[Images]) -> StepDrift:
 def _channel_drift(
     seen: NDArray[np.float64], exact: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    spread = exact.std(axis=PIXEL_AXES)
+    axes = (0, *range(2, exact.ndim))  # every one but the channels
+    spread = exact.std(axis=axes)
     varies = spread > 1e-12
-    gap = seen.mean(axis=PIXEL_AXES) - exact.mean(axis=PIXEL_AXES)
-    ratio = np.divide(seen.std(axis=PIXEL_AXES), spread, out=np.ones_like(spread), where=varies)
+    gap = seen.mean(axis=axes) - exact.mean(axis=axes)
+    ratio = np.divide(seen.std(axis=axes), spread, out=np.ones_like(spread), where=varies)
     return np.divide(gap, spread, out=np.zeros_like(spread), where=varies), ratio**2 - 1
 
 
 def trajectory_comparison(seen: Sequence[Images], exact: Sequence[Images]) -> Verification:
-    """Hold samples after each step, each (n, channels, height, width), against the exact ones."""
+    """Hold samples after each step, each (n, channels, *space), against the exact ones."""
     psnr = psnr_db(seen[-1], exact[-1])
     return Verification(
         images=len(exact[-1]),

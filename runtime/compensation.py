@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,29 +25,39 @@ __all__ = ["ESTIMATORS", "ClosedLoopFit", "TableCompensation", "estimate_k"]
 Channels = NDArray[np.float64]
 Estimator = Callable[[NDArray[np.float64], NDArray[np.float64], Channels], Channels]
 
-PIXEL_AXES = (0, 2, 3)  # every axis but the channels
+
+def _but_channels(samples: NDArray[Any]) -> tuple[int, ...]:
+    """Return every axis of samples (n, channels, *space) but the channels."""
+    return 0, *range(2, samples.ndim)
+
+
+def _per_channel(values: NDArray[Any], samples: NDArray[Any]) -> NDArray[Any]:
+    """Return one number a channel, (channels,), in a shape that spreads over samples (n, channels, *space)."""
+    return values.reshape(-1, *(1 for _ in samples.shape[2:]))
 
 
 def _std(exact: NDArray[np.float64], seen: NDArray[np.float64], mean: Channels) -> Channels:
     """Ratio of the standard deviations: the variance match that the text motivates."""
-    return np.asarray(exact.std(axis=PIXEL_AXES) / seen.std(axis=PIXEL_AXES))
+    axes = _but_channels(seen)
+    return np.asarray(exact.std(axis=axes) / seen.std(axis=axes))
 
 
 def _lsq(exact: NDArray[np.float64], seen: NDArray[np.float64], mean: Channels) -> Channels:
     """Slope of the least squares line through (seen - mu, exact - mu); shrinks under independent error."""
-    centred = seen - mean[:, None, None]
-    top = (centred * (exact - mean[:, None, None])).sum(axis=PIXEL_AXES)
-    return np.asarray(top / (centred**2).sum(axis=PIXEL_AXES))
+    axes, centre = _but_channels(seen), _per_channel(mean, seen)
+    centred = seen - centre
+    top = (centred * (exact - centre)).sum(axis=axes)
+    return np.asarray(top / (centred**2).sum(axis=axes))
 
 
 def _paper(exact: NDArray[np.float64], seen: NDArray[np.float64], mean: Channels) -> Channels:
     """Eq. 12 as printed, with the elementwise 1 / x' bounded: unguarded it diverges where x' is near zero."""
-    centred = seen - mean[:, None, None]
-    shifted = exact - mean[:, None, None]
+    axes, centre = _but_channels(seen), _per_channel(mean, seen)
+    centred, shifted = seen - centre, exact - centre
     floor = max(0.1 * float(exact.std()), 1e-6)
     guarded = np.where(np.abs(exact) < floor, np.copysign(floor, exact), exact)
-    top = (shifted * centred).sum(axis=PIXEL_AXES) + (centred / guarded).sum(axis=PIXEL_AXES)
-    bottom = (centred**2).sum(axis=PIXEL_AXES) + (centred**2 / guarded**2).sum(axis=PIXEL_AXES)
+    top = (shifted * centred).sum(axis=axes) + (centred / guarded).sum(axis=axes)
+    bottom = (centred**2).sum(axis=axes) + (centred**2 / guarded**2).sum(axis=axes)
     return np.asarray(top / bottom)
 
 
@@ -54,15 +65,15 @@ ESTIMATORS: dict[str, Estimator] = {"std": _std, "lsq": _lsq, "paper": _paper}
 
 
 def estimate_k(method: str, exact: Samples, seen: Samples, prior_samples: float) -> tuple[Channels, Channels]:
-    """(K, mu), each (channels,), from paired samples (n, channels, height, width).
+    """(K, mu), each (channels,), from paired samples (n, channels, *space).
 
     The estimate is drawn towards 1 as if `prior_samples` further pairs had shown no shift.
     """
     if method not in ESTIMATORS:
         raise unknown_name("compensation", method, ["none", *ESTIMATORS])
     exact64, seen64 = exact.astype(np.float64), seen.astype(np.float64)
-    mean = np.asarray(seen64.mean(axis=PIXEL_AXES))
-    spread = seen64.std(axis=PIXEL_AXES)
+    mean = np.asarray(seen64.mean(axis=_but_channels(seen64)))
+    spread = seen64.std(axis=_but_channels(seen64))
     usable = spread > 1e-12  # a constant channel has no variance to match
     with np.errstate(divide="ignore", invalid="ignore"):
         raw = np.where(usable, ESTIMATORS[method](exact64, seen64, mean), 1.0)
@@ -78,10 +89,10 @@ class TableCompensation:
     mu: NDArray[np.float64]
 
     def __call__(self, step: int, x: Samples) -> Samples:
-        k = self.k[step].astype(np.float32)[:, None, None]
+        k = _per_channel(self.k[step].astype(np.float32), x)
         if np.all(k == 1):
             return x
-        mu = self.mu[step].astype(np.float32)[:, None, None]
+        mu = _per_channel(self.mu[step].astype(np.float32), x)
         return np.asarray(mu + k * (x - mu))
 
     @staticmethod
@@ -95,7 +106,7 @@ class TableCompensation:
 class ClosedLoopFit:
     """A correction that is fitted as it is applied: every step's K from samples that carry the K of those before it.
 
-    Hand it to an executor and walk one request. `exact[i]`, (n, channels, height, width), are the FP samples after step
+    Hand it to an executor and walk one request. `exact[i]`, (n, channels, *space), are the FP samples after step
     i on the same noise and labels.
     """
 

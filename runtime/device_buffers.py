@@ -67,7 +67,7 @@ class DeviceBuffers:
             self._nothing = tuple(self._uploaded(np.zeros((n, *spec.latent_shape), np.float32)) for n in (rows, batch))
         self.start_x = device.empty((rows, *spec.latent_shape), "float32")
         self.final = self.x_at(steps).rows(0, batch)
-        self.out = device.empty((rows, spec.out_channels, spec.height, spec.width), "float32")
+        self.out = device.empty((rows, *spec.prediction_shape), "float32")
         self.labels = device.empty((rows,), "int64")
         self.t = self._uploaded(sampler_columns(tables)["t"].astype(np.float32))
         self.update_rows = [self._uploaded(row) for row in update_rows(tables, spec.in_channels)]

@@ -36,7 +36,7 @@ __all__ = [
     "written_ports",
 ]
 
-NoiseSource = Callable[[int], Samples]  # step -> fresh noise, (batch, channels, height, width)
+NoiseSource = Callable[[int], Samples]  # step -> fresh noise, (batch, channels, *space)
 Observation = tuple["int | None", str, Mapping[str, Buffer]]  # (step, segment, outputs by port)
 # (step, samples of a whole request after it) -> the samples that the next step starts from
 Correction = Callable[[int, Samples], Samples]
@@ -46,7 +46,7 @@ WORD = 32  # bits of a word of a random stream's seed
 
 @dataclass(frozen=True)
 class StepEvent:
-    """A record of one step. `before` and `x` are the samples before and after it, (batch, channels, height, width).
+    """A record of one step. `before` and `x` are the samples before and after it, (batch, channels, *space).
 
     Its arrays are views that can't be written to, and stay what they are while the request goes on: a record changes
     nothing. What is to change samples on their way is a `Correction`, which an executor is made with.
@@ -87,13 +87,13 @@ class Executor(Protocol):
     def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
         """Walk one request: a StepEvent per step; the last one's `x` is the finished latent.
 
-        `noise` is x_T, (batch, channels, height, width). Raises InputError for a label or a shape that the model
+        `noise` is x_T, (batch, channels, *space). Raises InputError for a label or a shape that the model
         doesn't have, DitcError at the step before which the executor was closed.
         """
         ...
 
     def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
-        """Return the finished latents of one request, (n, channels, height, width), the caller's own."""
+        """Return the finished latents of one request, (n, channels, *space), the caller's own."""
         ...
 
     def images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
@@ -101,11 +101,11 @@ class Executor(Protocol):
         ...
 
     def decode(self, latents: Samples) -> Samples:
-        """Return images in [-1, 1] of any number of latents, (n, channels, height, width)."""
+        """Return images in [-1, 1] of any number of latents, (n, channels, *space)."""
         ...
 
     def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> Iterable[Observation]:
-        """Return what segments give for one image that stands at `samples`, (1, channels, height, width), before steps.
+        """Return what segments give for one image that stands at `samples`, (1, channels, *space), before steps.
 
         (index of the step, segment, its outputs by port): the conditioning of these steps first, then the steps in
         order, each followed by UPDATE, the sample after it without fresh noise. A step takes what an earlier one of

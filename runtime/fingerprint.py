@@ -133,7 +133,7 @@ class Expected(NamedTuple):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`samples` are those in front of the steps that are run, (1, channels, height, width) by step, and the finished
+    """`samples` are those in front of the steps that are run, (1, channels, *space) by step, and the finished
     one under the number of steps; `label` is the image's class; `forms` what each form gave there.
     """
 

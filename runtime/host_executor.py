@@ -273,7 +273,7 @@ class HostExecutor:
         return _Buffers(
             images=images,
             x=np.empty((rows, *self.spec.latent_shape), np.float32),
-            out=np.empty((rows, self.spec.out_channels, self.spec.height, self.spec.width), np.float32),
+            out=np.empty((rows, *self.spec.prediction_shape), np.float32),
             conditioning=Conditioning(self._engines[CONDITION], t, rows, most_ahead(self._engines)),
             slots=tuple(np.empty(slot_shape, dtype) for _ in range(self.program.slots)),
             bindings={},

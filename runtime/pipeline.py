@@ -32,7 +32,6 @@ from ditc.tables import DYNAMIC
 __all__ = ["Pipeline", "load", "open_engines"]
 
 
-PIXEL_CHANNELS = (1, 3)  # grey or RGB
 CHECKED: set[tuple[str, str, bool]] = set()  # (bundle, backend, compensated?) that this process has compared
 
 
@@ -215,7 +214,7 @@ class Pipeline:
     ) -> Iterator[StepEvent]:
         """All labels as one batch: a StepEvent per step, the last one carrying `images`; their arrays are read-only.
 
-        `noise` is x_T, (len(labels), channels, height, width); without it each image draws from the stream of
+        `noise` is x_T, (len(labels), channels, *space); without it each image draws from the stream of
         (seed, first + its place), seed 0 where none is given. `seeds` are one for each image instead, each giving what
         it gives by itself: requests merged into one keep their noise. Raises InputError for a label or a shape that
         the model doesn't have.
@@ -238,7 +237,7 @@ class Pipeline:
         noise: Samples | None = None,
         first: int = 0,
     ) -> Samples:
-        """Finished samples before decoding, (n, channels, height, width), `at_once` of them at a time."""
+        """Finished samples before decoding, (n, channels, *space), `at_once` of them at a time."""
         executor, labels = self.executor, whole_numbers("labels", labels, "[3, 1, 4]")
         requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
         return np.concatenate([executor.last(*request) for request in requests])
@@ -272,12 +271,16 @@ class Pipeline:
     @property
     def makes_images(self) -> bool:
         """Does this bundle end in pixels: through a decoder, or because the model works on them?"""
-        return DECODE in self.program.epilogue or self.bundle.manifest.model.in_channels in PIXEL_CHANNELS
+        return DECODE in self.program.epilogue or self.bundle.manifest.model.is_picture
 
     def check_makes_images(self) -> None:
         """Raise InputError unless `makes_images`."""
         if not self.makes_images:
-            channels = self.bundle.manifest.model.in_channels
+            channels, *space = self.bundle.manifest.model.latent_shape
+            if len(space) != 2:
+                raise InputError(
+                    f"{self.bundle.path} makes samples of shape {(channels, *space)}, no images; take pipe.latents()"
+                )
             raise InputError(
                 f"{self.bundle.path} makes latents of {channels} channels and has no decoder; "
                 "compile it with --vae FOLDER, or take pipe.latents()"

@@ -52,7 +52,7 @@ class GuidedRun:
         return after
 
     def last(self, forward: Forward, noise: Samples, fresh_noise: NoiseSource) -> Samples:
-        """The finished samples; `noise` is x_T, (n, channels, height, width)."""
+        """The finished samples; `noise` is x_T, (n, channels, *space)."""
         x, pairs = noise, no_pairs(self.columns)
         for index in range(self.steps):
             x = self.step(forward, index, x, fresh_noise, pairs)

@@ -155,7 +155,7 @@ def update(
     z: Samples | None,
     pairs: Iterable[tuple[Samples, Samples]] = (),
 ) -> Samples:
-    """The next sample; all arrays are (batch, channels, height, width) and `row` is one row of the table.
+    """The next sample; all arrays are (batch, channels, *space) and `row` is one row of the table.
 
     `pairs` are those of earlier steps, latest first; one that is not there counts as nothing.
     """

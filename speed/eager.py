@@ -27,7 +27,7 @@ def eager_images(
     """Return finished samples of a torch model: eager, every step computed, conditional and null class in one batch.
 
     The network computes in the type of its weights, the sampler in float32. `table` is the sampler's
-    (`runtime.samplers.sampler_table`); `noise` is x_T, (n, channels, height, width).
+    (`runtime.samplers.sampler_table`); `noise` is x_T, (n, channels, *space).
     """
     run = GuidedRun(model.spec, table, Guidance.of(model.spec, guidance))
     forward = eager_forward(model, table["t"], run.guidance.labels(labels), next(model.parameters()).dtype)
@@ -35,7 +35,7 @@ def eager_images(
 
 
 def eager_forward(model: Any, t: NDArray[np.float64], labels: NDArray[np.int64], kind: torch.dtype) -> Forward:
-    """Return a torch network on rows (rows, channels, height, width) of step `index`, with weights of type `kind`.
+    """Return a torch network on rows (rows, channels, *space) of step `index`, with weights of type `kind`.
 
     `t` are the timesteps of all steps, `labels` the class of every row.
     """

@@ -50,7 +50,7 @@ class PeerTask:
     """The run that a bundle and its peers are all measured on.
 
     `reference` is the FP segment of a computing step, with nothing but the prediction as output. `expected` is what it
-    gives for the samples `x` at step `index`, (rows, channels, height, width), `bundle_output` what the bundle gives.
+    gives for the samples `x` at step `index`, (rows, channels, *space), `bundle_output` what the bundle gives.
     `labels` are those of all rows, `tables` the bundle's conditioning, each (steps, rows, ...). `points` are (step,
     samples) to calibrate with. Peers write files to `scratch`.
     """

@@ -29,7 +29,7 @@ COUNT = 2
 
 def returned(spec: ModelSpec, weight: float) -> np.ndarray:
     """Return what a network may give for COUNT images."""
-    shape = COUNT * halves_of(weight), spec.out_channels, spec.height, spec.width
+    shape = COUNT * halves_of(weight), *spec.prediction_shape
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 

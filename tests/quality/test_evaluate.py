@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ditc.runtime.pipeline as pipeline
+import ditc.spec as spec
 from ditc.bundle import Bundle, open_bundle, seal_bundle, write_tables
 from ditc.cli.judging import print_evaluation
 from ditc.cli.main import run
@@ -199,7 +199,7 @@ def test_a_model_without_a_training_set_is_held_against_fp_images_of_other_noise
 def test_latents_without_a_decoder_have_pairs_and_no_distribution(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "PIXEL_CHANNELS", (1,))
+    monkeypatch.setattr(spec, "PIXEL_CHANNELS", (1,))
     report = evaluated(bundles["cached"].path, capsys)
     assert "compile it with --vae" in report["distribution"]["skipped"]
     assert report["paired"]["psnr_db"]["mean"] < 50

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import ditc.runtime.pipeline as pipeline
+import ditc.spec as spec
 from ditc.bundle import Bundle, Manifest, open_bundle, seal_bundle, write_tables
 from ditc.calibset import CalibSet
 from ditc.cli.main import run
@@ -289,7 +290,7 @@ def test_without_the_reference_there_are_images_and_nothing_to_compare_with(
 def test_latents_without_a_decoder_have_curves_and_no_images(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "PIXEL_CHANNELS", (1,))
+    monkeypatch.setattr(spec, "PIXEL_CHANNELS", (1,))
     report = report_bundle(bundles["cached"].path, QUICK)
     assert isinstance(report.pictures, Skipped)
     assert isinstance(report.fidelity, Fidelity)
