@@ -34,6 +34,7 @@ from ditc.exporter.onnx_files import load_graph, save_sharing_data
 from ditc.machine import machine
 from ditc.quantize.scale_table import ScaleTable
 from ditc.quantize.scales import activation_probe
+from ditc.requests import Request
 from ditc.runtime.closeness import psnr_db
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.pipeline import load
@@ -93,7 +94,7 @@ def images(plan: Plan, segments: Segments, tables: dict[str, Any], batches: int)
     """Return finished images, (10 * batches, 1, 8, 8)."""
     with executor(plan, plan.program, segments, tables) as runner:
         starts = [seeded_noise(SEED + n, 0, len(LABELS), plan.spec.latent_shape) for n in range(batches)]
-        return np.concatenate([runner.last(LABELS, noise, fresh) for noise, fresh in starts])
+        return np.concatenate([runner.last(Request.of(plan.spec, LABELS), noise, fresh) for noise, fresh in starts])
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from ditc.exporter.train_digits import digits_split
 from ditc.machine import machine
 from ditc.quality.distributions import frechet_distance
 from ditc.quality.features import digit_quality, open_extractor
+from ditc.requests import Request
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.samplers import sampler_table
 from ditc.speed.eager import eager_images
@@ -37,7 +38,9 @@ def sample(sampler: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray,
     parts, start = [], time.perf_counter()
     for first in range(0, count, BATCH):
         noise, fresh = seeded_noise(seed, first, BATCH, model.spec.latent_shape)
-        parts.append(eager_images(model, table, labels[first : first + BATCH].tolist(), noise, fresh, 1.5))
+        parts.append(
+            eager_images(model, table, Request.of(model.spec, labels[first : first + BATCH]), noise, fresh, 1.5)
+        )
     return np.concatenate(parts), labels, time.perf_counter() - start
 
 

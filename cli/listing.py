@@ -13,7 +13,7 @@ from ditc.precision import quantized
 from ditc.program import Program
 from ditc.quantize.scale_table import ScaleTable
 from ditc.report.wording import megabytes
-from ditc.spec import Record
+from ditc.spec import ModelSpec, Record
 from ditc.tables import SCALES_INPUT, step_inputs
 
 __all__ = [
@@ -80,7 +80,7 @@ def schedule_map(program: Program) -> list[str]:
         segment.name: ["." if not computes else "f" if segment.in_float else "#" for computes in segment.compute]
         for segment in program.segments
     }
-    width = max(len(name) for name in program.branches)
+    width = max((len(name) for name in program.branches), default=0)
     lines = []
     for number, branch in enumerate(program.branches):
         marks = "".join(marks_of[step.segment][number] for step in program.steps)
@@ -122,6 +122,17 @@ def activation_scales(bundle: Bundle) -> str:
     return f"{binding} scales, {different} for each of {magnitudes.shape[1]} tensors, up to {spread:.2f} x apart"
 
 
+def conditions_sentence(spec: ModelSpec) -> str:
+    """Return what an image of a model is asked for with, beside the sample: "y of 10 classes, style (4)"."""
+    told = []
+    for each in spec.inputs:
+        shape = f" ({', '.join(map(str, each.shape))})" if each.shape else ""
+        kind = "" if each.classes is None else f" of {each.classes} classes"
+        null = {"same": ""}.get(str(each.null), f", null {each.null}")
+        told.append(f"{each.name}{shape}{kind}{', fresh at every step' if each.fresh else null}")
+    return "; ".join(told) or "none"
+
+
 def bundle_facts(bundle: Bundle) -> dict[str, str]:
     """Return the headline facts of a bundle, name -> text. Raises BundleError where they aren't there to be told."""
     try:
@@ -134,11 +145,12 @@ def _facts(bundle: Bundle) -> dict[str, str]:
     m = bundle.manifest
     measured = m.measured("smooth", "kernels", "tensorrt", "verify", "compensation")
     called = [m.program.segment(step.segment) for step in m.program.steps]
-    computed, in_float = sum(any(segment.compute) for segment in called), sum(segment.in_float for segment in called)
+    computed, in_float = sum(segment.computes for segment in called), sum(segment.in_float for segment in called)
     unquantized = f" ({in_float} of them in floating point)" if in_float else ""
     facts = {
         "model": f"{m.model.name} ({m.model.family}, {m.model.parameters / 1e6:,.2f} M parameters)",
         "latent": " x ".join(str(size) for size in m.model.latent_shape),
+        **({"conditions": conditions_sentence(m.model)} if m.model.conditions or not m.model.inputs else {}),
         "precision": m.precision,
         "trajectory": f"{len(m.program.steps)} steps, {computed} computed{unquantized}, guidance {m.guidance:g}",
         "cache": f"{m.program.slots} slots for {len(m.program.branches)} branches, reuse {m.program.reuse}",

@@ -30,6 +30,14 @@ class ModelOptions(Settings):
         Option("A released size with random weights, like dit-xl-2-256.", flag="--random", metavar="SIZE"),
     ] = None
     vae: Annotated[Path | None, Option("AutoencoderKL folder whose decoder makes the images.")] = None
+    conditions: Annotated[
+        Path | None,
+        Option(
+            "Typical conditions other than a class, an .npz file with an array of each: the compile runs on them.",
+            metavar="FILE",
+            group=READING,
+        ),
+    ] = None
     heads: Annotated[
         int | None, Field(ge=1), Option("Attention heads, where the checkpoint's width does not tell.", group=READING)
     ] = None
@@ -63,7 +71,7 @@ class ModelOptions(Settings):
     @property
     def reading(self) -> dict[str, Any]:
         """The keyword arguments of `compile_model` and `tune_model` that say how the model is read."""
-        return {"num_heads": self.heads, "vae": self.vae, "facts": self.facts}
+        return {"num_heads": self.heads, "vae": self.vae, "facts": self.facts, "conditions": self.conditions}
 
     @property
     def facts(self) -> ModelFacts:

@@ -26,7 +26,7 @@ def run_command(bundle: Path, options: RunOptions, place: Place, out: Path, json
     from ditc.runtime.running import run_bundle
 
     with steps_on_stderr("run") as watch:
-        generated = run_bundle(bundle, options.labels, out, seed=options.seed, watch=watch, place=place)
+        generated = run_bundle(bundle, options, out, watch=watch, place=place)
     if json_:
         print_record(generated)
         return

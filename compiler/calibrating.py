@@ -24,9 +24,9 @@ from ditc.compiler.observing import (
     show_activations,
 )
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.point_conditions import PointConditions
 from ditc.errors import BundleError, InputError
 from ditc.files import sha256_of
-from ditc.guidance import row_labels
 from ditc.precision import INT8, levels_of
 from ditc.program import CONDITION, FULL
 from ditc.quantize.midpoints import lower_bounds
@@ -42,7 +42,7 @@ from ditc.quantize.scales import (
     scale_table,
     uncalibrated_scale_table,
 )
-from ditc.runtime.conditioning import condition_tables
+from ditc.runtime.conditioning import condition_tables, of_step
 
 __all__ = [
     "OBSERVED",
@@ -109,21 +109,19 @@ def check_selector_sees(plan: Plan) -> None:
 
 
 def calibration_feeds(
-    condition: Any, calib: CalibSet, null_label: int | None, points_at_once: int
+    condition: Any, calib: CalibSet, images: PointConditions, points_at_once: int
 ) -> Iterator[dict[str, Any]]:
     """Yield inputs of `full` at every calibration point, points of one step together, in the order of steps.
 
-    `condition` is the ONNX Runtime session of that segment. With a `null_label` every point has two rows, those of
-    both guidance halves; None is a model that runs without guidance.
+    `condition` is the ONNX Runtime session of that segment, `images` are those of the points. With guidance every point
+    has two rows.
     """
     for step in np.unique(calib.step):
         at_step = np.flatnonzero(calib.step == step)
         for start in range(0, len(at_step), points_at_once):
             part = at_step[start : start + points_at_once]
-            labels = row_labels(calib.label[part], null_label)
-            tables = condition_tables(condition, calib.t[part[:1]], labels)
-            x = np.concatenate([calib.x[part]] * (len(labels) // len(part)))
-            yield {"x": x, **{name: table[0] for name, table in tables.items()}}
+            tables = condition_tables(condition, calib.t[part[:1]], images.rows(calib.take(part)))
+            yield {"x": images.guidance.rows(calib.x[part]), **of_step(tables, 0)}
 
 
 def watched(plan: Plan, feeds: Iterable[dict[str, Any]], done: int, points: int) -> Iterator[dict[str, Any]]:
@@ -226,7 +224,7 @@ def run_histograms(plan: Plan, segments: Segments, parts: Sequence[CalibSet]) ->
     probe, condition = open_probe(plan, segments), plan.backend.session(segments[CONDITION])
     done, points = 0, sum(len(part) for part in parts)
     for part in parts:
-        feeds = calibration_feeds(condition, part, plan.guidance_label, probe.points_at_once)
+        feeds = calibration_feeds(condition, part, PointConditions.of_plan(plan), probe.points_at_once)
         yield histograms_of(probe.run, watched(plan, feeds, done, points), probe.bounds)
         done += len(part)
 

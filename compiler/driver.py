@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 import ditc
 from ditc.bundle import Bundle, open_bundle, read_tables
 from ditc.compiler.device_forms import lower_for_devices
+from ditc.compiler.examples import examples_of
 from ditc.compiler.exporting import behaviour_digest, export, model_digest
 from ditc.compiler.fitting import approximate, fit
 from ditc.compiler.options import CompileOptions
@@ -34,6 +37,7 @@ from ditc.host_memory import release_weights, return_free_memory
 from ditc.machine import package_versions
 from ditc.program import Program
 from ditc.progress import Progress, silent
+from ditc.requests import Examples
 from ditc.runtime.approximation import FITS
 from ditc.spec import ModelSpec
 
@@ -55,6 +59,7 @@ def compile_model(
     force: bool = False,
     num_heads: int | None = None,
     vae: str | PathLike[str] | None = None,
+    conditions: str | PathLike[str] | Mapping[str, Any] | None = None,
     facts: ModelFacts | None = None,
     exports: str | PathLike[str] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -69,6 +74,7 @@ def compile_model(
     Raises InputError for settings or a model that make no sense, and CheckError where a result fails its check; `out`
     is then as it was.
 
+    `conditions` are those of typical images, of a model that has others than a class: arrays by name, or an .npz file.
     `num_heads` and `facts` state what a checkpoint leaves open. What is assumed instead stands in the bundle
     (`manifest.model.assumptions`), as do doubts about it; `on_note` takes a line about each before the work begins.
     Without it doubts are Python warnings (`DoubtWarning`).
@@ -77,8 +83,12 @@ def compile_model(
     target, shared_exports = Path(out).absolute(), None if exports is None else Path(exports).absolute()
     check_places(target, shared_exports, force=force)
     opened = _opened(model, num_heads, vae, facts)
-    _tell(opened.spec, on_note)
-    plan = make_plan(opened, options, progress)
+    examples, assumed = examples_of(opened, Path(conditions) if isinstance(conditions, (str, PathLike)) else conditions)
+    if assumed:
+        spec = opened.spec.model_copy(update={"assumptions": (*opened.spec.assumptions, *assumed)})
+        examples = replace(examples, spec=spec)
+    _tell(examples.spec, on_note)
+    plan = make_plan(opened, options, progress, examples)
     with work_folder(target) as work:
         compile_ = _Compile(plan, work, _decided(plan, opened), tables={**plan.reuse_tables})
         segments = compile_.export(opened, shared_exports)
@@ -234,8 +244,14 @@ def _decided(plan: Plan, model: Any) -> str:
             package_versions(),
             _source_digest(),
             _shapes(plan.cached_program),
+            *sorted(_array_digests(plan.examples)),
         ]
     )
+
+
+def _array_digests(examples: Examples) -> list[list[str]]:
+    arrays = ((name, np.ascontiguousarray(array).tobytes()) for name, array in examples.arrays.items())
+    return [[name, hashlib.sha256(content).hexdigest()] for name, content in arrays]
 
 
 def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:

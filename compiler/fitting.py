@@ -14,14 +14,21 @@ from numpy.typing import NDArray
 from ditc.bundle import write_tables
 from ditc.checks import Approximation, ValueRange
 from ditc.compiler.plan import Plan, Segments
-from ditc.compiler.trajectories import FIT_NOISE, REUSE_NOISE, exact_trajectory, executor, start_requests
+from ditc.compiler.trajectories import (
+    FIT_NOISE,
+    REUSE_NOISE,
+    exact_trajectory,
+    executor,
+    purposed_request,
+    start_requests,
+)
 from ditc.compiler.work import write_json
 from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.program import AHEAD, CONDITION, FULL, REUSE_ROWS
 from ditc.runtime.approximation import Moments, Rows, fitted_rows
 from ditc.runtime.compensation import ClosedLoopFit
-from ditc.runtime.conditioning import condition_tables
-from ditc.runtime.executor import Samples, seeded_noise
+from ditc.runtime.conditioning import at_step, condition_tables, is_of_request, of_step
+from ditc.runtime.executor import Samples
 from ditc.runtime.host_executor import HostExecutor
 from ditc.tables import Tables
 
@@ -32,9 +39,8 @@ def fit(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, fold
     """Fit the compensation table in a closed loop against the FP program: compensation.safetensors."""
     count = plan.options.vc_images
     correction = ClosedLoopFit(exact_trajectory(plan, segments, count, FIT_NOISE, "fit"), plan.options.vc)
-    noise, fresh = seeded_noise(plan.options.seed + FIT_NOISE, 0, count, plan.spec.latent_shape)
     with executor(plan, plan.program, compiled, tables, correction=correction) as runner:
-        runner.last(plan.labels(count), noise, fresh)
+        runner.last(*purposed_request(plan, range(count), FIT_NOISE))
     fitted = correction.table
     write_tables(folder / "compensation.safetensors", {"compensation.k": fitted.k, "compensation.mu": fitted.mu})
 
@@ -72,7 +78,7 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
 @contextmanager
 def _recorded(plan: Plan, compiled: Segments, tables: Tables) -> Iterator[tuple[HostExecutor, list[list[RecordedRun]]]]:
     """Yield the compiled program, and the runs that compute as they come."""
-    computing = [part.name for part in plan.program.segments if any(part.compute)]
+    computing = [part.name for part in plan.program.segments if part.computes]
     recorder = RecordingBackend(
         plan.backend, dict.fromkeys(computing, range(plan.options.vc_images * len(plan.program.steps)))
     )
@@ -94,12 +100,12 @@ class _Target:
 
     def sums(self, step: int, x: Samples, part: range) -> NDArray[np.float32]:
         """Return (rows, *branch_shape) for samples (images, ...) that are images `part` of the plan's."""
-        labels = self.plan.labels(part.stop)[part.start :]
         guidance, t = self.plan.guidance, self.plan.columns["t"][step : step + 1]
-        tables = condition_tables(self.condition, t, guidance.labels(labels))
-        feeds = {"x": guidance.rows(x), **{name: table[0] for name, table in tables.items()}}
-        for name, table in tables.items():  # the next step's gates are this step's
-            feeds[f"{AHEAD}.{name}"] = np.repeat(table, self.plan.program.segment(FULL).ahead, axis=0)
+        request, _, _ = purposed_request(self.plan, part, REUSE_NOISE)
+        tables = condition_tables(self.condition, t, at_step(self.plan.spec, guidance.row_conditions(request), step))
+        feeds = {"x": guidance.rows(x), **of_step(tables, 0)}
+        for name in (name for name in tables if not is_of_request(name)):  # the next step's gates are this step's
+            feeds[f"{AHEAD}.{name}"] = np.repeat(tables[name], self.plan.program.segment(FULL).ahead, axis=0)
         inputs = {port.name: feeds[port.name] for port in self.full.get_inputs()}
         return np.asarray(self.full.run([f"cache.{AHEAD}.1"], inputs)[0])
 

@@ -16,6 +16,7 @@ from ditc.guidance import Guidance
 from ditc.program import REUSE_ROWS, Program
 from ditc.progress import Progress
 from ditc.quantize.scale_binding import BINDINGS, Groups
+from ditc.requests import Examples, Request
 from ditc.runtime.approximation import first_rows
 from ditc.spec import ModelSpec
 from ditc.tables import DYNAMIC
@@ -33,7 +34,7 @@ class Plan:
     """The decisions before anything runs. `threads` are those of what runs on the way; 0 lets ONNX Runtime choose.
 
     `cached_program` is `program` with nothing quantized: what is exported, and what records the pool. `columns` are the
-    sampler's, each (steps,).
+    sampler's, each (steps,). `examples` are the conditions of all images on the way.
     """
 
     spec: ModelSpec
@@ -43,6 +44,7 @@ class Plan:
     reference_program: Program
     columns: Mapping[str, NDArray[np.float64]]
     progress: Progress
+    examples: Examples
     threads: int = 0
 
     @property
@@ -53,11 +55,6 @@ class Plan:
     def halves(self) -> int:
         """Network rows of an image."""
         return self.guidance.halves
-
-    @property
-    def guidance_label(self) -> int | None:
-        """The label of the unconditional half; None without guidance."""
-        return self.guidance.null_label
 
     @property
     def backend(self) -> OnnxRuntimeBackend:
@@ -71,7 +68,7 @@ class Plan:
     @property
     def reuse_tables(self) -> dict[str, NDArray[np.float32]]:
         """The numbers with which steps combine what they reuse, as far as they are known before anything runs."""
-        rows = first_rows(self.program, self.spec.branch_shape[-1])
+        rows = first_rows(self.program, self.spec.branch_shape[-1]) if self.program.slots else None
         return {} if rows is None else {REUSE_ROWS: rows}
 
     @property
@@ -95,13 +92,19 @@ class Plan:
     def labels(self, count: int) -> list[int]:
         """Return `count` classes, every class equally often, in a seeded order."""
         rng = np.random.default_rng(self.options.seed)
-        rounds = -(-count // self.spec.num_classes)
-        return [int(label) for _ in range(rounds) for label in rng.permutation(self.spec.num_classes)][:count]
+        classes = self.spec.num_classes or 1
+        rounds = -(-count // classes)
+        return [int(label) for _ in range(rounds) for label in rng.permutation(classes)][:count]
+
+    def request(self, part: range | int) -> Request:
+        """Return the request of some images, or of the first so many: their `labels`, other conditions in turn."""
+        part = range(part) if isinstance(part, int) else part
+        return self.examples.of(part, self.labels(part.stop)[part.start :])
 
     def batch_size(self, at_most: int = LARGEST_BATCH) -> int:
         """Return how many images' cache slots stay within bounds."""
         slots = len(self.spec.branches) * int(np.prod(self.spec.branch_shape)) * 4 * self.halves
-        return int(np.clip(BUFFER_BYTES // slots, 1, at_most))
+        return int(np.clip(BUFFER_BYTES // max(slots, 1), 1, at_most))
 
     def batches(self, count: int, at_most: int = LARGEST_BATCH) -> list[range]:
         """Return image numbers in batches whose cache slots stay within bounds."""
@@ -113,4 +116,4 @@ class Plan:
         """Points whose activations in front of all linear layers stay within bounds, together."""
         # every block has 3 of them of the model's width and one of the MLP's: 7 widths in a standard block
         point_bytes = 4 * self.halves * 7 * int(np.prod(self.spec.branch_shape)) * len(self.spec.branches) // 2
-        return int(np.clip(BUFFER_BYTES // point_bytes, 1, LARGEST_BATCH))
+        return int(np.clip(BUFFER_BYTES // max(point_bytes, 1), 1, LARGEST_BATCH))

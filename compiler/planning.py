@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from ditc.choices import Caches, Reuse, SchedulerSampler, names_of
 from ditc.compiler.calibrating import check_selector_sees
+from ditc.compiler.examples import examples_of
 from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import AdviceWarning, InputError
 from ditc.passes import NoSumsError, ends_in_float, program_from_schedule
 from ditc.program import AHEAD, FULL, Program
 from ditc.progress import Progress, silent
+from ditc.requests import Examples
 from ditc.runtime.samplers import adds_noise, sampler_table
 from ditc.schedule import CacheSchedule, schedule_for
 from ditc.spec import DiffusionSpec, SamplerSpec
@@ -34,15 +36,25 @@ class SmallPoolError(InputError):
     """A pool with fewer points than are to be selected from it."""
 
 
-def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) -> Plan:
+def make_plan(
+    model: Any, options: CompileOptions, progress: Progress = silent, examples: Examples | None = None
+) -> Plan:
     """Turn sampler and cache policy into programs: everything that is decided before anything runs.
 
-    The plan's options hold no AUTO for `reuse`, `smooth` and `vc`. Raises InputError where settings make no sense for
+    The plan's options hold no AUTO for `reuse`, `smooth` and `vc`. `examples` are `examples_of` the model where nobody
+    gives others. Raises InputError where settings make no sense for
     the model.
     """
-    spec = model.spec
-    if options.cfg != 1 and spec.null_label is None:
-        raise InputError(f"{spec.name} has no unconditional class for guidance; set --cfg 1")
+    examples = examples_of(model)[0] if examples is None else examples
+    spec = examples.spec
+    if options.cfg != 1 and not spec.can_be_guided:
+        what = "unconditional class" if spec.num_classes else "condition with a null"
+        raise InputError(f"{spec.name} has no {what} for guidance; set --cfg 1")
+    if not spec.branches and (options.bits is not None or options.policy != "none"):
+        raise InputError(
+            f"{spec.name} has no branches, so there is nothing to reuse and nothing to quantize; give --policy none "
+            "and a --precision without integers"
+        )
     sampler = options.sampler_spec(spec.sampler)
     advise_on_clipping(spec.sampler, sampler)
     columns = trajectory_table(spec.diffusion, sampler, options.steps)
@@ -65,7 +77,7 @@ def make_plan(model: Any, options: CompileOptions, progress: Progress = silent) 
     cached = program(_with_reuse(schedule, options.reuse), caches)
     deployed = cached if options.float_ends is None else ends_in_float(cached, *options.float_ends)
     uncached = program(schedule_for("none", spec, options.steps), "branches")
-    plan = Plan(spec, options, deployed, cached, uncached, columns, progress)
+    plan = Plan(spec, options, deployed, cached, uncached, columns, progress, examples)
     check_pool_suffices(plan)
     check_selector_sees(plan)
     return plan

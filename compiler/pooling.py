@@ -30,7 +30,7 @@ def record_pool(
     wanted = plan.recorded_steps
     at_most = LARGEST_BATCH if observer is None else plan.probed_at_once
     count = plan.options.pool_size(len(wanted))
-    labels = np.array(plan.labels(count))
+    labels = np.array(plan.labels(count))  # zeros without classes
 
     def visits(runner: HostExecutor) -> Iterator[Visit]:
         for part, request in start_requests(plan, runner, count, POOL_NOISE, at_most):

@@ -7,12 +7,12 @@ from pathlib import Path
 from ditc.bundle import write_tables
 from ditc.compiler.calibrating import activation_scales
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.trajectories import VERIFY_NOISE, purposed_request
 from ditc.compiler.work import write_json
 from ditc.engines.backend import lowered_path, runnable_path
 from ditc.engines.onnxrt import INTEGER_KERNELS, OnnxRuntimeBackend, kernel_census
 from ditc.errors import CheckError
 from ditc.files import atomic_write
-from ditc.guidance import row_labels
 from ditc.lowering.backend_forms import lower
 from ditc.lowering.half_storage import half_storage
 from ditc.program import CONDITION, FULL
@@ -23,7 +23,7 @@ from ditc.runtime.conditioning import condition_tables
 
 __all__ = ["check_integer_kernels", "quantize", "store_condition"]
 
-LABELS_COMPARED = 4
+IMAGES_COMPARED = 4
 
 
 def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
@@ -64,9 +64,10 @@ def store_condition(plan: Plan, segment: Path, path: Path) -> None:
     if not half_storage(model):
         return
     save_graph(model, path)
-    labels = row_labels(plan.labels(LABELS_COMPARED), None)
+    request, _, _ = purposed_request(plan, range(IMAGES_COMPARED), VERIFY_NOISE)
+    conditions = {each.name: request.rows(each) for each in plan.spec.network_inputs}
     exact, halved = (
-        condition_tables(plan.backend.session(file), plan.columns["t"], labels) for file in (segment, path)
+        condition_tables(plan.backend.session(file), plan.columns["t"], conditions) for file in (segment, path)
     )
     error = max(relative_error(halved[name], table) for name, table in exact.items())
     write_json(path.with_name("storage.json"), {CONDITION: {"relative_error": error}})

@@ -16,6 +16,7 @@ from ditc.exporter.onnx_files import data_path
 from ditc.files import atomic_folder
 from ditc.lowering.backend_forms import LOWERINGS
 from ditc.machine import package_versions
+from ditc.manifest import EXAMPLES
 from ditc.runtime.compensation import TableCompensation
 from ditc.tables import Tables, sampler_tables
 
@@ -43,6 +44,8 @@ def seal(plan: Plan, segments: Segments, compiled: Segments, folders: Folders, t
     with atomic_folder(target) as folder:
         _copy_files(plan, segments, compiled, folders, folder)
         write_tables(folder / TABLES, {**sampler_tables(plan.columns), **tables})
+        if plan.examples.arrays:
+            write_tables(folder / EXAMPLES, plan.examples.arrays)
         # of the files as they are deployed: a GPU's form shares the portable one's weights, and opens beside it only
         deployed = {path.stem: folder / "segments" / path.name for path in compiled.values()}
         fingerprint(plan, deployed, tables, folder)

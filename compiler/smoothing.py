@@ -14,6 +14,7 @@ from ditc.calibset import CalibSet
 from ditc.checks import SmoothedLayer, Smoothing
 from ditc.compiler.calibrating import calibration_feeds, open_probe
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.point_conditions import PointConditions
 from ditc.compiler.work import write_json
 from ditc.errors import CheckError
 from ditc.host_memory import return_free_memory
@@ -91,7 +92,7 @@ def statistics_of(
     done = 0
     for step in np.unique(calib.step):
         at_step = calib.take(np.flatnonzero(calib.step == step))
-        feeds = calibration_feeds(condition, at_step, plan.guidance_label, probe.points_at_once)
+        feeds = calibration_feeds(condition, at_step, PointConditions.of_plan(plan), probe.points_at_once)
         for turn, feed in enumerate(feeds):
             plan.progress("smooth", done, len(calib))
             done += len(feed["x"]) // plan.halves
@@ -150,7 +151,7 @@ def _outputs(plan: Plan, segments: Segments, name: str, points: CalibSet) -> dic
     names = [port.name for port in session.get_outputs()]
     rng = np.random.default_rng(0)
     runs = []
-    for feed in calibration_feeds(condition, points, plan.guidance_label, 1):
+    for feed in calibration_feeds(condition, points, PointConditions.of_plan(plan), 1):
         noise = rng.standard_normal((len(feed["x"]), *plan.spec.branch_shape), np.float32)
         inputs = {port.name: _input(port, feed, noise) for port in session.get_inputs()}
         runs.append(session.run(names, inputs))

@@ -10,7 +10,8 @@ import numpy as np
 from ditc.compiler.plan import LARGEST_BATCH, Plan, Segments
 from ditc.engines.backend import Backend
 from ditc.program import DECODE, Program
-from ditc.runtime.executor import Correction, Samples, StepEvent, seeded_noise
+from ditc.requests import Request
+from ditc.runtime.executor import Correction, NoiseSource, Samples, StepEvent, seeded_request
 from ditc.runtime.host_executor import HostExecutor
 from ditc.runtime.pipeline import open_engines
 from ditc.tables import Tables, sampler_tables
@@ -22,6 +23,7 @@ __all__ = [
     "VERIFY_NOISE",
     "exact_trajectory",
     "executor",
+    "purposed_request",
     "start_requests",
 ]
 
@@ -59,11 +61,13 @@ def start_requests(
     plan: Plan, runner: HostExecutor, count: int, purpose: int, at_most: int = LARGEST_BATCH
 ) -> list[tuple[range, Iterator[StepEvent]]]:
     """Return requests over `count` images with a purpose's own noise, not yet run, and the images of each."""
-    labels, requests = plan.labels(count), []
-    for part in plan.batches(count, at_most):
-        noise, fresh = seeded_noise(plan.options.seed + purpose, part.start, len(part), plan.spec.latent_shape)
-        requests.append((part, runner.run(labels[part.start : part.stop], noise, fresh)))
-    return requests
+    return [(part, runner.run(*purposed_request(plan, part, purpose))) for part in plan.batches(count, at_most)]
+
+
+def purposed_request(plan: Plan, part: range, purpose: int) -> tuple[Request, Samples, NoiseSource]:
+    """Return the request of some images with a purpose's own noise: what an executor takes."""
+    seed, steps = plan.options.seed + purpose, len(plan.program.steps)
+    return seeded_request(plan.spec, plan.request(part), seed, part.start, steps)
 
 
 def exact_trajectory(plan: Plan, segments: Segments, count: int, purpose: int, stage: str) -> list[Samples]:

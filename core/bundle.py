@@ -5,6 +5,7 @@
     segments/*.onnx       the deployed segments (+ external data beside them); NAME.BACKEND.onnx is the form of one
                           backend, sharing that data
     tables.safetensors    every per-step number: timesteps, sampler coefficients, compensation
+    conditions.safetensors    of a model of more than classes: conditions of typical images (`requests.Examples`)
     fingerprint.safetensors   what the segments gave where they were compiled (`runtime.fingerprint`)
     calib/                the calibration set and the scales made from it; a deployment may leave it out
     reference/*.onnx      the FP segments that `ditc verify` compares with; a deployment may leave them out
@@ -27,11 +28,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from ditc.bundle_checks import bundle_contradictions, is_graph, manifest_contradictions
-from ditc.errors import BundleError
+from ditc.errors import BundleError, InputError
 from ditc.files import atomic_write, sha256_of
-from ditc.manifest import MANIFEST, REFERENCE, SCHEMA_VERSION, SEAL, SEGMENTS, TABLES, FileEntry, Manifest
+from ditc.manifest import EXAMPLES, MANIFEST, REFERENCE, SCHEMA_VERSION, SEAL, SEGMENTS, TABLES, FileEntry, Manifest
 from ditc.onnx_ports import Ports, read_ports
 from ditc.precision import quantized
+from ditc.requests import Examples, example_names
 from ditc.tables import read_tables, write_tables
 
 __all__ = [
@@ -80,6 +82,16 @@ class Bundle:
     def tables(self) -> dict[str, NDArray[Any]]:
         return read_tables(self.path / TABLES)
 
+    def examples(self) -> Examples:
+        """Conditions of typical images: what is made or measured without a request of one's own is made with them."""
+        spec = self.manifest.model
+        names = example_names(spec)
+        arrays = read_tables(self.path / EXAMPLES) if names else {}
+        try:
+            return Examples.checked(spec, arrays)
+        except InputError as e:
+            raise BundleError(f"{self.path} contradicts itself: {EXAMPLES}: {e}; compile it again") from e
+
 
 def seal_bundle(folder: Path, manifest: Manifest) -> Manifest:
     """Hash every file of a finished folder into its manifest and write that, last."""
@@ -109,7 +121,9 @@ def open_bundle(path: Path) -> Bundle:
         _check_nothing_unlisted(path, manifest)
         ports = {name: _ports(path, name) for name in filter(is_graph, present)}
         _refuse(path, bundle_contradictions(manifest, read_tables(path / TABLES), ports))
-    return Bundle(path=path, manifest=manifest)
+        bundle = Bundle(path=path, manifest=manifest)
+        bundle.examples()
+    return bundle
 
 
 @contextmanager

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from unicodedata import normalize
 
-from ditc.manifest import REFERENCE, SEGMENTS, TABLES, Manifest
+from ditc.manifest import EXAMPLES, REFERENCE, SEGMENTS, TABLES, Manifest
 from ditc.onnx_ports import Ports
 from ditc.port_checks import port_contradictions
 from ditc.precision import PRECISIONS, quantized
 from ditc.program import FULL, UPDATE
 from ditc.program_checks import contradictions, repeated
+from ditc.requests import example_names
 from ditc.table_checks import table_contradictions
 from ditc.tables import Tables
 
@@ -53,13 +54,13 @@ def numbers_are_possible(manifest: Manifest) -> Iterator[str]:
         yield f"precision {manifest.precision!r} is none of: {', '.join(PRECISIONS)}"
     if not (math.isfinite(manifest.guidance) and 0 < manifest.guidance < MOST_GUIDANCE):
         yield f"guidance is {manifest.guidance:g}, expected more than 0 and less than {MOST_GUIDANCE:g}"
-    if manifest.guidance != 1 and spec.null_label is None:
+    if manifest.guidance != 1 and not spec.can_be_guided:
         yield f"guidance is {manifest.guidance:g}, and the model has no unconditional class"
     if spec.null_label is not None and spec.null_label < 0:
         yield f"the unconditional class is {spec.null_label}, expected a number from 0 on"
     if manifest.batch < 1:
         yield f"batch is {manifest.batch}, expected at least 1"
-    if not spec.branch_shape or min(spec.branch_shape) < 1:
+    if spec.branches and (not spec.branch_shape or min(spec.branch_shape) < 1):
         yield f"branches cache the shape {list(spec.branch_shape)}, expected positive numbers"
 
 
@@ -114,6 +115,7 @@ def files_are_those_that_are_called(manifest: Manifest) -> Iterator[str]:
     """There is a graph for every call, tables, and no graph that nothing calls."""
     called = manifest.program.calls
     needed = [TABLES, *(f"{SEGMENTS}{name}.onnx" for name in called)]
+    needed += [EXAMPLES] if example_names(manifest.model) else []
     reference = manifest.reference_program
     if reference is not None and quantized(manifest.precision):
         needed.append(f"{REFERENCE}{FULL}.onnx")

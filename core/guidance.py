@@ -9,19 +9,19 @@ half has no effect, so it isn't computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditc.errors import InputError
-from ditc.spec import ModelSpec
+from ditc.requests import Request
+from ditc.spec import Condition, ModelSpec
 
-__all__ = ["Guidance", "Labels", "Samples", "halves_of", "row_labels"]
+__all__ = ["Guidance", "Samples", "halves_of"]
 
 Samples = NDArray[np.float32]  # (n, channels, *space)
-Labels = NDArray[np.int64]  # the class of each row or image
 
 
 def halves_of(weight: float) -> int:
@@ -29,47 +29,41 @@ def halves_of(weight: float) -> int:
     return 1 if weight == 1 else 2
 
 
-def row_labels(labels: Sequence[int] | Labels, null_label: int | None) -> Labels:
-    """Return the class of every row: the images' own, then the null class for each; None is without guidance."""
-    own = np.asarray(labels, np.int64)
-    return own if null_label is None else np.concatenate([own, np.full_like(own, null_label)])
-
-
 @dataclass(frozen=True)
 class Guidance:
     """The rows that a network takes, and their combination into one prediction.
 
     `channels` are those of a sample, of which the first `guided_channels` are guided; with a `learned_variance` the
-    network returns as many behind them. `null_label` is what the unconditional half is asked for, None without one.
+    network returns as many behind them. `conditions` are what the network takes of every row, each with the null that
+    the unconditional half gets.
     """
 
     weight: float
     channels: int
     guided_channels: int
     learned_variance: bool
-    null_label: int | None
+    conditions: tuple[Condition, ...]
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise InputError(f"guidance must be above 0 and finite, found {self.weight:g}; 1 means no guidance")
         if not 0 < self.guided_channels <= self.channels:
             raise InputError(f"guidance of {self.guided_channels} channels, expected 1 to {self.channels}")
-        if (self.null_label is None) != (self.halves == 1):
-            raise InputError(
-                f"guidance must be 1 without an unconditional class, and only then, found {self.weight:g}; set --cfg 1"
-            )
+        if self.halves == 2 and all(condition.null == "same" for condition in self.conditions):
+            raise InputError(f"guidance must be 1 without an unconditional class, found {self.weight:g}; set --cfg 1")
 
     @staticmethod
     def of(spec: ModelSpec, weight: float) -> Guidance:
         """Return the guidance of a model. Raises InputError where a model without a null class is to be guided."""
-        if halves_of(weight) == 2 and spec.null_label is None:
-            raise InputError(f"{spec.name} has no unconditional class, so guidance must be 1, found {weight:g}")
+        if halves_of(weight) == 2 and not spec.can_be_guided:
+            what = "unconditional class" if spec.num_classes else "condition with a null"
+            raise InputError(f"{spec.name} has no {what}, so guidance must be 1, found {weight:g}")
         return Guidance(
             weight=weight,
             channels=spec.in_channels,
             guided_channels=spec.cfg_channels,
             learned_variance=spec.diffusion.learned_sigma,
-            null_label=spec.null_label if halves_of(weight) == 2 else None,
+            conditions=spec.network_inputs,
         )
 
     @property
@@ -81,9 +75,18 @@ class Guidance:
         """Return what the network takes for samples (n, channels, *space): all of them for each half."""
         return np.concatenate([x] * self.halves)
 
-    def labels(self, labels: Sequence[int] | Labels) -> Labels:
-        """Return the class of every row for the classes of the images."""
-        return row_labels(labels, self.null_label)
+    def row_conditions(self, request: Request) -> dict[str, NDArray[Any]]:
+        """Return what the network takes of every condition: the images' own, then the null of each; (rows, *shape).
+
+        Fresh noise is (steps, rows, *shape), the same for both halves.
+        """
+        rows = {}
+        for condition in self.conditions:
+            own, axis = request.rows(condition), int(condition.fresh)
+            rows[condition.name] = own
+            if self.halves == 2:
+                rows[condition.name] = np.concatenate([own, _null(request, condition, own)], axis=axis)
+        return rows
 
     def combine(self, out: Samples, count: int) -> tuple[Samples, Samples | None]:
         """Return (prediction, raw variance or None) of `count` images, each (count, channels, *space).
@@ -97,3 +100,10 @@ class Guidance:
             unconditional = out[count:, guided]
             prediction[:, guided] = unconditional + np.float32(self.weight) * (out[:count, guided] - unconditional)
         return prediction, raw_variance
+
+
+def _null(request: Request, condition: Condition, own: NDArray[Any]) -> NDArray[Any]:
+    """Return the unconditional half's rows of a condition, shaped as the images' own."""
+    if condition.null_name is not None:
+        return request.arrays[condition.null_name]
+    return own if condition.null == "same" else np.full_like(own, condition.null)

@@ -13,6 +13,7 @@ from ditc.program import Program
 from ditc.spec import ModelSpec, Record
 
 __all__ = [
+    "EXAMPLES",
     "MANIFEST",
     "REFERENCE",
     "SCHEMA_VERSION",
@@ -29,6 +30,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SEAL = "manifest.sha256"
 TABLES = "tables.safetensors"
+EXAMPLES = "conditions.safetensors"
 SEGMENTS = "segments/"
 REFERENCE = "reference/"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ditc.manifest import REFERENCE, SEGMENTS, Manifest
 from ditc.onnx_ports import Ports, Shape
-from ditc.program import AHEAD, CONDITION, DECODE, LABELS, REUSE_ROWS, TIMESTEPS, UPDATE, SegmentPlan
+from ditc.program import AHEAD, CONDITION, DECODE, REQUEST, REUSE_ROWS, TIMESTEPS, UPDATE, SegmentPlan
 from ditc.tables import SAMPLER, STEP_INPUTS, Tables, history_columns, memory_of, sampler_columns
 from ditc.update_form import PREDICTED
 
@@ -32,7 +32,7 @@ class Graphs:
 
     @property
     def conditioning(self) -> Mapping[str, Shape]:
-        """The outputs of `condition`: (steps, rows, ...) by name."""
+        """The outputs of `condition` by name: (steps, rows, ...), of the request (rows, ...)."""
         return self.ports[f"{SEGMENTS}{CONDITION}.onnx"].outputs
 
 
@@ -60,10 +60,16 @@ def _unlisted(manifest: Manifest, folder: str, ports: Ports) -> Iterator[str]:
 
 
 def _condition(graphs: Graphs, ports: Ports) -> Iterator[str]:
-    yield from _differences("takes", ports.inputs, {TIMESTEPS: ("steps",), LABELS: ("batch",)})
+    conditions: dict[str, Shape] = {
+        each.name: (*(("steps",) if each.fresh else ()), "batch", *each.shape)
+        for each in graphs.manifest.model.network_inputs
+    }
+    yield from _differences("takes", ports.inputs, {TIMESTEPS: ("steps",), **conditions})
     for name, shape in ports.outputs.items():
-        if shape[1:2] != ("batch",):
-            yield f"it returns {name!r} of shape {_shown(shape)}, expected a row for each step and label"
+        once = name.startswith(REQUEST)
+        if shape[0 if once else 1 :][:1] != ("batch",):
+            rows = "a row for each label" if once else "a row for each step and label"
+            yield f"it returns {name!r} of shape {_shown(shape)}, expected {rows}"
 
 
 def _decode(graphs: Graphs, ports: Ports) -> Iterator[str]:
@@ -114,10 +120,10 @@ def _reference(graphs: Graphs, ports: Ports) -> Iterator[str]:
 
 def _tables_of_steps(graphs: Graphs, ahead: int | None) -> dict[str, Shape]:
     """A step's rows of the conditioning, and those of so many later ones; None for any number of them."""
-    own = {name: shape[1:] for name, shape in graphs.conditioning.items()}
-    if ahead == 0:
-        return own
-    return own | {f"{AHEAD}.{name}": ("ahead" if ahead is None else ahead, *rest) for name, rest in own.items()}
+    once = {name: shape for name, shape in graphs.conditioning.items() if name.startswith(REQUEST)}
+    own = {name: shape[1:] for name, shape in graphs.conditioning.items() if name not in once}
+    later = {f"{AHEAD}.{name}": ("ahead" if ahead is None else ahead, *rest) for name, rest in own.items()}
+    return own | once | ({} if ahead == 0 else later)
 
 
 def _row_of(graphs: Graphs, name: str, rows: int = 1) -> dict[str, Shape]:

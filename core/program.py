@@ -22,8 +22,8 @@ __all__ = [
     "EXTRAPOLATE",
     "FLOAT",
     "FULL",
-    "LABELS",
     "PATH_KEY",
+    "REQUEST",
     "REUSE",
     "REUSE_ROWS",
     "TIMESTEPS",
@@ -37,7 +37,9 @@ __all__ = [
 ]
 
 CONDITION, DECODE = "condition", "decode"
-TIMESTEPS, LABELS = "t", "y"  # what CONDITION takes: float32 (steps,), and int64 (rows,), the class of each row
+TIMESTEPS = "t"  # what CONDITION takes beside the conditions of each row: float32 (steps,)
+# in front of a table's name: it depends on no timestep, so a request has it once and not for each step
+REQUEST = "request."
 UPDATE = "update"  # guidance, sampler and compensation of a step, for devices
 FULL, REUSE, EXTRAPOLATE = "full", "reuse", "extrapolate"
 FLOAT = "float"  # `full` as it was before its linear layers became INT8
@@ -70,6 +72,11 @@ class SegmentPlan(Record):
     ahead: int = 0
     rows: int = 0
     in_float: bool = False
+
+    @property
+    def computes(self) -> bool:
+        """Does it run any branch? What has none runs whole at every step."""
+        return any(self.compute) or not self.compute
 
     @property
     def quantizes(self) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+import math
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    StrictFloat,
+    StrictInt,
     model_serializer,
     model_validator,
 )
@@ -16,7 +19,18 @@ from pydantic import (
 from ditc.choices import BetaSchedule, Prediction, SamplerName, Spacing, Variance
 from ditc.errors import InputError
 
-__all__ = ["DiffusionSpec", "ModelSpec", "PartialRecord", "Record", "SamplerSpec", "Skipped"]
+__all__ = [
+    "GIVEN_NULL",
+    "LABEL",
+    "NO_CONDITION",
+    "Condition",
+    "DiffusionSpec",
+    "ModelSpec",
+    "PartialRecord",
+    "Record",
+    "SamplerSpec",
+    "Skipped",
+]
 
 PICTURE = ("height", "width")  # the axes of a picture, after its channels
 PIXEL_CHANNELS = (1, 3)  # grey or RGB
@@ -86,14 +100,67 @@ class SamplerSpec(Record):
     clip: float | None = Field(default=None, gt=0)
 
 
+class Condition(Record):
+    """A named input of a request beside the sample and its timestep: an array of `shape` for each image.
+
+    It holds numbers of `dtype`: integers of 0 to `classes` - 1, or floats. `null` is what the unconditional half of
+    guidance gets in its place: a number, for every place of the array (an integer may be one past the classes); "same",
+    what the image itself gets; "given", an array that comes with the request (`null_name`), such as a negative text.
+    A condition that is `fresh` comes with no request: it is unit normal noise of the image's own at every step.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    dtype: Literal["int64", "float32"] = "float32"
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    classes: int | None = Field(default=None, ge=1)
+    null: StrictInt | StrictFloat | Literal["same", "given"] = "same"
+    fresh: bool = False
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> Condition:
+        if self.name in RESERVED or self.name.startswith("null_"):
+            raise ValueError(f"a condition can't be called {self.name!r}: segments and requests use that name")
+        if (self.classes is None) == (self.dtype == "int64"):
+            raise ValueError(f"condition {self.name}: integers have `classes`, and floats have none")
+        if self.fresh and (self.classes is not None or self.null != "same"):
+            raise ValueError(f"condition {self.name} is fresh noise: floats, without a null")
+        if isinstance(self.null, (int, float)):
+            whole = isinstance(self.null, int) and self.null >= 0
+            if not (whole if self.classes is not None else math.isfinite(self.null)):
+                raise ValueError(f"condition {self.name}: the null {self.null} is no {self.dtype} that it may hold")
+        return self
+
+    @property
+    def null_name(self) -> str | None:
+        """The name under which a request gives what the unconditional half gets, None where nobody gives that."""
+        return f"null_{self.name}" if self.null == "given" else None
+
+
+LABEL = "y"  # the condition that is a class
+RESERVED = {LABEL, "t", "x", "out", "rows", "latent", "image", "scales", "midpoints", "labels", "seeds", "noise"}
+GIVEN_NULL = "null_"  # in front of a condition's name: what the unconditional half gets of it, as a request gives that
+
+
+def _label(classes: int, null: int | None) -> Condition:
+    return Condition.model_construct(
+        name=LABEL, dtype="int64", shape=(), classes=classes, null="same" if null is None else null, fresh=False
+    )
+
+
+# what `condition` takes of a model without any: a zero for each row, which says no more than how many there are
+NO_CONDITION = Condition.model_construct(name="rows", dtype="int64", shape=(), classes=1, null="same", fresh=False)
+
+
 class ModelSpec(Record):
     """A diffusion transformer as the schedule, the samplers and the executor see it.
 
     A sample, or latent, is (in_channels, *space): (height, width) of a picture, (frames, height, width) of a video, ()
     of a vector. For a picture `height` and `width` may be given in place of `space`, and are what is written as JSON.
     `branches` are the residual sub-layers in the order they run; each caches a tensor of `branch_shape` (without the
-    batch axis). `null_label` is the class of unconditional guidance, None for a model without it. `cfg_channels` says
-    to how many of the latent channels guidance applies: 3 in the original DiT release, all in diffusers.
+    batch axis). A model of classes states how many, `num_classes`, and with `null_label` the one of unconditional
+    guidance, None without it; that is the condition "y". `conditions` are all others, in the order in which the model
+    takes them. `cfg_channels` says to how many of the latent channels guidance applies: 3 in the original DiT release,
+    all in diffusers.
     `assumptions` are facts that neither the weights nor what lies beside them state, `doubts` what a look at the
     model's output speaks against; each is a line for people.
     """
@@ -102,10 +169,11 @@ class ModelSpec(Record):
     family: str
     in_channels: int = Field(ge=1)
     space: tuple[Annotated[int, Field(ge=1)], ...]
-    num_classes: int = Field(ge=1)
+    num_classes: int | None = Field(default=None, ge=1)
     null_label: int | None = None
+    conditions: tuple[Condition, ...] = ()
     cfg_channels: int = Field(ge=1)
-    branches: tuple[str, ...] = Field(min_length=1)
+    branches: tuple[str, ...]
     branch_shape: tuple[int, ...]
     parameters: int = Field(ge=0)
     diffusion: DiffusionSpec = DiffusionSpec()
@@ -132,7 +200,8 @@ class ModelSpec(Record):
         written: dict[str, Any] = {}
         for name, value in handler(self).items():
             picture = name == "space" and len(value) == len(PICTURE)
-            written |= dict(zip(PICTURE, value, strict=True)) if picture else {name: value}
+            if name != "conditions" or value:  # most models have a class alone
+                written |= dict(zip(PICTURE, value, strict=True)) if picture else {name: value}
         return written
 
     @property
@@ -145,6 +214,31 @@ class ModelSpec(Record):
         if self.cfg_channels > self.in_channels:
             raise ValueError(f"cfg_channels is {self.cfg_channels}, the model has only {self.in_channels} channels")
         return self
+
+    @model_validator(mode="after")
+    def _conditions_have_names_of_their_own(self) -> ModelSpec:
+        names = [condition.name for condition in self.conditions]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two conditions have the same name: {', '.join(names)}")
+        if self.num_classes is None and self.null_label is not None:
+            raise ValueError(f"null_label is {self.null_label}, and the model has no classes: state num_classes")
+        return self
+
+    @property
+    def inputs(self) -> tuple[Condition, ...]:
+        """Every condition, in the order in which the model takes them: its class first, where it has classes."""
+        label = () if self.num_classes is None else (_label(self.num_classes, self.null_label),)
+        return *label, *self.conditions
+
+    @property
+    def network_inputs(self) -> tuple[Condition, ...]:
+        """The same, as the segment `condition` takes them: NO_CONDITION where there is none."""
+        return self.inputs or (NO_CONDITION,)
+
+    @property
+    def can_be_guided(self) -> bool:
+        """Is there a condition with a null, so that guidance has an unconditional half?"""
+        return any(condition.null != "same" for condition in self.inputs)
 
     @property
     def out_channels(self) -> int:
@@ -167,11 +261,13 @@ class ModelSpec(Record):
         return len(self.space) == len(PICTURE) and self.in_channels in PIXEL_CHANNELS
 
     def labels_in_turn(self, first: int, count: int) -> list[int]:
-        """Return the classes of images `first` to `first + count`, where the classes take turns."""
-        return [number % self.num_classes for number in range(first, first + count)]
+        """Return the classes of images `first` to `first + count`, where the classes take turns; 0 without classes."""
+        return [number % (self.num_classes or 1) for number in range(first, first + count)]
 
     def check_labels(self, labels: tuple[int, ...]) -> None:
         """Raise InputError unless every label is a class of this model."""
+        if self.num_classes is None:
+            raise InputError(f"{self.name} has no classes, found the labels {list(labels)}; leave them out")
         if not labels:
             raise InputError("no labels given; name at least one class, for example --labels 0,1,2")
         wrong = [label for label in labels if not 0 <= label < self.num_classes]

@@ -42,7 +42,7 @@ def forms(manifest: Manifest) -> dict[str, Form]:
     return {
         **{f"{SAMPLER}{name}": ("float64", (steps,)) for name in (*SAMPLER_COLUMNS, *LOG_VARIANCES)},
         **dict.fromkeys(COMPENSATION, ("float64", (steps, spec.in_channels))),
-        REUSE_ROWS: ("float32", (steps, rows, spec.branch_shape[-1])),
+        REUSE_ROWS: ("float32", (steps, rows, *spec.branch_shape[-1:])),
         SCALES_TABLE: ("float32", (steps, None)),
         MIDPOINTS_TABLE: ("float32", (steps, None)),
     }

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ditc.bundle import Bundle, open_bundle
 from ditc.calibset import CalibSet
 from ditc.compiler.calibrating import calibration_feeds, chosen_points, scales_of
+from ditc.compiler.point_conditions import PointConditions
 from ditc.diagnosis.bisection import Bisection, GroupError, StepError
 from ditc.diagnosis.options import BisectOptions
 from ditc.engines.backend import Engine, runnable_path
@@ -30,7 +31,6 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, InputError, unknown_name
 from ditc.exporter.onnx_files import data_path, load_graph, save_derived
 from ditc.files import digest_of, writing
-from ditc.guidance import Guidance
 from ditc.lowering.backend_forms import lower
 from ditc.precision import quantized
 from ditc.program import CONDITION
@@ -173,10 +173,9 @@ def check_can_be_bisected(bundle: Bundle) -> None:
 def _variant_parts(bundle: Bundle, points: int, target: Target) -> Iterator[_VariantParts]:
     """Copy the FP segment to a folder that lives as long as the block, and read the inputs of the chosen points."""
     spec = bundle.manifest.model
-    null_label = Guidance.of(spec, bundle.manifest.guidance).null_label
     table, calib = scales_of(bundle), chosen_points(bundle, points)
     condition = OnnxRuntimeBackend().session(runnable_path(bundle.segment_path(CONDITION), "onnxrt"))
-    feeds = list(calibration_feeds(condition, calib, null_label, points_at_once=1))
+    feeds = list(calibration_feeds(condition, calib, PointConditions.of_bundle(bundle), points_at_once=1))
     for name, rows in step_inputs(bundle.tables()).items():
         feeds = [feed | {name: rows[step]} for feed, step in zip(feeds, calib.step, strict=True)]
     with TemporaryDirectory(prefix="ditc-bisect-") as folder:

@@ -24,8 +24,10 @@ from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.errors import InputError
 from ditc.files import atomic_folder
 from ditc.guidance import Guidance
-from ditc.program import CONDITION, LABELS, REUSE_ROWS, TIMESTEPS, Program
+from ditc.program import CONDITION, REUSE_ROWS, TIMESTEPS, Program
+from ditc.requests import Request
 from ditc.runtime.conditioning import condition_tables
+from ditc.runtime.executor import seeded_request
 from ditc.runtime.pipeline import Pipeline
 from ditc.spec import Record
 from ditc.tables import step_inputs
@@ -111,22 +113,24 @@ def recorded_runs(bundle: Bundle, points: int) -> dict[str, list[RecordedRun]]:
     """Record what the engine of every segment is bound to at `points` of its calls, along one request of the bundle."""
     manifest = bundle.manifest
     backend = RecordingBackend(OnnxRuntimeBackend(), recorded_calls(manifest.program, points))
-    labels = manifest.model.labels_in_turn(0, manifest.batch)
+    request = bundle.examples().in_turn(0, manifest.batch)
     with Pipeline(bundle, backend=backend) as pipe:
-        for _ in pipe.generate(labels):
+        for _ in pipe.generate(request):
             pass
-    return backend.runs | {CONDITION: [with_every_row(bundle, labels, run) for run in backend.runs[CONDITION]]}
+    return backend.runs | {CONDITION: [with_every_row(bundle, request, run) for run in backend.runs[CONDITION]]}
 
 
-def with_every_row(bundle: Bundle, labels: list[int], run: RecordedRun) -> RecordedRun:
-    """Return a run of `condition` with a label for each network row, as an engine of fixed shapes takes it.
+def with_every_row(bundle: Bundle, request: Request, run: RecordedRun) -> RecordedRun:
+    """Return a run of `condition` with the conditions of every network row, as an engine of fixed shapes takes it.
 
-    On the CPU it was given each label once.
+    On the CPU it was given equal rows once.
     """
-    rows = Guidance.of(bundle.manifest.model, bundle.manifest.guidance).labels(labels)
+    spec, steps = bundle.manifest.model, len(bundle.manifest.program.steps)
+    drawn, _, _ = seeded_request(spec, request, 0, 0, steps)
+    rows = Guidance.of(spec, bundle.manifest.guidance).row_conditions(drawn)
     session = OnnxRuntimeBackend().session(bundle.segment_path(CONDITION))
     tables = condition_tables(session, run.inputs[TIMESTEPS], rows)
-    return RecordedRun(run.call, {**run.inputs, LABELS: rows}, tables)
+    return RecordedRun(run.call, {**run.inputs, **rows}, tables)
 
 
 def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> SegmentFacts:

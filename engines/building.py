@@ -38,7 +38,6 @@ from ditc.engines.trt_runtime import calibration_cache, wanted_key
 from ditc.engines.trt_worker import PLAN, TIMINGS, BuildRequest, MachineDescription
 from ditc.errors import CheckError, InputError
 from ditc.files import atomic_write, locked, writing
-from ditc.guidance import Guidance
 from ditc.openable import check_utf8
 from ditc.program import CONDITION, UPDATE
 from ditc.progress import Progress
@@ -215,12 +214,17 @@ class _BuildRun:
         quantizing = {part.name for part in bundle.manifest.program.segments if part.quantizes}
         if method == EXPLICIT or key.segment not in quantizing:
             return None
+        if any(condition.fresh for condition in bundle.manifest.model.conditions):
+            raise InputError(
+                f"--calibration {method} can't draw the fresh noise that {bundle.manifest.model.name} is given; leave "
+                "it out: the explicit Q/DQ form holds the scales already"
+            )
         condition = self.planned.key(CONDITION)
         return CalibrationRequest(
             points=(bundle.path / CALIBRATION_SET).absolute(),
             condition_plan=store.plan_path(condition).absolute(),
             condition_sha256=store.record(condition).sha256,
-            null_label=Guidance.of(bundle.manifest.model, bundle.manifest.guidance).null_label,
+            bundle=bundle.path.absolute(),
             ahead=bundle.manifest.program.segment(key.segment).ahead,
             cache=calibration_cache(store, bundle, key.segment, method).absolute(),
         )

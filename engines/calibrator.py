@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ditc.bundle import Bundle
+from ditc.bundle import Bundle, open_bundle
 from ditc.calibset import CalibSet
 from ditc.engines.device import Device, DeviceTensor, open_device
 from ditc.engines.store import EngineStore
@@ -24,8 +24,8 @@ from ditc.engines.trt import open_runtime
 from ditc.engines.trt_runtime import TensorRTEngine, calibration_cache, share_scratch
 from ditc.errors import DitcError, InputError
 from ditc.files import atomic_write
-from ditc.guidance import row_labels
-from ditc.program import AHEAD, CONDITION, LABELS, TIMESTEPS
+from ditc.guidance import Guidance
+from ditc.program import AHEAD, CONDITION, REQUEST, TIMESTEPS
 from ditc.spec import Record
 
 __all__ = [
@@ -44,12 +44,15 @@ Batch = Mapping[str, DeviceTensor]
 
 
 class CalibrationRequest(Record):
-    """Needs of a calibrator of TensorRT 10: the points, the engine that makes their tables, a cache to keep."""
+    """Needs of a calibrator of TensorRT 10: the points, the engine that makes their tables, a cache to keep.
+
+    `bundle` has the conditions of the points' images.
+    """
 
     points: Path
     condition_plan: Path
     condition_sha256: str
-    null_label: int | None
+    bundle: Path
     ahead: int = 0  # how many later steps' tables the segment takes
     cache: Path
 
@@ -132,28 +135,33 @@ def calibration_batches(
 
     Points of one step share a batch; the last of a step is filled up by repeating. `rows` counts guidance halves.
     """
-    halves = len(row_labels([0], request.null_label))
-    images = rows // halves
+    bundle = open_bundle(request.bundle)
+    guidance, examples = Guidance.of(bundle.manifest.model, bundle.manifest.guidance), bundle.examples()
+    images = rows // guidance.halves
     t = device.empty(condition.inputs[TIMESTEPS].fixed_shape, condition.inputs[TIMESTEPS].dtype)
-    y = device.empty((rows,), "int64")
+    conditions = {each.name: device.empty((rows, *each.shape), each.dtype) for each in guidance.conditions}
     tables = {name: device.empty(port.fixed_shape, port.dtype) for name, port in condition.outputs.items()}
-    row = {name: device.empty(table.shape[1:], table.dtype) for name, table in tables.items()}
-    later = {f"{AHEAD}.{name}": table.rows(0, request.ahead) for name, table in tables.items() if request.ahead}
+    of_steps = {name: table for name, table in tables.items() if not name.startswith(REQUEST)}
+    once = {name: table for name, table in tables.items() if name not in of_steps}
+    row = {name: device.empty(table.shape[1:], table.dtype) for name, table in of_steps.items()}
+    later = {f"{AHEAD}.{name}": table.rows(0, request.ahead) for name, table in of_steps.items() if request.ahead}
     x = device.empty((rows, *points.x.shape[1:]), "float32")
-    for name, tensor in ((TIMESTEPS, t), (LABELS, y), *tables.items()):
+    for name, tensor in ((TIMESTEPS, t), *conditions.items(), *tables.items()):
         condition.bind(name, tensor)
     for step in np.unique(points.step):
         at_step = np.flatnonzero(points.step == step)
         device.upload(np.full(t.shape, points.t[at_step[0]], np.float32), t)
         for start in range(0, len(at_step), images):
             part = np.resize(at_step[start : start + images], images)
-            device.upload(row_labels(points.label[part], request.null_label), y)
-            device.upload(np.concatenate([points.x[part]] * halves), x)
+            asked = examples.of(points.sample[part], points.label[part].tolist())
+            for name, values in guidance.row_conditions(asked).items():
+                device.upload(np.ascontiguousarray(values), conditions[name])
+            device.upload(guidance.rows(points.x[part]), x)
             condition.enqueue()
-            for name, table in tables.items():
+            for name, table in of_steps.items():
                 device.copy(table.row(0), row[name])  # every step of this table is the same timestep
             device.synchronize()
-            yield {"x": x, **row, **later}  # TensorRT asks for those that the network has
+            yield {"x": x, **row, **later, **once}  # TensorRT asks for those that the network has
 
 
 def calibration_caches(bundle: Bundle) -> list[Path]:

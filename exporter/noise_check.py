@@ -52,7 +52,7 @@ def _answer(model: Any, timestep: int, strength: float) -> tuple[Tensor, Tensor]
     spec = model.spec
     rows = -(-NUMBERS // prod(spec.latent_shape))
     noise = strength * torch.randn(rows, *spec.latent_shape, generator=torch.Generator().manual_seed(0))
-    out = model(noise, torch.full((rows,), float(timestep)), torch.arange(rows) % spec.num_classes)
+    out = model(noise, torch.full((rows,), float(timestep)), torch.arange(rows) % (spec.num_classes or 1))
     return noise, out[:, : spec.in_channels]
 
 

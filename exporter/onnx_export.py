@@ -23,7 +23,7 @@ from ditc.exporter.graph_capture import captured
 from ditc.exporter.graph_cleanup import CLEANUP
 from ditc.exporter.onnx_files import save_graph
 from ditc.exporter.protocol import relative_error
-from ditc.exporter.segments import Segment, Trunk
+from ditc.exporter.segments import Condition, Segment, Trunk
 
 __all__ = ["export_segment", "parity_error", "whole_graph"]
 
@@ -36,7 +36,7 @@ def whole_graph(segment: Segment) -> ir.Model:
         segment.module,
         segment.inputs,
         segment.open_dims,
-        variadic=isinstance(segment.module, Trunk),
+        variadic=isinstance(segment.module, (Condition, Trunk)),
         outputs=segment.outputs,
     )
 

@@ -3,26 +3,35 @@
 A user's own diffusion transformer fits by having these members; nothing has to be inherited or registered. The whole
 network at one step is then
 
-    step = {name: table[i] for name, table in model.condition(t, y).items()}
+    step = {name: table[i] for name, table in model.condition(t, *conditions).items()}
     parts = model.unpack(step)
     h = model.embed(x)
     for branch in model.branches:
         h = branch.merge(h, branch.compute(h, parts), parts)
     out = model.head(h, parts)
 
-and has to equal `model(x, t, y)`; `check_decomposition` holds a model to that.
+and has to equal `model(x, t, *conditions)`; `check_decomposition` holds a model to that. The conditions are those that
+`spec.inputs` lists, in its order: for most models a class, `y`. What of them depends on no timestep, as the keys and
+values of a text, a model may compute apart, once for a request, in a method of its own:
+
+    def request_tables(self, *conditions) -> dict[str, Tensor]      # (batch, ...) each
+
+`unpack` gets these beside the step's. A model of conditions other than a class may say what typical ones are:
+
+    def example_conditions(self, count) -> dict[str, Tensor]        # (count, *shape) each, but for classes
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ditc.errors import CheckpointError
-from ditc.spec import ModelSpec
+from ditc.spec import Condition, ModelSpec
 
 __all__ = [
     "Branch",
@@ -31,6 +40,9 @@ __all__ = [
     "check_decomposition",
     "example_inputs",
     "relative_error",
+    "request_tables",
+    "spread_over_steps",
+    "step_tables",
 ]
 
 
@@ -64,8 +76,12 @@ class TrajectoryModel(Protocol):
         """Latents (batch, channels, h, w) to images in [-1, 1], None for a model of pixels."""
         ...
 
-    def condition(self, t: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Everything that depends on (steps,) timesteps and (batch,) labels alone, each (steps, batch, ...)."""
+    def condition(self, t: Tensor, *conditions: Tensor) -> dict[str, Tensor]:
+        """Everything that depends on (steps,) timesteps and the conditions alone, each (steps, batch, ...).
+
+        Conditions are (batch, *shape), a label (batch,), and fresh noise (steps, batch, *shape). Of a model without
+        conditions the tables are (steps, 1, ...).
+        """
         ...
 
     def unpack(self, step: dict[str, Tensor]) -> Any:
@@ -87,10 +103,10 @@ def branches_add(model: TrajectoryModel, tolerance: float = 1e-4) -> bool:
 
     Then what a step reuses is one sum over the branches, which an earlier step can make.
     """
-    x, t, y = example_inputs(model.spec, 2)
-    parts = model.unpack({name: table[0] for name, table in model.condition(t[:1], y).items()})
+    x, t, *conditions = example_inputs(model.spec, 2)
+    parts = model.unpack(step_tables(model, t[:1], conditions))
     h = model.embed(x)
-    if h.shape[1:] != model.spec.branch_shape:
+    if not model.branches or h.shape[1:] != model.spec.branch_shape:
         return False
     generator = torch.Generator().manual_seed(2)
     for branch in model.branches:
@@ -115,21 +131,45 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(gap if size == 0 else gap / size)
 
 
-def example_inputs(spec: ModelSpec, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Seeded (x, t, y) for a batch: unit noise, spread timesteps, different labels."""
+def example_inputs(spec: ModelSpec, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Seeded (x, t, *conditions) for a batch: unit noise, spread timesteps, different labels."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *spec.latent_shape, generator=generator)
     t = torch.linspace(spec.diffusion.train_steps - 1, 1, batch)
-    y = torch.arange(batch) * 7 % spec.num_classes
-    return x, t, y
+    return x, t, *(_example_of(condition, batch, generator) for condition in spec.inputs)
 
 
-def composed(model: TrajectoryModel, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+def _example_of(condition: Condition, batch: int, generator: torch.Generator) -> Tensor:
+    """A condition of a batch, (batch, *shape): different integers, or unit noise."""
+    if condition.classes is None:
+        return torch.randn(batch, *condition.shape, generator=generator)
+    return (torch.arange(batch * prod(condition.shape)) * 7 % condition.classes).reshape(batch, *condition.shape)
+
+
+def spread_over_steps(spec: ModelSpec, conditions: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Return conditions (batch, *shape) as `condition` takes them: fresh noise has a row for each of the steps."""
+    pairs = zip(spec.inputs, conditions, strict=True)
+    return [given.expand(steps, *given.shape) if each.fresh else given for each, given in pairs]
+
+
+def request_tables(model: Any, conditions: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the tables (batch, ...) that depend on no timestep; most models have none."""
+    own = getattr(model, "request_tables", None)
+    fixed = [given for each, given in zip(model.spec.inputs, conditions, strict=True) if not each.fresh]
+    return {} if own is None else dict(own(*fixed))
+
+
+def step_tables(model: Any, t: Tensor, conditions: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return what `unpack` takes at one timestep (1,) of conditions (batch, *shape): tables (batch, ...)."""
+    tables = model.condition(t, *spread_over_steps(model.spec, conditions, 1))
+    return {name: table[0] for name, table in tables.items()} | request_tables(model, conditions)
+
+
+def composed(model: TrajectoryModel, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
     """The model from its seams, row by row since every row has a timestep of its own."""
     rows = []
     for i in range(len(x)):
-        tables = model.condition(t[i : i + 1], y[i : i + 1])
-        parts = model.unpack({name: table[0] for name, table in tables.items()})
+        parts = model.unpack(step_tables(model, t[i : i + 1], [given[i : i + 1] for given in conditions]))
         h = model.embed(x[i : i + 1])
         for branch in model.branches:
             h = branch.merge(h, branch.compute(h, parts), parts)
@@ -137,14 +177,21 @@ def composed(model: TrajectoryModel, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _check_shapes(model: Any, x: Tensor, y: Tensor) -> None:
+def _check_shapes(model: Any, x: Tensor, conditions: Sequence[Tensor]) -> None:
     """Raise CheckpointError where a seam gives another shape than spec and protocol promise."""
     spec: ModelSpec = model.spec
-    tables = model.condition(torch.linspace(900, 1, 3), y)
-    wrong = {name: tuple(table.shape) for name, table in tables.items() if table.shape[:2] != (3, len(y))}
+    rows = len(x) if spec.inputs else 1
+    tables = model.condition(torch.linspace(900, 1, 3), *spread_over_steps(spec, conditions, 3))
+    wrong = {name: tuple(table.shape) for name, table in tables.items() if table.shape[:2] != (3, rows)}
     if wrong:
-        raise CheckpointError(f"condition() must give tables (steps, batch, ...) = (3, {len(y)}, ...), found {wrong}")
-    parts = model.unpack({name: table[0] for name, table in tables.items()})
+        raise CheckpointError(f"condition() must give tables (steps, batch, ...) = (3, {rows}, ...), found {wrong}")
+    once = request_tables(model, conditions)
+    wrong = {name: tuple(table.shape) for name, table in once.items() if table.shape[:1] != (len(x),)}
+    if wrong:
+        raise CheckpointError(f"request_tables() must give tables (batch, ...) = ({len(x)}, ...), found {wrong}")
+    if shared := tables.keys() & once.keys():
+        raise CheckpointError(f"condition() and request_tables() both give {', '.join(sorted(shared))}; rename one")
+    parts = model.unpack({name: table[0] for name, table in tables.items()} | once)
     h = model.embed(x)
     for branch in model.branches:
         out = branch.compute(h, parts)
@@ -177,12 +224,12 @@ def check_decomposition(model: Any, tolerance: float = 1e-4) -> None:
         raise CheckpointError(
             f"spec.branches must name the model's branches in order: {names}, found {list(spec.branches)}"
         )
-    x, t, y = example_inputs(spec, 2)
+    x, t, *conditions = example_inputs(spec, 2)
     was_training = model.training
     model.eval()
     try:
-        _check_shapes(model, x, y)
-        composition, expected = composed(model, x, t, y), model(x, t, y)
+        _check_shapes(model, x, conditions)
+        composition, expected = composed(model, x, t, *conditions), model(x, t, *conditions)
     except (RuntimeError, IndexError, TypeError) as e:
         reason = str(e).splitlines()[0]
         raise CheckpointError(f"{spec.name} can't run on inputs as its spec describes them: {reason}") from e

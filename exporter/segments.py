@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ditc.exporter.protocol import Branch, TrajectoryModel, example_inputs
-from ditc.program import AHEAD, CONDITION, DECODE, REUSE_ROWS, Program, SegmentPlan
+from ditc.exporter.protocol import Branch, TrajectoryModel, example_inputs, request_tables, spread_over_steps
+from ditc.program import AHEAD, CONDITION, DECODE, REQUEST, REUSE_ROWS, TIMESTEPS, Program, SegmentPlan
 
 __all__ = ["Excerpt", "Passing", "Segment", "Trunk", "segments_of"]
 
@@ -64,14 +64,21 @@ class Residual(nn.Module):
 
 
 class Condition(nn.Module):
-    """Timesteps (steps,) and labels (batch,) to every table that the steps need."""
+    """Timesteps (steps,) and the conditions of a batch to every table that the steps need: REQUEST's behind the steps'.
+
+    A model without conditions takes a zero for each row (NO_CONDITION), and its tables get that many rows.
+    """
 
     def __init__(self, model: TrajectoryModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.condition(t, y).values())
+    def forward(self, t: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
+        if not self.model.spec.inputs:
+            tables = self.model.condition(t).values()
+            return tuple(table.expand(-1, conditions[0].shape[0], *table.shape[2:]) for table in tables)
+        once = request_tables(self.model, conditions)
+        return (*self.model.condition(t, *conditions).values(), *once.values())
 
 
 class Trunk(nn.Module):
@@ -91,10 +98,14 @@ class Trunk(nn.Module):
 
     def begin(self, x: Tensor, rest: tuple[Tensor, ...], reads: Sequence[str]) -> tuple[Stream, Parts, Cached]:
         """The stream in front of the branches, what they take from the tables, and the caches named `reads`."""
-        tables, rest = self._split_off_tables(rest)
-        ahead, rest = self._split_off_tables(rest) if self.plan.ahead else ({}, rest)
-        parts = self.model.unpack(tables)
-        later = [self.model.unpack({n: t[k] for n, t in ahead.items()}) for k in range(self.plan.ahead)]
+        tables, rest = _split_off(self.tables, rest)
+        of_steps = [name for name in self.tables if not name.startswith(REQUEST)]
+        ahead, rest = _split_off(of_steps, rest) if self.plan.ahead else ({}, rest)
+        parts = self.model.unpack(_own_names(tables))
+        later = [
+            self.model.unpack(_own_names(tables | {name: table[k] for name, table in ahead.items()}))
+            for k in range(self.plan.ahead)
+        ]
         stream = self.model.embed(x), *(torch.zeros(()) for _ in later)
         return stream, (parts, *later), dict(zip(reads, rest, strict=True))
 
@@ -116,10 +127,15 @@ class Trunk(nn.Module):
         terms = [weight * cached[name] for weight, name in zip(weights, self.plan.reads, strict=False)]
         return sum([*terms[1:], *weights[len(terms) :]], start=terms[0])
 
-    def _split_off_tables(self, rest: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """The tables by name, and the inputs after them."""
-        count = len(self.tables)
-        return dict(zip(self.tables, rest[:count], strict=True)), rest[count:]
+
+def _split_off(names: Sequence[str], rest: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """The first inputs by their names, and those after them."""
+    return dict(zip(names, rest[: len(names)], strict=True)), rest[len(names) :]
+
+
+def _own_names(tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tables under the names that the model gave them."""
+    return {name.removeprefix(REQUEST): table for name, table in tables.items()}
 
 
 class Excerpt(nn.Module):
@@ -178,23 +194,20 @@ class Decode(nn.Module):
 @torch.no_grad()
 def segments_of(model: TrajectoryModel, program: Program) -> Iterator[Segment]:
     """Every segment that a program calls, one at a time."""
-    x, t, y = example_inputs(model.spec, 4)
-    conditioned = model.condition(t[:3], y)
-    yield Segment(
-        name=CONDITION,
-        module=Condition(model),
-        inputs={"t": t[:3], "y": y},
-        outputs=tuple(conditioned),
-        open_dims={"t": {0: "steps"}, "y": {0: "batch"}},
-    )
-    step = {name: table[1].contiguous() for name, table in conditioned.items()}
+    x, t, *conditions = example_inputs(model.spec, 4)
+    condition = _condition_segment(model, t[:3], conditions or [torch.zeros(len(x), dtype=torch.int64)])
+    yield condition
+    conditioned = dict(zip(condition.outputs, condition.module(*condition.inputs.values()), strict=True))
+    once = {name: table for name, table in conditioned.items() if name.startswith(REQUEST)}
+    conditioned = {name: table for name, table in conditioned.items() if name not in once}
+    step = {name: table[1].contiguous() for name, table in conditioned.items()} | once
     for plan in program.segments:
         generator = torch.Generator().manual_seed(1)
         cached = {
             f"cache.{name}": torch.randn(len(x), *model.spec.branch_shape, generator=generator) for name in plan.reads
         }
         later = {f"{AHEAD}.{name}": _later_rows(table, plan.ahead) for name, table in conditioned.items() if plan.ahead}
-        row = torch.randn(plan.rows, model.spec.branch_shape[-1], generator=generator)
+        row = torch.randn(plan.rows, *model.spec.branch_shape[-1:], generator=generator)
         rows = {REUSE_ROWS: row} if plan.rows else {}
         inputs = {"x": x, **step, **later, **rows, **cached}
         yield Segment(
@@ -206,6 +219,24 @@ def segments_of(model: TrajectoryModel, program: Program) -> Iterator[Segment]:
         )
     if DECODE in program.epilogue and model.decoder is not None:
         yield Segment(DECODE, Decode(model.decoder), {"latent": x[:2]}, ("image",), {"latent": {0: "batch"}})
+
+
+def _condition_segment(model: TrajectoryModel, t: Tensor, conditions: Sequence[Tensor]) -> Segment:
+    """The segment that makes the tables, on example timesteps (steps,) and conditions (batch, *shape)."""
+    spec = model.spec
+    own = spread_over_steps(spec, conditions, len(t)) if spec.inputs else conditions
+    names = [condition.name for condition in spec.network_inputs]
+    fresh = {condition.name for condition in spec.network_inputs if condition.fresh}
+    tables = [*model.condition(t, *(own if spec.inputs else ()))]
+    once = [f"{REQUEST}{name}" for name in (request_tables(model, conditions) if spec.inputs else ())]
+    return Segment(
+        name=CONDITION,
+        module=Condition(model),
+        inputs={TIMESTEPS: t, **{name: given.contiguous() for name, given in zip(names, own, strict=True)}},
+        outputs=(*tables, *once),
+        open_dims={TIMESTEPS: {0: "steps"}}
+        | {name: {0: "steps", 1: "batch"} if name in fresh else {0: "batch"} for name in names},
+    )
 
 
 def _later_rows(table: Tensor, ahead: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ditc.program import LABELS, REUSE_ROWS, TIMESTEPS
+from ditc.program import REUSE_ROWS, TIMESTEPS
 from ditc.tables import MIDPOINTS_INPUT, SCALES_INPUT
 
 __all__ = ["FP32_OPERATORS", "FULL_PRECISION_PORTS", "half_precision"]
@@ -23,7 +23,6 @@ FP32_OPERATORS = frozenset(
         *("Pow", "ReduceMean", "Sqrt", "Reciprocal"),  # the parts of a normalization written out
     }
 )
-CONDITION_INPUTS = frozenset({TIMESTEPS, LABELS})
 FULL_PRECISION_PORTS = frozenset({"x", "out", "latent", "image", SCALES_INPUT, MIDPOINTS_INPUT, REUSE_ROWS})
 LEAST_SCALE = 2.0**-14  # the smallest FP16 number with full precision
 
@@ -35,7 +34,7 @@ def half_precision(model: ir.Model) -> bool:
     """
     if any(HALF in (value.dtype for value in node.outputs) for node in model.graph):
         return False
-    if {value.name for value in model.graph.inputs} >= CONDITION_INPUTS:
+    if TIMESTEPS in {value.name for value in model.graph.inputs}:  # `condition` alone takes them
         for place, value in enumerate(list(model.graph.outputs)):
             _cast_before_output(model, place, value, HALF)
         return True

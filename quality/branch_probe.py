@@ -14,6 +14,7 @@ from ditc.exporter.onnx_files import load_graph, save_graph
 from ditc.files import writing
 from ditc.lowering.backend_forms import lower
 from ditc.quantize.segment_outputs import branch_outputs, keep_outputs
+from ditc.runtime.conditioning import of_step
 from ditc.runtime.executor import Samples
 from ditc.tables import Tables, step_inputs
 
@@ -34,8 +35,8 @@ class BranchProbe:
 
         `x` is (rows, channels, *space), all guidance halves; `conditioning` has the tables of all steps.
         """
-        every = {**conditioning, **self.rows}
-        feeds = {port.name: every[port.name][step] for port in self.session.get_inputs() if port.name != "x"}
+        every = of_step({**conditioning, **self.rows}, step)
+        feeds = {port.name: every[port.name] for port in self.session.get_inputs() if port.name != "x"}
         return list(self.session.run(None, {"x": x, **feeds}))
 
 

@@ -15,8 +15,9 @@ from ditc.compiler.options import CompileOptions
 from ditc.engines.integer_form import Arithmetic, arithmetic_of
 from ditc.progress import Progress, silent
 from ditc.quality.features import DigitQuality, digit_quality
+from ditc.requests import Request
 from ditc.runtime.closeness import psnr_db
-from ditc.runtime.executor import Samples, seeded_noise
+from ditc.runtime.executor import Samples, seeded_request
 from ditc.runtime.images import grid, save_png
 from ditc.runtime.pipeline import load
 from ditc.spec import ModelSpec, Record
@@ -86,8 +87,9 @@ def run_demo(out: Path, options: CompileOptions, progress: Progress) -> Demo:
         columns, arithmetic = sampler_columns(bundle.tables()), arithmetic_of(pipe.backend, bundle.manifest.precision)
 
         def plain(labels: list[int], first: int) -> Samples:
-            noise, fresh = seeded_noise(SEED, first, len(labels), model.spec.latent_shape)
-            return eager_images(model, columns, labels, noise, fresh, options.cfg)
+            request = Request.of(model.spec, labels)
+            drawn = seeded_request(model.spec, request, SEED, first, options.steps)
+            return eager_images(model, columns, *drawn, options.cfg)
 
         def compiled(labels: list[int], first: int) -> Samples:
             return list(pipe.generate(labels, seed=SEED, first=first))[-1].x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ditc.bundle import Bundle, Manifest
 from ditc.errors import CheckError, InputError
 from ditc.files import digest_of, writing
 from ditc.progress import Progress
+from ditc.requests import Request
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline
 from ditc.tables import sampler_columns, sampler_tables
@@ -39,8 +40,8 @@ class ImageSource:
 
     def images(self, stage: str, seed: int, first: int, count: int) -> Iterator[tuple[slice, Samples]]:
         """Yield (places among the `count`, images of one request), latents where there is no decoder."""
-        for places, labels in self._requests(stage, first, count):
-            images = self._finished(labels, seed, first + places.start)
+        for places, request in self._requests(stage, first, count):
+            images = self._finished(request, seed, first + places.start)
             if not np.isfinite(images).all():
                 raise CheckError("finished images are NaN or infinite; `ditc verify` shows the step where that begins")
             yield places, images
@@ -48,24 +49,24 @@ class ImageSource:
     def trajectory(self, stage: str, seed: int, count: int) -> list[Samples]:
         """Return the samples after every step, each (count, channels, *space)."""
         steps = defaultdict(list)
-        for places, labels in self._requests(stage, 0, count):
-            for event in self.pipe.generate(labels, seed=seed, first=places.start):
+        for places, request in self._requests(stage, 0, count):
+            for event in self.pipe.generate(request, seed=seed, first=places.start):
                 steps[event.index].append(event.x)
         return [np.concatenate(parts) for _, parts in sorted(steps.items())]
 
-    def _requests(self, stage: str, first: int, count: int) -> Iterator[tuple[slice, list[int]]]:
-        spec = self.pipe.bundle.manifest.model
+    def _requests(self, stage: str, first: int, count: int) -> Iterator[tuple[slice, Request]]:
+        examples = self.pipe.bundle.examples()
         for start in range(0, count, self.size):
             self.progress(stage, start, count)
             places = slice(start, min(start + self.size, count))
-            yield places, spec.labels_in_turn(first + start, places.stop - start)
+            yield places, examples.in_turn(first + start, places.stop - start)
         self.progress(stage, count, count)
 
-    def _finished(self, labels: Sequence[int], seed: int, first: int) -> Samples:
+    def _finished(self, request: Request, seed: int, first: int) -> Samples:
         pipe = self.pipe
         if pipe.on_device:
-            return (pipe.images if pipe.makes_images else pipe.latents)(labels, seed=seed, first=first)
-        *_, event = pipe.generate(labels, seed=seed, first=first)
+            return (pipe.images if pipe.makes_images else pipe.latents)(request, seed=seed, first=first)
+        *_, event = pipe.generate(request, seed=seed, first=first)
         return event.x if event.images is None else event.images
 
 

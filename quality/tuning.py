@@ -70,19 +70,20 @@ def tune_model(
     force: bool = False,
     num_heads: int | None = None,
     vae: str | PathLike[str] | None = None,
+    conditions: str | PathLike[str] | None = None,
     facts: ModelFacts | None = None,
 ) -> Tuning:
     """Search, leave the fastest bundle within the budget at `out`, and return all trials and the front.
 
-    `base` holds what is not searched; `num_heads`, `vae`, `facts` and `on_note` are those of `compile_model`. Raises
-    CheckError, with what came nearest, where no candidate is within the budget; `out` is then as it was, and what was
-    measured stays in the work folder beside it.
+    `base` holds what is not searched; `num_heads`, `vae`, `conditions`, `facts` and `on_note` are those of
+    `compile_model`. Raises CheckError, with what came nearest, where no candidate is within the budget; `out` is then
+    as it was, and what was measured stays in the work folder beside it.
     """
     target = Path(out).absolute()
     check_sources(options.features, options.real)
     check_places(target, None, force=force)
     work = target.with_name(f".{target.name}.tune")
-    candidates = _Candidates(_Subject(model, num_heads, vae, facts, on_note), base, options, work, progress)
+    candidates = _Candidates(_Subject(model, num_heads, vae, conditions, facts, on_note), base, options, work, progress)
 
     def judge(stage: str, changes: dict[str, str]) -> Trial:
         trial = candidates.trial(stage, changes)
@@ -142,6 +143,7 @@ class _Subject:
     model: Any
     num_heads: int | None
     vae: str | PathLike[str] | None
+    conditions: str | PathLike[str] | None
     facts: ModelFacts | None
     on_note: Callable[[str], None] | None
     told: set[str] = field(default_factory=set)
@@ -158,6 +160,7 @@ class _Subject:
             force=force,
             num_heads=self.num_heads,
             vae=self.vae,
+            conditions=self.conditions,
             facts=self.facts,
             exports=work / EXPORTS,
             on_note=None if self.on_note is None else self._tell,
@@ -172,11 +175,15 @@ class _Subject:
     @property
     def digest(self) -> str:
         """Its name among trials on disk: its weights, or its name, what is stated, and when it was written."""
+        conditions = "" if self.conditions is None else _written(self.conditions)
         if not isinstance(self.model, (str, PathLike)):
-            return model_digest(self.model)
-        path = Path(self.model)
-        written = path.stat().st_mtime_ns if path.exists() else ""
-        return f"{self.model} {written} {self.num_heads} {self.vae} {self.facts}"
+            return model_digest(self.model) + conditions
+        return f"{self.model} {_written(self.model)} {self.num_heads} {self.vae} {self.facts}{conditions}"
+
+
+def _written(path: str | PathLike[str]) -> str:
+    """When a file was written; nothing of a name that is no file."""
+    return str(Path(path).stat().st_mtime_ns) if Path(path).exists() else ""
 
 
 @dataclass(frozen=True)

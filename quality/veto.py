@@ -34,7 +34,7 @@ from ditc.quality.branch_probe import BranchProbe, open_branch_probe
 from ditc.quality.evaluation import Cells, Veto
 from ditc.quality.options import VetoOptions
 from ditc.runtime.conditioning import condition_tables
-from ditc.runtime.executor import Samples
+from ditc.runtime.executor import Samples, seeded_request
 from ditc.runtime.pipeline import Pipeline, load
 from ditc.runtime.reference_run import GuidedRun
 
@@ -116,13 +116,14 @@ class _Sides:
 
 def _add_image(squares: Squares, sides: _Sides, sources: NDArray[np.int64], seed: int, image: int) -> None:
     """Add what one image contributes to every cell; outputs are kept until nothing refers to them any more."""
-    labels, session = sides.run.spec.labels_in_turn(image, 1), OnnxRuntimeBackend().session
-    rows = sides.run.guidance.labels(labels)
+    request, session = sides.pipe.bundle.examples().in_turn(image, 1), OnnxRuntimeBackend().session
+    drawn, _, _ = seeded_request(sides.run.spec, request, seed, image, sides.run.steps)
+    rows = sides.run.guidance.row_conditions(drawn)
     exact_tables, int8_tables = (
         condition_tables(session(path), sides.run.columns["t"], rows) for path in sides.conditions
     )
     outputs_of: dict[int, list[Samples]] = {}  # step -> those of FP's branches
-    for event in sides.pipe.generate(labels, seed=seed, first=image):
+    for event in sides.pipe.generate(request, seed=seed, first=image):
         step, x = event.index, sides.run.guidance.rows(event.before)
         outputs_of[step] = exact = sides.exact.run(step, x, exact_tables)
         int8 = exact if step in sides.unquantized else sides.int8.run(step, x, int8_tables)

@@ -14,7 +14,6 @@ from ditc.bundle import Bundle
 from ditc.calib_data.pool import Pool
 from ditc.calibset import CalibSet
 from ditc.errors import DitcError
-from ditc.guidance import Guidance
 from ditc.precision import quantized
 from ditc.progress import Progress
 from ditc.report.facts import Activation, Activations, Calibration, Cluster, Skipped
@@ -126,6 +125,7 @@ def _probe(
     The FP segment is cut down to what linear layers read, in a folder of its own.
     """
     from ditc.compiler.calibrating import calibration_feeds
+    from ditc.compiler.point_conditions import PointConditions
     from ditc.engines.backend import runnable_path
     from ditc.engines.onnxrt import OnnxRuntimeBackend
     from ditc.exporter.onnx_files import load_graph, save_graph
@@ -138,11 +138,11 @@ def _probe(
     session = backend.session(folder / "probe.onnx")
     condition = backend.session(runnable_path(bundle.segment_path(CONDITION), backend.name))
     ports, names = {port.name for port in session.get_inputs()}, list(readers)
-    null_label = Guidance.of(bundle.manifest.model, bundle.manifest.guidance).null_label
+    images = PointConditions.of_bundle(bundle)
 
     def run(points: CalibSet) -> dict[str, float]:
         largest = dict.fromkeys(names, 0.0)
-        for feed in calibration_feeds(condition, points, null_label, POINTS_OF_A_STEP):
+        for feed in calibration_feeds(condition, points, images, POINTS_OF_A_STEP):
             arrays = session.run(names, {name: array for name, array in feed.items() if name in ports})
             largest = {name: max(largest[name], float(np.abs(x).max())) for name, x in zip(names, arrays, strict=True)}
         return largest

@@ -43,7 +43,7 @@ SCHEMA_VERSION = 1
 class Picture(Record):
     """An image of the bundle as PNG in base64, its FP twin, and their difference enlarged; None without FP."""
 
-    label: int
+    label: int | None  # None of a model without classes
     found: str
     exact: str | None = None
     difference: str | None = None

@@ -42,7 +42,7 @@ def figure(title: str, unit: str, keys: Keys, *charts: Markup) -> Markup:
 def drawn_as(program: Program, segment: str) -> str:
     """Return the class under which a segment's steps are drawn, one of KINDS."""
     called = program.segment(segment)
-    return "float" if called.in_float else "computed" if any(called.compute) else "reused"
+    return "float" if called.in_float else "computed" if called.computes else "reused"
 
 
 def keys_of(kinds: Iterable[str], before: str = "") -> Keys:

@@ -27,6 +27,7 @@ from ditc.report.tables import (
     step_table,
 )
 from ditc.report.wording import megabytes
+from ditc.spec import ModelSpec
 from ditc.speed.side_by_side import SideBySide
 
 __all__ = ["page_from_report"]
@@ -80,11 +81,18 @@ def header(report: Report) -> Markup:
         element(
             "p",
             f"{model.family}, {model.parameters / 1e6:,.2f} M parameters, samples of {latent}, "
-            f"{model.num_classes:,} classes. Measured on {report.place}.{integers_sentence(report)}",
+            f"{_asked_for(model)}. Measured on {report.place}.{integers_sentence(report)}",
             class_="soft",
         ),
         element("dl", *figures, class_="figures"),
     )
+
+
+def _asked_for(model: ModelSpec) -> str:
+    """Say what an image is asked for with."""
+    classes = [] if model.num_classes is None else [f"{model.num_classes:,} classes"]
+    others = [condition.name for condition in model.conditions]
+    return " and ".join([*classes, *([f"the conditions {', '.join(others)}"] if others else [])]) or "no conditions"
 
 
 def section(title: str, *content: str) -> Markup:
@@ -115,7 +123,7 @@ def pictures_section(report: Report) -> Markup:
 
 def _picture(picture: Picture, pictures: Pictures) -> Markup:
     tiny = "tiny" if max(pictures.height, pictures.width) < TINY else None
-    label = f"class {picture.label}"
+    label = "image" if picture.label is None else f"class {picture.label}"
     sides = (
         (picture.exact, f"{label} by the FP program"),
         (picture.found, f"{label} by the bundle"),

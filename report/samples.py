@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def sample_parts(path: Path, images: int, seed: int, place: Place, progress: Pro
     """
     pipe = place.load(path)
     bundle = pipe.bundle
-    labels = bundle.manifest.model.labels_in_turn(0, images)
+    spec = bundle.manifest.model
+    labels = [None if spec.num_classes is None else label for label in spec.labels_in_turn(0, images)]
     ours = _run(pipe, "bundle", images, seed, progress)
     if not bundle.has_reference:
         missing = Skipped(
@@ -90,7 +92,7 @@ def _fidelity(own: _Run, exact: _Run) -> Fidelity:
     )
 
 
-def _pictures(labels: list[int], ours: _Run, exact: _Run | None) -> Pictures | Skipped:
+def _pictures(labels: Sequence[int | None], ours: _Run, exact: _Run | None) -> Pictures | Skipped:
     if ours.images is None:
         return Skipped(skipped="the bundle makes latents and has no decoder; compile it with --vae FOLDER")
     images = ours.images[:MOST_PICTURES]

@@ -17,7 +17,7 @@ from ditc.engines.backend import DeviceEngine, Port
 from ditc.engines.device import ALIGNMENT, Device, DeviceTensor
 from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Program
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.conditioning import most_ahead, steps_ahead
+from ditc.runtime.conditioning import is_of_request, most_ahead, steps_ahead
 from ditc.runtime.executor import slot_type
 from ditc.tables import Tables, memory_of, sampler_columns, step_inputs
 from ditc.update_form import row_columns
@@ -47,10 +47,11 @@ def update_rows(tables: Tables, channels: int) -> NDArray[np.float32]:
 class DeviceBuffers:
     """Buffers for a bundle's batch of images; the network's have a row for each image and guidance half.
 
-    What a step takes a row of lies here for all steps: `t`, `update_rows`, `step_inputs` by name, and fresh noise `z`,
-    which is empty where the sampler adds none. `tables` are what the conditioning returns, and `table_parts` what of
-    them each step binds, by port; a part in `copied_parts` is bound as a copy that is made when the tables are there.
-    `latent` and `image` are a decoder's, where there is one. `memory` is how many steps the sampler looks back.
+    `conditions` are those of all rows, by name. What a step takes a row of lies here for all steps: `t`, `update_rows`,
+    `step_inputs` by name, and fresh noise `z`, which is empty where the sampler adds none. `tables` are what the
+    conditioning returns, and `table_parts` what of them each step binds, by port; a part in `copied_parts` is bound as
+    a copy that is made when the tables are there. `latent` and `image` are a decoder's, where there is one. `memory` is
+    how many steps the sampler looks back.
     """
 
     def __init__(self, manifest: Manifest, tables: Tables, engines: Mapping[str, DeviceEngine], device: Device) -> None:
@@ -68,7 +69,10 @@ class DeviceBuffers:
         self.start_x = device.empty((rows, *spec.latent_shape), "float32")
         self.final = self.x_at(steps).rows(0, batch)
         self.out = device.empty((rows, *spec.prediction_shape), "float32")
-        self.labels = device.empty((rows,), "int64")
+        self.conditions = {
+            each.name: device.empty((*([steps] if each.fresh else []), rows, *each.shape), each.dtype)
+            for each in spec.network_inputs
+        }
         self.t = self._uploaded(sampler_columns(tables)["t"].astype(np.float32))
         self.update_rows = [self._uploaded(row) for row in update_rows(tables, spec.in_channels)]
         self.step_inputs = {name: [self._uploaded(row) for row in table] for name, table in step_inputs(tables).items()}
@@ -121,6 +125,9 @@ class DeviceBuffers:
         self.tables: dict[str, DeviceTensor] = {}
         for port in engines[CONDITION].outputs.values():
             steps, *shape = port.fixed_shape
+            if is_of_request(port.name):
+                self.tables[port.name] = self._device.empty(port.fixed_shape, port.dtype)
+                continue
             self.tables[port.name] = self._uploaded(np.zeros((steps + past, *shape), port.dtype))
         self.table_parts = [self._parts(step.index, engines[step.segment].inputs) for step in program.steps]
 
@@ -129,7 +136,7 @@ class DeviceBuffers:
         parts = {}
         for name, table in self.tables.items():
             if name in inputs:
-                parts[name] = self._aligned(table.row(step))
+                parts[name] = table if is_of_request(name) else self._aligned(table.row(step))
             if (later := inputs.get(f"{AHEAD}.{name}")) is not None:
                 parts[later.name] = self._aligned(table.rows(step + 1, steps_ahead(later)))
         return parts

@@ -22,7 +22,9 @@ from ditc.engines.backend import DeviceEngine
 from ditc.engines.device import Device, DeviceGraph, DeviceTensor
 from ditc.errors import CheckError, InputError
 from ditc.guidance import Guidance
-from ditc.program import CONDITION, DECODE, LABELS, TIMESTEPS, UPDATE, Step
+from ditc.program import CONDITION, DECODE, TIMESTEPS, UPDATE, Step
+from ditc.requests import Request
+from ditc.runtime.conditioning import is_of_request
 from ditc.runtime.device_buffers import DeviceBuffers
 from ditc.runtime.executor import (
     NoiseSource,
@@ -100,22 +102,22 @@ class DeviceExecutor:
         with self._turn:
             self._closed = True
 
-    def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
+    def run(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
         """As `Executor.run`, with every step's sample copied to the host. `last` does without."""
-        request = _Watched()
+        watched = _Watched()
         try:
-            with self._turn_of(request):
-                count = self._start(labels, noise, fresh_noise)
+            with self._turn_of(watched):
+                count = self._start(request, noise, fresh_noise)
                 self._queue_condition()
                 self._device.synchronize()
             before = np.array(noise, np.float32, order="C")  # as on a processor
             for step in self.program.steps:
-                with self._turn_of(request):
+                with self._turn_of(watched):
                     event = self._run_step(step, before, count)
                 before = event.x
                 yield event
         finally:
-            request.ended = True
+            watched.ended = True
 
     def _run_step(self, step: Step, before: Samples, count: int) -> StepEvent:
         start = perf_counter()
@@ -156,23 +158,27 @@ class DeviceExecutor:
                 self._owner = request
             yield
 
-    def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def last(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """As `Executor.last`: queued whole, waited for once."""
         with self._turn_of(None):
-            count = self._start(labels, noise, fresh_noise)
+            count = self._start(request, noise, fresh_noise)
             self._launch_trajectory()
             return self._device.download(self._buffers.final)[:count]
 
-    def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> list[Observation]:
+    def outputs_at(self, request: Request, samples: Mapping[int, Samples]) -> list[Observation]:
         """As `Executor.outputs_at`: call by call and without a graph."""
         first, observations = samples[min(samples)], list[Observation]()
-        rows = [0, self.batch][: len(set(self._guidance.labels([label]).tolist()))]
+        rows = [half * self.batch for half in range(self._distinct_halves(request))]
         with self._turn_of(None):
-            self._start([label], first, lambda _: np.zeros_like(first))
+            self._start(request, first, lambda _: np.zeros_like(first))
             self._queue_condition()
             tables = {name: self._device.download(table) for name, table in self._buffers.tables.items()}
             observations.append(
-                (None, CONDITION, {name: table[sorted(samples)][:, rows] for name, table in tables.items()})
+                (
+                    None,
+                    CONDITION,
+                    {name: _of_rows(name, table, sorted(samples), rows) for name, table in tables.items()},
+                )
             )
             for step in (step for step in self.program.steps if step.index in samples):
                 x = self._guidance.rows(_filled(samples[step.index], self.batch))
@@ -185,12 +191,12 @@ class DeviceExecutor:
                 observations += [(step.index, step.segment, outputs), (step.index, UPDATE, {"next": after[:1]})]
         return observations
 
-    def images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def images(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """As `Executor.images`; latents that are decoded never leave the device."""
         if not self.decodes:
-            return in_range(self.last(labels, noise, fresh_noise))
+            return in_range(self.last(request, noise, fresh_noise))
         with self._turn_of(None):
-            count = self._start(labels, noise, fresh_noise)
+            count = self._start(request, noise, fresh_noise)
             self._launch_trajectory()
             self._device.copy(self._buffers.final, self._buffers.latent)
             return in_range(self._decoded(count))
@@ -214,17 +220,23 @@ class DeviceExecutor:
         engine.enqueue()
         return self._device.download(self._buffers.image)[:count]
 
-    def _start(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> int:
-        """Check a request and upload all it needs: labels, x_T, and every step's noise."""
-        count = len(labels)
-        check_request(self.spec, labels, noise)
+    def _distinct_halves(self, request: Request) -> int:
+        """Return 1 where both guidance halves of one image are given the same, else the number of halves."""
+        rows = self._guidance.row_conditions(request).values()
+        return self._guidance.halves if any(not np.array_equal(array[:1], array[-1:]) for array in rows) else 1
+
+    def _start(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> int:
+        """Check a request and upload all it needs: conditions, x_T, and every step's noise."""
+        count = len(request)
+        check_request(self.spec, request, noise)
         if count > self.batch:
             raise InputError(
-                f"these engines run {self.batch} images at a time, found {count} labels; "
+                f"these engines run {self.batch} images at a time, found {count} images; "
                 "take images() or latents(), which split them, or compile the bundle with a larger --batch"
             )
-        own = _filled(np.asarray(labels, np.int64), self.batch)
-        self._device.upload(self._guidance.labels(own), self._buffers.labels)
+        filled = self._guidance.row_conditions(request.filled(self.spec, self.batch))
+        for name, rows in filled.items():
+            self._device.upload(np.ascontiguousarray(rows), self._buffers.conditions[name])
         self._device.upload(self._guidance.rows(_filled(noise, self.batch)), self._buffers.start_x)
         if self._buffers.z:
             fresh = [_filled(fresh_noise(step.index), self.batch) for step in self.program.steps]
@@ -237,9 +249,10 @@ class DeviceExecutor:
         """All steps' tables in one call, and x_T in its place."""
         engine, buffers = self._engines[CONDITION], self._buffers
         engine.bind(TIMESTEPS, buffers.t)
-        engine.bind(LABELS, buffers.labels)
+        for name, tensor in buffers.conditions.items():
+            engine.bind(name, tensor)
         for name, table in buffers.tables.items():
-            engine.bind(name, table.rows(0, len(self.program.steps)))
+            engine.bind(name, table if is_of_request(name) else table.rows(0, len(self.program.steps)))
         engine.enqueue()
         for part, own in buffers.copied_parts:
             self._device.copy(part, own)
@@ -332,3 +345,8 @@ class DeviceExecutor:
 def _filled(array: NDArray[Any], count: int) -> NDArray[Any]:
     """The array with its first axis filled up to `count` by repeating."""
     return array if len(array) == count else np.resize(array, (count, *array.shape[1:]))
+
+
+def _of_rows(name: str, table: NDArray[Any], steps: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
+    """The rows of one image in a table at some steps; a table of the request has no steps."""
+    return table[rows] if is_of_request(name) else table[steps][:, rows]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from ditc.engines.backend import Buffer, DeviceEngine, Engine
 from ditc.errors import DitcError, InputError
 from ditc.guidance import Samples
 from ditc.program import Program, Step
+from ditc.requests import Arrays, Request
 from ditc.spec import ModelSpec
 
 __all__ = [
@@ -30,9 +30,10 @@ __all__ = [
     "closed_while_running",
     "in_range",
     "seeded_noise",
+    "seeded_request",
     "slot_type",
     "streamed_noise",
-    "whole_numbers",
+    "streamed_request",
     "written_ports",
 ]
 
@@ -42,6 +43,7 @@ Observation = tuple["int | None", str, Mapping[str, Buffer]]  # (step, segment, 
 Correction = Callable[[int, Samples], Samples]
 
 WORD = 32  # bits of a word of a random stream's seed
+NOISE_OF_CONDITIONS = 0x636F6E64  # the purpose of a stream, no number of words of a seed
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,19 @@ class Executor(Protocol):
         """Is there a decoder among the engines? Without one, images are the latents themselves."""
         ...
 
-    def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
+    def run(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
         """Walk one request: a StepEvent per step; the last one's `x` is the finished latent.
 
-        `noise` is x_T, (batch, channels, *space). Raises InputError for a label or a shape that the model
-        doesn't have, DitcError at the step before which the executor was closed.
+        `noise` is x_T, (batch, channels, *space). Raises InputError for a shape that the model doesn't have, DitcError
+        at the step before which the executor was closed.
         """
         ...
 
-    def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def last(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """Return the finished latents of one request, (n, channels, *space), the caller's own."""
         ...
 
-    def images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def images(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """Return the finished images of one request in [-1, 1], (n, channels, height, width), the caller's own."""
         ...
 
@@ -104,7 +106,7 @@ class Executor(Protocol):
         """Return images in [-1, 1] of any number of latents, (n, channels, *space)."""
         ...
 
-    def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> Iterable[Observation]:
+    def outputs_at(self, request: Request, samples: Mapping[int, Samples]) -> Iterable[Observation]:
         """Return what segments give for one image that stands at `samples`, (1, channels, *space), before steps.
 
         (index of the step, segment, its outputs by port): the conditioning of these steps first, then the steps in
@@ -142,21 +144,13 @@ def slot_type(program: Program, engines: Mapping[str, Engine | DeviceEngine]) ->
     return "float32"
 
 
-def check_request(spec: ModelSpec, labels: Sequence[int], noise: Samples) -> None:
-    """Raise InputError unless every label is a class and `noise` has one sample per label."""
-    spec.check_labels(tuple(labels))
-    expected = (len(labels), *spec.latent_shape)
+def check_request(spec: ModelSpec, request: Request, noise: Samples) -> None:
+    """Raise InputError unless `noise` has one sample per image, and classes are the model's."""
+    if spec.num_classes is not None:
+        spec.check_labels(tuple(request.labels))
+    expected = (len(request), *spec.latent_shape)
     if noise.shape != expected:
-        raise InputError(f"noise must have shape {expected} for {len(labels)} labels, found {noise.shape}")
-
-
-def whole_numbers(name: str, values: Iterable[Any], example: str) -> list[int]:
-    """Python's integers of any kind of them. Raises InputError for fractions, texts and nested rows."""
-    try:
-        return [index(value) for value in values]
-    except TypeError as e:
-        shown = " ".join(repr(values).split())
-        raise InputError(f"{name} must be whole numbers, for example {example}; found {shown:.60}") from e
+        raise InputError(f"noise must have shape {expected} for {len(request)} images, found {noise.shape}")
 
 
 def closed_while_running() -> DitcError:
@@ -185,6 +179,34 @@ def streamed_noise(images: Sequence[tuple[int, int]], shape: tuple[int, ...]) ->
     return draw(), draw
 
 
+def seeded_request(
+    spec: ModelSpec, request: Request, seed: int, first: int, steps: int
+) -> tuple[Request, Samples, NoiseSource]:
+    """(request, x_T, source of fresh noise) for images `first` and on of a seed, as executors take them."""
+    return streamed_request(spec, request, [(seed, first + place) for place in range(len(request))], steps)
+
+
+def streamed_request(
+    spec: ModelSpec, request: Request, images: Sequence[tuple[int, int]], steps: int
+) -> tuple[Request, Samples, NoiseSource]:
+    """As `seeded_request`, for images named one by one: (seed, number of the image).
+
+    Conditions that are fresh noise have random streams of their own: those of the samples stay what they are without.
+    """
+    fresh = [condition for condition in spec.conditions if condition.fresh]
+    arrays: Arrays = {
+        condition.name: np.stack(
+            [
+                _stream(*image, NOISE_OF_CONDITIONS, number).standard_normal((steps, *condition.shape), np.float32)
+                for image in images
+            ],
+            axis=1,
+        )
+        for number, condition in enumerate(fresh)
+    }
+    return request.with_fresh(arrays), *streamed_noise(images, spec.latent_shape)
+
+
 def check_stream(seed: int, number: int) -> None:
     """Raise InputError for a seed, or a number of an image, below 0."""
     named = (("seed", "--seed 0 or more", seed), ("number of the first image", "first=0 or more", number))
@@ -193,12 +215,12 @@ def check_stream(seed: int, number: int) -> None:
             raise InputError(f"the {name} must not be negative, found {value}; set {advice}")
 
 
-def _stream(seed: int, number: int) -> np.random.Generator:
-    """The random stream of one image.
+def _stream(seed: int, number: int, *purpose: int) -> np.random.Generator:
+    """The random stream of one image, or one of its further ones by their `purpose`.
 
     NumPy takes a list of numbers as the 32-bit words that they have, one after the other: a seed of two words would be
     the stream of another seed's later image. So the words are told apart by how many a large seed has.
     """
     check_stream(seed, number)
     words = [-(-value.bit_length() // WORD) or 1 for value in (seed, number)]
-    return np.random.default_rng((seed, number) if words == [1, 1] else (seed, number, *words))
+    return np.random.default_rng((seed, number, *([] if words == [1, 1] else words), *purpose))

@@ -24,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.bundle import read_tables, write_tables
-from ditc.errors import BundleError
+from ditc.errors import BundleError, InputError
 from ditc.program import DECODE, UPDATE, Program
+from ditc.requests import Request
 from ditc.runtime.executor import Executor, Samples
+from ditc.spec import LABEL as LABEL_CONDITION
 from ditc.spec import ModelSpec
 
 __all__ = [
@@ -44,7 +46,7 @@ __all__ = [
 ]
 
 FINGERPRINT = "fingerprint.safetensors"  # in the folder of a bundle
-LABEL, SAMPLE, OUTPUT, TOLERANCE = "label", "sample", "output", "tolerance"  # how names in it begin
+LABEL, CONDITION, SAMPLE, OUTPUT, TOLERANCE = "label", "condition", "sample", "output", "tolerance"  # how names begin
 VALUES = 1 << 11  # of one output that are kept, at most
 PORTABLE, TYPED = "portable", "typed"  # the forms of segments; a backend's own has its name
 
@@ -134,10 +136,10 @@ class Expected(NamedTuple):
 @dataclass(frozen=True)
 class Fingerprint:
     """`samples` are those in front of the steps that are run, (1, channels, *space) by step, and the finished
-    one under the number of steps; `label` is the image's class; `forms` what each form gave there.
+    one under the number of steps; `request` has the image's conditions; `forms` what each form gave there.
     """
 
-    label: int
+    request: Request
     samples: Mapping[int, Samples]
     forms: Mapping[str, Expected]
 
@@ -156,8 +158,7 @@ class Fingerprint:
         steps = {step for step in self.samples if 0 <= step < len(program.steps)}
         if PORTABLE not in self.forms:
             raise _misfit("it has no portable form")
-        if not 0 <= self.label < spec.num_classes:
-            raise _misfit(f"label {self.label}")
+        self._check_conditions(spec, len(program.steps))
         if not steps or self.samples.keys() - steps != {len(program.steps)}:
             raise _misfit(f"steps {sorted(self.samples)}")
         for step, sample in self.samples.items():
@@ -166,12 +167,26 @@ class Fingerprint:
         if missing := {writer for step in steps for writer in _writers(program)[step]} - steps:
             raise _misfit(f"no sample of step {min(missing)}")
 
+    def _check_conditions(self, spec: ModelSpec, steps: int) -> None:
+        """Raise BundleError unless the image has the conditions of this model."""
+        fresh = {each.name: (steps, 1, *each.shape) for each in spec.conditions if each.fresh}
+        given = {name: array for name, array in self.request.arrays.items() if name not in fresh}
+        if spec.num_classes is not None and not 0 <= self.request.labels[0] < spec.num_classes:
+            raise _misfit(f"label {self.request.labels[0]}")
+        try:
+            Request.of(spec, None, given, 1)
+        except InputError as e:
+            raise _misfit(str(e)) from e
+        if any(self.request.arrays.get(name, np.empty(0)).shape != shape for name, shape in fresh.items()):
+            raise _misfit(f"noise of the conditions {sorted(fresh)}")
+
     def save(self, folder: Path) -> None:
         write_tables(folder / FINGERPRINT, dict(_written(self)))
 
 
 def _written(fingerprint: Fingerprint) -> Iterator[tuple[str, NDArray[Any]]]:
-    yield LABEL, np.array([fingerprint.label], np.int64)
+    for name, array in fingerprint.request.arrays.items():
+        yield (LABEL if name == LABEL_CONDITION else f"{CONDITION}/{name}"), array
     for step, sample in fingerprint.samples.items():
         yield f"{SAMPLE}/{step}", sample
     for form, expectation in fingerprint.forms.items():
@@ -184,18 +199,21 @@ def _written(fingerprint: Fingerprint) -> Iterator[tuple[str, NDArray[Any]]]:
 
 def _read(tables: Mapping[str, NDArray[Any]]) -> Fingerprint:
     samples: dict[int, Samples] = {}
+    conditions = {LABEL_CONDITION: np.array([int(tables[LABEL][0])])} if LABEL in tables else {}
     outputs: dict[str, dict[tuple[str, str], NDArray[np.float32]]] = defaultdict(dict)
     tolerances: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for name, table in tables.items():
         match name.split("/"):
             case [kind, step] if kind == SAMPLE:
                 samples[int(step)] = table
+            case [kind, condition] if kind == CONDITION:
+                conditions[condition] = table
             case [kind, form, call, port] if kind == OUTPUT:
                 outputs[form][call, port] = table
             case [kind, form, call, rest] if kind == TOLERANCE:
                 tolerances[form][call][rest] = float(table[0])
     forms = {form: Expected(values, tolerances[form]) for form, values in outputs.items()}
-    return Fingerprint(int(tables[LABEL][0]), samples, forms)
+    return Fingerprint(Request(1, conditions), samples, forms)
 
 
 def steps_to_keep(program: Program) -> list[int]:
@@ -238,14 +256,14 @@ def _coarseness(rest: str) -> float:
     return ROUNDING[rest].moves
 
 
-def observer(executor: Executor, label: int, decode: Callable[[Samples], Samples] | None) -> Observer:
+def observer(executor: Executor, request: Request, decode: Callable[[Samples], Samples] | None) -> Observer:
     """From samples, as a Fingerprint has them, to what the segments of an executor return for them."""
 
     def outputs(samples: Mapping[int, Samples]) -> Outputs:
         *steps, finished = sorted(samples)
         observed = {
             (segment if step is None else f"{segment}@{step}", port): _some(values)
-            for step, segment, ports in executor.outputs_at(label, {step: samples[step] for step in steps})
+            for step, segment, ports in executor.outputs_at(request, {step: samples[step] for step in steps})
             for port, values in ports.items()
         }
         if decode is not None:

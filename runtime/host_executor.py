@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ditc.engines.backend import Binding, Buffer, Engine
 from ditc.guidance import Guidance
 from ditc.program import CONDITION, DECODE, UPDATE, Program, Step
+from ditc.requests import Request
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.conditioning import Conditioning, most_ahead
 from ditc.runtime.executor import (
@@ -112,7 +113,7 @@ class HostExecutor:
     def at_once(self) -> int:
         """The number of images that one request should hold: as fit REQUEST_BYTES, or a call of an engine.
 
-        An image has its rows of every buffer, one label's tables of all steps, and what is alive inside a block.
+        An image has its rows of every buffer, one row's tables of all steps, and what is alive inside a block.
         """
         if self._together is not None:
             return self._together
@@ -131,15 +132,15 @@ class HostExecutor:
         self._closed = True
         self._free.clear()
 
-    def run(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
+    def run(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
         """As `Executor.run`."""
-        check_request(self.spec, labels, noise)
-        size = self._together or len(labels)
-        places = [slice(first, min(first + size, len(labels))) for first in range(0, len(labels), size)]
+        check_request(self.spec, request, noise)
+        size = self._together or len(request)
+        places = [slice(first, min(first + size, len(request))) for first in range(0, len(request), size)]
         parts = [(place, self._lent(place.stop - place.start), no_pairs(self._rows[0])) for place in places]
         try:
             for place, buffers, _ in parts:
-                self._run_condition(labels[place], buffers)
+                self._run_condition(request.take(self.spec, place), buffers)
             x = np.array(noise, np.float32, order="C")  # a record of it stays what it is, whatever the caller does
             for step in self.program.steps:
                 if self._closed:
@@ -151,16 +152,16 @@ class HostExecutor:
             for _, buffers, _ in parts:
                 self._free.append(buffers)
 
-    def last(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def last(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """As `Executor.last`."""
         x = noise
-        for event in self.run(labels, noise, fresh_noise):
+        for event in self.run(request, noise, fresh_noise):
             x = event.x
         return np.array(x)
 
-    def images(self, labels: Sequence[int], noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def images(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
         """As `Executor.images`."""
-        return self.decode(self.last(labels, noise, fresh_noise))
+        return self.decode(self.last(request, noise, fresh_noise))
 
     def decode(self, latents: Samples) -> Samples:
         """As `Executor.decode`: as many at a time as the bundle was compiled for, a decoder's insides are large."""
@@ -177,11 +178,11 @@ class HostExecutor:
             binding.run()
         return in_range(images)
 
-    def outputs_at(self, label: int, samples: Mapping[int, Samples]) -> Iterator[Observation]:
+    def outputs_at(self, request: Request, samples: Mapping[int, Samples]) -> Iterator[Observation]:
         """As `Executor.outputs_at`."""
         buffers = self._lent(1)
         try:
-            self._run_condition([label], buffers)
+            self._run_condition(request, buffers)
             yield None, CONDITION, buffers.conditioning.tables_at(sorted(samples))
             for step in (step for step in self.program.steps if step.index in samples):
                 x = np.ascontiguousarray(samples[step.index], np.float32)
@@ -208,9 +209,9 @@ class HostExecutor:
             self._free.append(buffers)
         return self._allocate(images)
 
-    def _run_condition(self, labels: Sequence[int], buffers: _Buffers) -> None:
-        """All steps and both guidance halves in one call, each label once."""
-        buffers.conditioning.compute(self.guidance.labels(labels))
+    def _run_condition(self, request: Request, buffers: _Buffers) -> None:
+        """All steps and both guidance halves in one call, equal rows once."""
+        buffers.conditioning.compute(self.guidance.row_conditions(request))
 
     def _run_step(self, step: Step, x: Samples, parts: Sequence[Part], fresh_noise: NoiseSource) -> StepEvent:
         start = perf_counter()
@@ -269,18 +270,19 @@ class HostExecutor:
     def _allocate(self, images: int) -> _Buffers:
         rows = images * self.guidance.halves
         t = np.array([row["t"] for row in self._rows], dtype=np.float32)
+        fresh = frozenset(condition.name for condition in self.spec.conditions if condition.fresh)
         slot_shape, dtype = (rows, *self.spec.branch_shape), slot_type(self.program, self._engines)
         return _Buffers(
             images=images,
             x=np.empty((rows, *self.spec.latent_shape), np.float32),
             out=np.empty((rows, *self.spec.prediction_shape), np.float32),
-            conditioning=Conditioning(self._engines[CONDITION], t, rows, most_ahead(self._engines)),
+            conditioning=Conditioning(self._engines[CONDITION], t, rows, most_ahead(self._engines), fresh),
             slots=tuple(np.empty(slot_shape, dtype) for _ in range(self.program.slots)),
             bindings={},
         )
 
     def _table_values(self) -> int:
-        """Numbers in the tables of all steps for one label."""
+        """Numbers in the tables of all steps for one row."""
         sizes = {"batch": 1, "steps": len(self._rows)}
         ports = self._engines[CONDITION].outputs.values()
         return sum(prod(sizes[size] if isinstance(size, str) else size for size in port.shape) for port in ports)

@@ -58,9 +58,20 @@ HERE = Place()
 
 
 class RunOptions(Settings):
-    """The settings of `ditc run`: an image for each of `labels`, which draw their noise from `seed`."""
+    """The settings of `ditc run`: an image for each of `labels`, which draw their noise from `seed`.
 
-    labels: Annotated[tuple[int, ...], Option("Classes, one image each: 207,360.")]
+    A model of other conditions takes them from a file; without one, and without classes, `images` says how many are
+    made, of the bundle's own examples.
+    """
+
+    labels: Annotated[tuple[int, ...] | None, Option("Classes, one image each: 207,360.")] = None
+    conditions: Annotated[
+        Path | None,
+        Option("Conditions other than a class, an .npz file with an array of a row for each image.", metavar="FILE"),
+    ] = None
+    images: Annotated[
+        int | None, Field(ge=1), Option("Images, of the bundle's own examples, where a model has no classes.")
+    ] = None
     seed: Annotated[int, Field(ge=0), Option("Seed of the noise.", advice="set --seed 0 or more")] = 0
 
 

@@ -23,10 +23,12 @@ from ditc.engines.integer_form import SaysType
 from ditc.engines.targets import backend_for
 from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_name
 from ditc.program import DECODE, UPDATE, Program
+from ditc.requests import Request, whole_numbers
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
-from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise, whole_numbers
+from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_request
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
 from ditc.runtime.host_executor import HostExecutor
+from ditc.spec import ModelSpec
 from ditc.tables import DYNAMIC
 
 __all__ = ["Pipeline", "load", "open_engines"]
@@ -205,60 +207,83 @@ class Pipeline:
 
     def generate(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | Request | None = None,
         *,
+        conditions: Mapping[str, Any] | None = None,
+        count: int | None = None,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         noise: Samples | None = None,
         first: int = 0,
     ) -> Iterator[StepEvent]:
-        """All labels as one batch: a StepEvent per step, the last one carrying `images`; their arrays are read-only.
+        """All images as one batch: a StepEvent per step, the last one carrying `images`; their arrays are read-only.
 
-        `noise` is x_T, (len(labels), channels, *space); without it each image draws from the stream of
-        (seed, first + its place), seed 0 where none is given. `seeds` are one for each image instead, each giving what
-        it gives by itself: requests merged into one keep their noise. Raises InputError for a label or a shape that
-        the model doesn't have.
+        `labels` are classes, one for each image, of a model that has them, or a whole Request; `conditions` arrays of
+        every other condition by name, (n, ...); `count` says how many images where neither does. `noise` is x_T,
+        (n, channels, *space); without it each image draws from the stream of (seed, first + its place), seed 0 where
+        none is given. `seeds` are one for each image instead, each giving what it gives by itself: requests merged into
+        one keep their noise. Raises InputError for a condition or a shape that the model doesn't have.
         """
-        executor, labels = self.executor, whole_numbers("labels", labels, "[3, 1, 4]")
-        streams = image_streams(len(labels), seed, seeds, first)
-        self.bundle.manifest.model.check_labels(tuple(labels))
-        check_noise(noise, len(labels))
-        drawn, fresh = streamed_noise(streams, self.bundle.manifest.model.latent_shape)
-        for event in executor.run(labels, drawn if noise is None else noise, fresh):
+        executor, request = self.executor, self.request(labels, conditions, count)
+        streams = image_streams(len(request), seed, seeds, first)
+        check_noise(noise, len(request))
+        request, drawn, fresh = streamed_request(self._spec, request, streams, len(self.program.steps))
+        for event in executor.run(request, drawn if noise is None else noise, fresh):
             last = event.index == event.steps - 1
             yield replace(event, images=executor.decode(event.x)) if last and self.makes_images else event
 
     def latents(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | Request | None = None,
         *,
+        conditions: Mapping[str, Any] | None = None,
+        count: int | None = None,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         noise: Samples | None = None,
         first: int = 0,
     ) -> Samples:
-        """Finished samples before decoding, (n, channels, *space), `at_once` of them at a time."""
-        executor, labels = self.executor, whole_numbers("labels", labels, "[3, 1, 4]")
-        requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
-        return np.concatenate([executor.last(*request) for request in requests])
+        """Finished samples before decoding, (n, channels, *space), `at_once` of them at a time; as `generate`."""
+        executor, request = self.executor, self.request(labels, conditions, count)
+        requests = self._requests(executor, request, image_streams(len(request), seed, seeds, first), noise)
+        return np.concatenate([executor.last(*part) for part in requests])
 
     def images(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | Request | None = None,
         *,
+        conditions: Mapping[str, Any] | None = None,
+        count: int | None = None,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         noise: Samples | None = None,
         first: int = 0,
     ) -> Samples:
-        """Images in [-1, 1], float32 (n, channels, height, width), `at_once` of them at a time.
+        """Images in [-1, 1], float32 (n, channels, height, width), `at_once` of them at a time; as `generate`.
 
         The first one is image `first` of the seed; with `seeds` each is the first one of its own.
         """
         self.check_makes_images()
-        executor, labels = self.executor, whole_numbers("labels", labels, "[3, 1, 4]")
-        requests = self._requests(executor, labels, image_streams(len(labels), seed, seeds, first), noise)
-        return np.concatenate([executor.images(*request) for request in requests])
+        executor, request = self.executor, self.request(labels, conditions, count)
+        requests = self._requests(executor, request, image_streams(len(request), seed, seeds, first), noise)
+        return np.concatenate([executor.images(*part) for part in requests])
+
+    def request(
+        self,
+        labels: Sequence[int] | Request | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        count: int | None = None,
+    ) -> Request:
+        """Return the request of some images, held to the model. Raises InputError as `generate`."""
+        if isinstance(labels, Request):
+            if conditions is not None or count is not None:
+                raise InputError("a whole request says its conditions and its count itself; leave them out")
+            return labels
+        return Request.of(self._spec, labels, conditions, count)
+
+    @property
+    def _spec(self) -> ModelSpec:
+        return self.bundle.manifest.model
 
     def decode(self, latents: Samples) -> Samples:
         """Latents to images in [-1, 1]. A model of 1 or 3 channels without a decoder works on pixels already.
@@ -297,7 +322,7 @@ class Pipeline:
         fingerprint = Fingerprint.of(self.bundle.path)
         fingerprint.check_fits(self.program, self.bundle.manifest.model)
         engines, executor = self.engines, self.executor  # in this order: engines that are gone have none
-        observe = observer(executor, fingerprint.label, executor.decode if executor.decodes else None)
+        observe = observer(executor, fingerprint.request, executor.decode if executor.decodes else None)
         outputs = observe(fingerprint.samples)
         if not self._compensated:  # then the next sample is another one
             outputs = {(call, port): values for (call, port), values in outputs.items() if not call.startswith(UPDATE)}
@@ -332,20 +357,16 @@ class Pipeline:
         CHECKED.add(key)
 
     def _requests(
-        self,
-        executor: Executor,
-        labels: Sequence[int],
-        streams: Sequence[tuple[int, int]],
-        noise: Samples | None,
-    ) -> Iterator[tuple[Sequence[int], Samples, NoiseSource]]:
-        """Labels, x_T and the source of fresh noise, `at_once` images at a time."""
+        self, executor: Executor, request: Request, streams: Sequence[tuple[int, int]], noise: Samples | None
+    ) -> Iterator[tuple[Request, Samples, NoiseSource]]:
+        """Requests of `at_once` images at a time, with x_T and the source of fresh noise."""
         size = self._at_once(executor)
-        check_noise(noise, len(labels))
-        self.bundle.manifest.model.check_labels(tuple(labels))
-        for first in range(0, len(labels), size):
-            part = slice(first, first + size)
-            drawn, fresh = streamed_noise(streams[part], self.bundle.manifest.model.latent_shape)
-            yield labels[part], drawn if noise is None else noise[part], fresh
+        check_noise(noise, len(request))
+        for first in range(0, len(request), size):
+            part = slice(first, min(first + size, len(request)))
+            own = request.take(self._spec, part)
+            own, drawn, fresh = streamed_request(self._spec, own, streams[part], len(self.program.steps))
+            yield own, drawn if noise is None else noise[part], fresh
 
     @property
     def executor(self) -> Executor:
@@ -364,7 +385,7 @@ def check_noise(noise: object, count: int) -> None:
         kind = noise.dtype if isinstance(noise, np.ndarray) else type(noise).__name__
         raise InputError(f"noise must be a NumPy array of float32, found {kind}; take np.asarray(..., np.float32)")
     if noise.shape[:1] != (count,):
-        raise InputError(f"noise must have one sample per label: {count} labels, found {len(np.atleast_1d(noise))}")
+        raise InputError(f"noise must have one sample per image: {count} images, found {len(np.atleast_1d(noise))}")
 
 
 def image_streams(count: int, seed: int | None, seeds: Sequence[int] | None, first: int) -> list[tuple[int, int]]:
@@ -376,5 +397,5 @@ def image_streams(count: int, seed: int | None, seeds: Sequence[int] | None, fir
         raise InputError("give seed and first, or seeds with one seed for each image; found both")
     own = whole_numbers("seeds", seeds, "[7, 5]")
     if len(own) != count:
-        raise InputError(f"seeds must be one for each label: {count} labels, found {len(own)} seeds")
+        raise InputError(f"seeds must be one for each image: {count} images, found {len(own)} seeds")
     return [(image_seed, 0) for image_seed in own]

@@ -13,14 +13,15 @@ import numpy as np
 import ditc
 from ditc.bundle import Bundle
 from ditc.checks import Verification
-from ditc.errors import CheckError
+from ditc.errors import CheckError, InputError
 from ditc.files import writing
+from ditc.requests import Request, example_names, read_conditions
 from ditc.runtime.closeness import trajectory_comparison
 from ditc.runtime.executor import Samples, StepEvent, check_stream
 from ditc.runtime.images import grid, save_png
-from ditc.runtime.options import HERE, Place
+from ditc.runtime.options import HERE, Place, RunOptions
 from ditc.runtime.pipeline import Pipeline
-from ditc.spec import Record
+from ditc.spec import LABEL, Record
 
 __all__ = ["GeneratedImages", "SegmentSeconds", "StepSeconds", "run_bundle", "verify_bundle"]
 
@@ -65,28 +66,27 @@ class GeneratedImages(Record):
     steps: tuple[StepSeconds, ...]
 
 
-def run_bundle(
-    bundle: Path, labels: Sequence[int], out: Path, *, seed: int, watch: Watch, place: Place = HERE
-) -> GeneratedImages:
-    """Generate one image per label into `out`, with a grid of all; returns file names and times.
+def run_bundle(bundle: Path, options: RunOptions, out: Path, *, watch: Watch, place: Place = HERE) -> GeneratedImages:
+    """Generate the images that are asked for into `out`, with a grid of all; returns file names and times.
 
     Each file says in its text chunks what it was made from (`origin_text`). On a GPU the request is queued whole, so
     there are no times of single steps; `ditc bench` measures those.
     """
     events: list[StepEvent] = []
     with place.load(bundle) as pipe:
-        pipe.bundle.manifest.model.check_labels(tuple(labels))
+        request, seed = asked_request(pipe.bundle, options), options.seed
         pipe.check_makes_images()
         check_stream(seed, 0)  # before anything is written
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         start = perf_counter()
         if pipe.on_device:
-            pictures = pipe.images(labels, seed=seed)
+            pictures = pipe.images(request, seed=seed)
         else:
-            pictures = _watched_images(pipe, labels, seed, watch, events)
+            pictures = _watched_images(pipe, request, seed, watch, events)
         seconds = perf_counter() - start
-    names = [f"{number:04d}-class{label}.png" for number, label in enumerate(labels)]
+    labels: Sequence[int | None] = request.labels if LABEL in request.arrays else [None] * len(request)
+    names = [f"{number:04d}{'' if label is None else f'-class{label}'}.png" for number, label in enumerate(labels)]
     for number, (name, picture) in enumerate(zip(names, pictures, strict=True)):
         save_png(picture, out / name, origin_text(pipe.bundle, seed, labels[number : number + 1], number))
     columns = int(np.ceil(np.sqrt(len(pictures))))
@@ -97,14 +97,35 @@ def run_bundle(
         images=tuple(names),
         grid=GRID,
         folder=str(out),
-        seconds_per_image=seconds / len(labels),
-        seconds_per_image_outside_steps=(seconds - sum(event.seconds for event in events)) / len(labels),
+        seconds_per_image=seconds / len(request),
+        seconds_per_image_outside_steps=(seconds - sum(event.seconds for event in events)) / len(request),
         segments=seconds_by_segment(events),
         steps=tuple(StepSeconds(index=e.index, t=e.t, segment=e.segment, seconds=e.seconds) for e in events),
     )
 
 
-def origin_text(bundle: Bundle, seed: int, labels: Sequence[int], first: int) -> dict[str, str]:
+def asked_request(bundle: Bundle, options: RunOptions) -> Request:
+    """Return the request of a command line. Raises InputError for one that the model can't have."""
+    spec, given = bundle.manifest.model, options.conditions
+    needed = example_names(spec)
+    if given is not None:
+        return Request.of(spec, options.labels, read_conditions(given), options.images)
+    if spec.num_classes is not None:
+        if options.labels is None:
+            raise InputError(f"{spec.name} has classes; name one for each image, for example --labels 0,1")
+        if options.images not in (None, len(options.labels)):
+            raise InputError(f"--images {options.images} with {len(options.labels)} labels; leave --images out")
+        spec.check_labels(options.labels)
+        return bundle.examples().of(range(len(options.labels)), options.labels)
+    if options.labels is not None:
+        spec.check_labels(options.labels)  # refuses any
+    if options.images is None:
+        files = f"--conditions FILE with {' and '.join(needed)}, or " if needed else ""
+        raise InputError(f"{spec.name} has no classes; say what to make: {files}--images N")
+    return bundle.examples().in_turn(0, options.images)
+
+
+def origin_text(bundle: Bundle, seed: int, labels: Sequence[int | None], first: int) -> dict[str, str]:
     """Return the origin of a picture of the images `first` and on of a seed, by keyword of a PNG's text chunks."""
     return {
         "Software": f"ditc {ditc.__version__}",
@@ -112,13 +133,12 @@ def origin_text(bundle: Bundle, seed: int, labels: Sequence[int], first: int) ->
         "ditc.model": bundle.manifest.model.name,
         "ditc.seed": str(seed),
         "ditc.first": str(first),
-        "ditc.classes": ",".join(map(str, labels)),
-    }
+    } | ({} if None in labels else {"ditc.classes": ",".join(map(str, labels))})
 
 
-def _watched_images(pipe: Pipeline, labels: Sequence[int], seed: int, watch: Watch, events: list[StepEvent]) -> Samples:
+def _watched_images(pipe: Pipeline, request: Request, seed: int, watch: Watch, events: list[StepEvent]) -> Samples:
     """The images, every step watched and kept in `events`."""
-    for part, first in _parts(pipe, labels):
+    for part, first in _parts(pipe, request):
         for event in pipe.generate(part, seed=seed, first=first):
             watch(event)
             events.append(event)
@@ -147,14 +167,14 @@ def verify_bundle(
     def trajectory(reference: bool) -> list[Samples]:
         steps: dict[int, list[Samples]] = defaultdict(list)
         with place.load(bundle, reference=reference) as pipe:
-            labels = pipe.bundle.manifest.model.labels_in_turn(0, images)
-            for part, first in _parts(pipe, labels):
+            request = pipe.bundle.examples().in_turn(0, images)
+            for part, first in _parts(pipe, request):
                 for event in pipe.generate(part, seed=seed, first=first):
                     watch(event)
                     steps[event.index].append(event.x)
             samples = [np.concatenate(parts) for _, parts in sorted(steps.items())]
             if pipe.on_device:
-                check_unwatched(pipe, labels, samples[-1], seed)
+                check_unwatched(pipe, request, samples[-1], seed)
         return samples
 
     exact, compiled = trajectory(True), trajectory(False)
@@ -170,10 +190,10 @@ def verify_bundle(
     return verification
 
 
-def check_unwatched(pipe: Pipeline, labels: Sequence[int], watched: Samples, seed: int) -> None:
+def check_unwatched(pipe: Pipeline, request: Request, watched: Samples, seed: int) -> None:
     """Serving on a GPU queues a request whole; raise CheckError unless that gives what the watched steps gave."""
-    pipe.latents(labels, seed=seed)  # graphs are captured by the second request
-    queued = pipe.latents(labels, seed=seed)
+    pipe.latents(request, seed=seed)  # graphs are captured by the second request
+    queued = pipe.latents(request, seed=seed)
     if not np.allclose(queued, watched, rtol=0, atol=UNWATCHED_TOLERANCE * float(np.abs(watched).max())):
         raise CheckError(
             "requests queued whole differ from the same steps watched one by one; "
@@ -181,6 +201,6 @@ def check_unwatched(pipe: Pipeline, labels: Sequence[int], watched: Samples, see
         )
 
 
-def _parts(pipe: Pipeline, labels: Sequence[int]) -> list[tuple[Sequence[int], int]]:
-    size = pipe.at_once
-    return [(labels[first : first + size], first) for first in range(0, len(labels), size)]
+def _parts(pipe: Pipeline, request: Request) -> list[tuple[Request, int]]:
+    size, spec = pipe.at_once, pipe.bundle.manifest.model
+    return [(request.take(spec, slice(first, first + size)), first) for first in range(0, len(request), size)]

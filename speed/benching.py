@@ -17,12 +17,13 @@ from ditc.files import atomic_write
 from ditc.machine import machine
 from ditc.program import CONDITION, DECODE
 from ditc.progress import Progress
+from ditc.requests import Request
 from ditc.runtime.options import HERE, Place
 from ditc.runtime.pipeline import Pipeline
 from ditc.speed.bench_result import Bench, BenchedBundle, CallLatency, OutsideLatency, StepTime
 from ditc.speed.latency import latency_of, with_spread
 from ditc.speed.options import BenchOptions
-from ditc.speed.peer_task import bench_labels
+from ditc.speed.peer_task import bench_request
 from ditc.speed.roofline import Roofline
 from ditc.speed.side_by_side import against_peers
 from ditc.speed.tracing import trace_bundle
@@ -57,17 +58,17 @@ def bench_bundle(bundle: Path, options: BenchOptions, *, place: Place = HERE, pr
 
 
 def _measured(pipe: Pipeline, options: BenchOptions, progress: Progress) -> Bench:
-    manifest, labels = pipe.bundle.manifest, bench_labels(pipe.bundle.manifest)
+    manifest, asked = pipe.bundle.manifest, bench_request(pipe.bundle)
     for number in range(options.warmup):
-        pipe.latents(labels, seed=number)
+        pipe.latents(asked, seed=number)
     seconds = []
     for number in range(options.requests):
         progress("requests", number, options.requests)
         start = perf_counter()
-        pipe.latents(labels, seed=number)
+        pipe.latents(asked, seed=number)
         seconds.append(perf_counter() - start)
     progress("requests", options.requests, options.requests)
-    request, calls = latency_of(seconds), _call_times(pipe, labels, options.requests)
+    request, calls = latency_of(seconds), _call_times(pipe, asked, options.requests)
     return Bench(
         machine=machine(),
         bundle=BenchedBundle(
@@ -93,7 +94,7 @@ class _CallTimes(NamedTuple):
     steps: tuple[StepTime, ...]
 
 
-def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> _CallTimes:
+def _call_times(pipe: Pipeline, request: Request, requests: int) -> _CallTimes:
     """Observe requests: every call by itself, and the part of them that is not inside an engine.
 
     The conditioning is what comes before the first step, decoding what comes after the last, NumPy around them and all.
@@ -103,7 +104,7 @@ def _call_times(pipe: Pipeline, labels: list[int], requests: int) -> _CallTimes:
     steps: dict[tuple[int, float, str], list[tuple[float, float]]] = defaultdict(list)
     for number in range(requests):
         asked = perf_counter()
-        for event in pipe.generate(labels, seed=number):
+        for event in pipe.generate(request, seed=number):
             around = perf_counter() - asked - event.seconds
             if event.index == 0:
                 engine[CONDITION].append(around)

@@ -21,16 +21,17 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.errors import InputError
 from ditc.program import CONDITION, FULL
+from ditc.requests import Request
 from ditc.runtime.closeness import relative_error
-from ditc.runtime.conditioning import condition_tables
-from ditc.runtime.executor import Samples
+from ditc.runtime.conditioning import condition_tables, of_step
+from ditc.runtime.executor import Samples, seeded_request
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.reference_run import GuidedRun
 
 if TYPE_CHECKING:
     from ditc.exporter.model_facts import ModelFacts
 
-__all__ = ["ModelChoice", "PeerTask", "bench_labels", "peer_task_of"]
+__all__ = ["ModelChoice", "PeerTask", "bench_request", "peer_task_of"]
 
 CALIBRATION_POINTS = 16  # at most, of the bundle's own run, for peers that quantize
 # relative error of a torch model's output against the bundle's FP reference, whose conditioning may be stored as FP16
@@ -51,14 +52,14 @@ class PeerTask:
 
     `reference` is the FP segment of a computing step, with nothing but the prediction as output. `expected` is what it
     gives for the samples `x` at step `index`, (rows, channels, *space), `bundle_output` what the bundle gives.
-    `labels` are those of all rows, `tables` the bundle's conditioning, each (steps, rows, ...). `points` are (step,
+    `conditions` are those of all rows, `tables` the bundle's conditioning, each (steps, rows, ...). `points` are (step,
     samples) to calibrate with. Peers write files to `scratch`.
     """
 
     bundle: Bundle
     reference: Path
     run: GuidedRun
-    labels: NDArray[np.int64]
+    conditions: Mapping[str, NDArray[Any]]
     tables: Mapping[str, NDArray[Any]]
     index: int
     x: Samples
@@ -86,28 +87,32 @@ class PeerTask:
         return _checked_model(self)
 
 
-def bench_labels(manifest: Manifest) -> list[int]:
-    """Return a full batch of classes."""
-    return manifest.model.labels_in_turn(0, manifest.batch)
+def bench_request(bundle: Bundle) -> Request:
+    """Return the request of a full batch: its classes and other conditions in turn."""
+    return bundle.examples().in_turn(0, bundle.manifest.batch)
 
 
 def peer_task_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> PeerTask:
     """Return the task of a bundle that has its FP reference. Raises InputError where a named model is another one."""
     run = GuidedRun.of(bundle)
-    labels = run.guidance.labels(bench_labels(bundle.manifest))
+    request, _, _ = seeded_request(run.spec, bench_request(bundle), 0, 0, run.steps)
+    conditions = run.guidance.row_conditions(request)
     before, bundle_output = _own_run(bundle)
     computing = sorted(before)
     index = computing[len(computing) // 2]
     condition = OnnxRuntimeBackend().session(bundle.reference_path(CONDITION))
-    tables = condition_tables(condition, run.columns["t"], labels)
     reference = _bare_reference(bundle, scratch)
+    session = OnnxRuntimeBackend().session(reference)
+    ports = {port.name for port in session.get_inputs()}
+    tables = condition_tables(condition, run.columns["t"], conditions)
+    tables = {name: table for name, table in tables.items() if name in ports}
     feeds = _feeds(tables, index, run.guidance.rows(before[index]))
-    expected = OnnxRuntimeBackend().session(reference).run(["out"], feeds)[0]
+    expected = session.run(["out"], feeds)[0]
     task = PeerTask(
         bundle=bundle,
         reference=reference,
         run=run,
-        labels=labels,
+        conditions=conditions,
         tables=tables,
         index=index,
         x=before[index],
@@ -128,13 +133,13 @@ def _own_run(bundle: Bundle) -> tuple[dict[int, Samples], Samples]:
     calls = sum(step.segment == FULL for step in program.steps)
     recorder = RecordingBackend(OnnxRuntimeBackend(), {FULL: {calls // 2}})
     with Pipeline(bundle, backend=recorder) as pipe:
-        events = pipe.generate(bench_labels(bundle.manifest), seed=0)
+        events = pipe.generate(bench_request(bundle), seed=0)
         before = {event.index: event.before for event in events if event.segment == FULL}
     return before, np.asarray(recorder.runs[FULL][0].outputs["out"])
 
 
 def _feeds(tables: Mapping[str, NDArray[Any]], index: int, rows: Samples) -> dict[str, NDArray[Any]]:
-    return {"x": rows, **{name: table[index] for name, table in tables.items()}}
+    return {"x": rows, **of_step(tables, index)}
 
 
 def _bare_reference(bundle: Bundle, scratch: Path) -> Path:
@@ -174,11 +179,11 @@ def _checked_model(task: PeerTask) -> Any:
     name = choice.name or known_model(manifest)
     model = load_model(name, num_heads=choice.heads, facts=_class_facts(manifest) if Path(name).is_file() else None)
     advice = f"name the one that {task.bundle.path} was compiled from with --model"
-    for kind in ("latent_shape", "out_channels", "num_classes", "branches"):
+    for kind in ("latent_shape", "out_channels", "num_classes", "conditions", "branches"):
         own, wanted = getattr(model.spec, kind), getattr(manifest.model, kind)
         if own != wanted:
             raise InputError(f"{name} is another model: its {kind} is {own}, expected {wanted}; {advice}")
-    forward = eager_forward(model, task.run.columns["t"], task.labels, next(model.parameters()).dtype)
+    forward = eager_forward(model, task.run.columns["t"], task.conditions, next(model.parameters()).dtype)
     error = task.error(forward(task.index, task.run.guidance.rows(task.x)))
     if not error < SAME_MODEL:
         raise InputError(

@@ -16,7 +16,7 @@ from ditc.bundle import Bundle
 from ditc.footprint import Footprint
 from ditc.program import CONDITION, DECODE
 from ditc.spec import Record
-from ditc.speed.peer_task import bench_labels
+from ditc.speed.peer_task import bench_request
 from ditc.speed.rates import MEASURED, Rates, segment_seconds
 
 __all__ = ["Roofline", "SegmentLimit", "SegmentRoof", "footprints_here", "limit_of", "roofline"]
@@ -95,7 +95,14 @@ def _sizes(bundle: Bundle, name: str) -> dict[str, int]:
     """Return a segment's rows here: an image each, two with guidance; of the conditioning each label once."""
     manifest = bundle.manifest
     rows = {
-        CONDITION: len(set(bench_labels(manifest))) + manifest.halves - 1,
+        CONDITION: _distinct_rows(bundle),
         DECODE: manifest.batch,
     }.get(name, manifest.batch * manifest.halves)
     return {"batch": rows, "steps": len(manifest.program.steps)}
+
+
+def _distinct_rows(bundle: Bundle) -> int:
+    """Return how many different rows of conditions a request has, the nulls of guidance among them."""
+    arrays = bench_request(bundle).arrays.values()
+    rows = {tuple(array[place].tobytes() for array in arrays) for place in range(bundle.manifest.batch)}
+    return len(rows) + bundle.manifest.halves - 1

@@ -27,7 +27,7 @@ from ditc.spec import Record
 from ditc.speed.latency import SpreadLatency, latency_of, with_spread
 from ditc.speed.options import BenchOptions
 from ditc.speed.peer import Peer
-from ditc.speed.peer_task import ModelChoice, PeerTask, bench_labels, peer_task_of
+from ditc.speed.peer_task import ModelChoice, PeerTask, bench_request, peer_task_of
 from ditc.speed.peers import ReadyPeer, ready_peer
 
 __all__ = [
@@ -178,11 +178,11 @@ def take_turns(turns: list[Turn], rounds: int, warmup: int, progress: Progress) 
 
 def bundle_turn(pipe: Pipeline) -> Turn:
     """Return a request of a full batch: its whole run up to the latents, steps that compute all, others by segment."""
-    labels = bench_labels(pipe.bundle.manifest)
+    request = bench_request(pipe.bundle)
 
     def turn() -> Iterator[tuple[str, float]]:
         start, until = perf_counter(), 0.0
-        for event in pipe.generate(labels, seed=0):
+        for event in pipe.generate(request, seed=0):
             yield STEP if event.segment == FULL else event.segment, event.seconds
             if event.index == event.steps - 1:  # what comes after it is decoding, which no peer does
                 yield RUN, until + event.seconds

@@ -81,5 +81,5 @@ def _torch_peer(task: PeerTask, model: Any, what: str, kind: Any = None) -> Peer
     from ditc.speed.eager import eager_forward
 
     kind = kind or next(model.parameters()).dtype
-    forward = eager_forward(model, task.run.columns["t"], task.labels, kind)
+    forward = eager_forward(model, task.run.columns["t"], task.conditions, kind)
     return Peer(forward=forward, what=f"torch {torch.__version__}, {what}")

@@ -72,8 +72,8 @@ def _trace_onnxruntime(bundle: Bundle, folder: Path, backend: OnnxRuntimeBackend
     manifest = bundle.manifest
     recorder = RecordingBackend(backend, {name: {0} for name in manifest.program.calls})
     with Pipeline(bundle, backend=recorder) as recorded:
-        labels = manifest.model.labels_in_turn(0, manifest.batch)
-        (recorded.images if recorded.makes_images else recorded.latents)(labels)
+        request = bundle.examples().in_turn(0, manifest.batch)
+        (recorded.images if recorded.makes_images else recorded.latents)(request)
     written = []
     for name, runs in recorder.runs.items():
         segment = runnable_path(bundle.segment_path(name), recorder.name)

@@ -55,8 +55,8 @@ class Exact:
     def of(plan: Plan, segments: Segments) -> Exact:
         samples = exact_trajectory(plan, segments, IMAGES, PURPOSE, "exact")
         condition, full = (plan.backend.session(segments[name]) for name in (CONDITION, FULL))
-        labels = plan.guidance.labels(plan.labels(IMAGES))
-        return Exact(plan, samples, condition_tables(condition, plan.columns["t"], labels), full)
+        conditions = plan.guidance.row_conditions(plan.request(IMAGES))
+        return Exact(plan, samples, condition_tables(condition, plan.columns["t"], conditions), full)
 
     def sums(self, step: int, gates: int) -> Sums:
         """Return the sum of all branches at a step's sample, with the gates of step `gates`: (rows, *branch_shape)."""

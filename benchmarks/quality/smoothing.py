@@ -25,6 +25,7 @@ from ditc.compiler.exporting import export
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.point_conditions import PointConditions
 from ditc.compiler.pooling import record_pool, select
 from ditc.compiler.quantizing import quantize
 from ditc.compiler.smoothing import smooth
@@ -59,7 +60,7 @@ def predictions(plan: Plan, segments: Segments, points: CalibSet) -> list[np.nda
     outputs = []
     for step in np.unique(points.step):
         at_step = points.take(np.flatnonzero(points.step == step))
-        feeds = calibration_feeds(condition, at_step, plan.guidance_label, len(at_step))
+        feeds = calibration_feeds(condition, at_step, PointConditions.of_plan(plan), len(at_step))
         outputs += [full.run(["out"], feed)[0][:, : plan.spec.in_channels] for feed in feeds]
     return outputs
 

@@ -125,7 +125,7 @@ def seed_images(plan: Plan, program: Program, segments: Segments, tables: Tables
         for first in range(0, count, BATCH):
             size = min(BATCH, count - first)
             noise, fresh = seeded_noise(seed, first, size, plan.spec.latent_shape)
-            for event in runner.run(plan.spec.labels_in_turn(first, size), noise, fresh):
+            for event in runner.run(plan.examples.in_turn(first, size), noise, fresh):
                 if first < WATCHED:
                     watched[event.index].append(event.x.copy())
             images.append(event.x.copy())

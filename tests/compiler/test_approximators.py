@@ -67,7 +67,7 @@ def test_taylor_extrapolates_every_branch(bundles: dict[str, Bundle]) -> None:
     branches, spec = bundles["fp32-branches"], bundles["fp32-branches"].manifest.model
     t = branches.tables()["sampler.t"]
     labels = np.array([*LABELS, *[spec.null_label] * 4], np.int64)
-    conditioning = condition_tables(OnnxRuntimeBackend().session(branches.segment_path(CONDITION)), t, labels)
+    conditioning = condition_tables(OnnxRuntimeBackend().session(branches.segment_path(CONDITION)), t, {"y": labels})
     with open_branch_probe(branches.segment_path("full"), spec.branches) as probe:
         before, near = (probe.run(i, np.concatenate([events[i].before] * 2), conditioning) for i in (0, 2))
     weight = (t[2] - t[3]) / (t[0] - t[2])

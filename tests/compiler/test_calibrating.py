@@ -16,6 +16,7 @@ from ditc.compiler.observing import ObservedPool
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.point_conditions import PointConditions
 from ditc.compiler.pooling import select
 from ditc.compiler.work import shared
 from ditc.errors import BundleError, InputError
@@ -158,7 +159,7 @@ def test_the_selector_sees_the_largest_magnitude_of_every_layer_at_every_point(
     assert pool.peaks.shape == (len(pool), len(probe.readers))
     calib = pool.take(np.array([0, 5, len(pool) - 1])).calibration_set()
     for feeds, expected in zip(
-        calibrating.calibration_feeds(condition, calib, plan.guidance_label, 1),
+        calibrating.calibration_feeds(condition, calib, PointConditions.of_plan(plan), 1),
         pool.peaks[[0, 5, len(pool) - 1]][np.argsort(calib.step, kind="stable")],
         strict=True,
     ):

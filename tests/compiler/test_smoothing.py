@@ -21,6 +21,7 @@ from ditc.compiler.exporting import export
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
+from ditc.compiler.point_conditions import PointConditions
 from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
 from ditc.errors import CheckError, InputError
@@ -30,6 +31,7 @@ from ditc.exporter.stress import stressed
 from ditc.program import CONDITION
 from ditc.quantize.linears import linears_of
 from ditc.quantize.transforms import TRANSFORMS
+from ditc.requests import Request
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import seeded_noise
 from ditc.speed.eager import eager_images
@@ -64,7 +66,7 @@ class Exported:
     def outputs(self, segments: Segments, name: str = "full") -> np.ndarray:
         """The prediction at every calibration point, with the tables of the segments' own `condition`."""
         sessions = [self.plan.backend.session(segments[each]) for each in (CONDITION, name)]
-        feeds = calibration_feeds(sessions[0], CalibSet.load(self.calib), self.plan.spec.null_label, 8)
+        feeds = calibration_feeds(sessions[0], CalibSet.load(self.calib), PointConditions.of_plan(self.plan), 8)
         return np.concatenate([sessions[1].run(["out"], feed)[0] for feed in feeds])
 
 
@@ -150,7 +152,7 @@ def test_a_bundles_reference_is_the_models_own_function(bundle: Bundle) -> None:
     spec = bundle.manifest.model
     noise, fresh = seeded_noise(0, 0, 2, spec.latent_shape)
     table = sampler_columns(bundle.tables())
-    expected = eager_images(hard_model(), table, [1, 2], noise, fresh, bundle.manifest.guidance)
+    expected = eager_images(hard_model(), table, Request.of(spec, [1, 2]), noise, fresh, bundle.manifest.guidance)
     with ditc.load(bundle.path, reference=True) as reference, ditc.load(bundle.path) as compiled:
         assert relative_error(reference.latents([1, 2], noise=noise), expected) < 1e-3
         first = [next(iter(pipe.generate([1, 2], seed=0))).x for pipe in (compiled, reference)]

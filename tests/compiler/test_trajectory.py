@@ -16,6 +16,7 @@ from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits, load_model
+from ditc.requests import Request
 from ditc.runtime.closeness import psnr_db, relative_error
 from ditc.runtime.executor import seeded_noise
 from ditc.runtime.samplers import sampler_table
@@ -85,7 +86,7 @@ def test_the_bundle_equals_plain_torch_on_the_same_noise(tmp_path: Path, sampler
     bundle = compile_model("digits", tmp_path / "b", options, exports=exports)
     table = sampler_table(model.diffusion, options.sampler_spec(model.sampler), options.steps)
     noise, fresh = seeded_noise(5, 0, 4, (1, 8, 8))
-    expected = eager_images(model, table, [0, 1, 2, 3], noise, fresh, options.cfg)
+    expected = eager_images(model, table, Request.of(model.spec, [0, 1, 2, 3]), noise, fresh, options.cfg)
     with ditc.load(bundle.path) as pipe:
         assert relative_error(pipe.latents([0, 1, 2, 3], seed=5), expected) < 1e-3
 

@@ -176,7 +176,7 @@ def test_verify_compares_a_gpu_with_the_reference(built: Any, capsys: pytest.Cap
 def test_too_many_labels_for_one_request_say_what_to_do(built: Any) -> None:
     with (
         ditc.load(built["small"], target="tensorrt") as pipe,
-        pytest.raises(InputError, match=r"run 4 images at a time, found 5 labels"),
+        pytest.raises(InputError, match=r"run 4 images at a time, found 5 images"),
     ):
         next(pipe.generate([0, 1, 2, 3, 4]))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ditc.errors import InputError
-from ditc.guidance import Guidance, halves_of, row_labels
+from ditc.guidance import Guidance, halves_of
+from ditc.requests import Request
 from ditc.spec import DiffusionSpec, ModelSpec
 
 SPEC = ModelSpec(
@@ -59,17 +62,16 @@ def test_without_guidance_the_only_row_of_an_image_is_its_prediction() -> None:
     guidance, out = Guidance.of(SPEC, 1.0), returned(SPEC, 1.0)
     assert guidance.halves == halves_of(1.0) == 1
     assert np.array_equal(guidance.combine(out, COUNT)[0], out[:, :4])
-    assert guidance.labels([2, 0]).tolist() == [2, 0]
+    assert guidance.row_conditions(Request.of(SPEC, [2, 0]))["y"].tolist() == [2, 0]
     assert np.array_equal(guidance.rows(out), out)
 
 
 def test_with_guidance_all_images_come_once_with_their_class_and_once_without() -> None:
     guidance, x = Guidance.of(SPEC, 1.5), returned(SPEC, 1.0)
     assert guidance.halves == halves_of(1.5) == 2
-    labels = guidance.labels([2, 0])
+    labels = guidance.row_conditions(Request.of(SPEC, [2, 0]))["y"]
     assert (labels.tolist(), labels.dtype) == ([2, 0, 3, 3], np.int64)
     assert np.array_equal(guidance.rows(x), np.concatenate([x, x]))
-    assert row_labels(np.array([1, 2]), None).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -85,15 +87,17 @@ def test_guidance_that_makes_no_sense_is_refused(changes: dict[str, None], weigh
         Guidance.of(SPEC.model_copy(update=changes), weight)
 
 
-@pytest.mark.parametrize("changes", [{"guided_channels": 0}, {"guided_channels": 5}, {"null_label": None}])
-def test_a_guidance_that_contradicts_itself_is_none(changes: dict[str, int | None]) -> None:
-    settings = {"weight": 2.0, "channels": 4, "guided_channels": 3, "learned_variance": True, "null_label": 3}
+@pytest.mark.parametrize("changes", [{"guided_channels": 0}, {"guided_channels": 5}, {"conditions": ()}])
+def test_a_guidance_that_contradicts_itself_is_none(changes: dict[str, Any]) -> None:
+    settings = {"weight": 2.0, "channels": 4, "guided_channels": 3, "learned_variance": True, "conditions": SPEC.inputs}
     with pytest.raises(InputError, match="guidance"):
         Guidance(**settings | changes)  # type: ignore[arg-type]
 
 
 def test_a_model_without_a_null_class_runs_without_guidance() -> None:
-    assert Guidance.of(SPEC.model_copy(update={"null_label": None}), 1.0).null_label is None
+    unguided = SPEC.model_copy(update={"null_label": None})
+    assert not unguided.can_be_guided
+    assert Guidance.of(unguided, 1.0).halves == 1
 
 
 def test_classes_take_turns_from_any_image_on() -> None:

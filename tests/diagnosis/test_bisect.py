@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ditc.bundle import Bundle, open_bundle, seal_bundle
 from ditc.cli.main import run
 from ditc.compiler.calibrating import calibration_feeds, chosen_points, spread_points
+from ditc.compiler.point_conditions import PointConditions
 from ditc.diagnosis.bisecting import (
     Target,
     bisect_bundle,
@@ -98,7 +99,7 @@ def test_everything_quantized_is_the_error_of_the_deployed_segment(bundles: dict
     bundle = bundles["cached"]
     calib = chosen_points(bundle, 10)
     condition = ORT.session(bundle.segment_path(CONDITION))
-    feeds = list(calibration_feeds(condition, calib, bundle.manifest.model.null_label, 1))
+    feeds = list(calibration_feeds(condition, calib, PointConditions.of_bundle(bundle), 1))
     ahead = bundle.manifest.program.segment("full").ahead
     for feed in feeds:  # what is summed for later steps changes nothing of this one
         feed["ahead.modulation"] = np.repeat(feed["modulation"][None], ahead, axis=0)
@@ -269,7 +270,7 @@ def test_a_point_is_run_with_the_scales_of_its_step(bundles: dict[str, Bundle]) 
     assert set(rows) == {"scales", "midpoints"}
     calib = chosen_points(bundle, 6)
     condition = ORT.session(bundle.segment_path(CONDITION))
-    feeds = list(calibration_feeds(condition, calib, bundle.manifest.model.null_label, 1))
+    feeds = list(calibration_feeds(condition, calib, PointConditions.of_bundle(bundle), 1))
     for feed in feeds:
         feed["ahead.modulation"] = feed["modulation"][None]
     deployed = ORT.session(runnable_path(bundle.segment_path("full"), "onnxrt"))

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditc.spec import DiffusionSpec, ModelSpec, SamplerSpec
+from ditc.spec import Condition, DiffusionSpec, ModelSpec, SamplerSpec
 
 DIM = 64
 CLASSES = 5
+STYLE = 4  # numbers of a vector
+TEXT_TOKENS, WORDS = 6, 8
 
 
 class Mixer(nn.Module):
@@ -40,7 +42,6 @@ class TokenMixer(nn.Module):
     """Noise prediction for samples (channels, *space), with a class label."""
 
     decoder = None
-    label_classes: int | None = CLASSES
 
     def __init__(self, channels: int, space: Sequence[int], depth: int = 3) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class TokenMixer(nn.Module):
         self.places = nn.Parameter(torch.randn(prod(space), DIM))
         self.time = nn.Sequential(nn.Linear(2, DIM), nn.SiLU(), nn.Linear(DIM, DIM))
         self.label = nn.Embedding(CLASSES + 1, DIM)
-        self.modulation = nn.Linear(DIM, 3 * depth * DIM)
+        self.modulation = nn.Linear(DIM, 3 * max(depth, 1) * DIM)
         self.branches = nn.ModuleList(Mixer(f"layers.{n}.mlp", prod(space), n) for n in range(depth))
 
     @property
@@ -102,6 +103,89 @@ class TokenMixer(nn.Module):
         return self.head(h, parts)
 
 
+class Styled(TokenMixer):
+    """A class and a vector, whose null is zeros; typical vectors are stated."""
+
+    def __init__(self) -> None:
+        super().__init__(3, (4, 4))
+        self.style = nn.Linear(STYLE, DIM)
+
+    def stated(self) -> dict[str, Any]:
+        return super().stated() | {"conditions": (Condition(name="style", shape=(STYLE,), null=0.0),)}
+
+    def embedded(self, t: Tensor, *conditions: Tensor) -> Tensor:
+        label, style = conditions
+        return super().embedded(t, label) + self.style(style)
+
+    def example_conditions(self, count: int) -> dict[str, Tensor]:
+        return {"style": torch.linspace(-1, 1, count * STYLE).reshape(count, STYLE)}
+
+
+class Unconditional(TokenMixer):
+    """Nothing but a sample and its timestep."""
+
+    def __init__(self) -> None:
+        super().__init__(3, (4, 4))
+
+    def stated(self) -> dict[str, Any]:
+        return {}
+
+    def embedded(self, t: Tensor, *conditions: Tensor) -> Tensor:
+        return self.embedded_time(t)
+
+
+class Iterated(Unconditional):
+    """Fresh noise at every step, beside the sampler's."""
+
+    def stated(self) -> dict[str, Any]:
+        return {"conditions": (Condition(name="jitter", shape=(DIM,), fresh=True),)}
+
+    def condition(self, t: Tensor, *conditions: Tensor) -> dict[str, Tensor]:
+        (jitter,) = conditions  # (steps, batch, dim)
+        c = nn.functional.silu(self.embedded_time(t)[:, None] + 0.3 * jitter)
+        return {"modulation": self.modulation(c).unflatten(-1, (-1, DIM))}
+
+    def embedded(self, t: Tensor, *conditions: Tensor) -> Tensor:
+        return self.embedded_time(t) + 0.3 * conditions[0]
+
+
+class Reading(Mixer):
+    """A branch that attends to a text, whose keys and values a request has once."""
+
+    def compute(self, h: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        keys, values = parts["text"][:, None].chunk(2, dim=-1)
+        read = nn.functional.scaled_dot_product_attention(h[:, None], keys, values)[:, 0]
+        return self.down(torch.cat([read, self.up(h)[..., DIM:]], dim=-1))
+
+
+class Prompted(TokenMixer):
+    """A text of a few tokens; its negative comes with the request."""
+
+    def __init__(self) -> None:
+        super().__init__(3, (4, 4))
+        self.text = nn.Linear(WORDS, 2 * DIM)
+        self.branches.append(Reading("layers.3.cross", 16, 2))
+
+    def stated(self) -> dict[str, Any]:
+        return {"conditions": (Condition(name="text", shape=(TEXT_TOKENS, WORDS), null="given"),)}
+
+    def request_tables(self, text: Tensor) -> dict[str, Tensor]:
+        return {"text": self.text(text)}
+
+    def condition(self, t: Tensor, *conditions: Tensor) -> dict[str, Tensor]:
+        c = nn.functional.silu(self.embedded_time(t)[:, None] + conditions[0].mean(dim=1) @ self.text.weight[:DIM].T)
+        return {"modulation": self.modulation(c).unflatten(-1, (-1, DIM))}
+
+    def forward(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        (text,) = conditions
+        c = nn.functional.silu(self.embedded_time(t) + text.mean(dim=1) @ self.text.weight[:DIM].T)
+        parts = {"modulation": self.modulation(c).unflatten(-1, (-1, DIM)), "text": self.text(text)}
+        h = self.embed(x)
+        for branch in self.branches:
+            h = branch.merge(h, branch.compute(h, parts), parts)
+        return self.head(h, parts)
+
+
 def seeded(make: Any, *args: Any, **kwargs: Any) -> Any:
     """What `make` makes, with seeded random weights."""
     with torch.random.fork_rng():
@@ -117,3 +201,31 @@ def video() -> TokenMixer:
 def vector() -> TokenMixer:
     """Samples (6,)."""
     return seeded(TokenMixer, 6, ())
+
+
+def styled() -> TokenMixer:
+    """A class and a vector."""
+    return seeded(Styled)
+
+
+def unconditional() -> TokenMixer:
+    """No condition at all."""
+    return seeded(Unconditional)
+
+
+def without_branches() -> TokenMixer:
+    """Nothing to cache."""
+    return seeded(TokenMixer, 3, (4, 4), depth=0)
+
+
+def iterated() -> TokenMixer:
+    """Noise of a condition, fresh at every step."""
+    return seeded(Iterated)
+
+
+def prompted() -> TokenMixer:
+    """A text with a negative one."""
+    return seeded(Prompted)
+
+
+MODELS = {make.__name__: make for make in (video, vector, styled, unconditional, without_branches, iterated, prompted)}

@@ -32,10 +32,11 @@ STEPS = 6
 def walked(bundle: Bundle, branch: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(FP, INT8) outputs of one branch at every step of one FP image."""
     spec, tables = bundle.manifest.model, bundle.tables()
-    labels = np.array([0, spec.null_label], np.int64)
+    conditions = {"y": np.array([0, spec.null_label], np.int64)}
     sides = []
     for place, own in ((bundle.reference_path, {}), (bundle.segment_path, tables)):
-        conditioning = condition_tables(OnnxRuntimeBackend().session(place(CONDITION)), tables["sampler.t"], labels)
+        session = OnnxRuntimeBackend().session(place(CONDITION))
+        conditioning = condition_tables(session, tables["sampler.t"], conditions)
         with ditc.load(bundle.path, reference=True) as pipe, open_branch_probe(place("full"), spec.branches, own) as p:
             events = pipe.generate([0], seed=seed)
             sides.append([p.run(e.index, np.concatenate([e.before] * 2), conditioning)[branch] for e in events])
@@ -72,7 +73,7 @@ def test_a_probe_gives_what_a_step_would_cache(bundles: dict[str, Bundle]) -> No
     for name in ("fp32-cached", "fp32-branches"):
         bundle = bundles[name]
         session = OnnxRuntimeBackend().session(bundle.segment_path(CONDITION))
-        conditioning = condition_tables(session, bundle.tables()["sampler.t"], np.array([1, 2], np.int64))
+        conditioning = condition_tables(session, bundle.tables()["sampler.t"], {"y": np.array([1, 2], np.int64)})
         with open_branch_probe(bundle.segment_path("full"), spec.branches) as probe:
             x = np.random.default_rng(0).standard_normal((2, *spec.latent_shape), np.float32)
             probed.append(probe.run(3, x, conditioning))

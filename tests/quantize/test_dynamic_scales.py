@@ -23,6 +23,7 @@ from ditc.lowering.tensorrt_rules import violations_of
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.qdq import insert_qdq
 from ditc.quantize.scale_table import ScaleTable
+from ditc.requests import Request
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import seeded_noise
 
@@ -128,5 +129,5 @@ def test_nothing_is_calibrated_for_dynamic_scales(
     ends = []
     for segments in (exact, exact | {"full": tmp_path / "full.onnx"}):
         with executor(plan, plan.program, segments) as runner:
-            ends.append(runner.last([0, 1, 2, 3], noise, fresh))
+            ends.append(runner.last(Request.of(plan.spec, [0, 1, 2, 3]), noise, fresh))
     assert 0 < relative_error(ends[1], ends[0]) < 0.05

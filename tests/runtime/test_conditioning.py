@@ -49,7 +49,7 @@ def rows_of(conditioning: Conditioning, step: int) -> tuple[list[list[float]], l
 @pytest.mark.parametrize("labels", [[3, 7, 2, 0], [7, 3, 7, 7], [4, 4, 4, 4]])
 def test_every_row_is_its_label_s_whether_labels_repeat_or_not(labels: list[int], engine: LookedAt) -> None:
     conditioning = Conditioning(engine, T, rows=4, most_ahead=2)
-    conditioning.compute(np.array(labels))
+    conditioning.compute({"y": np.array(labels)})
     own, later = rows_of(conditioning, 0)
     assert own == [[9, label] for label in labels]
     assert later == [[[5, label] for label in labels], [[1, label] for label in labels]]
@@ -57,22 +57,22 @@ def test_every_row_is_its_label_s_whether_labels_repeat_or_not(labels: list[int]
 
 def test_each_label_is_computed_once(engine: LookedAt) -> None:
     conditioning = Conditioning(engine, T, rows=6, most_ahead=0)
-    conditioning.compute(np.array([7, 3, 7, 10, 10, 10]))
+    conditioning.compute({"y": np.array([7, 3, 7, 10, 10, 10])})
     assert engine.last.bound["y"].tolist() == [7, 3, 10]
     assert engine.last.bound["table"].shape == (3, 3, 2)
 
 
 def test_rows_past_the_last_step_are_zero_after_a_request_of_more_labels_too(engine: LookedAt) -> None:
     conditioning = Conditioning(engine, T, rows=4, most_ahead=2)
-    conditioning.compute(np.array([1, 2, 3, 4]))
-    conditioning.compute(np.array([1, 2, 2, 2]))
+    conditioning.compute({"y": np.array([1, 2, 3, 4])})
+    conditioning.compute({"y": np.array([1, 2, 2, 2])})
     _, later = rows_of(conditioning, 1)
     assert later == [[[1, label] for label in (1, 2, 2, 2)], [[0, 0]] * 4]
 
 
 def test_a_request_whose_labels_all_differ_copies_nothing(engine: LookedAt) -> None:
     conditioning = Conditioning(engine, T, rows=2, most_ahead=0)
-    conditioning.compute(np.array([5, 1]))
+    conditioning.compute({"y": np.array([5, 1])})
     assert np.shares_memory(conditioning.inputs(1, {"table": TAKING["table"]})["table"], engine.last.bound["table"])
 
 

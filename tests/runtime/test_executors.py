@@ -23,14 +23,15 @@ from ditc.errors import DitcError, InputError
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import with_vae
 from ditc.program import CONDITION, UPDATE
+from ditc.requests import Request
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.compensation import ClosedLoopFit
 from ditc.runtime.device_executor import DeviceExecutor
-from ditc.runtime.executor import NoiseSource, Samples, seeded_noise
+from ditc.runtime.executor import NoiseSource, Samples, seeded_request
 from ditc.runtime.host_executor import HostExecutor
 from ditc.runtime.pipeline import Pipeline
 
-Request = tuple[list[int], Samples, NoiseSource]
+Asked = tuple[Request, Samples, NoiseSource]
 LABELS = [3, 0, 4]
 STEPS = 6
 IN_HOST_MEMORY = Provider("CPUExecutionProvider", memory="cpu", takes_stream=False)
@@ -79,9 +80,10 @@ def on_a_processor(decoded: Path) -> Iterator[Pipeline]:
         yield opened
 
 
-def request_for(pipe: Pipeline, seed: int = 5) -> Request:
+def request_for(pipe: Pipeline, seed: int = 5) -> Asked:
     """Labels, x_T and fresh noise, which can be drawn once."""
-    return LABELS, *seeded_noise(seed, 0, len(LABELS), pipe.bundle.manifest.model.latent_shape)
+    spec = pipe.bundle.manifest.model
+    return seeded_request(spec, Request.of(spec, LABELS), seed, 0, STEPS)
 
 
 def test_a_request_gives_the_same_watched_whole_and_decoded(pipe: Pipeline) -> None:
@@ -128,7 +130,7 @@ def test_outputs_are_those_of_the_conditioning_and_of_each_step(pipe: Pipeline) 
     executor = pipe.executor
     events = list(executor.run(*request_for(pipe)))
     samples = {event.index: event.before[:1] for event in events[:2]}
-    calls = [(step, segment) for step, segment, _ in executor.outputs_at(LABELS[0], samples)]
+    calls = [(step, segment) for step, segment, _ in executor.outputs_at(pipe.request(LABELS[:1]), samples)]
     assert calls == [(None, CONDITION), (0, "full"), (0, UPDATE), (1, "reuse"), (1, UPDATE)]
 
 
@@ -142,18 +144,18 @@ def test_a_request_ends_at_its_next_step_once_the_executor_is_closed(pipe: Pipel
 
 @pytest.mark.parametrize("walk", ["run", "last", "images"])
 def test_a_request_that_the_model_cannot_have_is_refused(walk: str, pipe: Pipeline) -> None:
-    labels, noise, fresh = request_for(pipe)
+    asked, noise, fresh = request_for(pipe)
     with pytest.raises(InputError, match="not a class"):
-        list(getattr(pipe.executor, walk)([3, 0, 9], noise, fresh))
+        list(getattr(pipe.executor, walk)(Request(3, {"y": np.array([3, 0, 9])}), noise, fresh))
     with pytest.raises(InputError, match="noise must have shape"):
-        list(getattr(pipe.executor, walk)(labels, noise[:2], fresh))
+        list(getattr(pipe.executor, walk)(asked, noise[:2], fresh))
 
 
 @pytest.mark.parametrize("name", ["before", "x"])
 def test_an_event_cannot_be_written_to_and_changes_no_step(name: str, pipe: Pipeline) -> None:
     expected = pipe.executor.last(*request_for(pipe))
-    labels, noise, fresh = request_for(pipe)
-    for event in pipe.executor.run(labels, noise, fresh):
+    asked, noise, fresh = request_for(pipe)
+    for event in pipe.executor.run(asked, noise, fresh):
         with pytest.raises(ValueError, match="read-only"):
             getattr(event, name)[...] = 0
         with pytest.raises(AttributeError):

@@ -85,7 +85,7 @@ def test_what_gpus_run_is_held_to_what_that_form_gave(kind: str, bundles: dict[s
     """ONNX Runtime plays the GPU: the typed form in the same types."""
     fingerprint = Fingerprint.of(bundles[kind].path)
     with load(bundles[kind].path, backend=OnnxRuntimeBackend(name="trt")) as pipe:
-        outputs = observer(pipe.executor, fingerprint.label, None)(fingerprint.samples)
+        outputs = observer(pipe.executor, fingerprint.request, None)(fingerprint.samples)
     calls = {call for call, _ in outputs}
     assert all(each.error == 0 for each in fingerprint.forms[TYPED].differences(outputs, dict.fromkeys(calls, "f16")))
     assert any(
@@ -132,7 +132,7 @@ def test_no_other_rounding_goes_further_than_those_that_were_tried(
     bundle = unguided if kind == "unguided" else bundles[kind]
     fingerprint = Fingerprint.of(bundle.path)
     with load(bundle.path, threads=1) as pipe:
-        observe = observer(pipe.executor, fingerprint.label, None)
+        observe = observer(pipe.executor, fingerprint.request, None)
         for size, number in itertools.product((1e-6, 1e-5), range(1000, 1020)):
             outputs = observe(moved_samples(fingerprint.samples, size, number))
             types = dict.fromkeys((call for call, _ in outputs), "f32")

@@ -122,7 +122,7 @@ def guided(bundle: Bundle, guidance: float) -> list[np.ndarray]:
     spec, program = bundle.manifest.model, bundle.manifest.program
     with load(bundle.path) as pipe:
         executor = HostExecutor(spec, program, bundle.tables(), cast(Any, pipe.engines), guidance)
-        return [event.x for event in executor.run([1, 2], *seeded_noise(0, 0, 2, spec.latent_shape))]
+        return [event.x for event in executor.run(pipe.request([1, 2]), *seeded_noise(0, 0, 2, spec.latent_shape))]
 
 
 def test_conditional_and_unconditional_halves_share_no_cache(bundles: dict[str, Bundle]) -> None:
@@ -209,7 +209,7 @@ def test_noise_of_the_wrong_shape_is_refused(pipes: dict[str, Pipeline]) -> None
 
 
 def test_more_noise_than_labels_is_refused(pipes: dict[str, Pipeline]) -> None:
-    with pytest.raises(InputError, match="2 labels, found 3"):
+    with pytest.raises(InputError, match="2 images, found 3"):
         pipes["cached"].images([0, 1], noise=noise_for(3))
 
 

@@ -108,7 +108,7 @@ def test_a_device_gives_what_the_processor_gives(
             events = [event.x for event in executor.run(*request_for(pipe))]
             assert max(relative_error(one, other) for one, other in zip(events, expected, strict=True)) < 1e-5
             assert np.array_equal(executor.last(*request_for(pipe)), events[-1])
-            executor.last([1], *seeded_noise(9, 0, 1, pipe.bundle.manifest.model.latent_shape))
+            executor.last(pipe.request([1]), *seeded_noise(9, 0, 1, pipe.bundle.manifest.model.latent_shape))
 
 
 def test_requests_that_take_turns_on_a_device_keep_their_own_past(bundles: dict[str, Bundle]) -> None:
@@ -125,9 +125,9 @@ def test_a_device_has_the_fingerprint_of_the_processor(bundles: dict[str, Bundle
     samples = {step: noise_for(1) for step in (0, 3)}
     with Pipeline(bundles["memory"], backend=PlayedDevice(IN_HOST_MEMORY)) as pipe:
         pipe.executor.last(*request_for(pipe))
-        own = list(pipe.executor.outputs_at(1, samples))
+        own = list(pipe.executor.outputs_at(pipe.request([1]), samples))
     for (_, call, one), (_, other_call, other) in zip(
-        own, pipes["memory"].executor.outputs_at(1, samples), strict=True
+        own, pipes["memory"].executor.outputs_at(pipe.request([1]), samples), strict=True
     ):
         assert call == other_call
         for port in one:

@@ -291,7 +291,7 @@ def test_closing_between_any_two_looks_gives_the_same_or_our_error(ask: Callable
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"seeds": [1]}, "seeds must be one for each label: 2 labels, found 1"),
+        ({"seeds": [1]}, "seeds must be one for each image: 2 images, found 1"),
         ({"seeds": [1, 2], "seed": 3}, "seed and first, or seeds"),
         ({"seeds": [1, 2], "first": 3}, "seed and first, or seeds"),
         ({"seeds": [1, -2]}, "must not be negative, found -2"),
@@ -304,8 +304,8 @@ def test_closing_between_any_two_looks_gives_the_same_or_our_error(ask: Callable
         ({"seeds": 12}, "seeds must be whole numbers"),
         ({"noise": [[0.0]]}, r"noise must be a NumPy array of float32, found list; take np\.asarray"),
         ({"noise": np.array(["a", "b"])}, "noise must be a NumPy array of float32, found <U1"),
-        ({"noise": np.float32([1])}, "one sample per label: 2 labels, found 1"),
-        ({"noise": np.zeros((), np.float32)}, "one sample per label: 2 labels, found 1"),
+        ({"noise": np.float32([1])}, "one sample per image: 2 images, found 1"),
+        ({"noise": np.zeros((), np.float32)}, "one sample per image: 2 images, found 1"),
         ({"noise": np.zeros((2, 5), np.float32)}, r"noise must have shape \(2, 3, 8, 8\)"),
     ],
 )

@@ -277,7 +277,7 @@ def test_peers_are_compared_at_a_step_that_the_bundle_computes(task: PeerTask) -
     program = task.bundle.manifest.program
     assert program.steps[task.index].segment == "full"
     assert [step for step, _ in task.points] == [0, 2]
-    assert task.labels.tolist() == [0, 1, 10, 10]
+    assert task.conditions["y"].tolist() == [0, 1, 10, 10]
 
 
 def test_sides_take_turns_and_warm_up_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
