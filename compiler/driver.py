@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ditc
+from ditc.approximators import APPROXIMATORS
 from ditc.bundle import Bundle, open_bundle, read_tables
 from ditc.compiler.device_forms import lower_for_devices
 from ditc.compiler.examples import examples_of
@@ -38,7 +39,6 @@ from ditc.machine import package_versions
 from ditc.program import Program
 from ditc.progress import Progress, silent
 from ditc.requests import Examples
-from ditc.runtime.approximation import FITS
 from ditc.spec import ModelSpec
 
 __all__ = ["check_places", "compile_model"]
@@ -211,7 +211,7 @@ class _Compile:
     def approximate(self, segments: Segments, compiled: Segments) -> None:
         """Fit the numbers with which steps combine what they reuse, where a reuse has any to fit."""
         plan, options = self.plan, self.plan.options
-        if options.reuse not in FITS:
+        if APPROXIMATORS[options.reuse].fit is None:
             return
         settings = [self.run_settings, options.vc_images]
         folder = self.stage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ditc.approximators import APPROXIMATORS
 from ditc.bundle import write_tables
 from ditc.checks import Approximation, ValueRange
 from ditc.compiler.plan import Plan, Segments
@@ -24,7 +26,7 @@ from ditc.compiler.trajectories import (
 )
 from ditc.compiler.work import write_json
 from ditc.engines.recording import RecordedRun, RecordingBackend
-from ditc.program import AHEAD, CONDITION, FULL, REUSE_ROWS
+from ditc.program import AHEAD, CONDITION, FULL, REUSE_ROWS, distance_of
 from ditc.runtime.approximation import Moments, Rows, fitted_rows
 from ditc.runtime.compensation import ClosedLoopFit
 from ditc.runtime.conditioning import at_step, condition_tables, is_of_request, of_step
@@ -49,7 +51,7 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
     """Write approximate.safetensors with the rows of every step, and approximation.json with their range.
 
     The compiled requests are walked in lockstep. In front of a step that reuses, its numbers are fitted over all of
-    them: from the sum that it will add to the one that FP adds at that step of its own, uncached trajectory.
+    them: from the sums that it will combine to the one that FP adds at that step of its own, uncached trajectory.
     """
     count, steps = plan.options.vc_images, plan.program.steps
     exact = exact_trajectory(plan, segments, count, REUSE_NOISE, "approximate")
@@ -57,17 +59,21 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
     with _recorded(plan, compiled, {**tables, **plan.reuse_tables}) as (runner, runs):
         rows = runner.step_inputs[REUSE_ROWS]  # read when a step begins, and filled in before
         requests = start_requests(plan, runner, count, REUSE_NOISE, plan.served_at_once)
-        computed: list[RecordedRun] = []  # of each request, the last one that made sums
+        # of each request, the last ones that made sums, the latest first
+        computed: deque[list[RecordedRun]] = deque(maxlen=APPROXIMATORS[plan.options.reuse].looks_back)
         for step in steps:
-            moments = Moments.empty(rows.shape[-1])
-            for value in step.reads:  # one sum, or none
-                for (part, _), run in zip(requests, computed, strict=True):
+            if plan.program.segment(step.segment).rows:
+                sums = sorted(step.reads, key=distance_of)
+                moments = Moments.empty(len(sums) + 1, rows.shape[-1])
+                for (part, _), *runs_of in zip(requests, *computed, strict=True):
                     x = exact[step.index - 1][part.start : part.stop]
-                    moments = moments.add(run.outputs[f"cache.{value}"], target.sums(step.index, x, part))
+                    seen = [run.outputs[f"cache.{value}"] for run, value in zip(runs_of, sums, strict=True)]
+                    moments = moments.add(*seen, target.sums(step.index, x, part))
                 rows[step.index] = fitted_rows(plan.options.reuse, moments, count)
             for _, request in requests:
                 next(request)
-            computed = [run for recorded in runs for run in recorded] or computed
+            if latest := [run for recorded in runs for run in recorded]:
+                computed.appendleft(latest)
             for recorded in runs:
                 recorded.clear()
     write_tables(folder / "approximate.safetensors", {REUSE_ROWS: rows})
@@ -111,10 +117,16 @@ class _Target:
 
 
 def _summary(plan: Plan, rows: Rows) -> Approximation:
-    """Return the range and the mean of each number over the steps that reuse, for the manifest."""
+    """Return the range and the mean of weights and of shifts over the steps that reuse, for the manifest."""
     used = rows[[step.index for step in plan.program.steps if step.reads]]
-    scale, shift = (
-        ValueRange(least=float(part.min()), mean=float(part.mean()), largest=float(part.max()))
-        for part in np.moveaxis(used, 1, 0)
+    weights, shifts = np.split(used, [APPROXIMATORS[plan.options.reuse].looks_back], axis=1)
+    return Approximation(
+        method=plan.options.reuse,
+        images=plan.options.vc_images,
+        scale=_range_of(weights),
+        shift=_range_of(shifts) if shifts.size else None,
     )
-    return Approximation(method=plan.options.reuse, images=plan.options.vc_images, scale=scale, shift=shift)
+
+
+def _range_of(numbers: Rows) -> ValueRange:
+    return ValueRange(least=float(numbers.min()), mean=float(numbers.mean()), largest=float(numbers.max()))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from ditc.approximators import canonical
 from ditc.choices import (
     AUTO,
     AutoCaches,
@@ -88,6 +89,7 @@ class CompileOptions(Settings):
     ] = "auto"
     reuse: Annotated[
         AutoReuse,
+        BeforeValidator(canonical),
         Option(
             "What a reuse takes: the last outputs, corrected per channel, or extrapolated; auto: if it pays.",
             group=CACHE,

@@ -82,12 +82,12 @@ class ValueRange(_Read):
 
 
 class Approximation(_Read):
-    """The numbers fitted for steps that reuse, `images` pairs of them: the range of scales and of shifts."""
+    """The numbers fitted for steps that reuse, over `images` pairs: the range of weights, and of shifts if any."""
 
     method: str
     images: int
     scale: ValueRange
-    shift: ValueRange
+    shift: ValueRange | None = None
 
 
 class Verification(_Read):

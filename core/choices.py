@@ -6,7 +6,9 @@ missing and none is left over is a test (`tests/core/test_choices.py`).
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ditc.approximators import APPROXIMATORS
 
 __all__ = [
     "AUTO",
@@ -57,8 +59,12 @@ Variance = Literal["learned", "fixed-small", "fixed-large"]
 # of a cache
 Caches = Literal["branches", "sums"]
 AutoCaches = Literal["auto", Caches]
-Reuse = Literal["hold", "affine", "variance", "taylor"]
-AutoReuse = Literal["auto", Reuse]
+if TYPE_CHECKING:
+    Reuse = str
+    AutoReuse = str
+else:  # the names are the table's, so that a row of it is one place
+    Reuse = Literal[tuple(APPROXIMATORS)]
+    AutoReuse = Literal["auto", Reuse]
 Estimator = Literal["std", "lsq", "paper"]
 Compensation = Literal["auto", "none", Estimator]
 

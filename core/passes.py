@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from ditc.approximators import APPROXIMATORS
 from ditc.choices import Caches
 from ditc.errors import InputError
 from ditc.program import (
     AHEAD,
-    BEFORE,
     CONDITION,
     DECODE,
     EXTRAPOLATE,
@@ -21,9 +21,10 @@ from ditc.program import (
     distance_of,
     is_sum,
     segment_name,
+    sum_ports,
 )
 from ditc.program_checks import check_program
-from ditc.schedule import APPROXIMATORS, CacheSchedule
+from ditc.schedule import CacheSchedule
 
 __all__ = ["NoSumsError", "NothingQuantizedError", "ends_in_float", "program_from_schedule"]
 
@@ -101,8 +102,9 @@ def fold_reuse(program: Program) -> Program:
     """Let the step that computes add up what each next step will reuse, gates and all: one sum per step is kept.
 
     The gates of later steps are known before the loop, and a residual stream that nothing else writes to is a sum. A
-    step that extrapolates reads a second one, made by the step that computed before the last. A program with other
-    segments, or with more skips in a row than branches, keeps the outputs of the branches.
+    step that extrapolates reads more of them, made by the steps that computed before the last: as many as its reuse
+    looks back, or as there are by then. A program with other segments, or with more skips in a row than branches, keeps
+    the outputs of the branches.
     """
     if [plan.name for plan in program.segments] != [FULL, REUSE]:
         return program
@@ -133,12 +135,15 @@ def fold_reuse(program: Program) -> Program:
 
 
 def _reusing_segments(program: Program, called: Collection[str]) -> Iterator[SegmentPlan]:
-    """The segments of steps that read sums, with the rows that the program's approximator takes."""
+    """The segments of steps that read sums, with the rows that the program's approximator takes.
+
+    A step with one sum, where more are looked back at, holds it. One graph is for all others, however early they are.
+    """
     approximator, plan = APPROXIMATORS[program.reuse], program.segment(REUSE)
-    for name, reads in ((REUSE, (AHEAD,)), (EXTRAPOLATE, (AHEAD, BEFORE))):
+    for name, count in ((REUSE, 1), (EXTRAPOLATE, approximator.looks_back)):
         if name in called:
-            rows = approximator.rows if len(reads) == approximator.looks_back else 0
-            yield plan.model_copy(update={"name": name, "reads": reads, "rows": rows})
+            rows = approximator.rows if count == approximator.looks_back else 0
+            yield plan.model_copy(update={"name": name, "reads": sum_ports(count), "rows": rows})
 
 
 def assign_slots(program: Program) -> Program:

@@ -34,6 +34,7 @@ __all__ = [
     "distance_of",
     "is_sum",
     "segment_name",
+    "sum_ports",
 ]
 
 CONDITION, DECODE = "condition", "decode"
@@ -46,7 +47,8 @@ FLOAT = "float"  # `full` as it was before its linear layers became INT8
 
 # a segment with `ahead` takes the tables of the next steps as inputs AHEAD.NAME, and returns their sums as AHEAD.1, ...
 AHEAD = "ahead"
-# the port of a second sum, which the step that computed before the last one has made
+# the port of a second sum, which the step that computed before the last one has made; those of earlier steps follow it
+# as BEFORE.2, BEFORE.3, ...
 BEFORE = "before"
 # table of a bundle and input of a segment with `rows`: (rows, channels) of each step
 REUSE_ROWS = "reuse.rows"
@@ -97,19 +99,6 @@ class Step(Record):
     reads: dict[str, int] = {}
     writes: dict[str, int] = {}
 
-    @property
-    def cache_ports(self) -> Iterator[tuple[str, int]]:
-        """(port of the segment, slot) of every cache that the step binds.
-
-        A sum is read as AHEAD, whichever it is, and one that was made earlier beside it as BEFORE.
-        """
-        sums = sorted(filter(is_sum, self.reads), key=distance_of)
-        ports = dict(zip(sums, (AHEAD, BEFORE), strict=False))
-        for value, slot in self.reads.items():
-            yield f"cache.{ports.get(value, value)}", slot
-        for value, slot in self.writes.items():
-            yield f"cache.{value}", slot
-
 
 class Program(Record):
     """Calls before the loop, the steps, calls after it, and how many cache slots they need.
@@ -140,6 +129,23 @@ class Program(Record):
     def segment(self, name: str) -> SegmentPlan:
         return next(plan for plan in self.segments if plan.name == name)
 
+    def cache_ports(self, step: Step) -> Iterator[tuple[str, int]]:
+        """(port of its segment, slot) of every cache that a step binds.
+
+        A sum is read as AHEAD, whichever it is, and those that were made earlier beside it as BEFORE and what follows.
+        A step that has several, and fewer than its segment takes, gives it the earliest again: its weight there is 0.
+        """
+        sums = sorted(filter(is_sum, step.reads), key=distance_of)
+        ports = sum_ports(len(sums))
+        named = dict(zip(sums, ports, strict=True))
+        for value, slot in step.reads.items():
+            yield f"cache.{named.get(value, value)}", slot
+        if len(sums) > 1:
+            for port in self.segment(step.segment).reads[len(sums) :]:
+                yield f"cache.{port}", step.reads[sums[-1]]
+        for value, slot in step.writes.items():
+            yield f"cache.{value}", slot
+
 
 SUM = re.compile(rf"{AHEAD}\.[1-9][0-9]{{0,5}}")
 
@@ -147,6 +153,11 @@ SUM = re.compile(rf"{AHEAD}\.[1-9][0-9]{{0,5}}")
 def is_sum(value: str) -> bool:
     """Is a cached value a sum made ahead, and not a branch's output?"""
     return SUM.fullmatch(value) is not None
+
+
+def sum_ports(count: int) -> tuple[str, ...]:
+    """Return the ports of so many sums, that of the latest first: AHEAD, BEFORE, BEFORE.2, BEFORE.3, ..."""
+    return (AHEAD, BEFORE, *(f"{BEFORE}.{number}" for number in range(2, count)))[:count]
 
 
 def distance_of(value: str) -> int:

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
+from ditc.approximators import APPROXIMATORS
 from ditc.errors import InputError
 from ditc.program import (
     AHEAD,
-    BEFORE,
     CONDITION,
     DECODE,
     EXTRAPOLATE,
@@ -26,8 +26,8 @@ from ditc.program import (
     distance_of,
     is_sum,
     segment_name,
+    sum_ports,
 )
-from ditc.schedule import APPROXIMATORS
 
 __all__ = ["check_program", "contradictions", "reads_get_the_newest", "repeated"]
 
@@ -36,7 +36,6 @@ Check = Callable[[Program], Iterator[str]]
 LEAST_STEPS = 2  # of a trajectory, as a schedule has
 # the segments that compute all branches, and those that compute none
 ALL_COMPUTE, NONE_COMPUTES = (FULL, FLOAT), (REUSE, EXTRAPOLATE)
-PORTS = (AHEAD, BEFORE)  # the ports of sums
 
 
 def check_program(program: Program) -> None:
@@ -62,7 +61,7 @@ def names_are_distinct(program: Program) -> Iterator[str]:
     for name in repeated([plan.name for plan in program.segments]):
         yield f"two segments are called {name!r}"
     for name in program.branches:
-        if name in PORTS or is_sum(name):
+        if name in _ports_of_sums(program) or is_sum(name):
             yield f"a branch is called {name!r}, as sums made ahead are"
 
 
@@ -135,8 +134,13 @@ def _reads_of(program: Program, plan: SegmentPlan) -> list[tuple[str, ...]]:
     """Return the choices of values that a segment may read."""
     skipped = tuple(name for name, computes in zip(program.branches, plan.compute, strict=True) if not computes)
     if plan.name == EXTRAPOLATE:
-        return [PORTS]
+        return [_ports_of_sums(program)]
     return [skipped, (AHEAD,)] if plan.name == REUSE else [skipped]
+
+
+def _ports_of_sums(program: Program) -> tuple[str, ...]:
+    """Return the ports of the segment that extrapolates; it reads at least two sums."""
+    return sum_ports(max(APPROXIMATORS[program.reuse].looks_back, 2))
 
 
 def _writes_that_fail(program: Program, plan: SegmentPlan) -> Iterator[str]:
@@ -169,7 +173,7 @@ def steps_bind_the_ports_of_their_segment(program: Program) -> Iterator[str]:
     """A step reads and writes what its segment does, a sum for each port of one."""
     for step in program.steps:
         plan = program.segment(step.segment)
-        bound = sorted(port for port, _ in step.cache_ports)
+        bound = sorted(port for port, _ in program.cache_ports(step))
         ports = sorted(f"cache.{value}" for value in (*plan.reads, *plan.writes))
         if bound != ports:
             yield f"step {step.index} binds {bound}, and segment {plan.name!r} has {ports}"

@@ -6,35 +6,17 @@ A policy is a pure function of (model, steps, its own argument); it decides and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, StrictBool, ValidationError
+from pydantic import BeforeValidator, Field, StrictBool, ValidationError
 
+from ditc.approximators import canonical
 from ditc.choices import Reuse
 from ditc.errors import InputError, unknown_name
 from ditc.spec import ModelSpec, Record
 
-__all__ = ["APPROXIMATORS", "POLICIES", "Approximator", "CacheSchedule", "schedule_for"]
-
-
-@dataclass(frozen=True)
-class Approximator:
-    """A way to fill a reuse: by the output of the last step that computed, or combining the last `looks_back` ones.
-
-    `rows` is how many numbers per channel a step takes for that: a weight for each of them, and perhaps a shift.
-    """
-
-    looks_back: int = 1
-    rows: int = 0
-
-
-APPROXIMATORS: dict[Reuse, Approximator] = {
-    "hold": Approximator(),
-    "affine": Approximator(rows=2),
-    "variance": Approximator(rows=2),
-    "taylor": Approximator(looks_back=2, rows=2),
-}
+__all__ = ["POLICIES", "CacheSchedule", "schedule_for"]
 
 
 class CacheSchedule(Record):
@@ -45,7 +27,7 @@ class CacheSchedule(Record):
     """
 
     compute: tuple[tuple[StrictBool, ...], ...]
-    reuse: Reuse = Field(default="hold")
+    reuse: Annotated[Reuse, BeforeValidator(canonical)] = Field(default="hold")
 
     @property
     def steps(self) -> int:

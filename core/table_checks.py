@@ -125,6 +125,14 @@ def numbers_are_possible(manifest: Manifest, tables: Tables) -> Iterator[str]:
         yield f"{MIDPOINTS_TABLE!r} holds parts of steps, expected whole numbers"
 
 
+def sums_that_are_not_there_weigh_nothing(manifest: Manifest, tables: Tables) -> Iterator[str]:
+    """An early step has fewer sums than its segment takes: it gives one of them again, and that must add nothing."""
+    for step in manifest.program.steps:
+        plan = manifest.program.segment(step.segment)
+        if plan.rows and tables[REUSE_ROWS][step.index, len(step.reads) : len(plan.reads)].any():
+            yield f"{REUSE_ROWS!r} of step {step.index} weighs {len(plan.reads)} sums, and it reads {len(step.reads)}"
+
+
 def timesteps_are_those_of_the_steps(manifest: Manifest, tables: Tables) -> Iterator[str]:
     """The sampler's "t" is what the program's steps say."""
     for step, t in zip(manifest.program.steps, tables[f"{SAMPLER}t"], strict=True):
@@ -155,6 +163,7 @@ TABLE_CHECKS: tuple[TableCheck, ...] = (
     tables_follow_the_settings,
     compensation_is_the_one_that_was_measured,
     numbers_are_possible,
+    sums_that_are_not_there_weigh_nothing,
     timesteps_are_those_of_the_steps,
     history_is_linear_and_begins_with_nothing,
     columns_are_of_a_sampler,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ditc.approximators import APPROXIMATORS
 from ditc.bundle import Manifest
 from ditc.checks import Verification
 from ditc.errors import BundleError
@@ -72,8 +73,8 @@ def program_sentence(report: Report) -> str:
     unquantized = f", {in_float} of them in floating point" if in_float else ""
     work = [f"{whole} compute all {branches} branches{unquantized}"]
     work += [f"{some} compute some of them"] if some else []
-    left = "extrapolate from what those left" if program.reuse == "taylor" else "reuse what those left"
-    work += [f"{none} {left}"] if none else []
+    does = "extrapolate from" if APPROXIMATORS[program.reuse].looks_back > 1 else "reuse"
+    work += [f"{none} {does} what those left"] if none else []
     return (
         f"{len(rows)} {name} steps{guided}, of which {_and(work)}; {_arithmetic(report)}"
         f"{', variance compensated after each step' if report.compensation is not None else ''}."

@@ -271,7 +271,7 @@ class DeviceExecutor:
             engine.bind(name, part)
         for name in buffers.step_inputs.keys() & engine.inputs.keys():
             engine.bind(name, buffers.step_inputs[name][step.index])
-        for port_name, slot in step.cache_ports:
+        for port_name, slot in self.program.cache_ports(step):
             engine.bind(port_name, buffers.slots[slot])
         engine.enqueue()
         update = self._engines[UPDATE]

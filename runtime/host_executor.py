@@ -263,7 +263,7 @@ class HostExecutor:
             binding.bind(name, rows)
         for name in self.step_inputs.keys() & engine.inputs.keys():
             binding.bind(name, self.step_inputs[name][step.index])
-        for port, slot in step.cache_ports:
+        for port, slot in self.program.cache_ports(step):
             binding.bind(port, buffers.slots[slot])
         return binding
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ditc
+from ditc.approximators import APPROXIMATORS
 from ditc.bundle import Bundle
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
@@ -37,7 +38,6 @@ from ditc.quantize.segment_outputs import keep_outputs
 from ditc.runtime.closeness import psnr_db, relative_error
 from ditc.runtime.executor import Samples
 from ditc.runtime.pipeline import Pipeline
-from ditc.schedule import APPROXIMATORS
 
 HERE = Path(__file__).parent
 OPTIONS = CompileOptions(points=200, smooth="none", vc="std", vc_images=64, verify_images=1, batch=64)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from cells import Cell
 
+from ditc.approximators import APPROXIMATORS
 from ditc.bundle import read_tables
 from ditc.compiler.exporting import export
 from ditc.compiler.fitting import approximate, fit
@@ -34,7 +35,6 @@ from ditc.files import digest_of, in_turn
 from ditc.program import Program
 from ditc.quality.distributions import DistributionValues, Generated, RealSet, distribution_values
 from ditc.quality.features import DIGITS_SHAPE, open_extractor, real_digits
-from ditc.runtime.approximation import FITS
 from ditc.runtime.closeness import psnr_db, ssim, step_drift
 from ditc.runtime.executor import Samples, seeded_noise
 
@@ -108,7 +108,7 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Seg
         quantize(plan, segments, calib, folder / "quantize")
         compiled = replaced(segments, folder / "quantize")
         tables |= read_tables(folder / "quantize" / "scales.safetensors")
-    if plan.options.reuse in FITS:
+    if APPROXIMATORS[plan.options.reuse].fit is not None:
         approximate(plan, segments, compiled, tables, folder)
         tables |= read_tables(folder / "approximate.safetensors")
     if plan.options.vc != "none":

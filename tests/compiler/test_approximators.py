@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import ditc
+from ditc.approximators import APPROXIMATORS, Approximator
 from ditc.bundle import TABLES, Bundle, open_bundle, seal_bundle, write_tables
 from ditc.cli.listing import bundle_facts
 from ditc.cli.main import run
@@ -17,8 +20,9 @@ from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
+from ditc.errors import BundleError
 from ditc.exporter.onnx_files import load_graph
-from ditc.program import CONDITION, REUSE_ROWS
+from ditc.program import CONDITION, REUSE_ROWS, Step, distance_of
 from ditc.quality.branch_probe import open_branch_probe
 from ditc.runtime.approximation import holding_rows
 from ditc.runtime.closeness import relative_error
@@ -28,6 +32,8 @@ from ditc.runtime.pipeline import Pipeline
 
 LABELS = [0, 3, 1, 4]
 NAMES = ["fp32-affine", "fp32-taylor"]
+ORDERS = {"fp32-taylor": 1, "fp32-taylor-2": 2, "fp32-taylor-3": 3}
+UNKNOWN = "unknown --reuse {!r}; choose one of: affine, auto, hold, taylor, taylor:2, taylor:3, variance"
 
 
 def trajectory(bundle: Bundle, *, reference: bool = False) -> list[StepEvent]:
@@ -106,6 +112,117 @@ def test_a_step_that_extrapolates_adds_two_sums(bundles: dict[str, Bundle]) -> N
     assert operators.count("MatMul") == 1  # the final layer
 
 
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_a_step_forecasts_polynomials_of_its_order_exactly(bundles: dict[str, Bundle], name: str) -> None:
+    """Each segment that extrapolates, given sums that lie on a polynomial in t, gives what that is worth at its step.
+
+    The degree is that of the order, or lower where an early step has fewer sums. One degree more is not forecast.
+    """
+    bundle, order = bundles[name], ORDERS[name]
+    degrees = [len(step.reads) - 1 for step in bundle.manifest.program.steps if step.segment == "extrapolate"]
+    assert set(degrees) == {*range(1, order + 1)}
+    for step in bundle.manifest.program.steps:
+        if step.segment == "extrapolate":
+            degree = len(step.reads) - 1
+            assert forecast_error(bundle, step, degree) < 1e-5
+            assert forecast_error(bundle, step, degree + 1) > 1e-3
+
+
+def forecast_error(bundle: Bundle, step: Step, degree: int) -> float:
+    """Return how far a step's own segment is from one that holds what a random polynomial in t is worth there."""
+    program, spec = bundle.manifest.program, bundle.manifest.model
+    rng = np.random.default_rng(degree)
+    parts = rng.standard_normal((degree + 1, 2, *spec.branch_shape))
+
+    def sum_at(t: float) -> np.ndarray:
+        return np.tensordot((t / 500 - 1) ** np.arange(degree + 1), parts, 1).astype(np.float32)
+
+    feeds = step_feeds(bundle, step, rng.standard_normal((2, *spec.latent_shape)))
+    makers = {slot: step.index - distance_of(value) for value, slot in step.reads.items()}
+    caches = {port: sum_at(program.steps[makers[slot]].t) for port, slot in program.cache_ports(step)}
+    held = {"cache.ahead": sum_at(step.t)}
+    return relative_error(ran(bundle, step.segment, feeds | caches), ran(bundle, "reuse", feeds | held))
+
+
+def step_feeds(bundle: Bundle, step: Step, x: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what segments take at a step, but for caches; `x` are two rows."""
+    tables = bundle.tables()
+    condition = OnnxRuntimeBackend().session(bundle.segment_path(CONDITION))
+    conditioning = condition_tables(condition, tables["sampler.t"], np.array([1, 2], np.int64))
+    own = {name: table[step.index] for name, table in conditioning.items()}
+    return {"x": x.astype(np.float32), REUSE_ROWS: tables[REUSE_ROWS][step.index], **own}
+
+
+def ran(bundle: Bundle, segment: str, feeds: dict[str, np.ndarray], output: str = "out") -> np.ndarray:
+    session = OnnxRuntimeBackend().session(bundle.segment_path(segment))
+    return np.asarray(session.run([output], {port.name: feeds[port.name] for port in session.get_inputs()})[0])
+
+
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_a_reuse_equals_a_computed_step_when_their_inputs_are_equal(bundles: dict[str, Bundle], name: str) -> None:
+    bundle = bundles[name]
+    last = bundle.manifest.program.steps[-1]
+    assert len(last.reads) == ORDERS[name] + 1
+    feeds = step_feeds(bundle, last, np.random.default_rng(0).standard_normal((2, *bundle.manifest.model.latent_shape)))
+    ahead = bundle.manifest.program.segment("full").ahead
+    feeds["ahead.modulation"] = np.repeat(feeds["modulation"][None], ahead, axis=0)
+    total = ran(bundle, "full", feeds, "cache.ahead.1")
+    feeds |= {port: total for port, _ in bundle.manifest.program.cache_ports(last)}
+    assert relative_error(ran(bundle, last.segment, feeds), ran(bundle, "full", feeds)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fp32-taylor-2", "fp32-taylor-3"])
+def test_a_higher_order_is_the_lower_one_until_it_has_its_sums(
+    bundles: dict[str, Bundle], pipes: dict[str, Pipeline], name: str
+) -> None:
+    program = bundles[name].manifest.program
+    first = next(step.index for step in program.steps if len(step.reads) == ORDERS[name] + 1)
+    lower = "fp32-taylor-2" if ORDERS[name] == 3 else "fp32-taylor-8"
+    events = zip(*(pipes[each].generate(LABELS, seed=3) for each in (name, lower)), strict=True)
+    assert [np.array_equal(own.x, other.x) for own, other in events] == [True] * first + [False] * (8 - first)
+
+
+def test_weights_of_sums_that_a_step_has_not_are_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(bundles["fp32-taylor-2"].path, path)
+    tables = bundles["fp32-taylor-2"].tables()
+    assert not tables[REUSE_ROWS][3, 2].any()
+    tables[REUSE_ROWS] = tables[REUSE_ROWS].copy()
+    tables[REUSE_ROWS][3, 2] = 1
+    write_tables(path / TABLES, tables)
+    seal_bundle(path, bundles["fp32-taylor-2"].manifest)
+    with pytest.raises(BundleError, match=r"'reuse\.rows' of step 3 weighs 3 sums, and it reads 2"):
+        open_bundle(path)
+
+
+def test_what_is_fitted_may_look_back_at_several_sums(
+    monkeypatch: pytest.MonkeyPatch,
+    make_small_model: Callable[[], Any],
+    quick_options: CompileOptions,
+    tmp_path: Path,
+    exports: Path,
+) -> None:
+    """Least squares over two sums, as one row of the table; what is fitted to more errs less than what holds."""
+
+    def least_squares(means: np.ndarray, spreads: np.ndarray) -> list[np.ndarray]:
+        moments = spreads + means[:, None] * means[None]
+        seen, exact = moments[:-1, :-1].transpose(2, 0, 1), moments[:-1, -1].T
+        return [*np.linalg.solve(seen + 1e-9 * np.eye(seen.shape[1]), exact[..., None])[..., 0].T]
+
+    monkeypatch.setitem(APPROXIMATORS, "affine", Approximator(looks_back=2, fit=least_squares))
+    options = {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "affine"}
+    bundle = compile_model(
+        make_small_model(), tmp_path / "b", quick_options.model_copy(update=options), exports=exports
+    )
+    rows, steps = bundle.tables()[REUSE_ROWS], bundle.manifest.program.steps
+    assert [step.segment for step in steps] == ["full", "reuse", "full", "extrapolate", "full", "extrapolate"]
+    assert [np.unique(row, axis=1).shape[1] > 1 for row in rows] == [step.segment == "extrapolate" for step in steps]
+    assert bundle.manifest.measured("approximation").approximation.shift is None  # type: ignore[union-attr]
+    exact = trajectory(bundle, reference=True)[3].x
+    held = trajectory(holding(bundle, tmp_path / "holding"))[3].x
+    assert relative_error(trajectory(bundle)[3].x, exact) < relative_error(held, exact)
+
+
 def test_quantized_extrapolation_of_the_reference_model_is_nearer_to_fp(tmp_path: Path, exports: Path) -> None:
     options = CompileOptions(steps=30, points=100, vc="none", verify_images=16, batch=16)
     psnr_db = {}
@@ -118,7 +235,10 @@ def test_quantized_extrapolation_of_the_reference_model_is_nearer_to_fp(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--reuse spline", "unknown --reuse 'spline'; choose one of: affine, auto, hold, taylor, variance"),
+        *(
+            (f"--reuse {name}", UNKNOWN.format(name))
+            for name in ("spline", "taylor:0", "taylor:4", "taylor:x", "taylor:", "hold:2")
+        ),
         ("--reuse taylor --policy none", "--reuse taylor works on sums made ahead: it needs a policy that reuses"),
         ("--reuse affine --caches branches", "--reuse affine works on sums made ahead"),
         ("--policy {file} --reuse hold", "was made for --reuse taylor, found hold; give --reuse taylor"),

@@ -27,7 +27,7 @@ from ditc.tables import MIDPOINTS_TABLE, SCALES_TABLE
 
 BUNDLES = (
     *("small", "learned-noise", "fixed-noise", "unguided", "fp16", "odd-addresses", "partial-rows", "per-step"),
-    *("affine", "taylor", "float-ends", "decoded"),
+    *("affine", "taylor", "taylor-3", "float-ends", "decoded"),
 )
 
 

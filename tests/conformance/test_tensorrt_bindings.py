@@ -38,6 +38,7 @@ SETTINGS = {
     "partial-rows": {"policy": "partial"},
     "affine": {"reuse": "affine"},
     "taylor": {"reuse": "taylor", "smooth": "smooth", "vc": "none"},
+    "taylor-3": {"reuse": "taylor:3", "vc": "none", "steps": 8},
     "float-ends": {"float_steps": "1:2"},
     "per-step": {"policy": "partial", "scales": "per-step", "midpoint": "bounded"},
 }

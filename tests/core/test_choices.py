@@ -7,6 +7,7 @@ from collections.abc import Collection
 import pytest
 
 from ditc import choices
+from ditc.approximators import APPROXIMATORS
 from ditc.calib_data.selection import SELECTORS
 from ditc.choices import names_of
 from ditc.diagnosis.bisecting import MODES
@@ -24,7 +25,6 @@ from ditc.quantize.transforms import TRANSFORMS
 from ditc.runtime.compensation import ESTIMATORS
 from ditc.runtime.device_executor import GRAPHS
 from ditc.runtime.samplers import UPDATES
-from ditc.schedule import APPROXIMATORS
 from ditc.speed.peers import PEERS
 from ditc.speed.rates import DEVICES, HERE
 

@@ -210,7 +210,7 @@ def test_with_sums_the_full_step_looks_ahead_and_the_reuse_step_has_one_cache() 
     full, reuse = program.segments
     assert (full.writes, full.ahead) == (("ahead.1", "ahead.2"), 2)
     assert (reuse.reads, reuse.ahead) == (("ahead",), 0)
-    assert [list(step.cache_ports) for step in program.steps[:3]] == [
+    assert [list(program.cache_ports(step)) for step in program.steps[:3]] == [
         [("cache.ahead.1", 0), ("cache.ahead.2", 1)],
         [("cache.ahead", 0)],
         [("cache.ahead", 1)],
@@ -230,25 +230,37 @@ def test_a_schedule_that_gains_nothing_from_sums_keeps_the_branches(schedule: Ca
     assert compiled(schedule, caches="sums") == compiled(schedule)
 
 
-def extrapolating(schedule: CacheSchedule) -> CacheSchedule:
-    return schedule.model_copy(update={"reuse": "taylor"})
+def extrapolating(schedule: CacheSchedule, reuse: str = "taylor") -> CacheSchedule:
+    return schedule.model_copy(update={"reuse": reuse})
+
+
+ORDERS = {"taylor": 1, "taylor:2": 2, "taylor:3": 3}
+SUM_PORTS = ("cache.ahead", "cache.before", "cache.before.2", "cache.before.3")
 
 
 @LAW
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 4))
-def test_an_extrapolating_step_reads_its_sums_of_the_last_two_steps_that_computed(skips: list[int], last: int) -> None:
-    """Intervals of any length: the sum each of them made for just this step, from a slot that still holds it."""
+@given(st.sampled_from([*ORDERS]), st.lists(st.integers(0, 4), min_size=1, max_size=7), st.integers(0, 4))
+def test_an_extrapolating_step_reads_its_sums_of_the_last_steps_that_computed(
+    reuse: str, skips: list[int], last: int
+) -> None:
+    """Intervals of any length: the sum each of them made for just this step, from a slot that still holds it.
+
+    An early step gives the earliest sum that it has once more for each that it lacks.
+    """
     marks = [mark for count in [*skips, last + 1] for mark in ("xxxxx", *["....."] * count)]
-    program = compiled(extrapolating(rows(*marks)), caches="sums")
+    program = compiled(extrapolating(rows(*marks), reuse), caches="sums")
+    looks_back = ORDERS[reuse] + 1
     slots: dict[int, tuple[str, int]] = {}
     computed: list[int] = []
     for step, row in zip(program.steps, marks, strict=True):
-        made_by = [] if row[0] == "x" else computed[-2:][::-1]
-        read = dict(step.cache_ports)
-        for maker, port in zip(made_by, ("cache.ahead", "cache.before"), strict=False):
+        made_by = [] if row[0] == "x" else computed[-looks_back:][::-1]
+        read = dict(program.cache_ports(step))
+        bound = made_by if len(made_by) < 2 else [*made_by, *[made_by[-1]] * (looks_back - len(made_by))]
+        for maker, port in zip(bound, SUM_PORTS, strict=False):
             assert slots[read[port]] == (f"ahead.{step.index - maker}", maker)
-        assert step.segment == ("full", "reuse", "extrapolate")[len(made_by)]
+        assert step.segment == ("full", "reuse", "extrapolate")[min(len(made_by), 2)]
         assert len(step.reads) == len(made_by)
+        assert len(read) == len(bound) + len(step.writes)
         computed += [step.index] if row[0] == "x" else []
         slots |= {slot: (value, step.index) for value, slot in step.writes.items()}
 
@@ -259,6 +271,64 @@ def test_only_sums_that_some_step_reads_are_made() -> None:
     assert (full.writes, full.ahead) == (("ahead.1", "ahead.2", "ahead.4", "ahead.5"), 5)
     assert (reuse.reads, reuse.rows) == (("ahead",), 0)
     assert (extrapolate.reads, extrapolate.rows) == (("ahead", "before"), 2)
+
+
+def test_higher_orders_have_the_segments_of_the_first() -> None:
+    program = compiled(extrapolating(fora(3, 15), "taylor:3"), caches="sums")
+    full, reuse, extrapolate = program.segments
+    assert (full.writes, full.ahead) == (tuple(f"ahead.{k}" for k in (1, 2, 4, 5, 7, 8, 10, 11)), 11)
+    assert (reuse.reads, reuse.rows) == (("ahead",), 0)
+    assert (extrapolate.reads, extrapolate.rows) == (("ahead", "before", "before.2", "before.3"), 4)
+    assert [len(step.reads) for step in program.steps] == [0, 1, 1, 0, 2, 2, 0, 3, 3, 0, 4, 4, 0, 4, 4]
+
+
+@LAW
+@given(st.sampled_from([*ORDERS]), st.lists(st.booleans(), min_size=1, max_size=16))
+def test_no_step_has_two_sums_in_one_slot(reuse: str, computes: list[bool]) -> None:
+    schedule = extrapolating(rows(*("x" * 5 if mark else "." * 5 for mark in (True, *computes))), reuse)
+    if all(computes) or schedule_skips(computes) > len(NAMES):
+        return
+    program = compiled(schedule, caches="sums")
+    for step in program.steps:
+        used = [*step.reads.values(), *step.writes.values()]
+        assert len(set(used)) == len(used)
+        written = {slot for port, slot in program.cache_ports(step) if port.removeprefix("cache.") in step.writes}
+        assert written.isdisjoint(step.reads.values())
+    assert not list(contradictions(program))
+
+
+def schedule_skips(computes: list[bool]) -> int:
+    """Return the most steps in a row that reuse."""
+    return max(len(part) for part in "".join(".x"[mark] for mark in computes).split("x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "contradiction"),
+    [
+        ({"reads": {"ahead.1": 1, "ahead.3": 0}}, "takes [0, 2, 4]"),  # not the earliest
+        ({"reads": {"ahead.1": 1}}, "step 5 binds ['cache.ahead'], and segment 'extrapolate' has"),
+        ({"segment": "reuse"}, "step 5 binds ['cache.ahead', 'cache.before', 'cache.before.2'], and segment 'reuse'"),
+    ],
+)
+def test_a_step_without_its_sums_is_named(change: dict[str, object], contradiction: str) -> None:
+    program = compiled(extrapolating(fora(2, 8), "taylor:2"), caches="sums")
+    sums = dict(sorted(program.steps[5].reads.items()))
+    assert [*sums] == ["ahead.1", "ahead.3", "ahead.5"]
+    if "reads" in change:
+        change = {"reads": {name: sums[name] for name in change["reads"]}}  # type: ignore[attr-defined]
+    steps = [step if step.index != 5 else step.model_copy(update=change) for step in program.steps]
+    assert contradiction in "\n".join(contradictions(program.model_copy(update={"steps": tuple(steps)})))
+
+
+@pytest.mark.parametrize(("reuse", "refused"), [("hold", False), ("taylor", False), ("taylor:2", True)])
+def test_the_name_of_a_port_of_sums_is_no_branchs(reuse: str, refused: bool) -> None:
+    schedule = extrapolating(rows("xx", "..", "xx", "..", "xx", ".."), reuse)
+    times, names = [float(6 - step) for step in range(6)], ("before.2", "b1")
+    if not refused:
+        assert program_from_schedule(schedule, times, names, caches="sums").slots
+        return
+    with pytest.raises(InputError, match=r"a branch is called 'before\.2', as sums made ahead are"):
+        program_from_schedule(schedule, times, names, caches="sums")
 
 
 def test_a_correction_takes_its_numbers_at_every_step_that_reuses() -> None:

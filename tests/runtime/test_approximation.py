@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ditc.approximators import APPROXIMATORS
 from ditc.passes import program_from_schedule
-from ditc.runtime.approximation import FITS, Moments, first_rows, fitted_rows, holding_rows
+from ditc.runtime.approximation import Moments, first_rows, fitted_rows, holding_rows
 from ditc.schedule import CacheSchedule
 
+FITS = sorted(name for name, row in APPROXIMATORS.items() if row.fit is not None)
 CHANNELS = 3
 IMAGES = 8
 SLOPES, SHIFTS = np.array([0.8, 1.0, 1.3]), np.array([0.1, 0.0, -0.4])
@@ -21,7 +23,7 @@ def features(seed: int) -> np.ndarray:
 
 
 def moments_of(seen: np.ndarray, exact: np.ndarray) -> Moments:
-    return Moments.empty(CHANNELS).add(seen, exact)
+    return Moments.empty(2, CHANNELS).add(seen, exact)
 
 
 def test_a_planted_affine_drift_is_recovered() -> None:
@@ -47,7 +49,7 @@ def test_variance_gives_the_exact_spread_and_keeps_the_mean() -> None:
     np.testing.assert_allclose(corrected.mean(axis=(0, 1)), seen.mean(axis=(0, 1)), atol=1e-4)
 
 
-@pytest.mark.parametrize("method", sorted(FITS))
+@pytest.mark.parametrize("method", FITS)
 def test_equal_features_are_held(method: str) -> None:
     rows = fitted_rows(method, moments_of(features(0), features(0)), IMAGES)
     np.testing.assert_allclose(rows, holding_rows(1, 2, CHANNELS)[0], atol=1e-6)
@@ -61,7 +63,7 @@ def test_the_prior_draws_towards_holding_as_that_many_exact_pairs_would(prior: f
     np.testing.assert_allclose(rows, [1 + share * (SLOPES - 1), share * SHIFTS], atol=1e-4)
 
 
-@pytest.mark.parametrize("method", sorted(FITS))
+@pytest.mark.parametrize("method", FITS)
 def test_a_constant_channel_is_held(method: str) -> None:
     seen, exact = features(0), 3 * features(1)
     seen[..., 1] = 0.25
@@ -72,13 +74,13 @@ def test_a_constant_channel_is_held(method: str) -> None:
 
 def test_moments_of_parts_are_those_of_the_whole() -> None:
     seen, exact = features(0), features(1)
-    parts = Moments.empty(CHANNELS)
+    parts = Moments.empty(2, CHANNELS)
     for part in (slice(0, 3), slice(3, 4), slice(4, None)):
         parts = parts.add(seen[part], exact[part])
     whole = moments_of(seen, exact)
-    for added, expected in zip((*parts.means, *parts.spreads), (*whole.means, *whole.spreads), strict=True):
-        np.testing.assert_allclose(added, expected, rtol=1e-9)
-    np.testing.assert_allclose(whole.spreads[0], np.var(seen.astype(np.float64), axis=(0, 1)), rtol=1e-9)
+    np.testing.assert_allclose(parts.means, whole.means, rtol=1e-9)
+    np.testing.assert_allclose(parts.spreads, whole.spreads, rtol=1e-9)
+    np.testing.assert_allclose(whole.spreads[0, 0], np.var(seen.astype(np.float64), axis=(0, 1)), rtol=1e-9)
 
 
 def test_extrapolation_is_exact_for_what_changes_linearly_in_t() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -106,6 +106,19 @@ def test_every_executor_gives_what_the_processor_gives(pipe: Pipeline, on_a_proc
         assert relative_error(event.x, other.x) < 1e-5
     images = [each.executor.images(*request_for(each)) for each in (pipe, on_a_processor)]
     assert relative_error(*images) < 1e-4
+
+
+def test_a_device_combines_several_sums_as_the_processor_does(bundles: dict[str, Bundle]) -> None:
+    """Early steps bind one buffer to two ports, and no request finds sums of another."""
+    with ExitStack() as stack:
+        host, device = (
+            stack.enter_context(Pipeline(bundles["fp32-taylor-3"], backend=backend())) for backend in BACKENDS.values()
+        )
+        assert type(device.executor) is DeviceExecutor
+        for seed in (5, 6):
+            for event, other in zip(*(each.generate(LABELS, seed=seed) for each in (device, host)), strict=True):
+                assert relative_error(event.x, other.x) < 1e-5
+            assert np.array_equal(device.latents(LABELS, seed=seed), event.x)
 
 
 def test_a_model_of_pixels_needs_no_decoder(bundles: dict[str, Bundle]) -> None:

@@ -32,7 +32,9 @@ def test_a_schedule_with_reuse_gives_another_result(pipes: dict[str, Pipeline]) 
     assert not np.allclose(pipes["fp32-cached"].latents(LABELS, seed=3), pipes["fp32-none"].latents(LABELS, seed=3))
 
 
-@pytest.mark.parametrize("name", ["cached", "per-step", "float-ends", "fp32-cached", "fp32-taylor", "fp32-affine"])
+@pytest.mark.parametrize(
+    "name", ["cached", "per-step", "float-ends", "fp32-cached", "fp32-taylor", "fp32-taylor-3", "fp32-affine"]
+)
 def test_permuting_the_batch_permutes_the_images(pipes: dict[str, Pipeline], name: str) -> None:
     order = [2, 0, 3, 1]
     noise = noise_for(4)
@@ -41,7 +43,9 @@ def test_permuting_the_batch_permutes_the_images(pipes: dict[str, Pipeline], nam
     np.testing.assert_allclose(permuted, plain[order], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["cached", "per-step", "float-ends", "fp32-cached", "fp32-taylor", "fp32-affine"])
+@pytest.mark.parametrize(
+    "name", ["cached", "per-step", "float-ends", "fp32-cached", "fp32-taylor", "fp32-taylor-3", "fp32-affine"]
+)
 def test_an_image_does_not_depend_on_its_neighbours(pipes: dict[str, Pipeline], name: str) -> None:
     noise = noise_for(4)
     together = pipes[name].latents(LABELS, noise=noise)

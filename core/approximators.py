@@ -1,0 +1,95 @@
+"""The ways to fill a reuse: one table of numbers, with which a step combines sums that earlier steps made for it.
+
+    h = embed(x) + sum_j w[t, j] * S_j + shift[t]        S_j = sum_l gate_l(t) * out_l
+
+S_j is made ahead by the j-th last step that computed, for this very step and with its gates (docs/adr/0013). A way is a
+row of APPROXIMATORS and all of it: what to choose from, programs, segments, their checks and tables follow from it.
+
+It loads no NumPy, since its names are those of a command line. A way that is fitted says how its numbers follow from
+moments; the compiler gathers those (docs/adr/0029).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["APPROXIMATORS", "Approximator", "canonical"]
+
+# (t of a step, those of the steps that made its sums, the latest first) -> a weight for each of them
+Weights = Callable[[float, Sequence[float]], list[float]]
+# moments per channel of the sums that a step reads, the latest first, and last of the exact one: means (sums + 1,
+# channels) and covariances (sums + 1, sums + 1, channels) -> a weight (channels,) for each sum, and perhaps a shift
+Fit = Callable[["NDArray[np.float64]", "NDArray[np.float64]"], "list[NDArray[np.float64]]"]
+
+
+@dataclass(frozen=True)
+class Approximator:
+    """A way to fill a reuse, by a combination of the sums of the last `looks_back` steps that computed.
+
+    Early steps have fewer of them. Where it has `weights` these are known from the schedule alone, and a `fit` takes
+    them from moments of what was seen; one with neither holds the last sum. With `shift` it adds a number as well.
+    """
+
+    looks_back: int = 1
+    shift: bool = False
+    weights: Weights | None = None
+    fit: Fit | None = None
+
+    def __post_init__(self) -> None:
+        assert self.looks_back > 0
+        assert self.weights is None or (self.fit is None and not self.shift)
+
+    @property
+    def rows(self) -> int:
+        """The count of numbers per channel that a step takes: a weight for each sum, a shift; 0 where it holds."""
+        return 0 if self.weights is None and self.fit is None else self.looks_back + self.shift
+
+
+def _affine(means: Any, spreads: Any) -> list[Any]:
+    """The least squares line, DEC of CacheQuant: its slope shrinks where the error is independent of what was seen."""
+    slope = spreads[0, 1] / spreads[0, 0]
+    return [slope, means[1] - slope * means[0]]
+
+
+def _variance(means: Any, spreads: Any) -> list[Any]:
+    """The exact spread about the mean that was seen: variance compensation, of the residual."""
+    import numpy as np
+
+    slope = np.sqrt(np.maximum(spreads[1, 1], 0) / spreads[0, 0])
+    return [slope, (1 - slope) * means[0]]
+
+
+def _polynomial(t: float, times: Sequence[float]) -> list[float]:
+    """The polynomial through the sums of steps at `times`, read at `t`, for distances of any kind (Lagrange's form).
+
+    With two of them that is S + w (S - S_before), and w = (t_near - t) / (t_before - t_near).
+    """
+    others = [
+        prod((t - other) / (own - other) for at, other in enumerate(times) if at != place)
+        for place, own in enumerate(times)
+        if place
+    ]
+    return [1 - sum(others), *others]
+
+
+APPROXIMATORS: dict[str, Approximator] = {
+    "hold": Approximator(),  # FORA, arXiv 2407.01425
+    "affine": Approximator(shift=True, fit=_affine),  # arXiv 2503.01323
+    "variance": Approximator(shift=True, fit=_variance),
+    "taylor": Approximator(looks_back=2, weights=_polynomial),  # TaylorSeer, arXiv 2503.06923
+    "taylor:2": Approximator(looks_back=3, weights=_polynomial),
+    "taylor:3": Approximator(looks_back=4, weights=_polynomial),
+}
+SPELLINGS = {"taylor:1": "taylor"}
+
+
+def canonical(name: Any) -> Any:
+    """Return the name of a row that may be spelled in another way; what is none comes back as it is."""
+    return SPELLINGS.get(name, name) if isinstance(name, str) else name
