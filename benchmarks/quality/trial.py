@@ -85,8 +85,9 @@ def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
 
 
 def exported(model: str, plan: Plan, work: Path) -> Segments:
-    """Return the FP segments of a model under a policy, exported once."""
-    folder = work / f"export-{digest_of([REVISION, model, plan.options.policy, plan.options.reuse, plan.options.cfg])}"
+    """Return the FP segments of a model, exported once for all programs that call the same."""
+    shapes = [part.model_dump() for part in plan.cached_program.segments]
+    folder = work / f"export-{digest_of([REVISION, model, shapes, plan.options.cfg])}"
     with in_turn(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "parity.json").is_file():
             folder.mkdir(exist_ok=True)
