@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from cells import Cell
 from effects import Effect, Row, Trials, effect_of, rows_of
-from step_cells import ALONE, FLOAT, GRID, GROUPS, SOLVERS, STEP_CELLS
+from step_cells import ALONE, GRID, GROUPS, SOLVERS, STEP_CELLS
 
 __all__ = [
     "CALLS",
@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 REUSE_COST = Path(__file__).parents[1] / "reuse_cost.json"
+FIRST = (ALONE, "hold", "order 1")
 CALLS = 0.0  # share of a computing step that a reuse takes, where calls of the network are counted
 Measure = Callable[[Row], float]
 
@@ -96,10 +97,14 @@ def named(trials: StepTrials) -> str:
 
 @dataclass(frozen=True)
 class StepResults:
-    """The cells of a group that have been run, and the seeds that every solver alone has."""
+    """The cells of a group, the seeds that are compared, and how many trials have been run in all.
+
+    A seed is compared when every cell that is no higher order has it: seeds differ more than cells do.
+    """
 
     cells: tuple[StepTrials, ...]
     seeds: tuple[int, ...]
+    run: int
 
     @property
     def alone(self) -> list[StepTrials]:
@@ -107,7 +112,7 @@ class StepResults:
 
     @property
     def cached(self) -> list[StepTrials]:
-        """Those with a cache that have been run with every seed; others are compared when they are."""
+        """Those with a cache that have every seed; others are compared when they have."""
         return [trials for trials in self.cells if not trials.alone and {*self.seeds} <= trials.rows.keys()]
 
     def at(self, solver: str, steps: int, interval: int, name: str) -> StepTrials | None:
@@ -122,14 +127,15 @@ class StepResults:
 
 
 def step_results(trials: Trials) -> dict[str, StepResults]:
-    """Return what has been run of each group; nothing of a group of which no seed is whole for the solvers alone."""
+    """Return what has been run of each group, but for groups without a whole seed."""
     results = {}
     for group in GROUPS:
         pairs = [(cell, rows_of(cell, trials)) for cell in STEP_CELLS if cell.group == group]
-        own = tuple(StepTrials(cell, rows) for cell, rows in pairs if rows)
-        seeds = set.intersection(*(set(rows) for cell, rows in pairs if cell.name == ALONE))
+        seeds = set.intersection(*(set(rows) for cell, rows in pairs if cell.name in FIRST))
+        compared = [(cell, {seed: row for seed, row in rows.items() if seed in seeds}) for cell, rows in pairs]
+        cells = tuple(StepTrials(cell, rows) for cell, rows in compared if rows)
         if seeds:
-            results[group] = StepResults(own, tuple(sorted(seeds)))
+            results[group] = StepResults(cells, tuple(sorted(seeds)), sum(len(rows) for _, rows in pairs))
     return results
 
 
@@ -191,6 +197,3 @@ def reuse_shares() -> dict[str, float]:
             slowest = max(seconds for kind, seconds in times.items() if kind not in ("step", "run"))
             shares[model] = max(shares.get(model, 0.0), slowest / times["step"])
     return shares
-
-
-assert FLOAT in GROUPS
