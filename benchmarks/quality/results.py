@@ -2,9 +2,9 @@
 
     python benchmarks/quality/results.py [--groups ddim ...] [--write] [--plots]
 
-Without options it prints the tables of the groups. --write renews docs/results.md between its marks, and tables.md
-whole; --plots draws the plots beside docs/results.md, which needs matplotlib. `effects.py` says what an interval and a
-star are.
+Without options it prints the tables of the groups. --write renews docs/results.md between its marks, tables.md whole,
+and the picture of fewer steps (`steps.py`); --plots draws the other plots beside docs/results.md, which needs
+matplotlib. `effects.py` says what an interval and a star are.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from typing import Any
 from cells import CELLS
 from effects import GROUPS, Trials, TriedCell, tried_cells
 from other_tables import OTHERS
+from step_cells import FLOAT
+from step_picture import step_picture
+from step_results import StepResults, step_results
+from step_tables import MARK, step_page, step_tables
 from tables import SUMMARIES, in_short, summary, table
 from trial import digest_of_trial
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 TABLES = HERE / "tables.md"
+PICTURE = DOCS / "results-steps.svg"
 # the heading of a group's table, and what is said above it
 HEADINGS: Mapping[str, tuple[str, str]] = {
     "ddim": ("Strategies, DDIM", "`cache alone` is in floating point."),
@@ -79,19 +84,22 @@ def written(text: str, name: str, lines: Sequence[str]) -> str:
     return re.sub(f"{mark}.*?{end}", lambda _: "\n".join((mark, "", *lines, "", end)), text, flags=re.DOTALL)
 
 
-def renewed(page: str, cells: Mapping[str, Sequence[TriedCell]]) -> str:
-    """Return docs/results.md with the small tables of what has been found."""
+def renewed(page: str, cells: Mapping[str, Sequence[TriedCell]], steps: Mapping[str, StepResults]) -> str:
+    """Return docs/results.md with the small tables of what has been found, and what follows for fewer steps."""
     figures = {key: values for group in cells.values() for key, values in in_short(group).items()}
     for name, rows in SUMMARIES.items():
         page = written(page, name, summary(rows, figures))
-    return page
+    return written(page, MARK, step_page(steps))
 
 
-def tables_page(experiment: Mapping[str, Any], cells: Mapping[str, Sequence[TriedCell]]) -> str:
-    """Return tables.md: every group's table, and those of the smaller experiments."""
+def tables_page(
+    experiment: Mapping[str, Any], cells: Mapping[str, Sequence[TriedCell]], steps: Mapping[str, StepResults]
+) -> str:
+    """Return tables.md: every group's table, that of fewer steps, and those of the smaller experiments."""
     parts = [FRONT, state(experiment["trials"], experiment["machine"]["processor"])]
     for group, (heading, note) in HEADINGS.items():
         parts += [f"## {heading}", note, "\n".join(table(cells[group])) if cells[group] else "Not run yet."]
+    parts += step_tables(steps)
     for other in OTHERS:
         rows = json.loads((HERE / other.figures).read_text())[other.rows]
         parts += [f"## {other.heading}", f"{other.note} `{Path(other.figures).name}`.", "\n".join(other.table(rows))]
@@ -102,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="what is printed")
     parser.add_argument("--results", type=Path, default=HERE / "experiment.json")
+    parser.add_argument("--steps", type=Path, default=HERE / "steps.json")
     parser.add_argument("--write", action="store_true", help="renew docs/results.md and tables.md, all groups")
     parser.add_argument("--plots", action="store_true", help="draw the plots of docs/results.md again")
     options = parser.parse_args()
@@ -112,9 +121,10 @@ def main() -> None:
             print(f"\n### {group}\n")
             print("\n".join(table(cells[group])))
     if options.write:
-        page = DOCS / "results.md"
-        page.write_text(renewed(page.read_text(), cells))
-        TABLES.write_text(tables_page(experiment, cells))
+        page, steps = DOCS / "results.md", step_results(json.loads(options.steps.read_text())["trials"])
+        page.write_text(renewed(page.read_text(), cells, steps))
+        TABLES.write_text(tables_page(experiment, cells, steps))
+        PICTURE.write_text(step_picture(steps[FLOAT]))
     if options.plots:
         from plots import draw
 

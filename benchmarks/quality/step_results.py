@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 REUSE_COST = Path(__file__).parents[1] / "reuse_cost.json"
-FIRST = (ALONE, "hold", "order 1")
+FIRST = (ALONE, "order 1")
 CALLS = 0.0  # share of a computing step that a reuse takes, where calls of the network are counted
 Measure = Callable[[Row], float]
 
@@ -99,7 +99,7 @@ def named(trials: StepTrials) -> str:
 class StepResults:
     """The cells of a group, the seeds that are compared, and how many trials have been run in all.
 
-    A seed is compared when every cell that is no higher order has it: seeds differ more than cells do.
+    A seed is compared when every cell of FIRST has it: seeds differ more than cells do.
     """
 
     cells: tuple[StepTrials, ...]
@@ -114,6 +114,10 @@ class StepResults:
     def cached(self) -> list[StepTrials]:
         """Those with a cache that have every seed; others are compared when they have."""
         return [trials for trials in self.cells if not trials.alone and {*self.seeds} <= trials.rows.keys()]
+
+    def of(self, solvers: Sequence[str]) -> StepResults:
+        """Return those of some solvers."""
+        return replace(self, cells=tuple(trials for trials in self.cells if trials.solver in solvers))
 
     def at(self, solver: str, steps: int, interval: int, name: str) -> StepTrials | None:
         """Return one cell; None where it has not been run."""

@@ -1,4 +1,4 @@
-"""The figures of `steps.py` as Markdown: the small table and the conclusions of docs/results.md, the tables of tables.md.
+"""The figures of `steps.py` as Markdown: a small table and the conclusions for docs/results.md, and whole tables.
 
 Conclusions are written from the figures, so that they say what the trials say, however many have been run.
 """
@@ -17,21 +17,22 @@ __all__ = ["HEADING", "MARK", "step_page", "step_tables", "verdicts"]
 MARK = "fewer steps"  # of its place in docs/results.md
 HEADING = "Fewer steps against the cache"
 DISTANCE, RECALL = measure("frechet_distance"), measure("recall")
-SINGLE = "One seed is not enough for intervals."
+SHOWN = (7, 10, 17, 25, 50)  # network calls, in docs/results.md
+SINGLE = "one seed so far: both sides of a difference are chosen on it, and nothing has an interval."
 # models of reuse_cost.json in words
 MODELS = {"digits": "the reference model", "blocks of DiT-XL/2": "four blocks of DiT-XL/2"}
 NOTE = """In floating point first, then a few cells as ditc compiles by default (800 points, TAP, smoothed). Less the
 best alone: the solver alone with the least mean distance at as many computed steps, or up to the next number that was
 tried alone, so that in doubt it had more of them. Stars are Holm's over all differences of a table. `steps.json`."""
-DUELS_NOTE = """The best solver alone and the best cell with a cache that take at most so long, in computing steps. In
-the differences both are chosen on the other seeds, for each seed anew. A reuse takes the largest share of a computing
-step that `../reuse_cost.json` has (W8A8, one image)."""
+DUELS_NOTE = """In floating point, those that take at most so many computing steps. In the differences both are chosen
+on the other seeds, for each seed anew. In time a reuse takes the largest share of a computing step that
+`../reuse_cost.json` has (W8A8, one image); what a computing step spends on later ones is not counted."""
 
 
 def step_page(results: Mapping[str, StepResults]) -> list[str]:
     """Return the lines of docs/results.md: the table by calls of the network, and what follows from all of them."""
-    float_results = results[FLOAT]
-    return [*duel_table(duels(float_results, CALLS), "network calls"), "", *conclusions(results)]
+    rows = [row for row in duels(results[FLOAT], CALLS) if row.most in SHOWN]
+    return [*duel_table(rows, "network calls"), "", *conclusions(results)]
 
 
 def duel_table(rows: Sequence[Duel], unit: str) -> list[str]:
@@ -58,7 +59,15 @@ def line(columns: Sequence[str]) -> str:
 
 def conclusions(results: Mapping[str, StepResults]) -> list[str]:
     """Return what follows, a line each."""
-    own, on_ddim = results[FLOAT], duels(results[FLOAT], CALLS, ("DDIM",))
+    own = results[FLOAT]
+    told = [f"- **No verdict**: {SINGLE}"] if len(own.seeds) == 1 else against_alone(own)
+    return [*told, *reach(own), *reuses(own), *integers(results.get(INT8)), *state(results)]
+
+
+def against_alone(own: StepResults) -> list[str]:
+    """Return the verdicts on solvers alone against those with a cache: by calls, by time, and of some solvers only."""
+    on_ddim = duels(own, CALLS, ("DDIM",))
+    own_spacing = duels(own.of(OWN_SPACING), CALLS)
     return [
         f"- **At equal network calls** {verdicts(duels(own, CALLS))}",
         *(
@@ -67,10 +76,7 @@ def conclusions(results: Mapping[str, StepResults]) -> list[str]:
             for model, share in reuse_shares().items()
         ),
         f"- **A cache on DDIM** at equal network calls, against any solver alone: {verdicts(on_ddim)}",
-        *reach(own),
-        *reuses(own),
-        *integers(results.get(INT8)),
-        *state(results),
+        f"- **With the model's own spacing only**, on both sides, at equal network calls: {verdicts(own_spacing)}",
     ]
 
 
@@ -123,7 +129,7 @@ def reuses(own: StepResults) -> Iterator[str]:
         places = [(solver, steps, n) for solver in OWN_SPACING for steps in GRID for n in INTERVALS]
         both = [(own.at(*place, name), own.at(*place, other)) for place in places]
         changes = [change for a, b in both if a is not None and b is not None and (change := less(a, b)) is not None]
-        if changes:
+        if any(change.n > 1 for change in changes):
             yield f"- **{name.capitalize()} against {other}**, same solver, steps and N: {stood_out(changes)}."
 
 
@@ -149,22 +155,23 @@ def state(results: Mapping[str, StepResults]) -> Iterator[str]:
     """Yield the part of the trials that have been run, and what has not been begun."""
     done, every = sum(own.run for own in results.values()), SEEDS * len(STEP_CELLS)
     names = {(trials.cell.group, trials.cell.name) for own in results.values() for trials in own.cells}
-    orders = [name for name, _ in REUSES.values() if (FLOAT, name) not in names]
-    later = [*orders, *(["W8A8"] if INT8 not in results else [])]
+    later = [name for name, _ in REUSES.values() if (FLOAT, name) not in names]
+    later += [] if INT8 in results else ["W8A8"]
     rest = f" Not run yet: {', '.join(later)}." if later else ""
     seeds = len(results[FLOAT].seeds)
     yield f"- Trials that have been run: {done:,} of {every:,}; seeds that are compared: {seeds}.{rest}"
 
 
 def step_tables(results: Mapping[str, StepResults]) -> list[str]:
-    """Return the parts of tables.md: every cell, and the duels by time."""
+    """Return the parts of tables.md: every cell, and the duels by calls of the network and by time."""
     parts = [f"## {HEADING}", NOTE]
     for own in results.values():
         parts.append("\n".join(cell_table(own)))
-    parts += ["## Fewer steps against the cache, by time", DUELS_NOTE]
-    for model, share in reuse_shares().items():
-        table = duel_table(duels(results[FLOAT], share), "computing steps")
-        parts += [f"A reuse takes {share:.3f} of a step: {MODELS[model]}.", "\n".join(table)]
+    parts += ["## The best alone and the best with a cache", DUELS_NOTE]
+    units = {"Network calls: a reuse takes nothing.": CALLS}
+    units |= {f"Time: a reuse takes {s:.3f} of a step ({MODELS[model]}).": s for model, s in reuse_shares().items()}
+    for text, share in units.items():
+        parts += [text, "\n".join(duel_table(duels(results[FLOAT], share), "computing steps"))]
     return parts
 
 

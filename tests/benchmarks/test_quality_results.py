@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-
-QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
-
-
-@pytest.fixture(scope="module")
-def results() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(QUALITY))
-    import results as module
-
-    yield module
-    sys.path.remove(str(QUALITY))
-    for name in ("results", "effects", "tables", "other_tables", "cells", "trial"):
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +17,13 @@ def statistics(results: ModuleType) -> ModuleType:
 
 
 def test_the_pages_are_what_the_script_writes_from_the_committed_data(results: ModuleType) -> None:
-    experiment = json.loads((QUALITY / "experiment.json").read_text())
+    experiment = json.loads((results.HERE / "experiment.json").read_text())
+    steps = results.step_results(json.loads((results.HERE / "steps.json").read_text())["trials"])
     cells = {group: results.tried_cells(group, experiment["trials"]) for group in results.GROUPS}
     page = (results.DOCS / "results.md").read_text()
-    assert results.renewed(page, cells) == page
-    assert results.tables_page(experiment, cells) == results.TABLES.read_text()
+    assert results.renewed(page, cells, steps) == page
+    assert results.tables_page(experiment, cells, steps) == results.TABLES.read_text()
+    assert results.step_picture(steps[results.FLOAT]) == results.PICTURE.read_text()
 
 
 def test_every_group_has_its_table(results: ModuleType) -> None:
