@@ -28,6 +28,7 @@ from ditc.choices import (
     names_of,
 )
 from ditc.errors import InputError
+from ditc.policies import policy_forms
 from ditc.precision import INT8, PRECISIONS, Bits
 from ditc.settings import Option, Settings
 from ditc.spec import SamplerSpec
@@ -77,10 +78,7 @@ class CompileOptions(Settings):
     )
     policy: Annotated[
         str,
-        Option(
-            "Cache policy: none, fora:N, window:N:FIRST:LAST (fora, but the ends compute), or a schedule FILE.json.",
-            metavar="POLICY",
-        ),
+        Option(f"Cache policy: {policy_forms()}, or a schedule FILE.json.", metavar="POLICY"),
     ] = "fora:3"
     caches: Annotated[
         AutoCaches,

@@ -20,11 +20,12 @@ from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import AdviceWarning, InputError
 from ditc.passes import NoSumsError, ends_in_float, program_from_schedule
+from ditc.policies import schedule_for
 from ditc.program import AHEAD, FULL, Program
 from ditc.progress import Progress, silent
 from ditc.requests import Examples
 from ditc.runtime.samplers import adds_noise, sampler_table
-from ditc.schedule import CacheSchedule, schedule_for
+from ditc.schedule import CacheSchedule
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 __all__ = ["SmallPoolError", "make_plan"]

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from ditc.bundle import FileEntry, Manifest, open_bundle, read_tables, seal_bundle, write_tables
 from ditc.errors import BundleError
 from ditc.passes import program_from_schedule
+from ditc.policies import schedule_for
 from ditc.runtime.samplers import sampler_table
-from ditc.schedule import schedule_for
 from ditc.spec import ModelSpec
 
 LAW = settings(deadline=None)  # a busy machine stalls now and then

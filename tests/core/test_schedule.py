@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditc.errors import InputError
-from ditc.schedule import schedule_for
+from ditc.policies import POLICIES, Policy, Watching, policy_forms, schedule_for, watching_of
+from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
 
 LAW = settings(deadline=None)  # a busy machine stalls now and then
@@ -154,3 +155,32 @@ def test_a_reuse_that_nothing_implements_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"compute": [[True] * 4] * 2, "reuse": "spline"}))
     with pytest.raises(InputError, match=r"odd\.json is not a schedule"):
         schedule_for(str(path), SPEC, 2)
+
+
+def test_the_help_lists_every_policy_as_it_is_typed() -> None:
+    assert policy_forms() == "none, fora:N, window:N:FIRST:LAST (fora, but the ends compute)"
+
+
+@pytest.mark.parametrize("policy", ["none", "fora:3", "window:3:2:2", "absent.json"])
+def test_most_policies_see_no_statistics(policy: str) -> None:
+    assert watching_of(policy) is None
+
+
+def test_an_unknown_policy_is_refused_before_anything_is_watched() -> None:
+    with pytest.raises(InputError, match=r"unknown policy 'forra:3'"):
+        watching_of("forra:3")
+
+
+def test_a_policy_that_sees_is_refused_without_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(*_: object) -> CacheSchedule:
+        raise AssertionError("called without what it needs")
+
+    monkeypatch.setitem(POLICIES, "seeing", Policy(make, "N", watches=lambda _: Watching(distances=3)))
+    assert watching_of("seeing:2") == Watching(distances=3)
+    with pytest.raises(InputError, match=r"policy seeing:2 decides by statistics of FP images; compile a model"):
+        schedule_for("seeing:2", SPEC, 5)
+
+
+def test_a_short_trajectory_has_a_shorter_window() -> None:
+    assert Watching(distances=3, sums=1).within(3) == Watching(distances=2, sums=1)
+    assert Watching(distances=3, sums=5).window == 5

@@ -26,9 +26,10 @@ from ditc.exporter.onnx_files import data_path
 from ditc.exporter.segments import Segment, segments_of
 from ditc.exporter.vae import Decoder
 from ditc.passes import program_from_schedule
+from ditc.policies import schedule_for
 from ditc.program import BRANCH_KEY, CONDITION, DECODE, PATH_KEY, Program
 from ditc.quantize.linears import linears_of
-from ditc.schedule import CacheSchedule, schedule_for
+from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
 
 Exported = Mapping[str, tuple[Segment, Path]]
