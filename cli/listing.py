@@ -8,6 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from ditc.bundle import Bundle, Manifest
+from ditc.checks import Watched
 from ditc.errors import BundleError
 from ditc.precision import quantized
 from ditc.program import Program
@@ -133,6 +134,13 @@ def conditions_sentence(spec: ModelSpec) -> str:
     return "; ".join(told) or "none"
 
 
+def _changes(watched: Watched) -> str:
+    """Return the mean change from each step to the next of each kind of branch, where it was looked at."""
+    means = {kind: np.mean([row[0] for row in rows if row]) for kind, rows in watched.changes.items()}
+    each = ", ".join(f"{kind} {mean:.3g}" for kind, mean in means.items())
+    return f"; change from step to step: {each}" if each else ""
+
+
 def bundle_facts(bundle: Bundle) -> dict[str, str]:
     """Return the headline facts of a bundle, name -> text. Raises BundleError where they aren't there to be told."""
     try:
@@ -143,7 +151,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
 
 def _facts(bundle: Bundle) -> dict[str, str]:
     m = bundle.manifest
-    measured = m.measured("smooth", "kernels", "tensorrt", "verify", "compensation")
+    measured = m.measured("watch", "smooth", "kernels", "tensorrt", "verify", "compensation")
     called = [m.program.segment(step.segment) for step in m.program.steps]
     computed, in_float = sum(segment.computes for segment in called), sum(segment.in_float for segment in called)
     unquantized = f" ({in_float} of them in floating point)" if in_float else ""
@@ -157,6 +165,8 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "size": f"{megabytes(m.size_bytes(reference=False))} deployed, "
         f"{megabytes(m.size_bytes(reference=True))} FP reference",
     }
+    if (watched := measured.watch) is not None:
+        facts["watched"] = f"{watched.images} FP images{_changes(watched)}"
     if (smooth := measured.smooth) is not None:
         facts["smoothing"] = f"{smooth.method}: {smooth.smoothed} of {smooth.linears} linear layers"
     if measured.kernels is not None:

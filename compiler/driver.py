@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -23,12 +23,13 @@ from ditc.compiler.exporting import behaviour_digest, export, model_digest
 from ditc.compiler.fitting import approximate, fit
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
-from ditc.compiler.planning import make_plan
+from ditc.compiler.planning import make_plan, plan_to_watch
 from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
 from ditc.compiler.sealing import seal
 from ditc.compiler.smoothing import smooth
 from ditc.compiler.verifying import verify
+from ditc.compiler.watching import STATISTICS, WATCH_IMAGES, watch
 from ditc.compiler.work import WorkFolder, replaced, shared, work_folder
 from ditc.errors import DoubtWarning, InputError
 from ditc.exporter.model_facts import ModelFacts
@@ -36,10 +37,12 @@ from ditc.files import digest_of, sha256_of
 from ditc.folders import FOLDERS
 from ditc.host_memory import release_weights, return_free_memory
 from ditc.machine import package_versions
+from ditc.policies import Watching
 from ditc.program import Program
 from ditc.progress import Progress, silent
 from ditc.requests import Examples
 from ditc.spec import ModelSpec
+from ditc.step_statistics import StepStatistics
 
 __all__ = ["check_places", "compile_model"]
 
@@ -88,9 +91,14 @@ def compile_model(
         spec = opened.spec.model_copy(update={"assumptions": (*opened.spec.assumptions, *assumed)})
         examples = replace(examples, spec=spec)
     _tell(examples.spec, on_note)
-    plan = make_plan(opened, options, progress, examples)
+    to_watch = plan_to_watch(opened, options, progress, examples)
+    plan = make_plan(opened, options, progress, examples=examples) if to_watch is None else to_watch[0]
     with work_folder(target) as work:
-        compile_ = _Compile(plan, work, _decided(plan, opened), tables={**plan.reuse_tables})
+        compile_ = _Compile(plan, work, _decided(opened, examples))
+        if to_watch is not None:
+            statistics = compile_.watch(opened, to_watch[1], shared_exports)
+            compile_.plan = make_plan(opened, options, progress, statistics, examples)
+        compile_.tables |= compile_.plan.reuse_tables
         segments = compile_.export(opened, shared_exports)
         if opened is not model:
             release_weights(opened)  # ours, and nothing after the export needs it
@@ -158,11 +166,33 @@ class _Compile:
         self.folders[name] = folder
         return folder
 
+    def _shared_stage(self, name: str, settings: list[Any], make: Callable[[Path], None], exports: Path | None) -> Path:
+        """Run a stage as `stage` does, or take what an earlier compile left of it in `exports`."""
+        key = digest_of([self.key, settings])
+        return self.stage(name, settings, make if exports is None else shared(exports / f"{name}-{key}", make))
+
     @property
     def run_settings(self) -> list[Any]:
         """The settings that decide a trajectory beside the segments."""
         columns = {name: column.tolist() for name, column in self.plan.columns.items()}
         return [digest_of(columns), self.plan.program.model_dump(), self.plan.options.cfg, self.plan.options.seed]
+
+    def watch(self, model: Any, wanted: Watching, exports: Path | None) -> StepStatistics:
+        """Return the statistics that the policy asks for; those of `exports` are taken where it has them.
+
+        What comes after hangs on the schedule that they make, not on them: it may be that of another policy.
+        """
+        plan, key = self.plan, self.key
+        columns = digest_of({name: column.tolist() for name, column in plan.columns.items()})
+        images = plan.options.watch_images or WATCH_IMAGES
+        settings = [columns, plan.options.cfg, plan.options.seed, images, asdict(wanted)]
+
+        def make(folder: Path) -> None:
+            watch(plan, model, wanted, folder)
+
+        folder = self._shared_stage("watch", settings, make, exports)
+        self.key = key
+        return StepStatistics.load(folder / STATISTICS)
 
     def export(self, model: Any, exports: Path | None) -> Segments:
         """Return the FP segments; those of `exports` are taken where it has them."""
@@ -171,7 +201,7 @@ class _Compile:
         def make(folder: Path) -> None:
             export(plan, model, folder)
 
-        folder = self.stage("export", [], make if exports is None else shared(exports / f"export-{self.key}", make))
+        folder = self._shared_stage("export", _shapes(plan.cached_program), make, exports)
         return {name: folder / f"{name}.onnx" for name in plan.cached_program.calls}
 
     def select(self, segments: Segments) -> Path:
@@ -234,17 +264,16 @@ class _Compile:
         self.stage("verify", settings, lambda folder: verify(plan, segments, compiled, self.tables, folder))
 
 
-def _decided(plan: Plan, model: Any) -> str:
+def _decided(model: Any, examples: Examples) -> str:
     """Return a digest of what decides every stage: the model, what it computes, the code and its packages."""
     return digest_of(
         [
             model_digest(model),
             behaviour_digest(model),
-            plan.spec.model_dump(),
+            examples.spec.model_dump(),
             package_versions(),
             _source_digest(),
-            _shapes(plan.cached_program),
-            *sorted(_array_digests(plan.examples)),
+            *sorted(_array_digests(examples)),
         ]
     )
 

@@ -28,10 +28,10 @@ from ditc.choices import (
     names_of,
 )
 from ditc.errors import InputError
-from ditc.policies import policy_forms
+from ditc.policies import POLICIES, policy_forms, watching_of
 from ditc.precision import INT8, PRECISIONS, Bits
 from ditc.settings import Option, Settings
-from ditc.spec import SamplerSpec
+from ditc.spec import PartialRecord, SamplerSpec
 
 if TYPE_CHECKING:
     from ditc.calib_data.selection import SelectionOptions
@@ -48,7 +48,7 @@ CALIBRATION = "Calibration"
 BUNDLE = "Bundle"
 
 
-class CompileOptions(Settings):
+class CompileOptions(PartialRecord, Settings):
     """The settings of `ditc compile`; each default is the recommended one.
 
     None for a sampler setting means the model's own. `pool_images` of None records about four times the points.
@@ -60,8 +60,11 @@ class CompileOptions(Settings):
     under a sampler that adds noise few steps in a row reuse, else holds. `vc` is "none" or a row of ESTIMATORS; "auto"
     compensates what holds without such noise. `vc_images` pairs fit the compensation, and as many others the numbers of
     `reuse` where it has any to fit; `verify_images` others check the result. `float_steps` is "none", or "FIRST:LAST":
-    so many steps at either end have linear layers in floating point.
+    so many steps at either end have linear layers in floating point. `watch_images` of None are those of the paper, and
+    is no setting of a bundle whose policy looks at no images.
     """
+
+    LEFT_OUT = frozenset({"watch_images"})
 
     steps: Annotated[int, Field(ge=2), Option("Denoising steps.")] = 50
     sampler: Annotated[SamplerName | None, Option("Sampler; default is the model's own.")] = None
@@ -148,6 +151,11 @@ class CompileOptions(Settings):
         Option("Variance compensation; auto: std where a reuse holds and the sampler adds no noise.", group=CACHE),
     ] = "auto"
     vc_images: Annotated[int, Field(ge=2), Option("Image pairs that fit compensation and reuse.", group=CACHE)] = 64
+    watch_images: Annotated[
+        int | None,
+        Field(ge=1),
+        Option("FP images that a policy looks at before it decides, where it does; default 10.", group=CACHE),
+    ] = None
     verify_images: Annotated[int, Field(ge=1), Option("Images that check the result.", group=BUNDLE)] = 16
     target: Annotated[Target, Option("Where the bundle runs by default.")] = "cpu"
     batch: Annotated[
@@ -162,6 +170,8 @@ class CompileOptions(Settings):
     def _says_one_thing(self) -> CompileOptions:
         """Raise InputError for settings that can't be meant together, or are for integers where there are none."""
         self.selection()
+        if self.watch_images is not None:
+            self._check_watches()
         bindings = (("--scales", self.scales, "static"), ("--midpoint", self.midpoint, "zero"))
         for flag, given, default in bindings:
             if given != default:
@@ -182,6 +192,14 @@ class CompileOptions(Settings):
                 "quantizes none; leave it out, or compile with --precision w8a8"
             )
         return self
+
+    def _check_watches(self) -> None:
+        if watching_of(self.policy) is None:
+            watching = [name for name, policy in POLICIES.items() if policy.watches is not None]
+            raise InputError(
+                f"--watch-images {self.watch_images} is for a policy that looks at FP images first, and --policy "
+                f"{self.policy} looks at none; leave it out, or choose one of: {', '.join(watching)}"
+            )
 
     def _check_has_integers(self, flag: str, given: str, default: str) -> None:
         if self.bits is None:

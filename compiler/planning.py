@@ -2,7 +2,8 @@
 
 A reuse extrapolates where sums are made ahead and, under a sampler that adds noise, few steps in a row reuse
 (docs/approximators.md has what noise does to an extrapolation); else it holds, and is compensated unless the sampler
-adds noise. Nothing has run by then, so settings that make no sense for a model are refused before anything is lost.
+adds noise. Nothing has run by then but the stage `watch` of a policy that asks for it, so settings that make no sense
+for a model are refused before anything is lost.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import AdviceWarning, InputError
 from ditc.passes import NoSumsError, ends_in_float, program_from_schedule
-from ditc.policies import schedule_for
+from ditc.policies import Watching, no_reuse, schedule_for, watching_of
 from ditc.program import AHEAD, FULL, Program
 from ditc.progress import Progress, silent
 from ditc.requests import Examples
 from ditc.runtime.samplers import adds_noise, sampler_table
 from ditc.schedule import CacheSchedule
-from ditc.spec import DiffusionSpec, SamplerSpec
+from ditc.spec import DiffusionSpec, ModelSpec, SamplerSpec
+from ditc.step_statistics import StepStatistics
 
-__all__ = ["SmallPoolError", "make_plan"]
+__all__ = ["SmallPoolError", "make_plan", "plan_to_watch"]
 
 MOST_WITH_NOISE = 3  # reuses in a row that "auto" extrapolates under fresh noise: FORA's with four are better held
 
@@ -38,34 +40,30 @@ class SmallPoolError(InputError):
 
 
 def make_plan(
-    model: Any, options: CompileOptions, progress: Progress = silent, examples: Examples | None = None
+    model: Any,
+    options: CompileOptions,
+    progress: Progress = silent,
+    statistics: StepStatistics | None = None,
+    examples: Examples | None = None,
 ) -> Plan:
-    """Turn sampler and cache policy into programs: everything that is decided before anything runs.
+    """Turn sampler and cache policy into programs: everything that is decided before anything is exported.
 
-    The plan's options hold no AUTO for `reuse`, `smooth` and `vc`. `examples` are `examples_of` the model where nobody
-    gives others. Raises InputError where settings make no sense for
-    the model.
+    `statistics` are those that the policy asks for, None where it asks for none; `examples` are `examples_of` the model
+    where nobody gives others. The plan's options hold no AUTO for `reuse`, `smooth` and `vc`. Raises InputError where
+    settings make no sense for the model.
     """
     examples = examples_of(model)[0] if examples is None else examples
     spec = examples.spec
-    if options.cfg != 1 and not spec.can_be_guided:
-        what = "unconditional class" if spec.num_classes else "condition with a null"
-        raise InputError(f"{spec.name} has no {what} for guidance; set --cfg 1")
-    if not spec.branches and (options.bits is not None or options.policy != "none"):
-        raise InputError(
-            f"{spec.name} has no branches, so there is nothing to reuse and nothing to quantize; give --policy none "
-            "and a --precision without integers"
-        )
-    sampler = options.sampler_spec(spec.sampler)
-    advise_on_clipping(spec.sampler, sampler)
-    columns = trajectory_table(spec.diffusion, sampler, options.steps)
+    columns = own_columns(spec, options)
+    advise_on_clipping(spec.sampler, options.sampler_spec(spec.sampler))
     t = [float(value) for value in columns["t"]]
     decode = model.decoder is not None
 
     def program(schedule: CacheSchedule, caches: Caches) -> Program:
         return program_from_schedule(schedule, t, spec.branches, decode=decode, caches=caches)
 
-    schedule, caches = schedule_for(options.policy, spec, options.steps), caches_for(model, options)
+    schedule = schedule_for(options.policy, spec, options.steps, statistics)
+    caches = caches_for(model, options)
     holding = program(_with_reuse(schedule, "hold"), caches)
     if options.caches == "sums" and holding.slots and not makes_sums(holding):
         raise NoSumsError(
@@ -75,13 +73,52 @@ def make_plan(
     quiet = not adds_noise(columns)
     extrapolates = makes_sums(holding) and (quiet or holding.segment(FULL).ahead <= MOST_WITH_NOISE)
     options = decided(options, schedule, extrapolates=extrapolates, compensates=quiet and holding.slots > 0)
+    if statistics is not None:
+        options = options.model_copy(update={"watch_images": statistics.images})
     cached = program(_with_reuse(schedule, options.reuse), caches)
     deployed = cached if options.float_ends is None else ends_in_float(cached, *options.float_ends)
-    uncached = program(schedule_for("none", spec, options.steps), "branches")
+    uncached = program(no_reuse(spec, options.steps), "branches")
     plan = Plan(spec, options, deployed, cached, uncached, columns, progress, examples)
     check_pool_suffices(plan)
     check_selector_sees(plan)
     return plan
+
+
+def plan_to_watch(
+    model: Any, options: CompileOptions, progress: Progress, examples: Examples
+) -> tuple[Plan, Watching] | None:
+    """Return the uncached program as a plan, and the statistics that the policy needs of it; None where it needs none.
+
+    Raises InputError where settings make no sense for the model, as far as that hangs on no schedule.
+    """
+    wanted, spec = watching_of(options.policy), examples.spec
+    if wanted is None:
+        return None
+    from ditc.exporter.protocol import branches_add
+
+    columns = own_columns(spec, options)
+    schedule = no_reuse(spec, options.steps).checked(spec)
+    caches_for(model, options)  # what it refuses is refused before anything runs
+    if wanted.sums and not branches_add(model):
+        raise InputError(
+            f"--policy {options.policy} looks at sums, and {spec.name} has a branch whose merge() does more than add; "
+            "choose another --policy"
+        )
+    uncached = program_from_schedule(schedule, [float(value) for value in columns["t"]], spec.branches)
+    return Plan(spec, options, uncached, uncached, uncached, columns, progress, examples), wanted.within(options.steps)
+
+
+def own_columns(spec: ModelSpec, options: CompileOptions) -> dict[str, NDArray[np.float64]]:
+    """Return the columns of the sampler. Raises InputError for settings that the model does not allow."""
+    if options.cfg != 1 and not spec.can_be_guided:
+        what = "unconditional class" if spec.num_classes else "condition with a null"
+        raise InputError(f"{spec.name} has no {what} for guidance; set --cfg 1")
+    if not spec.branches and (options.bits is not None or options.policy != "none"):
+        raise InputError(
+            f"{spec.name} has no branches, so there is nothing to reuse and nothing to quantize; give --policy none "
+            "and a --precision without integers"
+        )
+    return trajectory_table(spec.diffusion, options.sampler_spec(spec.sampler), options.steps)
 
 
 def advise_on_clipping(own: SamplerSpec, chosen: SamplerSpec) -> None:

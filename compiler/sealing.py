@@ -26,6 +26,7 @@ Folders = Mapping[str, Path]  # of the stages that ran, by name
 
 # stage -> the JSON it leaves for the manifest's `checks`
 CHECK_FILES = (
+    ("watch", "watch"),
     ("export", "parity"),
     ("select", "pool"),
     ("smooth", "smooth"),

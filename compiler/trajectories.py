@@ -21,6 +21,7 @@ __all__ = [
     "POOL_NOISE",
     "REUSE_NOISE",
     "VERIFY_NOISE",
+    "WATCH_NOISE",
     "exact_trajectory",
     "executor",
     "purposed_request",
@@ -30,8 +31,9 @@ __all__ = [
 NO_TABLES: Tables = {}
 
 # purposes with noise of their own, so that no image is used twice: calibration, compensation, verification, reuse;
-# what fits the compensation has not been fitted by the reuse already
+# what fits the compensation has not been fitted by the reuse already, nor has it decided the schedule
 POOL_NOISE, FIT_NOISE, VERIFY_NOISE, REUSE_NOISE = 1_000_003, 2_000_003, 3_000_003, 4_000_003
+WATCH_NOISE = 5_000_003
 
 
 @contextmanager

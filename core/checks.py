@@ -22,6 +22,7 @@ __all__ = [
     "StorageError",
     "ValueRange",
     "Verification",
+    "Watched",
 ]
 
 
@@ -112,6 +113,17 @@ class CompensationRange(_Read):
     k_max: float
 
 
+class Watched(_Read):
+    """The statistics of `images` FP images that decided the schedule, where its policy sees any.
+
+    `changes` has for each kind of branch a row per step: the mean relative L1 change of its outputs since the step
+    before, the one before that, and so on as far as the policy looks.
+    """
+
+    images: int
+    changes: dict[str, tuple[tuple[float, ...], ...]] = {}
+
+
 class Checks(_Read):
     """Measurements on the way, by stage; None for a stage that this bundle did not need.
 
@@ -119,6 +131,7 @@ class Checks(_Read):
     that the typed form of a segment breaks.
     """
 
+    watch: Watched | None = None
     parity: dict[str, float] | None = None
     pool: PoolSize | None = None
     smooth: Smoothing | None = None

@@ -19,7 +19,7 @@ from ditc.errors import BundleError, InputError
 from ditc.files import atomic_write
 from ditc.spec import ModelSpec
 
-__all__ = ["StepStatistics", "SumStatistics", "kind_of"]
+__all__ = ["StepStatistics", "SumStatistics", "kind_of", "steps_exist"]
 
 Numbers = NDArray[np.float64]
 DISTANCES, SUMS = ("absolute", "relative"), ("mean", "gram", "distance")  # arrays in a file
@@ -30,18 +30,29 @@ def kind_of(branch: str) -> str:
     return branch.rpartition(".")[2]
 
 
+def steps_exist(steps: int, least: int, count: int) -> NDArray[np.bool_]:
+    """Return where step t has a step t - k, (steps, count), for `count` numbers k from `least` on."""
+    t, k = np.ogrid[:steps, least : least + count]
+    return np.asarray(t >= k)
+
+
 @dataclass(frozen=True, eq=False)
 class SumStatistics:
     """Moments, per channel, of the sums that all branches together add to the residual stream at a step.
 
     S_k at step t adds up the outputs of step t - k with the gates of step t: what a reuse of them would add, and S_0 is
     exact. `mean` (steps, window + 1, channels) is of S_k, `gram` (steps, window + 1, window + 1, channels) of S_j S_k,
-    and `distance` (steps, window + 1) of |S_k - S_0|.
+    and `distance` (steps, window + 1) of |S_k - S_0|, over all channels.
     """
 
     mean: Numbers
     gram: Numbers
     distance: Numbers
+
+    def places(self) -> list[tuple[Numbers, NDArray[np.bool_]]]:
+        """Return each array, and where it has an entry."""
+        exists = steps_exist(len(self.distance), 0, self.distance.shape[1])
+        return [(self.mean, exists), (self.gram, exists[:, :, None] & exists[:, None]), (self.distance, exists)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +70,9 @@ class StepStatistics:
     sums: SumStatistics | None = None
 
     def __post_init__(self) -> None:
-        sums = [] if self.sums is None else vars(self.sums).values()
-        looking_back = [(1, self.absolute), (1, self.relative), *((0, array) for array in sums)]
-        if not all(np.isfinite(array[_exists(array, least)]).all() for least, array in looking_back):
+        back = steps_exist(self.steps, 1, self.window)
+        places = [(self.absolute, back), (self.relative, back), *([] if self.sums is None else self.sums.places())]
+        if not all(np.isfinite(array[exists]).all() for array, exists in places):
             raise InputError("the trajectories that were watched have NaN or infinite values; the model diverges")
 
     @property
@@ -106,12 +117,6 @@ class StepStatistics:
             return StepStatistics(branches, int(arrays["images"]), sums=sums, **distances)
         except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as e:
             raise BundleError(f"{path} has no statistics of steps ({e}); compile again") from e
-
-
-def _exists(array: Numbers, least: int) -> NDArray[np.bool_]:
-    """Return where step t has a step t - k, (steps, n), for an array whose second axis is k from `least` on."""
-    t, k = np.ogrid[: array.shape[0], least : least + array.shape[1]]
-    return np.asarray(t >= k)
 
 
 def _places(branches: Sequence[str]) -> dict[str, list[int]]:

@@ -12,7 +12,8 @@ from ditc.settings import Option, Settings
 
 __all__ = ["LEAST_IMAGES", "SEARCHED", "Budget", "EvaluateOptions", "TuneOptions", "VetoOptions", "WorseGate"]
 
-SEARCHED = ("policy", "ranges", "scales", "smooth", "float_steps", "reuse", "vc")  # of CompileOptions, by tune
+# of CompileOptions, by tune
+SEARCHED = ("policy", "watch_images", "ranges", "scales", "smooth", "float_steps", "reuse", "vc")
 
 LEAST_IMAGES = 4  # of a seed; fewer have no neighbourhoods of 3 (quality/manifolds.py)
 
