@@ -6,7 +6,6 @@ All are means over `images`, both guidance halves of each alike. Where step t ha
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -84,6 +83,11 @@ class StepStatistics:
         """The number of steps that the distances look back at."""
         return int(self.absolute.shape[1])
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every branch."""
+        return tuple(map(kind_of, self.branches))
+
     def check_fits(self, spec: ModelSpec, steps: int) -> None:
         """Raise InputError unless these are of the branches of a model, over so many steps."""
         if (self.branches, self.steps) != (spec.branches, steps):
@@ -94,7 +98,8 @@ class StepStatistics:
 
     def relative_by_kind(self) -> dict[str, Numbers]:
         """Return the mean relative change of the branches of each kind, (steps, window)."""
-        return {kind: self.relative[:, :, places].mean(axis=-1) for kind, places in _places(self.branches).items()}
+        places = {kind: [own == kind for own in self.kinds] for kind in dict.fromkeys(self.kinds)}
+        return {kind: self.relative[:, :, own].mean(axis=-1) for kind, own in places.items()}
 
     def save(self, path: Path) -> None:
         """Write everything as one npz file."""
@@ -117,11 +122,3 @@ class StepStatistics:
             return StepStatistics(branches, int(arrays["images"]), sums=sums, **distances)
         except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as e:
             raise BundleError(f"{path} has no statistics of steps ({e}); compile again") from e
-
-
-def _places(branches: Sequence[str]) -> dict[str, list[int]]:
-    """Return the places of the branches of each kind, kinds in the order of their first branch."""
-    places: dict[str, list[int]] = {}
-    for place, branch in enumerate(branches):
-        places.setdefault(kind_of(branch), []).append(place)
-    return places

@@ -275,7 +275,7 @@ def test_a_bundle_says_what_was_watched(
 def test_images_for_a_policy_that_looks_at_none_are_refused(policy: str) -> None:
     with pytest.raises(InputError, match=rf"--watch-images 3 is for .*, and --policy {policy} looks at none; leave"):
         options(policy=policy)
-    with pytest.raises(InputError, match="--watch-images must be at least 1, seen 0"):
+    with pytest.raises(InputError, match="--watch-images must be at least 1, found 0"):
         options(watch_images=0)
 
 
