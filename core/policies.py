@@ -6,7 +6,9 @@ them see no statistics. One that does says which, and a stage in front of the pl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,10 +94,55 @@ def window(spec: ModelSpec, steps: int, argument: str | None, statistics: StepSt
     return CacheSchedule(compute=tuple((row,) * len(spec.branches) for row in rows))
 
 
+MOST_IN_A_ROW = 3  # steps of a branch that reuse, one after the other, under smoothcache; the paper's
+NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def smoothcache(spec: ModelSpec, steps: int, argument: str | None, statistics: StepStatistics | None) -> CacheSchedule:
+    """Reuse while the relative L1 change since the last computed step stays below ALPHA, at most 3 steps in a row.
+
+    Branches of one kind, the last part of their names, do the same: their changes are averaged (SmoothCache,
+    arXiv 2411.10510).
+    """
+    assert statistics is not None  # its row asks for them
+    changes, alpha = statistics.relative_by_kind(), _alpha(argument)
+    computes = {kind: _while_below(alpha, change.tolist()) for kind, change in changes.items()}
+    return CacheSchedule(compute=tuple(zip(*(computes[kind] for kind in statistics.kinds), strict=True)))
+
+
+def _changes_to_compare(argument: str | None) -> Watching:
+    _alpha(argument)  # what is wrong with it is told before anything is watched
+    return Watching(distances=MOST_IN_A_ROW)
+
+
+def _alpha(argument: str | None) -> float:
+    if argument is None or not NUMBER.fullmatch(argument) or float(argument) == math.inf:
+        raise InputError(
+            f"policy smoothcache needs ALPHA >= 0, the change below which a step reuses, found {argument!r}; write for "
+            "example --policy smoothcache:0.1"
+        )
+    return float(argument)
+
+
+def _while_below(alpha: float, change: Sequence[Sequence[float]]) -> list[bool]:
+    """Return which steps compute; `change` is (steps, window), of each step since the one before, before that, ..."""
+    computes, since = [True], 0
+    for row in change[1:]:
+        since = since + 1 if since < len(row) and row[since] < alpha else 0
+        computes.append(since == 0)
+    return computes
+
+
 POLICIES: dict[str, Policy] = {
     "none": Policy(no_reuse),
     "fora": Policy(fora, "N"),
     "window": Policy(window, "N:FIRST:LAST", "fora, but the ends compute"),
+    "smoothcache": Policy(
+        smoothcache,
+        "ALPHA",
+        "reuse while outputs change by less",
+        watches=_changes_to_compare,
+    ),
 }
 
 

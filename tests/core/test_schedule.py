@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from ditc.errors import InputError
 from ditc.policies import POLICIES, Policy, Watching, policy_forms, schedule_for, watching_of
 from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
+from ditc.step_statistics import StepStatistics
 
 LAW = settings(deadline=None)  # a busy machine stalls now and then
 
@@ -100,7 +102,9 @@ def test_none_refuses_an_argument() -> None:
 
 
 def test_an_unknown_policy_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"unknown policy 'forra:3'; choose one of: FILE\.json, fora, none, window"):
+    with pytest.raises(
+        InputError, match=r"unknown policy 'forra:3'; choose one of: FILE\.json, fora, none, smoothcache"
+    ):
         schedule_for("forra:3", SPEC, 10)
 
 
@@ -158,7 +162,10 @@ def test_a_reuse_that_nothing_implements_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_help_lists_every_policy_as_it_is_typed() -> None:
-    assert policy_forms() == "none, fora:N, window:N:FIRST:LAST (fora, but the ends compute)"
+    assert policy_forms() == (
+        "none, fora:N, window:N:FIRST:LAST (fora, but the ends compute), "
+        "smoothcache:ALPHA (reuse while outputs change by less)"
+    )
 
 
 @pytest.mark.parametrize("policy", ["none", "fora:3", "window:3:2:2", "absent.json"])
@@ -184,3 +191,91 @@ def test_a_policy_that_sees_is_refused_without_statistics(monkeypatch: pytest.Mo
 def test_a_short_trajectory_has_a_shorter_window() -> None:
     assert Watching(distances=3, sums=1).within(3) == Watching(distances=2, sums=1)
     assert Watching(distances=3, sums=5).window == 5
+
+
+STEPS = 12
+
+
+def changing(attn: list[float], mlp: list[float]) -> StepStatistics:
+    """Statistics of SPEC, whose branches of a kind go so far at each step: a change over k steps is the way there."""
+    relative = np.full((STEPS, 3, 4), np.nan)
+    for place, way in enumerate((attn, mlp, attn, mlp)):
+        for t, k in np.ndindex(STEPS, 3):
+            if t > k:
+                relative[t, k, place] = sum(way[t - k : t + 1])
+    return StepStatistics(BRANCHES, 2, absolute=relative, relative=relative)
+
+
+STEADY = changing([0.1] * STEPS, [0.1] * STEPS)
+
+
+def smoothed(alpha: str, statistics: StepStatistics) -> list[str]:
+    """The rows of attention and of the MLPs, # computed and . reused."""
+    schedule = schedule_for(f"smoothcache:{alpha}", SPEC, STEPS, statistics)
+    columns = ["".join("#" if cell else "." for cell in column) for column in zip(*schedule.compute, strict=True)]
+    assert columns[:2] == columns[2:]  # kinds do the same in every block
+    return columns[:2]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "row"),
+    [
+        ("0", "############"),
+        ("0.1", "############"),  # below it, not at it
+        ("0.15", "#.#.#.#.#.#."),
+        ("0.25", "#..#..#..#.."),
+        ("0.35", "#...#...#..."),
+        ("1e9", "#...#...#..."),  # no more than three in a row
+    ],
+)
+def test_smoothcache_reuses_while_the_change_since_the_last_computed_step_stays_below_alpha(
+    alpha: str, row: str
+) -> None:
+    assert smoothed(alpha, STEADY) == [row, row]
+
+
+def test_smoothcache_without_a_bound_is_fora_of_four() -> None:
+    assert schedule_for("smoothcache:1e9", SPEC, STEPS, STEADY) == schedule_for("fora:4", SPEC, STEPS)
+
+
+def test_under_smoothcache_each_kind_of_branch_has_steps_of_its_own() -> None:
+    early = [0.05] * 4 + [0.3] * 8
+    assert smoothed("0.2", changing(early, [0.3] * STEPS)) == ["#...########", "############"]
+    late = [0.3] * 6 + [0.05] * 6
+    assert smoothed("0.2", changing(early, late)) == ["#...########", "######...#.."]
+
+
+def test_under_smoothcache_one_large_change_ends_a_reuse_and_the_next_one_begins_there() -> None:
+    way = [0.01] * STEPS
+    way[6] = 1.0
+    assert smoothed("0.2", changing(way, way))[0] == "#...#.#...#."
+
+
+def test_smoothcache_averages_over_the_branches_of_a_kind() -> None:
+    relative = STEADY.relative.copy()
+    relative[:, :, 0] = 0.19 * (
+        relative[:, :, 0] / relative[:, :, 0]
+    )  # block 0 alone would reuse, block 1 changes more
+    relative[:, :, 2] = 0.23 * (relative[:, :, 2] / relative[:, :, 2])
+    apart = StepStatistics(BRANCHES, 2, absolute=relative, relative=relative)
+    assert smoothed("0.2", apart)[0] == "#" * STEPS
+    assert smoothed("0.22", apart)[0] == "#...#...#..."
+
+
+def test_smoothcache_of_two_steps_has_one_to_decide() -> None:
+    relative = np.full((2, 1, 4), np.nan)
+    relative[1] = 0.1
+    few = StepStatistics(BRANCHES, 2, absolute=relative, relative=relative)
+    assert schedule_for("smoothcache:0.2", SPEC, 2, few).compute == (FULL, SKIP)
+    assert schedule_for("smoothcache:0.05", SPEC, 2, few).compute == (FULL, FULL)
+
+
+@pytest.mark.parametrize("alpha", ["", ":", ":-0.1", ":nan", ":inf", ":1e999", ":0.1:3", ": 0.1", ":0,1", ":1_0", ":²"])
+def test_smoothcache_needs_one_number_from_0_on(alpha: str) -> None:
+    for refuse in (watching_of, lambda policy: schedule_for(policy, SPEC, STEPS, STEADY)):
+        with pytest.raises(InputError, match=r"smoothcache needs ALPHA >= 0, .*found .*--policy smoothcache:0\.1"):
+            refuse(f"smoothcache{alpha}")
+
+
+def test_smoothcache_looks_back_at_three_steps_and_no_sums() -> None:
+    assert watching_of("smoothcache:.2") == watching_of("smoothcache:2e-1") == Watching(distances=3)
