@@ -73,7 +73,8 @@ def compile_model(
     "module:function"), or an object that fits `ditc.exporter.protocol.TrajectoryModel`. A model loaded from a name is
     released after the export. An interrupted compile resumes after its last whole stage. `vae` is a local
     `AutoencoderKL` folder for a checkpoint that comes without one. `exports` is a folder in which the exported FP
-    segments stay for later compiles of the same model with other settings; of a small model they take most of the time.
+    segments, and the statistics that a policy looks at, stay for later compiles of the same model with other settings;
+    of a small model they take most of the time.
     Raises InputError for settings or a model that make no sense, and CheckError where a result fails its check; `out`
     is then as it was.
 
