@@ -77,7 +77,7 @@ def test_tune_does_not_show_what_it_searches_and_refuses_it(name: str, capsys: p
     option = next(option for option in cli.commands["tune"].params if flag in option.opts)
     assert isinstance(option, click.Option)
     assert option.hidden
-    value = "none"
+    value = "4" if name == "watch_images" else "none"
     assert run(["tune", "digits", "-o", "o", "--least-psnr", "1", flag, value]) == 2
     assert capsys.readouterr().err == f"ditc: {flag} is what tune searches; leave it out, or use ditc compile\n"
 
