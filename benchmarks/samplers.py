@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ditc.choices import Spacing, names_of
-from ditc.exporter.multistep import MULTISTEP, multistep_recurrence
+from ditc.exporter.multistep import multistep_recurrence
 from ditc.machine import package_versions
+from ditc.scheduler_samplers import SCHEDULER_SAMPLERS
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 HERE = Path(__file__).parent
@@ -21,7 +22,7 @@ STEPS = 50
 def rows() -> list[dict[str, Any]]:
     """A row for each sampler: its scheduler, K, and the largest error of a whole run over all spacings."""
     table = []
-    for name, (kind, config) in MULTISTEP.items():
+    for name, (kind, config) in SCHEDULER_SAMPLERS.items():
         read = [
             multistep_recurrence(DiffusionSpec(), SamplerSpec(name=name, spacing=spacing), STEPS)
             for spacing in names_of(Spacing)

@@ -19,13 +19,11 @@ from ditc.choices import (
     RangeMethod,
     SamplerName,
     ScaleBinding,
-    SchedulerSampler,
     Selector,
     Smoothing,
     Spacing,
     Target,
     Variance,
-    names_of,
 )
 from ditc.errors import InputError
 from ditc.policies import POLICIES, policy_forms, watching_of
@@ -252,16 +250,19 @@ class CompileOptions(PartialRecord, Settings):
         changes = {name: value for name, value in given.items() if value is not None}
         if "spacing" in changes and changes["spacing"] != "leading":
             changes["offset"] = 0
-        sampler = SamplerSpec.model_validate(default.model_dump() | changes)
-        if sampler.name not in names_of(SchedulerSampler):
+        own = default.model_dump(exclude={"scheduler"} if self.sampler else None)
+        sampler = SamplerSpec.model_validate(own | changes)
+        if not sampler.is_read_off:
             return sampler
         useless = [f"--{name}" for name in ("variance", "eta", "clip") if name in changes]
         if useless:
             raise InputError(
-                f"--sampler {sampler.name} adds no noise and clips nothing, so {' and '.join(useless)} would do "
+                f"{sampler.told} has its own noise or none and clips nothing, so {' and '.join(useless)} would do "
                 "nothing; leave it out"
             )
-        return SamplerSpec(name=sampler.name, spacing=sampler.spacing, offset=sampler.offset)
+        return SamplerSpec(
+            name=sampler.name, spacing=sampler.spacing, offset=sampler.offset, scheduler=sampler.scheduler
+        )
 
     def pool_size(self, recorded_steps: int) -> int:
         """Return the number of images to record for the pool."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.choices import Caches, Reuse, SchedulerSampler, names_of
+from ditc.choices import Caches, Reuse
 from ditc.compiler.calibrating import check_selector_sees
 from ditc.compiler.examples import examples_of
 from ditc.compiler.options import AUTO, CompileOptions
@@ -123,10 +123,10 @@ def own_columns(spec: ModelSpec, options: CompileOptions) -> dict[str, NDArray[n
 
 def advise_on_clipping(own: SamplerSpec, chosen: SamplerSpec) -> None:
     """Warn where the model's own sampler clips the clean sample, and the chosen one can't."""
-    if own.clip is not None and chosen.name in names_of(SchedulerSampler):
+    if own.clip is not None and chosen.is_read_off:
         warnings.warn(
-            f"the model's own sampler clips the clean sample to [-{own.clip:g}, {own.clip:g}], and --sampler "
-            f"{chosen.name} clips nothing; look at its images, or take --sampler ddim",
+            f"the model's own sampler clips the clean sample to [-{own.clip:g}, {own.clip:g}], and {chosen.told} "
+            "clips nothing; look at its images, or take --sampler ddim",
             AdviceWarning,
             stacklevel=3,
         )
@@ -134,7 +134,7 @@ def advise_on_clipping(own: SamplerSpec, chosen: SamplerSpec) -> None:
 
 def trajectory_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> dict[str, NDArray[np.float64]]:
     """The sampler's columns: from its formula, or read off the scheduler that it names."""
-    if sampler.name in names_of(SchedulerSampler):
+    if sampler.is_read_off:
         from ditc.exporter.multistep import multistep_table
 
         return multistep_table(diffusion, sampler, steps)

@@ -1,7 +1,8 @@
 """The names that a user may choose from, each list once: tables elsewhere have a row for every one of them.
 
 They stand here, away from what they name, so that a command line and its help load nothing heavy. That no row is
-missing and none is left over is a test (`tests/core/test_choices.py`).
+missing and none is left over is a test (`tests/core/test_choices.py`); names of a table that loads nothing itself are
+taken from it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ditc.approximators import APPROXIMATORS
+from ditc.scheduler_samplers import SCHEDULER_SAMPLERS
 
 __all__ = [
     "AUTO",
@@ -51,8 +53,12 @@ AUTO = "auto"  # for a setting that is decided when the model and the schedule a
 # of a model and its sampler
 Prediction = Literal["epsilon", "v", "sample"]
 BetaSchedule = Literal["linear", "scaled-linear", "squared-cosine"]
-SchedulerSampler = Literal["dpm++2m", "dpm++3m", "unipc", "deis", "lms", "euler"]  # read off a scheduler of diffusers
-SamplerName = Literal["ddim", "ddpm", SchedulerSampler]
+if TYPE_CHECKING:
+    SchedulerSampler = str
+    SamplerName = str
+else:
+    SchedulerSampler = Literal[tuple(SCHEDULER_SAMPLERS)]  # read off a scheduler of diffusers
+    SamplerName = Literal["ddim", "ddpm", SchedulerSampler]
 Spacing = Literal["linspace", "leading", "trailing"]
 Variance = Literal["learned", "fixed-small", "fixed-large"]
 

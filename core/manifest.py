@@ -10,7 +10,7 @@ from ditc.checks import Checks
 from ditc.errors import BundleError
 from ditc.guidance import halves_of
 from ditc.program import Program
-from ditc.spec import ModelSpec, Record
+from ditc.spec import FORMULAS, OWN_SCHEDULER, ModelSpec, Record, SchedulerSpec
 
 __all__ = [
     "EXAMPLES",
@@ -49,6 +49,24 @@ class SamplerSetting(Record):
 
     name: str | None = None
     variance: str | None = None
+    scheduler: SchedulerSpec | None = None
+
+    @model_validator(mode="after")
+    def _scheduler_is_there(self) -> SamplerSetting:
+        if (self.name == OWN_SCHEDULER) != (self.scheduler is not None):
+            given = "without" if self.scheduler is None else "with"
+            raise ValueError(f"the sampler {self.name!r} comes {given} a scheduler")
+        return self
+
+    @property
+    def is_read_off(self) -> bool:
+        """Was the sampler a scheduler of diffusers?"""
+        return self.name is not None and self.name not in FORMULAS
+
+    @property
+    def told(self) -> str:
+        """The sampler as a sentence names it, nothing for one that is not known."""
+        return (self.name or "").upper() if self.scheduler is None else self.scheduler.told
 
 
 class AskedSettings(Record):

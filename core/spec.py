@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     SerializerFunctionWrapHandler,
     StrictFloat,
     StrictInt,
@@ -20,18 +21,23 @@ from ditc.choices import BetaSchedule, Prediction, SamplerName, Spacing, Varianc
 from ditc.errors import InputError
 
 __all__ = [
+    "FORMULAS",
     "GIVEN_NULL",
     "LABEL",
     "NO_CONDITION",
+    "OWN_SCHEDULER",
     "Condition",
     "DiffusionSpec",
     "ModelSpec",
     "PartialRecord",
     "Record",
     "SamplerSpec",
+    "SchedulerSpec",
     "Skipped",
 ]
 
+FORMULAS = ("ddim", "ddpm")  # samplers that need no scheduler to be read off
+OWN_SCHEDULER = "scheduler"  # the name of a sampler that is the scheduler which a model brings
 PICTURE = ("height", "width")  # the axes of a picture, after its channels
 PIXEL_CHANNELS = (1, 3)  # grey or RGB
 
@@ -80,24 +86,61 @@ class DiffusionSpec(Record):
         return self
 
 
-class SamplerSpec(Record):
+class SchedulerSpec(Record):
+    """A scheduler of diffusers: its class, and what of its configuration is neither its default nor said elsewhere.
+
+    Process, prediction and timestep spacing are said in the specs beside it.
+    """
+
+    kind: str = Field(pattern=r"^[A-Z]\w*Scheduler$")
+    config: dict[str, JsonValue] = {}
+
+    @property
+    def told(self) -> str:
+        """The class and its settings as a call: EulerDiscreteScheduler(use_karras_sigmas=True)."""
+        return f"{self.kind}({', '.join(f'{key}={value}' for key, value in self.config.items())})"
+
+
+class SamplerSpec(PartialRecord):
     """The sampler that walks a trajectory.
 
     `spacing` picks the timesteps: "linspace" spreads them over both ends (the original DiT's respacing), "leading"
     takes multiples from 0 (+ `offset`), "trailing" from the last down. `variance` is DDPM's: "learned" interpolates
     between its bounds with the network's second half, "fixed-small" is the posterior's, "fixed-large" is beta.
     `eta` scales DDIM's noise. `final_alpha_one` steps to a clean sample at the end, else to the first alpha.
-    `clip` bounds the predicted clean sample to [-clip, clip]. A name of SchedulerSampler is read off a scheduler of
-    diffusers and takes `spacing` and `offset` alone.
+    `clip` bounds the predicted clean sample to [-clip, clip]. Any other sampler is read off a scheduler of diffusers
+    and takes `spacing` and `offset` alone: that of its name, or with the name "scheduler" the one in `scheduler`, where
+    the other fields are for who chooses another sampler in its place.
     """
 
-    name: SamplerName = "ddim"
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"scheduler"})
+
+    name: SamplerName | Literal["scheduler"] = "ddim"
     spacing: Spacing = "linspace"
     offset: int = Field(default=0, ge=0)
     variance: Variance = "fixed-small"
     eta: float = Field(default=0.0, ge=0, le=1)
     final_alpha_one: bool = True
     clip: float | None = Field(default=None, gt=0)
+    scheduler: SchedulerSpec | None = None
+
+    @model_validator(mode="after")
+    def _scheduler_is_named(self) -> SamplerSpec:
+        if (self.name == OWN_SCHEDULER) != (self.scheduler is not None):
+            raise ValueError(
+                f"the sampler is {self.name!r} and names {self.scheduler.told if self.scheduler else 'no scheduler'}"
+            )
+        return self
+
+    @property
+    def is_read_off(self) -> bool:
+        """Is the sampler a scheduler of diffusers, rather than one of the formulas here?"""
+        return self.name not in FORMULAS
+
+    @property
+    def told(self) -> str:
+        """The sampler as messages name it: the option that chooses it, or the class of the model's own scheduler."""
+        return f"--sampler {self.name}" if self.scheduler is None else self.scheduler.kind
 
 
 class Condition(Record):

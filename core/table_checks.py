@@ -89,8 +89,11 @@ def tables_follow_the_settings(manifest: Manifest, tables: Tables) -> Iterator[s
     if sampler is not None:
         learned = sampler.name == "ddpm" and sampler.variance == "learned"
         yield from _presence(tables, f"{SAMPLER}{LOG_VARIANCES[0]}", learned, f"variance {sampler.variance}")
-        if sampler.name in ("ddim", "ddpm"):
+        if sampler.name is not None and not sampler.is_read_off:
             yield from _presence(tables, f"{SAMPLER}{history_columns(1)[0][0]}", False, f"--sampler {sampler.name}")
+        own = manifest.model.sampler.scheduler
+        if sampler.scheduler not in (None, own):
+            yield f"the bundle was made with {sampler.told}, and the model's own is {own.told if own else 'none'}"
     if vc not in (None, "auto"):
         something = quantized(manifest.precision) or manifest.program.slots > 0
         yield from _presence(tables, COMPENSATION[0], vc != "none" and something, f"--vc {vc}")
@@ -141,10 +144,10 @@ def timesteps_are_those_of_the_steps(manifest: Manifest, tables: Tables) -> Iter
 
 
 def history_is_linear_and_begins_with_nothing(manifest: Manifest, tables: Tables) -> Iterator[str]:
-    """A sampler with memory clips nothing, and no step looks back to before the first."""
-    columns = sampler_columns(tables)
+    """A sampler that was read off clips nothing, and no step looks back to before the first."""
+    columns, sampler = sampler_columns(tables), manifest.asked.sampler
     memory = memory_of(columns)
-    if memory and np.isfinite(columns["clip"]).any():
+    if np.isfinite(columns["clip"]).any() and (memory or (sampler is not None and sampler.is_read_off)):
         yield f"'{SAMPLER}clip' holds {columns['clip'].min():g}, and a sampler that looks back clips nothing"
     for back, pair in enumerate(history_columns(memory), 1):
         for name in pair:

@@ -1,12 +1,15 @@
-"""Samplers with memory by name: each is a scheduler of diffusers over the model's own process, as a sampler's columns.
+"""Schedulers of diffusers as a sampler's columns: those that a name stands for, and those that a model brings.
 
 Making them takes diffusers; running a bundle doesn't.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,69 +18,118 @@ from numpy.typing import NDArray
 from ditc.choices import Prediction
 from ditc.diffusion import alphas_cumprod
 from ditc.errors import InputError
-from ditc.exporter.recurrence import Recurrence, read_recurrence
+from ditc.exporter.recurrence import MakeScheduler, Recurrence, read_recurrence
 from ditc.sampler_checks import sampler_contradictions
-from ditc.spec import DiffusionSpec, SamplerSpec
+from ditc.scheduler_samplers import SCHEDULER_SAMPLERS
+from ditc.spec import DiffusionSpec, SamplerSpec, SchedulerSpec
 from ditc.tables import history_columns
 
-__all__ = ["MULTISTEP", "multistep_recurrence", "multistep_table"]
+__all__ = ["multistep_recurrence", "multistep_table", "scheduler_of"]
 
 Array = NDArray[np.float64]
 
-# name of a sampler -> class of diffusers, and what of its configuration is not its default
-MULTISTEP: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "dpm++2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
-    "dpm++3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
-    "deis": ("DEISMultistepScheduler", {"solver_order": 2}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-}
 PREDICTIONS: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
+# how often a class calls the network beside its steps; those of ditc are calls
+FURTHER_CALLS = {"PNDMScheduler": 1}
+# classes that can't even be driven -> why
+NOT_DRIVEN = {
+    "DPMSolverSDEScheduler": "it calls the network more often than it has steps, and draws noise from a tree of its own"
+}
+ADVICE = "choose a sampler for the same betas, for example --sampler dpm++2m or --sampler ddim"
+
+
+def scheduler_of(sampler: SamplerSpec) -> SchedulerSpec:
+    """Return the scheduler that a sampler is read off: the model's own, or the one that its name stands for."""
+    if sampler.scheduler is not None:
+        return sampler.scheduler
+    kind, config = SCHEDULER_SAMPLERS[sampler.name]
+    return SchedulerSpec(kind=kind, config=dict(config))
 
 
 def multistep_recurrence(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> Recurrence:
     """Read the sampler's scheduler off for so many steps. Raises InputError where that can't be done."""
-    try:
-        import diffusers
-    except ImportError as e:
-        raise InputError(
-            f"--sampler {sampler.name} is read off diffusers; install it with: pip install 'ditc[export]'"
-        ) from e
     if not 2 <= steps <= diffusion.train_steps:
         raise InputError(
             f"steps must be 2 to {diffusion.train_steps}, the model's training steps, found {steps}; set --steps"
         )
-    kind, config = MULTISTEP[sampler.name]
+    with _refused_in_one_line(sampler):
+        return read_recurrence(_called(sampler), _scheduler_maker(diffusion, sampler, steps), steps)
+
+
+def _called(sampler: SamplerSpec) -> str:
+    """Return what messages call a sampler: by its options, or by the class of the model's own scheduler."""
+    return sampler.told if sampler.scheduler else f"{sampler.told} with --spacing {sampler.spacing}"
+
+
+def _scheduler_maker(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> MakeScheduler:
+    """Return a function that makes the scheduler at the start of a run of so many calls of the network."""
+    wanted = scheduler_of(sampler)
+    kind = _class_of(sampler, wanted)
+    known = inspect.signature(kind.__init__).parameters.keys()
+    if "timestep_spacing" not in known and sampler.spacing != "linspace":
+        raise InputError(f"{wanted.kind} picks its timesteps itself, found --spacing {sampler.spacing}; leave it out")
     products = alphas_cumprod(diffusion)
-    betas = 1 - products / np.append(1.0, products[:-1])
+    settings = {
+        "num_train_timesteps": diffusion.train_steps,
+        "trained_betas": 1 - products / np.append(1.0, products[:-1]),
+        "prediction_type": PREDICTIONS[diffusion.prediction],
+        "timestep_spacing": sampler.spacing,
+        "steps_offset": sampler.offset,
+        **wanted.config,
+    }
 
     def scheduler() -> Any:
-        ready = getattr(diffusers, kind)(
-            num_train_timesteps=diffusion.train_steps,
-            trained_betas=betas,
-            prediction_type=PREDICTIONS[diffusion.prediction],
-            timestep_spacing=sampler.spacing,
-            steps_offset=sampler.offset,
-            **config,
-        )
-        ready.set_timesteps(steps)
+        ready = kind(**{key: value for key, value in settings.items() if key in known})
+        ready.set_timesteps(steps - FURTHER_CALLS.get(wanted.kind, 0))
+        if hasattr(ready, "set_begin_index"):
+            ready.set_begin_index(0)  # else it looks the first timestep up, which rounding may have made the second too
         return ready
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy, about how diffusers takes arrays from tensors
-        return read_recurrence(f"--sampler {sampler.name} with --spacing {sampler.spacing}", scheduler, steps)
+    return scheduler
+
+
+def _class_of(sampler: SamplerSpec, wanted: SchedulerSpec) -> Any:
+    if wanted.kind in NOT_DRIVEN:
+        raise InputError(f"{wanted.kind} can't be taken: {NOT_DRIVEN[wanted.kind]}")
+    try:
+        import diffusers
+    except ImportError as e:
+        raise InputError(f"{sampler.told} is read off diffusers; install it with: pip install 'ditc[export]'") from e
+    if not hasattr(diffusers, wanted.kind):
+        raise InputError(f"{wanted.kind} is no class of diffusers {diffusers.__version__}; install a newer one")
+    return getattr(diffusers, wanted.kind)
+
+
+@contextmanager
+def _refused_in_one_line(sampler: SamplerSpec) -> Iterator[None]:
+    """Turn what a scheduler raises into an InputError, with advice where it is the model's own; silence its remarks."""
+    remarks = logging.getLogger("diffusers")
+    level = remarks.level
+    remarks.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of NumPy, about how diffusers takes arrays, and of what it will drop
+            yield
+    except InputError as e:
+        if sampler.scheduler is None:
+            raise
+        raise InputError(f"{e}; {ADVICE}") from e
+    except Exception as e:  # whatever settings that don't go together lead to in code of others
+        said = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
+        scheduler = scheduler_of(sampler).told
+        raise InputError(f"{_called(sampler)} can't be taken: {scheduler} says {said}; {ADVICE}") from e
+    finally:
+        remarks.setLevel(level)
 
 
 def multistep_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> dict[str, Array]:
     """The sampler's columns, name -> (steps,), as `runtime.samplers.sampler_table` has them, and those of its history.
 
     Its own step is in `prev_x` and `prev_out`, so `prev_x0` is 0; `x0_x` and `x0_out` still say what the sample holds.
-    Raises InputError where that can't be read off, or not well enough: squared cosine betas begin at a sigma of 24000.
+    Raises InputError where that can't be read off, or does not fit the process: a bundle of it would be refused.
     """
     read = multistep_recurrence(diffusion, sampler, steps)
-    signal = 1 / np.sqrt(1 + read.sigmas**2)
-    noise, zero = read.sigmas * signal, np.zeros(steps)
+    signal, noise, zero = read.signal, read.noise, np.zeros(steps)
     x0_x, x0_out = {
         "epsilon": (1 / signal, -noise / signal),
         "v": (signal, -noise),
@@ -91,13 +143,13 @@ def multistep_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) 
         "prev_x0": zero,
         "prev_x": read.a[:, 0],
         "prev_out": read.b[:, 0],
-        "sigma": zero,
+        "sigma": read.c,
     }
     for k, (of_x, of_out) in enumerate(history_columns(read.memory), 1):
         table |= {of_x: read.a[:, k], of_out: read.b[:, k]}
     for contradiction in sampler_contradictions(table, diffusion.prediction):
         raise InputError(
-            f"--sampler {sampler.name} with --spacing {sampler.spacing} can't be taken over these betas, its own "
-            f"tables in float32 are too rough: {contradiction}; choose another sampler or spacing"
+            f"{_called(sampler)} can't be taken over these betas, it is inexact even with exact predictions, or its "
+            f"own tables in float32 are too rough: {contradiction}; choose another sampler or spacing"
         )
     return table

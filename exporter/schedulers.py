@@ -1,13 +1,15 @@
-"""Schedulers of diffusers: an allow-list with the defaults of each class, and what stands for it here.
+"""Schedulers of diffusers: an allow-list with the defaults of each class, and what is sampled with for it here.
 
-A class is exact where a table of ours gives what it gives; replaced where it only integrates otherwise over the same
-noise process; and refused where its process is another one, or is not known.
+DDIM and DDPM have formulas of their own. Other classes over betas are taken as they are, read off when a compile
+plans its steps (`exporter.multistep`): one that can't be read off is refused there, unless another sampler is chosen
+for its betas. Refused here is a class whose process is another one, or is not known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 
 from ditc.errors import CheckpointError
 from ditc.exporter.config_files import Config, Keys, class_named, config_of, read_json, spelled
-from ditc.spec import DiffusionSpec, SamplerSpec
+from ditc.spec import DiffusionSpec, SamplerSpec, SchedulerSpec
 
 __all__ = ["REFUSED", "SCHEDULERS", "SchedulerClass", "process_from_scheduler"]
 
@@ -61,91 +63,123 @@ OF_THRESHOLDING = dict.fromkeys(("dynamic_thresholding_ratio", "sample_max_value
 OF_FLOWS = dict.fromkeys(
     ("flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"), "flow sigmas are off"
 )
-# keys of an integrator that another one replaces, and the line about that says so
-OWN_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-SOLVER = ("solver_order", "algorithm_type", "solver_type", "lower_order_final", "lambda_min_clipped", "variance_type")
+SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+SOLVER = {
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "lambda_min_clipped": -math.inf,
+}
 
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """A class and its keys. `exact` says whether `sampler` gives what it gives, else it takes its place."""
+    """A class and its keys. `sampler` gives what it gives; "scheduler" is the class itself, with its `own` keys."""
 
-    sampler: Literal["ddim", "ddpm"]
-    exact: bool
+    sampler: Literal["ddim", "ddpm", "scheduler"]
     keys: Keys
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Is there a formula here for the class?"""
+        return self.sampler != "scheduler"
 
 
-def _exact(sampler: Literal["ddim", "ddpm"], **read: Any) -> SchedulerClass:
+def _formula(sampler: Literal["ddim", "ddpm"], **read: Any) -> SchedulerClass:
     keys = Keys(
         read={**PROCESS, **SPACING, "timestep_spacing": "leading", **CLIP, **read},
         fixed={**TRAINED, **NO_ZERO_SNR, **NO_THRESHOLD},
         harmless=OF_THRESHOLDING,
     )
-    return SchedulerClass(sampler, True, keys)
+    return SchedulerClass(sampler, keys)
 
 
-def _replaced(
-    *integrator: str, read: Mapping[str, Any] = SPACING, fixed: Mapping[str, Any] = {}, flows: tuple[str, ...] = ()
+def _own(
+    own: Mapping[str, Any],
+    read: Mapping[str, Any] = SPACING,
+    fixed: Mapping[str, Any] = {},
+    flows: tuple[str, ...] = (),
 ) -> SchedulerClass:
-    """A class that integrates otherwise; `integrator` are its keys about how."""
-    harmless = dict.fromkeys(integrator, "the integrator is replaced")
-    harmless |= OF_THRESHOLDING if "thresholding" in fixed else {}
-    harmless |= {key: OF_FLOWS[key] for key in flows}
-    return SchedulerClass("ddim", False, Keys({**PROCESS, **read}, {**TRAINED, **fixed}, harmless))
+    """A class that is read off; `own` are the defaults of its keys about how it integrates."""
+    harmless = OF_THRESHOLDING if "thresholding" in fixed else {}
+    harmless = harmless | {key: OF_FLOWS[key] for key in flows}
+    return SchedulerClass("scheduler", Keys({**PROCESS, **read, **own}, {**TRAINED, **fixed}, harmless), own)
 
 
 SHIFT = ("flow_shift", "use_dynamic_shifting", "time_shift_type")
 MULTISTEP = {**NO_THRESHOLD, **NO_FLOW}
+PREDICTED_VARIANCE = {"variance_type": (None, None)}  # is not linear
 LATENT = {"beta_start": 8.5e-4, "beta_end": 1.2e-2}
+END = {"final_sigmas_type": "zero"}
+BOUNDS = {"sigma_min": None, "sigma_max": None}
 
 SCHEDULERS: dict[str, SchedulerClass] = {
-    "DDIMScheduler": _exact("ddim", set_alpha_to_one=True),
-    "DDIMParallelScheduler": _exact("ddim", set_alpha_to_one=True),
-    "DDPMScheduler": _exact("ddpm", variance_type="fixed_small"),
-    "DDPMParallelScheduler": _exact("ddpm", variance_type="fixed_small"),
-    "DPMSolverMultistepScheduler": _replaced(
-        *SOLVER,
-        *OWN_SIGMAS,
-        *("use_lu_lambdas", "euler_at_final", "final_sigmas_type"),
-        fixed={**MULTISTEP, **NO_ZERO_SNR},
+    "DDIMScheduler": _formula("ddim", set_alpha_to_one=True),
+    "DDIMParallelScheduler": _formula("ddim", set_alpha_to_one=True),
+    "DDPMScheduler": _formula("ddpm", variance_type="fixed_small"),
+    "DDPMParallelScheduler": _formula("ddpm", variance_type="fixed_small"),
+    "DPMSolverMultistepScheduler": _own(
+        {**SOLVER, **SIGMAS, "use_lu_lambdas": False, "euler_at_final": False, **END},
+        fixed={**MULTISTEP, **NO_ZERO_SNR, **PREDICTED_VARIANCE},
         flows=SHIFT,
     ),
-    "DPMSolverSinglestepScheduler": _replaced(
-        *SOLVER, *OWN_SIGMAS, "final_sigmas_type", read={}, fixed=MULTISTEP, flows=SHIFT
+    "DPMSolverSinglestepScheduler": _own(
+        {**SOLVER, "lower_order_final": False, **SIGMAS, **END},
+        read={},
+        fixed={**MULTISTEP, **PREDICTED_VARIANCE},
+        flows=SHIFT,
     ),
-    "DPMSolverSDEScheduler": _replaced(*OWN_SIGMAS, "noise_sampler_seed", read={**SPACING, **LATENT}),
-    "DEISMultistepScheduler": _replaced(
-        *("solver_order", "algorithm_type", "solver_type", "lower_order_final"),
-        *OWN_SIGMAS,
+    "DPMSolverSDEScheduler": _own({**SIGMAS, "noise_sampler_seed": None}, read={**SPACING, **LATENT}),
+    "DEISMultistepScheduler": _own(
+        {
+            "solver_order": 2,
+            "algorithm_type": "deis",
+            "solver_type": "logrho",
+            "lower_order_final": True,
+            **SIGMAS,
+        },
         fixed=MULTISTEP,
         flows=SHIFT,
     ),
-    "UniPCMultistepScheduler": _replaced(
-        *("solver_order", "solver_type", "lower_order_final", "predict_x0", "disable_corrector", "solver_p"),
-        *OWN_SIGMAS,
-        *("final_sigmas_type", "sigma_min", "sigma_max"),
-        fixed={**MULTISTEP, **NO_ZERO_SNR},
+    "UniPCMultistepScheduler": _own(
+        {
+            "solver_order": 2,
+            "solver_type": "bh2",
+            "lower_order_final": True,
+            "predict_x0": True,
+            "disable_corrector": [],
+            **SIGMAS,
+            **END,
+            **BOUNDS,
+        },
+        fixed={**MULTISTEP, **NO_ZERO_SNR, "solver_p": (None, None)},
         flows=(*SHIFT, "shift_terminal"),
     ),
-    "SASolverScheduler": _replaced(
-        *("predictor_order", "corrector_order", "tau_func", "algorithm_type", "lower_order_final"),
-        *OWN_SIGMAS,
-        *("lambda_min_clipped", "variance_type"),
-        fixed=MULTISTEP,
+    "SASolverScheduler": _own(
+        {
+            "predictor_order": 2,
+            "corrector_order": 2,
+            "algorithm_type": "data_prediction",
+            "lower_order_final": True,
+            **SIGMAS,
+            "lambda_min_clipped": -math.inf,
+        },
+        fixed={**MULTISTEP, **PREDICTED_VARIANCE, "tau_func": (None, None)},
         flows=("flow_shift",),
     ),
-    "EulerDiscreteScheduler": _replaced(
-        *OWN_SIGMAS,
-        *("interpolation_type", "sigma_min", "sigma_max", "final_sigmas_type"),
+    "EulerDiscreteScheduler": _own(
+        {**SIGMAS, "interpolation_type": "linear", **BOUNDS, **END},
         fixed={"timestep_type": ("discrete", "discrete"), **NO_ZERO_SNR},
     ),
-    "EulerAncestralDiscreteScheduler": _replaced(fixed=NO_ZERO_SNR),
-    "HeunDiscreteScheduler": _replaced(*OWN_SIGMAS, read={**SPACING, **LATENT, **CLIP, "clip_sample": False}),
-    "KDPM2DiscreteScheduler": _replaced(*OWN_SIGMAS, read={**SPACING, **LATENT}),
-    "KDPM2AncestralDiscreteScheduler": _replaced(*OWN_SIGMAS, read={**SPACING, **LATENT}),
-    "LMSDiscreteScheduler": _replaced(*OWN_SIGMAS),
-    "PNDMScheduler": _replaced(
-        "skip_prk_steps", read={**SPACING, "timestep_spacing": "leading", "set_alpha_to_one": False}
+    "EulerAncestralDiscreteScheduler": _own({}, fixed=NO_ZERO_SNR),
+    "HeunDiscreteScheduler": _own(SIGMAS, read={**SPACING, **LATENT, **CLIP, "clip_sample": False}),
+    "KDPM2DiscreteScheduler": _own(SIGMAS, read={**SPACING, **LATENT}),
+    "KDPM2AncestralDiscreteScheduler": _own(SIGMAS, read={**SPACING, **LATENT}),
+    "LMSDiscreteScheduler": _own(SIGMAS),
+    "PNDMScheduler": _own(
+        {"skip_prk_steps": False, "set_alpha_to_one": False}, read={**SPACING, "timestep_spacing": "leading"}
     ),
 }
 
@@ -228,7 +262,7 @@ def process_from_scheduler(
     row = SCHEDULERS[kind]
     config = config_of(path, entries, row.keys, ANY_CLASS)
     diffusion, sampler = _diffusion(config, learned_sigma), _sampler(config, row)
-    return diffusion, sampler, (*about, *_assumed(kind, row, sampler))
+    return diffusion, sampler, (*about, *_assumed(kind, sampler))
 
 
 def _without_former(path: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,16 +299,54 @@ def _sampler(config: Config, row: SchedulerClass) -> SamplerSpec:
         variance=full.one_of("variance_type", VARIANCES) if row.sampler == "ddpm" else "fixed-small",
         final_alpha_one=full.flag("set_alpha_to_one"),
         clip=full.number("clip_sample_range", above=0) if clips else None,
+        scheduler=None if row.exact else _scheduler(config, row),
     )
 
 
-def _assumed(kind: str, row: SchedulerClass, sampler: SamplerSpec) -> tuple[str, ...]:
+def _word(config: Config, key: str) -> str:
+    value = config.values[key]
+    if not isinstance(value, str):
+        raise config.error(key, "a name")
+    return value  # whether the class knows it, it says when it is read off
+
+
+def _bound(config: Config, key: str) -> float | None:
+    return None if config.values[key] is None else config.number(key)
+
+
+def _lowest(config: Config, key: str) -> float:
+    return -math.inf if config.values[key] == -math.inf else config.number(key)
+
+
+def _steps(config: Config, key: str) -> list[int]:
+    value = config.values[key]
+    if not isinstance(value, list) or any(type(step) is not int for step in value):
+        raise config.error(key, "a list of steps")
+    return value
+
+
+# keys about how a class integrates -> how the value of one is read
+OWN_KEYS: Mapping[str, Callable[[Config, str], Any]] = {
+    **dict.fromkeys((*SIGMAS, "use_lu_lambdas", "euler_at_final", "lower_order_final", "predict_x0"), Config.flag),
+    **dict.fromkeys(("skip_prk_steps", "set_alpha_to_one"), Config.flag),
+    **dict.fromkeys(("solver_order", "predictor_order", "corrector_order"), Config.whole),
+    **dict.fromkeys(("algorithm_type", "solver_type", "final_sigmas_type", "interpolation_type"), _word),
+    **dict.fromkeys(("sigma_min", "sigma_max", "noise_sampler_seed"), _bound),
+    "lambda_min_clipped": _lowest,
+    "disable_corrector": _steps,
+}
+
+
+def _scheduler(config: Config, row: SchedulerClass) -> SchedulerSpec:
+    """The class with what of its own keys is not its default."""
+    values = {key: OWN_KEYS[key](config, key) for key in row.own}
+    return SchedulerSpec(
+        kind=config.kind, config={key: value for key, value in values.items() if value != row.own[key]}
+    )
+
+
+def _assumed(kind: str, sampler: SamplerSpec) -> tuple[str, ...]:
     """The line about what the sampler does otherwise than the class does; none where it does the same."""
-    if not row.exact:
-        return (
-            f"DDIM with {sampler.spacing} spacing in place of {kind}, over the same betas and prediction (--sampler, "
-            "--spacing)",
-        )
     if sampler.name == "ddim" and sampler.spacing != "leading":
         unless = " where the steps don't divide the training steps" if sampler.spacing == "trailing" else ""
         return (

@@ -67,7 +67,7 @@ def program_sentence(report: Report) -> str:
     branches, rows = len(program.branches), [program.segment(step.segment).compute for step in program.steps]
     whole, none = sum(all(row) for row in rows), sum(not any(row) for row in rows)
     some = len(rows) - whole - none
-    name = "" if sampler is None or sampler.name is None else sampler.name.upper()
+    name = "" if sampler is None else sampler.told
     guided = f" with guidance {manifest.guidance:g}" if manifest.halves == 2 else ""
     in_float = sum(program.segment(step.segment).in_float for step in program.steps)
     unquantized = f", {in_float} of them in floating point" if in_float else ""

@@ -13,7 +13,6 @@ from ditc.choices import names_of
 from ditc.diagnosis.bisecting import MODES
 from ditc.engines.calibrator import CALIBRATORS
 from ditc.engines.targets import TARGETS
-from ditc.exporter.multistep import MULTISTEP
 from ditc.passes import FOLDING
 from ditc.precision import PRECISIONS
 from ditc.quality.features import FEATURES
@@ -25,6 +24,7 @@ from ditc.quantize.transforms import TRANSFORMS
 from ditc.runtime.compensation import ESTIMATORS
 from ditc.runtime.device_executor import GRAPHS
 from ditc.runtime.samplers import UPDATES
+from ditc.scheduler_samplers import SCHEDULER_SAMPLERS
 from ditc.speed.peers import PEERS
 from ditc.speed.rates import DEVICES, HERE
 
@@ -47,9 +47,9 @@ TABLES: dict[str, Collection[str]] = {
     "PublishedDevice": DEVICES,
     "RangeMethod": RANGES,
     "Reuse": APPROXIMATORS,
-    "SamplerName": (*UPDATES, *MULTISTEP),
+    "SamplerName": (*UPDATES, *SCHEDULER_SAMPLERS),
     "ScaleBinding": BINDINGS,
-    "SchedulerSampler": MULTISTEP,
+    "SchedulerSampler": SCHEDULER_SAMPLERS,
     "Selector": SELECTORS,
     "Smoothing": ("auto", "none", *TRANSFORMS),
     "Target": TARGETS,

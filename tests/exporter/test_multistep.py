@@ -13,17 +13,19 @@ import torch
 from ditc.choices import SamplerName, SchedulerSampler, names_of
 from ditc.compiler.options import CompileOptions
 from ditc.errors import InputError
-from ditc.exporter.multistep import MULTISTEP, multistep_recurrence, multistep_table
+from ditc.exporter.multistep import multistep_recurrence, multistep_table
 from ditc.exporter.recurrence import read_recurrence
 from ditc.runtime.samplers import no_pairs, update
 from ditc.sampler_checks import sampler_contradictions
-from ditc.spec import DiffusionSpec, SamplerSpec
+from ditc.scheduler_samplers import SCHEDULER_SAMPLERS
+from ditc.spec import DiffusionSpec, SamplerSpec, SchedulerSpec
 
 # of NumPy, about how diffusers takes arrays from tensors
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 NAMES = names_of(SchedulerSampler)
 MEMORY = {"dpm++2m": 1, "dpm++3m": 2, "unipc": 2, "deis": 1, "lms": 3, "euler": 0}
+MEMORY |= {"euler-ancestral": 0, "dpm++2m-sde": 1}
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 
 
@@ -40,8 +42,14 @@ def network(x: np.ndarray, t: float) -> np.ndarray:
 @pytest.mark.parametrize("prediction", sorted(PREDICTIONS))
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_over_the_columns_is_the_run_of_the_scheduler(name: SamplerName, spacing: Any, prediction: Any) -> None:
-    kind, config = MULTISTEP[name]
+def test_a_run_over_the_columns_is_the_run_of_the_scheduler(
+    name: SamplerName, spacing: Any, prediction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (name, prediction) == ("euler-ancestral", "sample"):
+        with pytest.raises(InputError, match=r"can't be taken: EulerAncestralDiscreteScheduler.* says prediction_type"):
+            multistep_table(DiffusionSpec(prediction="sample"), SamplerSpec(name=name), 12)
+        return
+    kind, config = SCHEDULER_SAMPLERS[name]
     theirs = scheduler_of(
         kind, 12, timestep_spacing=spacing, steps_offset=1, prediction_type=PREDICTIONS[prediction], **config
     )
@@ -49,14 +57,18 @@ def test_a_run_over_the_columns_is_the_run_of_the_scheduler(name: SamplerName, s
     table = multistep_table(
         DiffusionSpec(prediction=prediction), SamplerSpec(name=name, spacing=spacing, offset=offset), 12
     )
-    x = np.random.default_rng(1).standard_normal((2, 3, 4, 4)).astype(np.float32)
+    random = np.random.default_rng(1)
+    x = random.standard_normal((2, 3, 4, 4)).astype(np.float32)
     scaled = float(theirs.scale_model_input(torch.ones(1), theirs.timesteps[0]))
     sample, pairs = torch.from_numpy(x / np.float32(scaled)), no_pairs(table)
     for i, t in enumerate(theirs.timesteps):
+        z = random.standard_normal(x.shape).astype(np.float32)
         seen = theirs.scale_model_input(sample, t).numpy()
-        sample = theirs.step(torch.from_numpy(network(seen, float(t))), t, sample).prev_sample
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "randn", lambda *_, **__: torch.from_numpy(z))  # noqa: B023
+            sample = theirs.step(torch.from_numpy(network(seen, float(t))), t, sample).prev_sample
         out = network(x, table["t"][i])
-        after = update({column: float(values[i]) for column, values in table.items()}, x, out, None, None, pairs)
+        after = update({column: float(values[i]) for column, values in table.items()}, x, out, None, z, pairs)
         pairs.appendleft((x, out))
         x = after
     assert np.abs(x - sample.numpy()).max() < 1e-5 * np.abs(sample.numpy()).max()
@@ -80,12 +92,26 @@ def test_the_columns_contradict_nothing_and_mixed_up_ones_do(name: SamplerName, 
 
 
 def test_columns_that_a_bundle_would_be_refused_for_are_refused_by_the_compile() -> None:
-    """At the first step of squared cosine betas sigma is 24000, so what float32 tables say of the noise is rough."""
-    diffusion = DiffusionSpec(beta_schedule="squared-cosine")
-    with pytest.raises(InputError, match=r"--sampler dpm\+\+3m .* too rough"):
-        multistep_table(diffusion, SamplerSpec(name="dpm++3m"), 10)
-    table = multistep_table(diffusion, SamplerSpec(name="unipc"), 10)
+    """PNDM subtracts a fixed stride, which is not the next timestep of the list with linspace spacing."""
+    scheduler = SchedulerSpec(kind="PNDMScheduler", config={"skip_prk_steps": True})
+    with pytest.raises(InputError, match=r"PNDMScheduler can't be taken .* inexact even with exact predictions"):
+        multistep_table(DiffusionSpec(), SamplerSpec(name="scheduler", scheduler=scheduler), 10)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm++3m", "dpm++2m"])
+def test_betas_that_begin_at_a_sigma_of_24000_are_taken(name: SamplerName) -> None:
+    table = multistep_table(DiffusionSpec(beta_schedule="squared-cosine"), SamplerSpec(name=name), 10)
     assert list(sampler_contradictions(table, "epsilon")) == []
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_a_first_timestep_that_rounding_makes_twice_is_the_first(spacing: Any) -> None:
+    """Karras sigmas over squared cosine betas; looked up, such a timestep is taken for the second, a sigma later."""
+    scheduler = SchedulerSpec(kind="DPMSolverMultistepScheduler", config={"use_karras_sigmas": True})
+    sampler = SamplerSpec(name="scheduler", scheduler=scheduler, spacing=spacing)
+    table = multistep_table(DiffusionSpec(beta_schedule="squared-cosine"), sampler, 20)
+    assert table["t"][0] == table["t"][1]
+    assert -table["x0_out"][0] > -table["x0_out"][1]
 
 
 @pytest.mark.parametrize(
@@ -93,9 +119,8 @@ def test_columns_that_a_bundle_would_be_refused_for_are_refused_by_the_compile()
     [
         ("HeunDiscreteScheduler", {}, "calls the network 19 times in 10 steps"),
         ("KDPM2DiscreteScheduler", {}, "times in 10 steps"),
-        ("LCMScheduler", {}, "adds noise of its own"),
-        ("TCDScheduler", {}, "adds noise of its own"),
-        ("EulerAncestralDiscreteScheduler", {}, "adds noise of its own"),
+        ("KDPM2AncestralDiscreteScheduler", {}, "times in 10 steps"),
+        ("PNDMScheduler", {}, "calls the network 19 times in 10 steps"),
         ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 0.1}, "a whole run of it differs"),
     ],
 )
@@ -139,7 +164,7 @@ def test_a_bundle_walks_as_the_scheduler_and_the_model_do_in_torch(
     noise = np.random.default_rng(2).standard_normal((2, 3, 8, 8), dtype=np.float32)
     with load(compiled_once(model, options).path) as pipe:
         latents = pipe.latents(labels, noise=noise)
-    kind, config = MULTISTEP[name]
+    kind, config = SCHEDULER_SAMPLERS[name]
     theirs = scheduler_of(kind, options.steps, timestep_spacing="linspace", **config)
     sample = torch.from_numpy(noise) / theirs.scale_model_input(torch.ones(1), theirs.timesteps[0])
     with torch.no_grad():
