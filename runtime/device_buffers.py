@@ -48,10 +48,10 @@ class DeviceBuffers:
     """Buffers for a bundle's batch of images; the network's have a row for each image and guidance half.
 
     `conditions` are those of all rows, by name. What a step takes a row of lies here for all steps: `t`, `update_rows`,
-    `step_inputs` by name, and fresh noise `z`, which is empty where the sampler adds none. `tables` are what the
+    `step_inputs` by name, and fresh noise `z`, by step, for those at which the sampler adds any. `tables` are what the
     conditioning returns, and `table_parts` what of them each step binds, by port; a part in `copied_parts` is bound as
-    a copy that is made when the tables are there. `latent` and `image` are a decoder's, where there is one. `memory` is
-    how many steps the sampler looks back.
+    a copy, made when the tables are there. `latent` and `image` are a decoder's, where there is one. `memory` is how
+    many steps the sampler looks back.
     """
 
     def __init__(self, manifest: Manifest, tables: Tables, engines: Mapping[str, DeviceEngine], device: Device) -> None:
@@ -76,8 +76,10 @@ class DeviceBuffers:
         self.t = self._uploaded(sampler_columns(tables)["t"].astype(np.float32))
         self.update_rows = [self._uploaded(row) for row in update_rows(tables, spec.in_channels)]
         self.step_inputs = {name: [self._uploaded(row) for row in table] for name, table in step_inputs(tables).items()}
-        count = steps if "z" in engines[UPDATE].inputs else 0
-        self.z = [device.empty((batch, *spec.latent_shape), "float32") for _ in range(count)]
+        noisy = np.flatnonzero(sampler_columns(tables)["sigma"] > 0) if "z" in engines[UPDATE].inputs else ()
+        self.z = {int(step): device.empty((batch, *spec.latent_shape), "float32") for step in noisy}
+        if self.z:
+            self._no_noise = self._uploaded(np.zeros((batch, *spec.latent_shape), np.float32))
         self.copied_parts: list[tuple[DeviceTensor, DeviceTensor]] = []  # (part of a table, its copy)
         self._place_tables(program, engines)
         dtype = slot_type(program, engines)
@@ -94,6 +96,10 @@ class DeviceBuffers:
     def prediction_at(self, index: int) -> DeviceTensor:
         """Return the prediction after guidance of step `index`, where the sampler looks back at any."""
         return self._predictions[index % len(self._predictions)]
+
+    def noise_at(self, index: int) -> DeviceTensor:
+        """Return the fresh noise of step `index`, zeros for one that adds none."""
+        return self.z.get(index, self._no_noise)
 
     def pair_at(self, index: int) -> tuple[DeviceTensor, DeviceTensor]:
         """Return (samples, prediction) of step `index`, zeros for one before the first."""
@@ -112,7 +118,7 @@ class DeviceBuffers:
 
     def _carried(self) -> list[DeviceTensor]:
         copies = (copy for _, copy in self.copied_parts)
-        return [*self._x, *self._predictions, *self.tables.values(), *copies, *self.z, *self.slots]
+        return [*self._x, *self._predictions, *self.tables.values(), *copies, *self.z.values(), *self.slots]
 
     def _uploaded(self, array: NDArray[Any]) -> DeviceTensor:
         tensor = self._device.empty(array.shape, str(array.dtype))

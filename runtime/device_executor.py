@@ -238,10 +238,8 @@ class DeviceExecutor:
         for name, rows in filled.items():
             self._device.upload(np.ascontiguousarray(rows), self._buffers.conditions[name])
         self._device.upload(self._guidance.rows(_filled(noise, self.batch)), self._buffers.start_x)
-        if self._buffers.z:
-            fresh = [_filled(fresh_noise(step.index), self.batch) for step in self.program.steps]
-            for z, tensor in zip(fresh, self._buffers.z, strict=True):
-                self._device.upload(z, tensor)
+        for step, tensor in self._buffers.z.items():
+            self._device.upload(_filled(fresh_noise(step), self.batch), tensor)
         self._requests += 1
         return count
 
@@ -279,7 +277,7 @@ class DeviceExecutor:
         update.bind("out", buffers.out)
         update.bind("row", buffers.update_rows[step.index])
         if buffers.z:
-            update.bind("z", buffers.z[step.index])
+            update.bind("z", buffers.noise_at(step.index))
         for back, (of_x, of_out) in enumerate(history_columns(buffers.memory), 1):
             sample, prediction = buffers.pair_at(step.index - back if looks_back else -1)
             update.bind(of_x, sample)

@@ -148,12 +148,13 @@ def test_without_diffusers_one_line_says_what_is_missing(monkeypatch: pytest.Mon
         multistep_table(DiffusionSpec(), SamplerSpec(name="lms"), 10)
 
 
-@pytest.mark.parametrize("name", ["unipc", "lms"])
-def test_a_bundle_walks_as_the_scheduler_and_the_model_do_in_torch(
+@pytest.mark.parametrize("name", ["unipc", "lms", "euler-ancestral", "dpm++2m-sde"])
+def test_a_bundle_walks_as_the_scheduler_and_the_model_do_in_torch_on_the_same_noise(
     name: SamplerName,
     compiled_once: Callable[..., Any],
     make_small_model: Callable[..., Any],
     quick_options: CompileOptions,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ditc.runtime.pipeline import load
 
@@ -161,15 +162,18 @@ def test_a_bundle_walks_as_the_scheduler_and_the_model_do_in_torch(
         update={"sampler": name, "policy": "none", "precision": "fp32", "vc": "none", "cfg": 1.0}
     )
     model, labels = make_small_model(), [1, 4]
-    noise = np.random.default_rng(2).standard_normal((2, 3, 8, 8), dtype=np.float32)
+    noise, *fresh = np.random.default_rng(2).standard_normal((1 + options.steps, 2, 3, 8, 8), dtype=np.float32)
     with load(compiled_once(model, options).path) as pipe:
-        latents = pipe.latents(labels, noise=noise)
+        latents = pipe.executor.last(labels, noise, lambda step: fresh[step])
     kind, config = SCHEDULER_SAMPLERS[name]
     theirs = scheduler_of(kind, options.steps, timestep_spacing="linspace", **config)
     sample = torch.from_numpy(noise) / theirs.scale_model_input(torch.ones(1), theirs.timesteps[0])
+    drawn = iter(fresh)
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: torch.from_numpy(next(drawn)))
     with torch.no_grad():
         for t in theirs.timesteps:
             seen = theirs.scale_model_input(sample, t)
             out = model(seen, torch.full((2,), float(t)), torch.tensor(labels))[:, :3]
             sample = theirs.step(out, t, sample).prev_sample
+    assert (next(drawn, None) is None) == (name in ("euler-ancestral", "dpm++2m-sde"))
     assert np.abs(latents - sample.numpy()).max() < 1e-4 * np.abs(sample.numpy()).max()

@@ -11,7 +11,7 @@ import pytest
 from ditc.bundle import Bundle
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import seeded_noise
-from ditc.runtime.pipeline import Pipeline
+from ditc.runtime.pipeline import Pipeline, load
 from ditc.runtime.reference_run import GuidedRun
 from ditc.table_checks import table_contradictions
 from ditc.tables import memory_of, sampler_columns
@@ -26,7 +26,12 @@ def noise_for(count: int) -> np.ndarray:
 
 
 def test_a_bundle_says_which_sampler_it_was_made_with(bundles: dict[str, Bundle]) -> None:
-    for name, sampler, memory in (("memory", "unipc", 2), ("memory-int8", "dpm++3m", 2), ("cached", "ddim", 0)):
+    for name, sampler, memory in (
+        ("memory", "unipc", 2),
+        ("memory-int8", "dpm++3m", 2),
+        ("memory-noise", "dpm++2m-sde", 1),
+        ("cached", "ddim", 0),
+    ):
         asked = bundles[name].manifest.asked.sampler
         assert asked is not None
         assert asked.name == sampler
@@ -51,6 +56,29 @@ def test_merged_requests_give_what_each_gives_alone(pipes: dict[str, Pipeline], 
     together = pipes[name].latents(LABELS, noise=noise)
     alone = [pipes[name].latents(LABELS[i : i + 1], noise=noise[i : i + 1]) for i in range(4)]
     np.testing.assert_allclose(np.concatenate(alone), together, rtol=0, atol=1e-5)
+
+
+def test_merged_requests_whose_sampler_adds_noise_give_what_each_gives_alone(pipes: dict[str, Pipeline]) -> None:
+    pipe, seeds = pipes["memory-noise"], [7, 5, 6, 8]
+    together = pipe.latents(LABELS, seeds=seeds)
+    alone = [pipe.latents([label], seed=seed) for label, seed in zip(LABELS, seeds, strict=True)]
+    assert relative_error(np.concatenate(alone), together) < 1e-5
+    assert relative_error(pipe.latents(LABELS, seeds=[7, 5, 6, 9]), together) > 1e-3
+
+
+@pytest.mark.parametrize("backend", [None, PlayedDevice(IN_HOST_MEMORY)])
+def test_noise_is_drawn_for_the_steps_that_add_any(bundles: dict[str, Bundle], backend: Any) -> None:
+    drawn: list[int] = []
+
+    def fresh(step: int) -> np.ndarray:
+        drawn.append(step)
+        return noise_for(4)
+
+    path = bundles["memory-noise"]
+    with load(path.path) if backend is None else Pipeline(path, backend=backend) as pipe:
+        pipe.executor.last(LABELS, noise_for(4), fresh)
+        sigma = path.tables()["sampler.sigma"]
+    assert drawn == np.flatnonzero(sigma > 0).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_second_request_equals_the_first_after_an_abandoned_one(pipes: dict[str, Pipeline]) -> None:
@@ -97,12 +125,13 @@ def test_a_run_around_another_network_keeps_the_same_past(bundles: dict[str, Bun
     assert relative_error(run.last(network, noise, lambda _: noise), seen[-1].astype(np.float32)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["memory", "memory-noise"])
 @pytest.mark.parametrize("graphs", ["none", "step", "trajectory"])
 def test_a_device_gives_what_the_processor_gives(
-    bundles: dict[str, Bundle], pipes: dict[str, Pipeline], graphs: str
+    bundles: dict[str, Bundle], pipes: dict[str, Pipeline], graphs: str, name: str
 ) -> None:
-    expected = [event.x for event in pipes["memory"].executor.run(*request_for(pipes["memory"]))]
-    with Pipeline(bundles["memory"], backend=PlayedDevice(IN_HOST_MEMORY), graphs=graphs) as pipe:
+    expected = [event.x for event in pipes[name].executor.run(*request_for(pipes[name]))]
+    with Pipeline(bundles[name], backend=PlayedDevice(IN_HOST_MEMORY), graphs=graphs) as pipe:
         executor = pipe.executor
         for _ in range(3):
             events = [event.x for event in executor.run(*request_for(pipe))]
