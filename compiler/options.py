@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -20,6 +20,7 @@ from ditc.choices import (
     SamplerName,
     ScaleBinding,
     Selector,
+    Sigmas,
     Smoothing,
     Spacing,
     Target,
@@ -62,12 +63,20 @@ class CompileOptions(PartialRecord, Settings):
     is no setting of a bundle whose policy looks at no images.
     """
 
-    LEFT_OUT = frozenset({"watch_images"})
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"shift", "sigmas", "watch_images"})
 
     steps: Annotated[int, Field(ge=2), Option("Denoising steps.")] = 50
     sampler: Annotated[SamplerName | None, Option("Sampler; default is the model's own.")] = None
     spacing: Annotated[
         Spacing | None, Option("How timesteps are picked; default is the model's own.", group=SAMPLER)
+    ] = None
+    sigmas: Annotated[
+        Sigmas | None, Option("Noise levels of a sampler that is read off; default is its own.", group=SAMPLER)
+    ] = None
+    shift: Annotated[
+        float | None,
+        Field(gt=0, allow_inf_nan=False),
+        Option("Shift of a flow's noise levels to the noisy end.", group=SAMPLER),
     ] = None
     variance: Annotated[Variance | None, Option("DDPM's variance; default is the model's own.", group=SAMPLER)] = None
     eta: Annotated[float | None, Field(ge=0, le=1), Option("Noise of DDIM, 0 to 1.", group=SAMPLER)] = None
@@ -83,7 +92,6 @@ class CompileOptions(PartialRecord, Settings):
     ] = "fora:3"
     caches: Annotated[
         AutoCaches,
-        AutoReuse,
         Option("What a computing step leaves: a sum for each step that reuses, or every branch's output.", group=CACHE),
     ] = "auto"
     reuse: Annotated[
@@ -243,6 +251,8 @@ class CompileOptions(PartialRecord, Settings):
         given: dict[str, Any] = {
             "name": self.sampler,
             "spacing": self.spacing,
+            "sigmas": self.sigmas,
+            "shift": self.shift,
             "variance": self.variance,
             "eta": self.eta,
             "clip": self.clip,
@@ -250,10 +260,16 @@ class CompileOptions(PartialRecord, Settings):
         changes = {name: value for name, value in given.items() if value is not None}
         if "spacing" in changes and changes["spacing"] != "leading":
             changes["offset"] = 0
-        own = default.model_dump(exclude={"scheduler"} if self.sampler else None)
+        own = default.model_dump(exclude={"scheduler", "sigmas"} if self.sampler else None)
         sampler = SamplerSpec.model_validate(own | changes)
         if not sampler.is_read_off:
-            return sampler
+            useless = [f"--{name}" for name in ("sigmas", "shift") if name in changes]
+            if useless:
+                raise InputError(
+                    f"{sampler.told} has the noise levels of its timesteps, so {' and '.join(useless)} would do "
+                    "nothing; leave it out, or choose a sampler that is read off, like --sampler dpm++2m"
+                )
+            return sampler.model_copy(update={"shift": None})
         useless = [f"--{name}" for name in ("variance", "eta", "clip") if name in changes]
         if useless:
             raise InputError(
@@ -261,7 +277,12 @@ class CompileOptions(PartialRecord, Settings):
                 "nothing; leave it out"
             )
         return SamplerSpec(
-            name=sampler.name, spacing=sampler.spacing, offset=sampler.offset, scheduler=sampler.scheduler
+            name=sampler.name,
+            spacing=sampler.spacing,
+            offset=sampler.offset,
+            scheduler=sampler.scheduler,
+            sigmas=sampler.sigmas,
+            shift=sampler.shift,
         )
 
     def pool_size(self, recorded_steps: int) -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "PoolSteps",
     "Precision",
     "Prediction",
+    "ProcessPrediction",
     "PublishedDevice",
     "RangeMethod",
     "Reuse",
@@ -40,6 +41,7 @@ __all__ = [
     "ScaleBinding",
     "SchedulerSampler",
     "Selector",
+    "Sigmas",
     "Smoothing",
     "Spacing",
     "Target",
@@ -51,7 +53,8 @@ __all__ = [
 AUTO = "auto"  # for a setting that is decided when the model and the schedule are known
 
 # of a model and its sampler
-Prediction = Literal["epsilon", "v", "sample"]
+Prediction = Literal["epsilon", "v", "sample"]  # of a process over betas, as a checkpoint is said to have it
+ProcessPrediction = Literal[Prediction, "flow"]
 BetaSchedule = Literal["linear", "scaled-linear", "squared-cosine"]
 if TYPE_CHECKING:
     SchedulerSampler = str
@@ -60,6 +63,7 @@ else:
     SchedulerSampler = Literal[tuple(SCHEDULER_SAMPLERS)]  # read off a scheduler of diffusers
     SamplerName = Literal["ddim", "ddpm", SchedulerSampler]
 Spacing = Literal["linspace", "leading", "trailing"]
+Sigmas = Literal["karras", "exponential", "beta"]
 Variance = Literal["learned", "fixed-small", "fixed-large"]
 
 # of a cache

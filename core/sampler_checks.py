@@ -1,6 +1,7 @@
 """Checks of a sampler's columns, whichever it is: given the exact prediction, a step leads to the mix of the next.
 
     x = signal * x0 + noise * e,  signal^2 + noise^2 = 1        (a process that keeps the variance)
+                                  signal + noise = 1            (a flow)
 
 `x0_x` and `x0_out` tell signal and noise of a step; the other columns take x and the prediction to the next x, whose
 signal must be the next step's, and whose noise, with what is drawn afresh, must make up the rest. A sampler with memory
@@ -42,7 +43,11 @@ def _of_v(x0_x: Column, x0_out: Column) -> Mix:
     return Mix(x0_x, -x0_out, x0_out, x0_x)
 
 
-MIXES: Mapping[str, Callable[[Column, Column], Mix]] = {"epsilon": _of_noise, "v": _of_v}
+def _of_flow(x0_x: Column, x0_out: Column) -> Mix:
+    return Mix(x0_x + x0_out, -x0_out, -np.ones_like(x0_x), np.ones_like(x0_x))
+
+
+MIXES: Mapping[str, Callable[[Column, Column], Mix]] = {"epsilon": _of_noise, "v": _of_v, "flow": _of_flow}
 
 
 def _earlier(share: Column, back: int) -> Column:
@@ -68,11 +73,14 @@ def sampler_contradictions(columns: Mapping[str, Column], prediction: str) -> It
             past = Mix(*(_earlier(share, back) for share in mix))
             left = left + columns[of_x] * past.signal + columns[of_out] * past.predicted_signal
             noise = noise + columns[of_x] * past.noise + columns[of_out] * past.predicted_noise
-        spread, rest, fresh = noise**2 + columns["sigma"] ** 2, 1 - left**2, columns["sigma"] > 0
+        flow = prediction == "flow"
+        rest = (1 - left) ** 2 if flow else 1 - left**2
+        spread, fresh = noise**2 + columns["sigma"] ** 2, columns["sigma"] > 0
         # what is drawn afresh may be more than what is missing: the larger of DDPM's fixed variances
         more_is_fine = fresh & (not read_off)
         fits = np.isclose(spread, rest, atol=rounding) | (more_is_fine & (spread > rest))
-        whole = np.isclose(mix.signal**2 + mix.noise**2, 1, atol=ROUNDING) & (mix.signal >= 0)
+        total = mix.signal + mix.noise if flow else mix.signal**2 + mix.noise**2
+        whole = np.isclose(total, 1, atol=ROUNDING) & (mix.signal >= 0)
         landed = np.append(np.isclose(left[:-1], mix.signal[1:], atol=rounding[:-1]), 0 < left[-1] <= 1 + rounding[-1])
     for wrong, contradiction in (
         (~whole, "'x0_x' and 'x0_out' are of no mix of sample and noise"),

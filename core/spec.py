@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ditc.choices import BetaSchedule, Prediction, SamplerName, Spacing, Variance
+from ditc.choices import BetaSchedule, ProcessPrediction, SamplerName, Sigmas, Spacing, Variance
 from ditc.errors import InputError
 
 __all__ = [
@@ -69,14 +69,15 @@ class DiffusionSpec(Record):
     """The noise process a model was trained on, and what its output means.
 
     `prediction` is the meaning of the first `in_channels` output channels. With `learned_sigma` as many channels
-    follow that interpolate the log variance between its two bounds (Improved DDPM, arXiv 2102.09672, eq. 15).
+    follow that interpolate the log variance between its two bounds (Improved DDPM, arXiv 2102.09672, eq. 15). A "flow"
+    is noise minus sample, x = (1 - sigma) x0 + sigma e at timestep sigma * train_steps: it has no betas.
     """
 
     train_steps: int = Field(default=1000, ge=2)
     beta_schedule: BetaSchedule = "linear"
     beta_start: float = Field(default=1e-4, gt=0)
     beta_end: float = Field(default=2e-2, lt=1)
-    prediction: Prediction = "epsilon"
+    prediction: ProcessPrediction = "epsilon"
     learned_sigma: bool = True
 
     @model_validator(mode="after")
@@ -110,10 +111,11 @@ class SamplerSpec(PartialRecord):
     `eta` scales DDIM's noise. `final_alpha_one` steps to a clean sample at the end, else to the first alpha.
     `clip` bounds the predicted clean sample to [-clip, clip]. Any other sampler is read off a scheduler of diffusers
     and takes `spacing` and `offset` alone: that of its name, or with the name "scheduler" the one in `scheduler`, where
-    the other fields are for who chooses another sampler in its place.
+    the other fields are for who chooses another sampler in its place. `sigmas` spreads its noise levels by another rule
+    than its own, `shift` moves those of a flow to the noisy end.
     """
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"scheduler"})
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"scheduler", "sigmas", "shift"})
 
     name: SamplerName | Literal["scheduler"] = "ddim"
     spacing: Spacing = "linspace"
@@ -123,6 +125,8 @@ class SamplerSpec(PartialRecord):
     final_alpha_one: bool = True
     clip: float | None = Field(default=None, gt=0)
     scheduler: SchedulerSpec | None = None
+    sigmas: Sigmas | None = None
+    shift: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _scheduler_is_named(self) -> SamplerSpec:

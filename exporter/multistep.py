@@ -8,14 +8,14 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.choices import Prediction
+from ditc.choices import ProcessPrediction, Sigmas, names_of
 from ditc.diffusion import alphas_cumprod
 from ditc.errors import InputError
 from ditc.exporter.recurrence import MakeScheduler, Recurrence, read_recurrence
@@ -28,7 +28,21 @@ __all__ = ["multistep_recurrence", "multistep_table", "scheduler_of"]
 
 Array = NDArray[np.float64]
 
-PREDICTIONS: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
+PREDICTIONS: dict[ProcessPrediction, str] = {
+    "epsilon": "epsilon",
+    "v": "v_prediction",
+    "sample": "sample",
+    "flow": "flow_prediction",
+}
+# prediction -> the clean sample as a combination of x and the network's output, of the shares of signal and noise
+CLEAN_SAMPLE: dict[ProcessPrediction, Callable[[Array, Array], tuple[Array, Array]]] = {
+    "epsilon": lambda signal, noise: (1 / signal, -noise / signal),
+    "v": lambda signal, noise: (signal, -noise),
+    "sample": lambda signal, _: (0 * signal, 0 * signal + 1),
+    "flow": lambda signal, noise: (0 * signal + 1, -noise),
+}
+# classes over betas that another class stands for where the model predicts a flow; others have flow sigmas, or no form
+FLOW_FORMS = {"EulerDiscreteScheduler": "FlowMatchEulerDiscreteScheduler"}
 # how often a class calls the network beside its steps; those of ditc are calls
 FURTHER_CALLS = {"PNDMScheduler": 1}
 # classes that can't even be driven -> why
@@ -53,7 +67,8 @@ def multistep_recurrence(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: 
             f"steps must be 2 to {diffusion.train_steps}, the model's training steps, found {steps}; set --steps"
         )
     with _refused_in_one_line(sampler):
-        return read_recurrence(_called(sampler), _scheduler_maker(diffusion, sampler, steps), steps)
+        make = _scheduler_maker(diffusion, sampler, steps)
+        return read_recurrence(_called(sampler), make, steps, flow=diffusion.prediction == "flow")
 
 
 def _called(sampler: SamplerSpec) -> str:
@@ -63,19 +78,21 @@ def _called(sampler: SamplerSpec) -> str:
 
 def _scheduler_maker(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> MakeScheduler:
     """Return a function that makes the scheduler at the start of a run of so many calls of the network."""
-    wanted = scheduler_of(sampler)
+    wanted, flow = scheduler_of(sampler), diffusion.prediction == "flow"
+    if flow:
+        wanted = wanted.model_copy(update={"kind": FLOW_FORMS.get(wanted.kind, wanted.kind)})
     kind = _class_of(sampler, wanted)
     known = inspect.signature(kind.__init__).parameters.keys()
-    if "timestep_spacing" not in known and sampler.spacing != "linspace":
+    picks = "timestep_spacing" not in known or flow
+    if picks and sampler.spacing != "linspace":
         raise InputError(f"{wanted.kind} picks its timesteps itself, found --spacing {sampler.spacing}; leave it out")
-    products = alphas_cumprod(diffusion)
     settings = {
         "num_train_timesteps": diffusion.train_steps,
-        "trained_betas": 1 - products / np.append(1.0, products[:-1]),
         "prediction_type": PREDICTIONS[diffusion.prediction],
         "timestep_spacing": sampler.spacing,
         "steps_offset": sampler.offset,
         **wanted.config,
+        **(_of_flow if flow else _of_betas)(diffusion, sampler, wanted.kind, known),
     }
 
     def scheduler() -> Any:
@@ -86,6 +103,29 @@ def _scheduler_maker(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int)
         return ready
 
     return scheduler
+
+
+def _of_betas(diffusion: DiffusionSpec, sampler: SamplerSpec, kind: str, known: Collection[str]) -> dict[str, Any]:
+    """Return a class's settings about betas, and of the noise levels where they are not its own."""
+    if sampler.shift is not None:
+        raise InputError(f"--shift {sampler.shift:g} is for a model that predicts a flow; leave it out")
+    products = alphas_cumprod(diffusion)
+    settings: dict[str, Any] = {"trained_betas": 1 - products / np.append(1.0, products[:-1])}
+    if sampler.sigmas is None:
+        return settings
+    if f"use_{sampler.sigmas}_sigmas" not in known:
+        raise InputError(f"{kind} has no {sampler.sigmas} sigmas; leave --sigmas out, or choose another --sampler")
+    return settings | {f"use_{rule}_sigmas": rule == sampler.sigmas for rule in names_of(Sigmas)}
+
+
+def _of_flow(diffusion: DiffusionSpec, sampler: SamplerSpec, kind: str, known: Collection[str]) -> dict[str, Any]:
+    """Return a class's settings about a flow. Raises InputError for a class that has no form for one."""
+    if sampler.sigmas is not None:
+        raise InputError(f"--sigmas {sampler.sigmas} is for a process over betas, and the model predicts a flow")
+    if not {"use_flow_sigmas", "shift"} & set(known):
+        raise InputError(f"{kind} has no form for a flow; choose --sampler euler, dpm++2m, unipc or deis")
+    shift = 1.0 if sampler.shift is None else sampler.shift
+    return {"use_flow_sigmas": True, "flow_shift": shift, "shift": shift}
 
 
 def _class_of(sampler: SamplerSpec, wanted: SchedulerSpec) -> Any:
@@ -129,12 +169,8 @@ def multistep_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) 
     Raises InputError where that can't be read off, or does not fit the process: a bundle of it would be refused.
     """
     read = multistep_recurrence(diffusion, sampler, steps)
-    signal, noise, zero = read.signal, read.noise, np.zeros(steps)
-    x0_x, x0_out = {
-        "epsilon": (1 / signal, -noise / signal),
-        "v": (signal, -noise),
-        "sample": (zero, zero + 1),
-    }[diffusion.prediction]
+    zero = np.zeros(steps)
+    x0_x, x0_out = CLEAN_SAMPLE[diffusion.prediction](read.signal, read.noise)
     table = {
         "t": read.t,
         "clip": np.full(steps, np.inf),

@@ -53,6 +53,11 @@ def sampler_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) ->
         raise InputError("the model has no learned variance; choose variance fixed-small or fixed-large")
     if sampler.name not in UPDATES:
         raise InputError(f"sampler {sampler.name} is read off diffusers; only ddim and ddpm have a formula here")
+    if diffusion.prediction == "flow":
+        raise InputError(
+            f"{sampler.told} is for a process over betas, and the model predicts a flow; choose --sampler euler, "
+            "dpm++2m, unipc or deis"
+        )
     t = timesteps(sampler, steps, diffusion.train_steps)
     products = alphas_cumprod(diffusion)
     alpha_bar = products[t]

@@ -56,7 +56,16 @@ TABLES: dict[str, Collection[str]] = {
     "Transform": TRANSFORMS,
 }
 # those without a table are read where they are declared: fields of a spec, and settings with two or three ways
-TYPES = {"BetaSchedule", "BisectTarget", "PoolSteps", "Prediction", "Spacing", "Variance"}
+TYPES = {
+    "BetaSchedule",
+    "BisectTarget",
+    "PoolSteps",
+    "Prediction",
+    "ProcessPrediction",
+    "Sigmas",
+    "Spacing",
+    "Variance",
+}
 CHOICES = set(choices.__all__) - {"AUTO", "names_of"}
 
 

@@ -15,7 +15,7 @@ from ditc.compiler.options import CompileOptions
 from ditc.errors import InputError
 from ditc.exporter.multistep import multistep_recurrence, multistep_table
 from ditc.exporter.recurrence import read_recurrence
-from ditc.runtime.samplers import no_pairs, update
+from ditc.runtime.samplers import no_pairs, sampler_table, update
 from ditc.sampler_checks import sampler_contradictions
 from ditc.scheduler_samplers import SCHEDULER_SAMPLERS
 from ditc.spec import DiffusionSpec, SamplerSpec, SchedulerSpec
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 NAMES = names_of(SchedulerSampler)
 MEMORY = {"dpm++2m": 1, "dpm++3m": 2, "unipc": 2, "deis": 1, "lms": 3, "euler": 0}
 MEMORY |= {"euler-ancestral": 0, "dpm++2m-sde": 1}
+FLOWS = ["dpm++2m", "dpm++3m", "unipc", "deis", "euler", "dpm++2m-sde"]
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 
 
@@ -57,13 +58,20 @@ def test_a_run_over_the_columns_is_the_run_of_the_scheduler(
     table = multistep_table(
         DiffusionSpec(prediction=prediction), SamplerSpec(name=name, spacing=spacing, offset=offset), 12
     )
+    walked, expected = both_runs(table, theirs, monkeypatch)
+    assert np.abs(walked - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def both_runs(table: Any, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
+    """The last sample of a run over the columns and of the scheduler's own, on the same noise."""
     random = np.random.default_rng(1)
     x = random.standard_normal((2, 3, 4, 4)).astype(np.float32)
-    scaled = float(theirs.scale_model_input(torch.ones(1), theirs.timesteps[0]))
+    scale = getattr(theirs, "scale_model_input", lambda sample, _: sample)
+    scaled = float(scale(torch.ones(1), theirs.timesteps[0]))
     sample, pairs = torch.from_numpy(x / np.float32(scaled)), no_pairs(table)
     for i, t in enumerate(theirs.timesteps):
         z = random.standard_normal(x.shape).astype(np.float32)
-        seen = theirs.scale_model_input(sample, t).numpy()
+        seen = scale(sample, t).numpy()
         with monkeypatch.context() as patched:
             patched.setattr(torch, "randn", lambda *_, **__: torch.from_numpy(z))  # noqa: B023
             sample = theirs.step(torch.from_numpy(network(seen, float(t))), t, sample).prev_sample
@@ -71,7 +79,93 @@ def test_a_run_over_the_columns_is_the_run_of_the_scheduler(
         after = update({column: float(values[i]) for column, values in table.items()}, x, out, None, z, pairs)
         pairs.appendleft((x, out))
         x = after
-    assert np.abs(x - sample.numpy()).max() < 1e-5 * np.abs(sample.numpy()).max()
+    return x, sample.numpy()
+
+
+@pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "euler-ancestral"])
+def test_other_noise_levels_are_those_of_the_scheduler(
+    name: SamplerName, sigmas: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, config = SCHEDULER_SAMPLERS[name]
+    theirs = scheduler_of(kind, 12, **config, **{f"use_{sigmas}_sigmas": True})
+    table = multistep_table(DiffusionSpec(), SamplerSpec(name=name, sigmas=sigmas), 12)
+    walked, expected = both_runs(table, theirs, monkeypatch)
+    assert np.abs(walked - expected).max() < 1e-5 * np.abs(expected).max()
+    assert not np.allclose(table["x0_out"], multistep_table(DiffusionSpec(), SamplerSpec(name=name), 12)["x0_out"])
+
+
+def test_other_noise_levels_take_the_place_of_those_of_a_models_own_scheduler() -> None:
+    kind = "DPMSolverMultistepScheduler"
+    own = SchedulerSpec(kind=kind, config={"use_exponential_sigmas": True, "solver_order": 3})
+    both = SamplerSpec(name="scheduler", scheduler=own, sigmas="karras")
+    karras = SchedulerSpec(kind=kind, config={"use_karras_sigmas": True, "solver_order": 3})
+    tables = [
+        multistep_table(DiffusionSpec(), each, 12) for each in (both, SamplerSpec(name="scheduler", scheduler=karras))
+    ]
+    for column, values in tables[0].items():
+        assert np.array_equal(values, tables[1][column])
+
+
+@pytest.mark.parametrize("shift", [None, 3.0])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_run_of_a_flow_is_that_of_the_scheduler(
+    name: SamplerName, shift: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, config = SCHEDULER_SAMPLERS[name]
+    if name == "euler":
+        theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift or 1.0)
+    else:
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift or 1.0}
+        theirs = getattr(diffusers, kind)(**config, **flow)
+    theirs.set_timesteps(12)
+    table = multistep_table(DiffusionSpec(prediction="flow"), SamplerSpec(name=name, shift=shift), 12)
+    walked, expected = both_runs(table, theirs, monkeypatch)
+    assert np.abs(walked - expected).max() < 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(-table["x0_out"] * 1000, table["t"], atol=1.001)  # whole timesteps, but for Euler
+    assert list(sampler_contradictions(table, "flow")) == []
+    for column in ("prev_x", "prev_out", "x0_x", "x0_out"):
+        assert list(sampler_contradictions({**table, column: table[column] * 1.01}, "flow"))
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "given", "message"),
+    [
+        (
+            {"prediction": "flow"},
+            {"name": "lms"},
+            "LMSDiscreteScheduler has no form for a flow; choose --sampler euler",
+        ),
+        ({"prediction": "flow"}, {"name": "euler", "sigmas": "karras"}, "--sigmas karras is for a process over betas"),
+        ({"prediction": "flow"}, {"name": "unipc", "spacing": "trailing"}, "picks its timesteps itself"),
+        ({}, {"name": "unipc", "shift": 3.0}, "--shift 3 is for a model that predicts a flow"),
+        ({}, {"name": "euler-ancestral", "sigmas": "karras"}, "EulerAncestralDiscreteScheduler has no karras sigmas"),
+    ],
+)
+def test_noise_levels_that_a_sampler_does_not_have_are_refused(
+    diffusion: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as refused:
+        multistep_table(DiffusionSpec(**diffusion), SamplerSpec(**given), 12)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_formulas_over_betas_refuse_a_flow_and_other_noise_levels(name: SamplerName) -> None:
+    with pytest.raises(
+        InputError, match=f"--sampler {name} is for a process over betas, and the model predicts a flow"
+    ):
+        sampler_table(DiffusionSpec(prediction="flow"), SamplerSpec(name=name), 12)
+    for given, flag in (({"sigmas": "karras"}, "--sigmas"), ({"shift": 2.0}, "--shift")):
+        with pytest.raises(InputError, match=f"--sampler {name} has the noise levels .* {flag} would do nothing"):
+            CompileOptions(sampler=name, **given).sampler_spec(SamplerSpec())
+
+
+def test_a_flows_shift_stays_with_another_sampler_and_goes_with_one_over_betas() -> None:
+    own = SamplerSpec(name="euler", shift=3.0, sigmas="karras")
+    assert CompileOptions(sampler="unipc").sampler_spec(own) == SamplerSpec(name="unipc", shift=3.0)
+    assert CompileOptions(sampler="ddim").sampler_spec(own) == SamplerSpec()
+    assert CompileOptions(shift=1.5).sampler_spec(own) == own.model_copy(update={"shift": 1.5})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,4 +270,27 @@ def test_a_bundle_walks_as_the_scheduler_and_the_model_do_in_torch_on_the_same_n
             out = model(seen, torch.full((2,), float(t)), torch.tensor(labels))[:, :3]
             sample = theirs.step(out, t, sample).prev_sample
     assert (next(drawn, None) is None) == (name in ("euler-ancestral", "dpm++2m-sde"))
+    assert np.abs(latents - sample.numpy()).max() < 1e-4 * np.abs(sample.numpy()).max()
+
+
+def test_a_bundle_of_a_flow_walks_as_the_scheduler_and_the_model_do_in_torch(
+    compiled_once: Callable[..., Any], make_small_model: Callable[..., Any], quick_options: CompileOptions
+) -> None:
+    from ditc.runtime.pipeline import load
+
+    changes = {"sampler": "euler", "shift": 3.0, "policy": "none", "precision": "fp32", "vc": "none", "cfg": 1.0}
+    model, labels, options = make_small_model(), [1, 4], quick_options.model_copy(update=changes)
+    model.diffusion = DiffusionSpec(prediction="flow")
+    noise = np.random.default_rng(2).standard_normal((2, 3, 8, 8), dtype=np.float32)
+    bundle = compiled_once(model, options)
+    assert bundle.manifest.settings["sampler"]["shift"] == 3
+    with load(bundle.path) as pipe:
+        latents = pipe.latents(labels, noise=noise)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(options.steps)
+    sample = torch.from_numpy(noise)
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            out = model(sample, torch.full((2,), float(t)), torch.tensor(labels))[:, :3]
+            sample = theirs.step(out, t, sample).prev_sample
     assert np.abs(latents - sample.numpy()).max() < 1e-4 * np.abs(sample.numpy()).max()
