@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ditc.tables import history_columns, memory_of
 
-__all__ = ["sampler_contradictions"]
+__all__ = ["MIXES", "sampler_contradictions"]
 
 Column = NDArray[Any]  # (steps,)
 

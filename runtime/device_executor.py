@@ -102,26 +102,26 @@ class DeviceExecutor:
         with self._turn:
             self._closed = True
 
-    def run(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
+    def run(self, request: Request, noise: Samples, fresh_noise: NoiseSource, start: int = 0) -> Iterator[StepEvent]:
         """As `Executor.run`, with every step's sample copied to the host. `last` does without."""
         watched = _Watched()
         try:
             with self._turn_of(watched):
-                count = self._start(request, noise, fresh_noise)
-                self._queue_condition()
+                count = self._start(request, noise, fresh_noise, start)
+                self._queue_condition(start)
                 self._device.synchronize()
             before = np.array(noise, np.float32, order="C")  # as on a processor
-            for step in self.program.steps:
+            for step in self.program.steps[start:]:
                 with self._turn_of(watched):
-                    event = self._run_step(step, before, count)
+                    event = self._run_step(step, before, count, start)
                 before = event.x
                 yield event
         finally:
             watched.ended = True
 
-    def _run_step(self, step: Step, before: Samples, count: int) -> StepEvent:
+    def _run_step(self, step: Step, before: Samples, count: int, first: int) -> StepEvent:
         start = perf_counter()
-        self._launch_step(step)
+        self._launch_step(step, first)
         self._device.synchronize()
         engine_seconds = perf_counter() - start
         return StepEvent(
@@ -158,11 +158,11 @@ class DeviceExecutor:
                 self._owner = request
             yield
 
-    def last(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def last(self, request: Request, noise: Samples, fresh_noise: NoiseSource, start: int = 0) -> Samples:
         """As `Executor.last`: queued whole, waited for once."""
         with self._turn_of(None):
-            count = self._start(request, noise, fresh_noise)
-            self._launch_trajectory()
+            count = self._start(request, noise, fresh_noise, start)
+            self._launch_trajectory(start)
             return self._device.download(self._buffers.final)[:count]
 
     def outputs_at(self, request: Request, samples: Mapping[int, Samples]) -> list[Observation]:
@@ -183,7 +183,7 @@ class DeviceExecutor:
             for step in (step for step in self.program.steps if step.index in samples):
                 x = self._guidance.rows(_filled(samples[step.index], self.batch))
                 self._device.upload(np.ascontiguousarray(x, np.float32), self._buffers.x_at(step.index))
-                self._queue_step(step, looks_back=False)
+                self._queue_step(step, first=step.index)
                 caches = {port: self._buffers.slots[slot] for port, slot in written_ports(step)}
                 written = {"out": self._buffers.out, **caches}
                 outputs = {port: self._device.download(tensor)[:: self.batch] for port, tensor in written.items()}
@@ -191,13 +191,13 @@ class DeviceExecutor:
                 observations += [(step.index, step.segment, outputs), (step.index, UPDATE, {"next": after[:1]})]
         return observations
 
-    def images(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def images(self, request: Request, noise: Samples, fresh_noise: NoiseSource, start: int = 0) -> Samples:
         """As `Executor.images`; latents that are decoded never leave the device."""
         if not self.decodes:
-            return in_range(self.last(request, noise, fresh_noise))
+            return in_range(self.last(request, noise, fresh_noise, start))
         with self._turn_of(None):
-            count = self._start(request, noise, fresh_noise)
-            self._launch_trajectory()
+            count = self._start(request, noise, fresh_noise, start)
+            self._launch_trajectory(start)
             self._device.copy(self._buffers.final, self._buffers.latent)
             return in_range(self._decoded(count))
 
@@ -225,8 +225,8 @@ class DeviceExecutor:
         rows = self._guidance.row_conditions(request).values()
         return self._guidance.halves if any(not np.array_equal(array[:1], array[-1:]) for array in rows) else 1
 
-    def _start(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> int:
-        """Check a request and upload all it needs: conditions, x_T, and every step's noise."""
+    def _start(self, request: Request, noise: Samples, fresh_noise: NoiseSource, first: int = 0) -> int:
+        """Check a request and upload all it needs: conditions, what it begins with, and the noise of every step."""
         count = len(request)
         check_request(self.spec, request, noise)
         if count > self.batch:
@@ -239,12 +239,13 @@ class DeviceExecutor:
             self._device.upload(np.ascontiguousarray(rows), self._buffers.conditions[name])
         self._device.upload(self._guidance.rows(_filled(noise, self.batch)), self._buffers.start_x)
         for step, tensor in self._buffers.z.items():
-            self._device.upload(_filled(fresh_noise(step), self.batch), tensor)
+            if step >= first:
+                self._device.upload(_filled(fresh_noise(step), self.batch), tensor)
         self._requests += 1
         return count
 
-    def _queue_condition(self) -> None:
-        """All steps' tables in one call, and x_T in its place."""
+    def _queue_condition(self, first: int = 0) -> None:
+        """All steps' tables in one call, and the samples in front of the first step in their place."""
         engine, buffers = self._engines[CONDITION], self._buffers
         engine.bind(TIMESTEPS, buffers.t)
         for name, tensor in buffers.conditions.items():
@@ -254,12 +255,12 @@ class DeviceExecutor:
         engine.enqueue()
         for part, own in buffers.copied_parts:
             self._device.copy(part, own)
-        self._device.copy(buffers.start_x, buffers.x_at(0))
+        self._device.copy(buffers.start_x, buffers.x_at(first))
 
-    def _queue_step(self, step: Step, *, looks_back: bool = True) -> None:
+    def _queue_step(self, step: Step, *, first: int = 0) -> None:
         """The segment, then the update; every address depends on the step alone.
 
-        Where it must not look back, and to before the first step, the update finds zeros.
+        Where it looks back to before the request's first step, the update finds zeros.
         """
         engine, buffers = self._engines[step.segment], self._buffers
         x = buffers.x_at(step.index)
@@ -279,7 +280,7 @@ class DeviceExecutor:
         if buffers.z:
             update.bind("z", buffers.noise_at(step.index))
         for back, (of_x, of_out) in enumerate(history_columns(buffers.memory), 1):
-            sample, prediction = buffers.pair_at(step.index - back if looks_back else -1)
+            sample, prediction = buffers.pair_at(step.index - back if step.index - back >= first else -1)
             update.bind(of_x, sample)
             update.bind(of_out, prediction)
         if buffers.memory:
@@ -292,10 +293,10 @@ class DeviceExecutor:
         for step in self.program.steps:
             self._queue_step(step)
 
-    def _launch_step(self, step: Step) -> None:
-        """One step: on its own graph where graphs hold steps, captured by the second request."""
-        if self.graphs != "step" or self._requests < 2:
-            self._queue_step(step)
+    def _launch_step(self, step: Step, first: int = 0) -> None:
+        """One step: on its own graph where graphs hold steps, captured by the second request that runs all of them."""
+        if self.graphs != "step" or self._requests < 2 or first:
+            self._queue_step(step, first=first)
         elif step.index in self._step_graphs:
             self._step_graphs[step.index].launch()
         else:
@@ -303,16 +304,16 @@ class DeviceExecutor:
                 lambda: self._queue_step(step), self._buffers.x_at(step.index), self._buffers.x_at(step.index + 1)
             )
 
-    def _launch_trajectory(self) -> None:
-        if self.graphs == "trajectory" and self._requests > 1:
+    def _launch_trajectory(self, first: int = 0) -> None:
+        if self.graphs == "trajectory" and self._requests > 1 and not first:
             if self._trajectory is None:
                 self._trajectory = self._captured(self._queue_trajectory, self._buffers.start_x, self._buffers.final)
             else:
                 self._trajectory.launch()
             return
-        self._queue_condition()
-        for step in self.program.steps:
-            self._launch_step(step)
+        self._queue_condition(first)
+        for step in self.program.steps[first:]:
+            self._launch_step(step, first)
 
     def _captured(self, queue_work: Callable[[], None], source: DeviceTensor, result: DeviceTensor) -> DeviceGraph:
         """Do the work once call by call, capture it, and hold the graph against that: same input, and another one.

@@ -86,19 +86,20 @@ class Executor(Protocol):
         """Is there a decoder among the engines? Without one, images are the latents themselves."""
         ...
 
-    def run(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
+    def run(self, request: Request, noise: Samples, fresh_noise: NoiseSource, start: int = 0) -> Iterator[StepEvent]:
         """Walk one request: a StepEvent per step; the last one's `x` is the finished latent.
 
-        `noise` is x_T, (batch, channels, *space). Raises InputError for a shape that the model doesn't have, DitcError
-        at the step before which the executor was closed.
+        `noise` is x_T, (batch, channels, *space), or the samples in front of step `start`, which is the first to run
+        and has to be one that may be (`runtime.starting`). Raises InputError for a shape that the model doesn't have,
+        DitcError at the step before which the executor was closed.
         """
         ...
 
-    def last(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def last(self, request: Request, noise: Samples, fresh_noise: NoiseSource, start: int = 0) -> Samples:
         """Return the finished latents of one request, (n, channels, *space), the caller's own."""
         ...
 
-    def images(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def images(self, request: Request, noise: Samples, fresh_noise: NoiseSource, start: int = 0) -> Samples:
         """Return the finished images of one request in [-1, 1], (n, channels, height, width), the caller's own."""
         ...
 

@@ -132,7 +132,7 @@ class HostExecutor:
         self._closed = True
         self._free.clear()
 
-    def run(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Iterator[StepEvent]:
+    def run(self, request: Request, noise: Samples, fresh_noise: NoiseSource, start: int = 0) -> Iterator[StepEvent]:
         """As `Executor.run`."""
         check_request(self.spec, request, noise)
         size = self._together or len(request)
@@ -142,7 +142,7 @@ class HostExecutor:
             for place, buffers, _ in parts:
                 self._run_condition(request.take(self.spec, place), buffers)
             x = np.array(noise, np.float32, order="C")  # a record of it stays what it is, whatever the caller does
-            for step in self.program.steps:
+            for step in self.program.steps[start:]:
                 if self._closed:
                     raise closed_while_running()
                 event = self._run_step(step, x, parts, fresh_noise)
@@ -152,16 +152,16 @@ class HostExecutor:
             for _, buffers, _ in parts:
                 self._free.append(buffers)
 
-    def last(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def last(self, request: Request, noise: Samples, fresh_noise: NoiseSource, start: int = 0) -> Samples:
         """As `Executor.last`."""
         x = noise
-        for event in self.run(request, noise, fresh_noise):
+        for event in self.run(request, noise, fresh_noise, start):
             x = event.x
         return np.array(x)
 
-    def images(self, request: Request, noise: Samples, fresh_noise: NoiseSource) -> Samples:
+    def images(self, request: Request, noise: Samples, fresh_noise: NoiseSource, start: int = 0) -> Samples:
         """As `Executor.images`."""
-        return self.decode(self.last(request, noise, fresh_noise))
+        return self.decode(self.last(request, noise, fresh_noise, start))
 
     def decode(self, latents: Samples) -> Samples:
         """As `Executor.decode`: as many at a time as the bundle was compiled for, a decoder's insides are large."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +24,15 @@ from ditc.engines.integer_form import SaysType
 from ditc.engines.targets import backend_for
 from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_name
 from ditc.program import DECODE, UPDATE, Program
-from ditc.requests import Request, whole_numbers
+from ditc.requests import Request
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
-from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_request
+from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
 from ditc.runtime.host_executor import HostExecutor
+from ditc.runtime.request_inputs import image_streams
+from ditc.runtime.starting import Starting
 from ditc.spec import ModelSpec
-from ditc.tables import DYNAMIC
+from ditc.tables import DYNAMIC, sampler_columns
 
 __all__ = ["Pipeline", "load", "open_engines"]
 
@@ -215,6 +218,8 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         noise: Samples | None = None,
         first: int = 0,
+        latents: Samples | None = None,
+        start: int = 0,
     ) -> Iterator[StepEvent]:
         """All images as one batch: a StepEvent per step, the last one carrying `images`; their arrays are read-only.
 
@@ -222,13 +227,16 @@ class Pipeline:
         every other condition by name, (n, ...); `count` says how many images where neither does. `noise` is x_T,
         (n, channels, *space); without it each image draws from the stream of (seed, first + its place), seed 0 where
         none is given. `seeds` are one for each image instead, each giving what it gives by itself: requests merged into
-        one keep their noise. Raises InputError for a condition or a shape that the model doesn't have.
+        one keep their noise. `latents` are samples in front of step `start` instead, taken as they are: what `noised`
+        makes of finished ones, or the `before` of that step's event. The steps before it are not run, and those from it
+        on have the fresh noise that they have in a whole run. Raises InputError for a condition or a shape that the
+        model doesn't have, and for a step that can't be the first.
         """
         executor, request = self.executor, self.request(labels, conditions, count)
         streams = image_streams(len(request), seed, seeds, first)
-        check_noise(noise, len(request))
-        request, drawn, fresh = streamed_request(self._spec, request, streams, len(self.program.steps))
-        for event in executor.run(request, drawn if noise is None else noise, fresh):
+        begin = self._starting.samples(noise, latents, start, len(request))
+        request, drawn, fresh = self._starting.streamed(request, streams, start)
+        for event in executor.run(request, drawn if begin is None else begin, fresh, start):
             last = event.index == event.steps - 1
             yield replace(event, images=executor.decode(event.x)) if last and self.makes_images else event
 
@@ -242,10 +250,14 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         noise: Samples | None = None,
         first: int = 0,
+        latents: Samples | None = None,
+        start: int = 0,
     ) -> Samples:
         """Finished samples before decoding, (n, channels, *space), `at_once` of them at a time; as `generate`."""
         executor, request = self.executor, self.request(labels, conditions, count)
-        requests = self._requests(executor, request, image_streams(len(request), seed, seeds, first), noise)
+        streams = image_streams(len(request), seed, seeds, first)
+        begin = self._starting.samples(noise, latents, start, len(request))
+        requests = self._requests(executor, request, streams, begin, start)
         return np.concatenate([executor.last(*part) for part in requests])
 
     def images(
@@ -258,14 +270,22 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         noise: Samples | None = None,
         first: int = 0,
+        latents: Samples | None = None,
+        start: int = 0,
     ) -> Samples:
         """Images in [-1, 1], float32 (n, channels, height, width), `at_once` of them at a time; as `generate`.
 
-        The first one is image `first` of the seed; with `seeds` each is the first one of its own.
+        The first one is image `first` of the seed; with `seeds` each is the first one of its own. `latents` and `start`
+        are those of `generate`: image to image is
+
+            begin = pipe.noised(finished, start=20, seed=0)
+            images = pipe.images(labels, latents=begin, start=20, seed=0)
         """
         self.check_makes_images()
         executor, request = self.executor, self.request(labels, conditions, count)
-        requests = self._requests(executor, request, image_streams(len(request), seed, seeds, first), noise)
+        streams = image_streams(len(request), seed, seeds, first)
+        begin = self._starting.samples(noise, latents, start, len(request))
+        requests = self._requests(executor, request, streams, begin, start)
         return np.concatenate([executor.images(*part) for part in requests])
 
     def request(
@@ -284,6 +304,33 @@ class Pipeline:
     @property
     def _spec(self) -> ModelSpec:
         return self.bundle.manifest.model
+
+    def noised(
+        self,
+        latents: Samples,
+        *,
+        start: int,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        first: int = 0,
+    ) -> Samples:
+        """Finished samples, (n, channels, height, width), with as much noise as there is in front of step `start`.
+
+        The noise is the x_T of each image: that of seed and number, as `generate` has them. Where diffusers has a
+        `strength`, of N steps the last int(N * strength) are run: start = N - int(N * strength).
+        """
+        streams = image_streams(len(latents), seed, seeds, first)
+        noise, _ = streamed_noise(streams, self.bundle.manifest.model.latent_shape)
+        return self._starting.noised(latents, noise, start)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The steps that a request may begin with; where steps reuse or the sampler looks back, they are few."""
+        return self._starting.steps
+
+    @cached_property
+    def _starting(self) -> Starting:
+        return Starting(self.bundle.manifest.model, self.program, sampler_columns(self.bundle.tables()))
 
     def decode(self, latents: Samples) -> Samples:
         """Latents to images in [-1, 1]. A model of 1 or 3 channels without a decoder works on pixels already.
@@ -357,16 +404,19 @@ class Pipeline:
         CHECKED.add(key)
 
     def _requests(
-        self, executor: Executor, request: Request, streams: Sequence[tuple[int, int]], noise: Samples | None
-    ) -> Iterator[tuple[Request, Samples, NoiseSource]]:
-        """Requests of `at_once` images at a time, with x_T and the source of fresh noise."""
+        self,
+        executor: Executor,
+        request: Request,
+        streams: Sequence[tuple[int, int]],
+        begin: Samples | None,
+        start: int,
+    ) -> Iterator[tuple[Request, Samples, NoiseSource, int]]:
+        """Requests, samples in front of the first step, the source of fresh noise and that step, `at_once` at a time."""
         size = self._at_once(executor)
-        check_noise(noise, len(request))
         for first in range(0, len(request), size):
             part = slice(first, min(first + size, len(request)))
-            own = request.take(self._spec, part)
-            own, drawn, fresh = streamed_request(self._spec, own, streams[part], len(self.program.steps))
-            yield own, drawn if noise is None else noise[part], fresh
+            own, drawn, fresh = self._starting.streamed(request.take(self._spec, part), streams[part], start)
+            yield own, drawn if begin is None else begin[part], fresh, start
 
     @property
     def executor(self) -> Executor:
@@ -375,27 +425,3 @@ class Pipeline:
         if executor is None:
             raise DitcError("the pipeline is not open; use it in a block: with ditc.load(path) as pipe: ...")
         return executor
-
-
-def check_noise(noise: object, count: int) -> None:
-    """Raise InputError unless noise, where it is given, is an array of numbers with a sample for each of the images."""
-    if noise is None:
-        return
-    if not isinstance(noise, np.ndarray) or noise.dtype.kind not in "fiu":
-        kind = noise.dtype if isinstance(noise, np.ndarray) else type(noise).__name__
-        raise InputError(f"noise must be a NumPy array of float32, found {kind}; take np.asarray(..., np.float32)")
-    if noise.shape[:1] != (count,):
-        raise InputError(f"noise must have one sample per image: {count} images, found {len(np.atleast_1d(noise))}")
-
-
-def image_streams(count: int, seed: int | None, seeds: Sequence[int] | None, first: int) -> list[tuple[int, int]]:
-    """(seed, number of the image) of each of `count` images. Raises InputError for seeds that don't fit."""
-    if seeds is None:
-        number, start = whole_numbers("seed and first", [0 if seed is None else seed, first], "7 and 0")
-        return [(number, start + place) for place in range(count)]
-    if seed is not None or first:
-        raise InputError("give seed and first, or seeds with one seed for each image; found both")
-    own = whole_numbers("seeds", seeds, "[7, 5]")
-    if len(own) != count:
-        raise InputError(f"seeds must be one for each image: {count} images, found {len(own)} seeds")
-    return [(image_seed, 0) for image_seed in own]

@@ -61,6 +61,8 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "memory": {"policy": "fora:2", "precision": "fp32", "vc": "std", "sampler": "unipc"},
     "memory-int8": {"policy": "fora:2", "sampler": "dpm++3m", "vc": "none"},
     "memory-noise": {"policy": "fora:2", "precision": "fp32", "vc": "none", "sampler": "dpm++2m-sde"},
+    "memory-last": {"policy": "none", "precision": "fp32", "vc": "none", "sampler": "dpm++2m-sde"},
+    "noise": {"policy": "fora:2", "precision": "fp32", "vc": "none", "sampler": "ddpm"},
     "memory-none": {"policy": "none", "precision": "fp32", "vc": "none", "sampler": "unipc"},
     "memory-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none", "sampler": "unipc"},
     "fp32-none": {"policy": "none", "precision": "fp32", "vc": "none"},
