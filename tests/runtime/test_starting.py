@@ -42,7 +42,7 @@ def opened(request: pytest.FixtureRequest, bundles: dict[str, Bundle]) -> Callab
 
 
 def whole_run(pipe: Pipeline) -> list[Samples]:
-    """What each step begins with, and at the end what it leaves."""
+    """Return the samples in front of each step, and behind the last."""
     events = list(pipe.generate(LABELS, seed=SEED))
     return [*(np.array(event.before) for event in events), np.array(events[-1].x)]
 
