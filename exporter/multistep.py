@@ -24,7 +24,7 @@ from ditc.scheduler_samplers import SCHEDULER_SAMPLERS
 from ditc.spec import DiffusionSpec, SamplerSpec, SchedulerSpec
 from ditc.tables import history_columns
 
-__all__ = ["multistep_recurrence", "multistep_table", "scheduler_of"]
+__all__ = ["multistep_recurrence", "multistep_table", "scheduler_maker", "scheduler_of"]
 
 Array = NDArray[np.float64]
 
@@ -52,12 +52,12 @@ NOT_DRIVEN = {
 ADVICE = "choose a sampler for the same betas, for example --sampler dpm++2m or --sampler ddim"
 
 
-def scheduler_of(sampler: SamplerSpec) -> SchedulerSpec:
+def scheduler_of(sampler: SamplerSpec, prediction: ProcessPrediction) -> SchedulerSpec:
     """Return the scheduler that a sampler is read off: the model's own, or the one that its name stands for."""
     if sampler.scheduler is not None:
         return sampler.scheduler
     kind, config = SCHEDULER_SAMPLERS[sampler.name]
-    return SchedulerSpec(kind=kind, config=dict(config))
+    return SchedulerSpec(kind=FLOW_FORMS.get(kind, kind) if prediction == "flow" else kind, config=dict(config))
 
 
 def multistep_recurrence(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> Recurrence:
@@ -66,8 +66,8 @@ def multistep_recurrence(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: 
         raise InputError(
             f"steps must be 2 to {diffusion.train_steps}, the model's training steps, found {steps}; set --steps"
         )
-    with _refused_in_one_line(sampler):
-        make = _scheduler_maker(diffusion, sampler, steps)
+    with _refused_in_one_line(sampler, diffusion.prediction):
+        make = scheduler_maker(diffusion, sampler, steps)
         return read_recurrence(_called(sampler), make, steps, flow=diffusion.prediction == "flow")
 
 
@@ -76,11 +76,9 @@ def _called(sampler: SamplerSpec) -> str:
     return sampler.told if sampler.scheduler else f"{sampler.told} with --spacing {sampler.spacing}"
 
 
-def _scheduler_maker(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> MakeScheduler:
+def scheduler_maker(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) -> MakeScheduler:
     """Return a function that makes the scheduler at the start of a run of so many calls of the network."""
-    wanted, flow = scheduler_of(sampler), diffusion.prediction == "flow"
-    if flow:
-        wanted = wanted.model_copy(update={"kind": FLOW_FORMS.get(wanted.kind, wanted.kind)})
+    wanted, flow = scheduler_of(sampler, diffusion.prediction), diffusion.prediction == "flow"
     kind = _class_of(sampler, wanted)
     known = inspect.signature(kind.__init__).parameters.keys()
     picks = "timestep_spacing" not in known or flow
@@ -124,8 +122,8 @@ def _of_flow(diffusion: DiffusionSpec, sampler: SamplerSpec, kind: str, known: C
         raise InputError(f"--sigmas {sampler.sigmas} is for a process over betas, and the model predicts a flow")
     if not {"use_flow_sigmas", "shift"} & set(known):
         raise InputError(f"{kind} has no form for a flow; choose --sampler euler, dpm++2m, unipc or deis")
-    shift = 1.0 if sampler.shift is None else sampler.shift
-    return {"use_flow_sigmas": True, "flow_shift": shift, "shift": shift}
+    shifted = {} if sampler.shift is None else {"flow_shift": sampler.shift, "shift": sampler.shift}
+    return {"use_flow_sigmas": True, **shifted}
 
 
 def _class_of(sampler: SamplerSpec, wanted: SchedulerSpec) -> Any:
@@ -141,7 +139,7 @@ def _class_of(sampler: SamplerSpec, wanted: SchedulerSpec) -> Any:
 
 
 @contextmanager
-def _refused_in_one_line(sampler: SamplerSpec) -> Iterator[None]:
+def _refused_in_one_line(sampler: SamplerSpec, prediction: ProcessPrediction) -> Iterator[None]:
     """Turn what a scheduler raises into an InputError, with advice where it is the model's own; silence its remarks."""
     remarks = logging.getLogger("diffusers")
     level = remarks.level
@@ -156,7 +154,7 @@ def _refused_in_one_line(sampler: SamplerSpec) -> Iterator[None]:
         raise InputError(f"{e}; {ADVICE}") from e
     except Exception as e:  # whatever settings that don't go together lead to in code of others
         said = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
-        scheduler = scheduler_of(sampler).told
+        scheduler = scheduler_of(sampler, prediction).told
         raise InputError(f"{_called(sampler)} can't be taken: {scheduler} says {said}; {ADVICE}") from e
     finally:
         remarks.setLevel(level)

@@ -27,9 +27,12 @@ from torch.overrides import TorchFunctionMode
 
 from ditc.errors import InputError
 
-__all__ = ["MOST_PAIRS", "Recurrence", "read_recurrence"]
+__all__ = ["MOST_PAIRS", "Recurrence", "error_of_a_run", "read_recurrence"]
 
 Array = NDArray[np.float64]
+Samples = NDArray[np.float32]
+# (step, sample, output, noise, pairs of earlier steps with the latest first) -> the next sample
+Advance = Callable[[int, Samples, Samples, Samples, list[tuple[Samples, Samples]]], Samples]
 MakeScheduler = Callable[[], Any]  # a scheduler with its timesteps set, at the start of a run
 
 MOST_PAIRS = 3  # that a recurrence may keep
@@ -107,9 +110,9 @@ def read_recurrence(name: str, make: MakeScheduler, steps: int, *, flow: bool = 
         for pairs in range(min(MOST_PAIRS, steps - 1) + 1):
             a, b, residual = _fitted(drive, c, pairs)
             if residual < RESIDUAL:
-                _check_run(name, make, a, b, c)
+                error = _checked_error(name, make, a, b, c)
                 t = np.array([float(value) for value in make().timesteps])
-                return Recurrence(t, a, b, c, *_shares(make(), steps, flow), error=_error_of_a_run(make, a, b, c))
+                return Recurrence(t, a, b, c, *_shares(make(), steps, flow), error)
     raise InputError(
         f"{name} can't be taken: its steps are not linear in the last {MOST_PAIRS + 1} samples and outputs "
         f"(what is left is {residual:.0e})"
@@ -178,14 +181,15 @@ def _fitted(drive: _Drive, c: Array, pairs: int) -> tuple[Array, Array, float]:
     return a, b, worst
 
 
-def _check_run(name: str, make: MakeScheduler, a: Array, b: Array, c: Array) -> None:
-    """Raise InputError unless a whole run over the recurrence is the scheduler's own."""
-    error = _error_of_a_run(make, a, b, c)
+def _checked_error(name: str, make: MakeScheduler, a: Array, b: Array, c: Array) -> float:
+    """Return the error of a whole run over the recurrence. Raises InputError unless it is rounding."""
+    error = error_of_a_run(make, _advance(a, b, c), memory=a.shape[1] - 1)
     if not error < WHOLE_RUN:
         raise InputError(
             f"{name} can't be taken: a whole run of it differs from its recurrence by {error:.0e}, "
             f"expected less than {WHOLE_RUN:g}"
         )
+    return error
 
 
 def _shares(scheduler: Any, steps: int, flow: bool) -> tuple[Array, Array]:
@@ -203,30 +207,40 @@ def _shares(scheduler: Any, steps: int, flow: bool) -> tuple[Array, Array]:
     return signal, sigmas * signal
 
 
-def _error_of_a_run(make: MakeScheduler, a: Array, b: Array, c: Array) -> float:
-    """Largest error of the recurrence in a whole run of a nonlinear function in float32, relative to the sample.
+def error_of_a_run(make: MakeScheduler, advance: Advance, memory: int) -> float:
+    """Return the largest error of a whole run of a nonlinear function in float32, relative to the sample.
 
-    Both sides take the same seeded noise.
+    `advance` takes the place of the scheduler's step, with as many earlier pairs as it keeps; both have the same noise.
     """
     scheduler, scaled = make(), _scales(make)
     random = np.random.default_rng(0)
-    x: NDArray[np.float32] = random.standard_normal((2, 4, 4, 4)).astype(np.float32)
+    x: Samples = random.standard_normal((2, 4, 4, 4)).astype(np.float32)
     weights = (random.standard_normal((4, 4)) / 2).astype(np.float32)
     theirs = torch.from_numpy(x / np.float32(scaled[0]))
-    pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+    pairs: list[tuple[Samples, Samples]] = []
     for i, t in enumerate(scheduler.timesteps):
         z = random.standard_normal(x.shape).astype(np.float32)
         out = _nonlinear(weights, _seen_by_network(scheduler, theirs, t).numpy(), float(t))
         with _GivenNoise(z):
             theirs = scheduler.step(torch.from_numpy(out), t, theirs, return_dict=False)[0]
-        pairs = [(x, _nonlinear(weights, x, float(t))), *pairs][: a.shape[1]]
-        x = np.float32(c[i]) * z
-        for k, (sample, output) in enumerate(pairs):
-            x += np.float32(a[i, k]) * sample + np.float32(b[i, k]) * output
+        own = _nonlinear(weights, x, float(t))
+        x, pairs = advance(i, x, own, z, pairs), [(x, own), *pairs][:memory]
     return float(np.abs(x - theirs.numpy()).max() / np.abs(theirs.numpy()).max())
 
 
-def _nonlinear(weights: NDArray[np.float32], x: NDArray[np.float32], t: float) -> NDArray[np.float32]:
+def _advance(a: Array, b: Array, c: Array) -> Advance:
+    """Return the recurrence as a step, in float32."""
+
+    def advance(i: int, x: Samples, out: Samples, z: Samples, pairs: list[tuple[Samples, Samples]]) -> Samples:
+        after: Samples = np.float32(c[i]) * z
+        for k, (sample, output) in enumerate([(x, out), *pairs]):
+            after += np.float32(a[i, k]) * sample + np.float32(b[i, k]) * output
+        return after
+
+    return advance
+
+
+def _nonlinear(weights: Samples, x: Samples, t: float) -> Samples:
     """A stand-in for a network, (n, 4, h, w) to the same."""
     mixed = np.einsum("cd,ndhw->nchw", weights, x)
     return np.asarray(np.tanh(mixed + np.sin(np.float32(t) / 100)), np.float32)

@@ -128,6 +128,15 @@ def test_a_run_of_a_flow_is_that_of_the_scheduler(
         assert list(sampler_contradictions({**table, column: table[column] * 1.01}, "flow"))
 
 
+def test_the_shift_of_a_models_own_flow_scheduler_is_its_own_unless_another_is_chosen() -> None:
+    own = SchedulerSpec(kind="FlowMatchEulerDiscreteScheduler", config={"shift": 3.0})
+    flow = DiffusionSpec(prediction="flow")
+    shifted, named = SamplerSpec(name="scheduler", scheduler=own), SamplerSpec(name="euler", shift=3.0)
+    assert np.array_equal(multistep_table(flow, shifted, 12)["t"], multistep_table(flow, named, 12)["t"])
+    other = multistep_table(flow, shifted.model_copy(update={"shift": 1.0}), 12)
+    assert np.array_equal(other["t"], multistep_table(flow, SamplerSpec(name="euler"), 12)["t"])
+
+
 @pytest.mark.parametrize(
     ("diffusion", "given", "message"),
     [

@@ -110,19 +110,23 @@ def test_update_breaks_no_rule_of_tensorrt() -> None:
     assert footprint.activation_bytes > 3 * 4 * IMAGES * 3 * 3 * 5
 
 
-def with_memory(memory: int) -> dict[str, np.ndarray]:
+def with_memory(memory: int, eta: float = 0.0) -> dict[str, np.ndarray]:
     """Columns of DDIM, and random ones for so many earlier steps."""
     rng = np.random.default_rng(3)
-    table = dict(sampler_table(DiffusionSpec(), SamplerSpec(), STEPS))
+    table = dict(sampler_table(DiffusionSpec(), SamplerSpec(eta=eta), STEPS))
     for pair in history_columns(memory):
         table |= {name: rng.uniform(-1, 1, STEPS) for name in pair}
     return table
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("memory", [1, 3])
-def test_update_looks_back_as_the_host_does(memory: int, guidance: float, tmp_path: Path) -> None:
-    spec, table, rng = spec_of(), with_memory(memory), np.random.default_rng(0)
+def test_update_looks_back_as_the_host_does_with_noise_and_without(
+    memory: int, guidance: float, eta: float, tmp_path: Path
+) -> None:
+    spec, table, rng = spec_of(), with_memory(memory, eta), np.random.default_rng(0)
+    z = rng.standard_normal((IMAGES, 4, 3, 5), dtype=np.float32)
     halves = Guidance.of(spec, guidance).halves
     save_graph(update_model(spec, UpdateForm.of(table, spec, guidance), IMAGES), tmp_path / "update.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "update.onnx"), providers=["CPUExecutionProvider"])
@@ -130,18 +134,20 @@ def test_update_looks_back_as_the_host_does(memory: int, guidance: float, tmp_pa
     out = rng.standard_normal((IMAGES * halves, spec.out_channels, 3, 5), dtype=np.float32)
     pairs = list(zip(earlier[::2], earlier[1::2], strict=True))
     feeds = {"x": np.concatenate([x] * halves), "out": out, "row": update_rows(sampler_tables(table), 4)[1]}
+    feeds |= {"z": z} if eta else {}
     for (of_x, of_out), (earlier_x, earlier_out) in zip(history_columns(memory), pairs, strict=True):
         feeds |= {of_x: np.concatenate([earlier_x] * halves), of_out: earlier_out}
     after, predicted = session.run(["next", "predicted"], feeds)
     prediction, _ = Guidance.of(spec, guidance).combine(out, IMAGES)
     row = {name: float(column[1]) for name, column in table.items()}
-    expected = update(row, x, prediction, None, None, pairs)
+    expected = update(row, x, prediction, None, z, pairs)
     for half in range(halves):
         part = after[half * IMAGES : (half + 1) * IMAGES]
         assert np.abs(part - expected).max() <= 2e-6 * np.abs(expected).max()
     np.testing.assert_allclose(predicted, prediction, rtol=0, atol=1e-6)
 
 
-def test_an_update_that_looks_back_breaks_no_rule_of_tensorrt() -> None:
-    spec, table = spec_of(), with_memory(3)
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_an_update_that_looks_back_breaks_no_rule_of_tensorrt(eta: float) -> None:
+    spec, table = spec_of(), with_memory(3, eta)
     assert list(violations_of(update_model(spec, UpdateForm.of(table, spec, 1.5), IMAGES))) == []
