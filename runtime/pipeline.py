@@ -411,7 +411,7 @@ class Pipeline:
         begin: Samples | None,
         start: int,
     ) -> Iterator[tuple[Request, Samples, NoiseSource, int]]:
-        """Requests, samples in front of the first step, the source of fresh noise and that step, `at_once` at a time."""
+        """Yield a request of `at_once` images, the samples it begins with, its source of fresh noise, and its first step."""
         size = self._at_once(executor)
         for first in range(0, len(request), size):
             part = slice(first, min(first + size, len(request)))

@@ -148,7 +148,7 @@ def step_feeds(bundle: Bundle, step: Step, x: np.ndarray) -> dict[str, np.ndarra
     """Return what segments take at a step, but for caches; `x` are two rows."""
     tables = bundle.tables()
     condition = OnnxRuntimeBackend().session(bundle.segment_path(CONDITION))
-    conditioning = condition_tables(condition, tables["sampler.t"], np.array([1, 2], np.int64))
+    conditioning = condition_tables(condition, tables["sampler.t"], {"y": np.array([1, 2], np.int64)})
     own = {name: table[step.index] for name, table in conditioning.items()}
     return {"x": x.astype(np.float32), REUSE_ROWS: tables[REUSE_ROWS][step.index], **own}
 

@@ -267,7 +267,7 @@ def test_a_bundle_walks_as_the_scheduler_and_the_model_do_in_torch_on_the_same_n
     model, labels = make_small_model(), [1, 4]
     noise, *fresh = np.random.default_rng(2).standard_normal((1 + options.steps, 2, 3, 8, 8), dtype=np.float32)
     with load(compiled_once(model, options).path) as pipe:
-        latents = pipe.executor.last(labels, noise, lambda step: fresh[step])
+        latents = pipe.executor.last(pipe.request(labels), noise, lambda step: fresh[step])
     kind, config = SCHEDULER_SAMPLERS[name]
     theirs = scheduler_of(kind, options.steps, timestep_spacing="linspace", **config)
     sample = torch.from_numpy(noise) / theirs.scale_model_input(torch.ones(1), theirs.timesteps[0])

@@ -76,7 +76,7 @@ def test_noise_is_drawn_for_the_steps_that_add_any(bundles: dict[str, Bundle], b
 
     path = bundles["memory-noise"]
     with load(path.path) if backend is None else Pipeline(path, backend=backend) as pipe:
-        pipe.executor.last(LABELS, noise_for(4), fresh)
+        pipe.executor.last(pipe.request(LABELS), noise_for(4), fresh)
         sigma = path.tables()["sampler.sigma"]
     assert drawn == np.flatnonzero(sigma > 0).tolist() == [0, 1, 2, 3, 4]
 
