@@ -76,8 +76,12 @@ def programs_walk_the_same_trajectory(manifest: Manifest) -> Iterator[str]:
     program, reference = manifest.program, manifest.reference_program
     if program.branches != manifest.model.branches:
         yield f"the program has the branches {_named(program.branches)}, the model {_named(manifest.model.branches)}"
+    if program.streams != manifest.model.streams:
+        yield "program and model differ in the streams of their branches"
     if reference is None:
         return
+    if program.streams != reference.streams:
+        yield "program and reference_program differ in the streams of their branches"
     for kind in ("branches", "prologue", "epilogue"):
         own, other = getattr(program, kind), getattr(reference, kind)
         if own != other:

@@ -25,6 +25,7 @@ from ditc.program import (
 )
 from ditc.program_checks import check_program
 from ditc.schedule import CacheSchedule
+from ditc.streams import BranchStreams, Wiring
 
 __all__ = ["NoSumsError", "NothingQuantizedError", "ends_in_float", "program_from_schedule"]
 
@@ -40,21 +41,22 @@ class NothingQuantizedError(InputError):
 Pass = Callable[[Program], Program]
 
 
-def naive_program(schedule: CacheSchedule, timesteps: Sequence[float], branches: Sequence[str]) -> Program:
-    """One segment per step, each with its own conditioning, every branch output cached in a slot of its own."""
-    slot_of = {branch: slot for slot, branch in enumerate(branches)}
+def naive_program(schedule: CacheSchedule, timesteps: Sequence[float], wiring: Wiring) -> Program:
+    """One segment per step, each with its own conditioning, every output of a branch cached in a slot of its own."""
+    slot_of = {value: slot for slot, value in enumerate(wiring.values)}
     steps, segments = [], []
     for index, (row, t) in enumerate(zip(schedule.compute, timesteps, strict=True)):
-        reads = {b: slot_of[b] for b, computes in zip(branches, row, strict=True) if not computes}
-        writes = {b: slot_of[b] for b, computes in zip(branches, row, strict=True) if computes}
+        writes = {value: slot_of[value] for value in wiring.computed_by(row)}
+        reads = {value: slot_of[value] for value in wiring.read_by(row, writes)}
         name = f"step{index}"
         segments.append(SegmentPlan(name=name, compute=row, reads=tuple(reads), writes=tuple(writes)))
         steps.append(Step(index=index, t=t, segment=name, before=(CONDITION,), reads=reads, writes=writes))
     return Program(
-        branches=tuple(branches),
+        branches=wiring.branches,
+        streams=dict(wiring.listed) or None,
         steps=tuple(steps),
         segments=tuple(segments),
-        slots=len(branches),
+        slots=len(slot_of),
         reuse=schedule.reuse,
     )
 
@@ -72,7 +74,7 @@ def drop_unread_caches(program: Program) -> Program:
     wanted: set[str] = set()
     steps = []
     for step in reversed(program.steps):
-        writes = {branch: slot for branch, slot in step.writes.items() if branch in wanted}
+        writes = {value: slot for value, slot in step.writes.items() if value in wanted}
         wanted -= step.writes.keys()
         wanted |= step.reads.keys()
         steps.append(step.model_copy(update={"writes": writes}))
@@ -88,14 +90,33 @@ def merge_equal_segments(program: Program) -> Program:
     merged = {}
     for mask, needed in masks.items():
         reads = next(plan.reads for plan in program.segments if plan.compute == mask)
-        writes = tuple(branch for branch in program.branches if branch in needed)
+        writes = tuple(value for value in program.wiring.values if value in needed)
         merged[mask] = SegmentPlan(name=segment_name(mask), compute=mask, reads=reads, writes=writes)
     steps = []
     for step in program.steps:
         plan = merged[mask_of[step.segment]]
-        writes_all = {branch: step.writes.get(branch, 0) for branch in plan.writes}
+        writes_all = {value: step.writes.get(value, 0) for value in plan.writes}
         steps.append(step.model_copy(update={"segment": plan.name, "writes": writes_all}))
     return program.model_copy(update={"steps": tuple(steps), "segments": tuple(merged.values())})
+
+
+def drop_dead_reads(program: Program) -> Program:
+    """Read nothing that decides nothing, such as a text's stream in front of the head.
+
+    What nobody reads is not written, and less is alive in a segment that writes less: again, until nothing changes.
+    """
+    plans = {
+        plan.name: plan.model_copy(update={"reads": program.wiring.read_by(plan.compute, plan.writes)})
+        for plan in program.segments
+    }
+    if tuple(plans.values()) == program.segments:
+        return program
+    steps = tuple(
+        step.model_copy(update={"reads": {value: step.reads[value] for value in plans[step.segment].reads}})
+        for step in program.steps
+    )
+    program = program.model_copy(update={"steps": steps, "segments": tuple(plans.values())})
+    return drop_dead_reads(merge_equal_segments(drop_unread_caches(program)))
 
 
 def fold_reuse(program: Program) -> Program:
@@ -149,7 +170,8 @@ def _reusing_segments(program: Program, called: Collection[str]) -> Iterator[Seg
 def assign_slots(program: Program) -> Program:
     """Give each cached value a slot from its step to its last reader; a branch keeps its slot where it can.
 
-    A slot that a step reads is not free for that step's writes: an engine's outputs never alias its inputs.
+    A slot that a step reads is not free for that step's writes: an engine's outputs never alias its inputs. All
+    values that a slot holds have one shape.
     """
     last_read: dict[tuple[str, int], int] = {}  # of a value, by the step that made it
     writers: dict[str, int] = {}
@@ -158,13 +180,17 @@ def assign_slots(program: Program) -> Program:
             last_read[value, _maker(value, step.index, writers)] = step.index
         writers |= dict.fromkeys(step.writes, step.index)
     busy_until: list[int] = []
+    shapes = program.wiring.shapes
+    slot_shapes: list[tuple[int, ...] | None] = []
     slot_of: dict[tuple[str, int], int] = {}
     writers, steps = {}, []
     for step in program.steps:
         reads = {value: slot_of[value, _maker(value, step.index, writers)] for value in step.reads}
         writes = {}
         for value in step.writes:
-            slot = _free_slot(busy_until, step.index, slot_of.get((value, writers.get(value, -1))))
+            fitting = [slot for slot, shape in enumerate(slot_shapes) if shape == shapes.get(value)]
+            slot = _free_slot(busy_until, fitting, step.index, slot_of.get((value, writers.get(value, -1))))
+            slot_shapes += [shapes.get(value)] * (slot == len(slot_shapes))
             busy_until[slot] = last_read.get((value, step.index), step.index)
             writes[value] = slot_of[value, step.index] = slot
         writers |= dict.fromkeys(step.writes, step.index)
@@ -181,6 +207,7 @@ PASSES: tuple[Pass, ...] = (
     hoist_condition,  # first: afterwards two steps with equal rows are equal calls
     drop_unread_caches,  # before merging, so that a schedule without reuse has a segment without cache outputs
     merge_equal_segments,
+    drop_dead_reads,  # after merging: which values are dead depends on all that a segment returns
 )
 FOLDING: dict[Caches, tuple[Pass, ...]] = {
     "branches": (assign_slots,),
@@ -193,14 +220,17 @@ def program_from_schedule(
     timesteps: Sequence[float],
     branches: Sequence[str],
     *,
+    streams: Mapping[str, BranchStreams] | None = None,
     decode: bool = False,
     caches: Caches = "branches",
 ) -> Program:
     """The compiled program of a schedule. With "sums" every branch of the model has to add to the residual stream.
 
+    `branches` and `streams` are those of the model's spec.
+
     Raises NoSumsError where a schedule asks for more than to hold what is reused, and can't have sums.
     """
-    program = naive_program(schedule, timesteps, branches)
+    program = naive_program(schedule, timesteps, Wiring(tuple(branches), streams or {}))
     for transform in (*PASSES, *FOLDING[caches]):
         program = transform(program)
     if schedule.reuse != "hold" and not any(AHEAD in plan.reads for plan in program.segments):
@@ -258,12 +288,12 @@ def _with_steps(program: Program, steps: tuple[Step, ...]) -> Program:
     return program.model_copy(update={"steps": steps, "segments": segments})
 
 
-def _free_slot(busy_until: list[int], step: int, preferred: int | None) -> int:
-    """A slot whose value nobody reads at or after `step`; a new one where all are taken."""
+def _free_slot(busy_until: list[int], fitting: Sequence[int], step: int, preferred: int | None) -> int:
+    """A slot among those `fitting` whose value nobody reads at or after `step`; a new one where all are taken."""
     if preferred is not None and busy_until[preferred] < step:
         return preferred
-    for slot, until in enumerate(busy_until):
-        if until < step:
+    for slot in fitting:
+        if busy_until[slot] < step:
             return slot
     busy_until.append(-1)
     return len(busy_until) - 1

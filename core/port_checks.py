@@ -99,15 +99,20 @@ OTHER_CALLS: Mapping[str, Callable[[Graphs, Ports], Iterator[str]]] = {
 
 def _step(graphs: Graphs, plan: SegmentPlan, ports: Ports) -> Iterator[str]:
     """A segment of a step: caches as its plan has them, and of all else what it takes."""
-    cached: Shape = ("batch", *graphs.manifest.model.branch_shape)
-    needed = {"x": ("batch", *graphs.latent), **{f"cache.{name}": cached for name in plan.reads}}
+    needed = {"x": ("batch", *graphs.latent), **_caches(graphs, plan.reads)}
     needed |= _row_of(graphs, REUSE_ROWS, plan.rows)
     optional = _tables_of_steps(graphs, plan.ahead) | {
         name: shape for name in STEP_INPUTS if name != REUSE_ROWS for name, shape in _row_of(graphs, name).items()
     }
     yield from _differences("takes", ports.inputs, needed, optional)
-    returned = {"out": ("batch", *graphs.prediction), **{f"cache.{name}": cached for name in plan.writes}}
+    returned = {"out": ("batch", *graphs.prediction), **_caches(graphs, plan.writes)}
     yield from _differences("returns", ports.outputs, returned)
+
+
+def _caches(graphs: Graphs, values: tuple[str, ...]) -> dict[str, Shape]:
+    """The ports of cached values."""
+    spec = graphs.manifest.model
+    return {f"cache.{value}": ("batch", *spec.shape_of(value)) for value in values}
 
 
 def _reference(graphs: Graphs, ports: Ports) -> Iterator[str]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import ClassVar
 
 from ditc.choices import Reuse
 from ditc.files import digest_of
-from ditc.spec import Record
+from ditc.spec import PartialRecord, Record
+from ditc.streams import BranchStreams, Wiring
 
 __all__ = [
     "AHEAD",
@@ -89,7 +91,8 @@ class SegmentPlan(Record):
 class Step(Record):
     """One denoising step. `reads` and `writes` name the slot of each cached value; `before` are calls of its own.
 
-    A cached value is a branch's output under its name, or AHEAD.k, the sum that the k-th step after the writer adds.
+    A cached value is an output of a branch, as `Wiring` names it, or AHEAD.k, the sum that the k-th step after the
+    writer adds.
     """
 
     index: int
@@ -100,13 +103,17 @@ class Step(Record):
     writes: dict[str, int] = {}
 
 
-class Program(Record):
+class Program(PartialRecord):
     """Calls before the loop, the steps, calls after it, and how many cache slots they need.
 
-    `float_ends` are how many of the first and of the last steps compute in floating point, where they compute.
+    `streams` are those of the model's spec. `float_ends` are how many of the first and of the last steps compute in
+    floating point, where they compute.
     """
 
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"streams"})
+
     branches: tuple[str, ...]
+    streams: dict[str, BranchStreams] | None = None
     prologue: tuple[str, ...] = ()
     steps: tuple[Step, ...]
     epilogue: tuple[str, ...] = ()
@@ -125,6 +132,11 @@ class Program(Record):
         """The steps at either end that compute in floating point, or would."""
         (first, last), steps = self.float_ends, len(self.steps)
         return {*range(min(first, steps)), *range(max(steps - last, 0), steps)}
+
+    @property
+    def wiring(self) -> Wiring:
+        """The streams between the branches, and what a branch's output is called."""
+        return Wiring(self.branches, self.streams or {})
 
     def segment(self, name: str) -> SegmentPlan:
         return next(plan for plan in self.segments if plan.name == name)

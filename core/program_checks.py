@@ -60,9 +60,10 @@ def names_are_distinct(program: Program) -> Iterator[str]:
         yield f"two branches are called {name!r}"
     for name in repeated([plan.name for plan in program.segments]):
         yield f"two segments are called {name!r}"
-    for name in program.branches:
+    for name in dict.fromkeys((*program.branches, *program.wiring.values)):
         if name in _ports_of_sums(program) or is_sum(name):
             yield f"a branch is called {name!r}, as sums made ahead are"
+    yield from program.wiring.contradictions()
 
 
 def calls_frame_the_loop(program: Program) -> Iterator[str]:
@@ -121,7 +122,7 @@ def steps_call_the_segments(program: Program) -> Iterator[str]:
 
 
 def segments_take_what_they_skip(program: Program) -> Iterator[str]:
-    """A segment reads each branch that it doesn't compute, or sums in place of all; it writes what it computes."""
+    """A segment reads what it needs of branches that it skips, or sums in place of all; it writes what it computes."""
     for plan in program.segments:
         expected = _reads_of(program, plan)
         if plan.reads not in expected:
@@ -132,7 +133,7 @@ def segments_take_what_they_skip(program: Program) -> Iterator[str]:
 
 def _reads_of(program: Program, plan: SegmentPlan) -> list[tuple[str, ...]]:
     """Return the choices of values that a segment may read."""
-    skipped = tuple(name for name, computes in zip(program.branches, plan.compute, strict=True) if not computes)
+    skipped = program.wiring.read_by(plan.compute, plan.writes)
     if plan.name == EXTRAPOLATE:
         return [_ports_of_sums(program)]
     return [skipped, (AHEAD,)] if plan.name == REUSE else [skipped]
@@ -145,7 +146,7 @@ def _ports_of_sums(program: Program) -> tuple[str, ...]:
 
 def _writes_that_fail(program: Program, plan: SegmentPlan) -> Iterator[str]:
     sums = [value for value in plan.writes if is_sum(value)]
-    own = {name for name, computes in zip(program.branches, plan.compute, strict=True) if computes}
+    own = program.wiring.computed_by(plan.compute)
     for value in repeated(plan.writes):
         yield f"segment {plan.name!r} writes {value!r} twice"
     for value in plan.writes:
@@ -193,10 +194,20 @@ def slots_are_apart(program: Program) -> Iterator[str]:
         yield f"it says {program.slots} slots, and its steps use {sorted(used)}"
 
 
+def slots_have_one_shape(program: Program) -> Iterator[str]:
+    """All values that a slot holds in turn have one shape."""
+    shapes, first = program.wiring.shapes, dict[int, str]()
+    for step in program.steps:
+        for value, slot in step.writes.items():
+            other = first.setdefault(slot, value)
+            if shapes.get(value) != shapes.get(other):
+                yield f"slot {slot} holds {other!r} and {value!r}, which have different shapes"
+
+
 def reads_get_the_newest(program: Program) -> Iterator[str]:
     """Every read gets what the last step that computed has left: caches live and die with a request."""
     holds: dict[int, tuple[str, int]] = {}  # slot -> (value, the step that wrote it)
-    computed: dict[str, int] = {}  # branch -> the last step that computed it
+    computed: dict[str, int] = {}  # output of a branch -> the last step that computed it
     everything: list[int] = []  # steps that computed all branches
     for step in program.steps:
         plan = program.segment(step.segment)
@@ -205,7 +216,7 @@ def reads_get_the_newest(program: Program) -> Iterator[str]:
             if holds.get(slot) != (value, maker):
                 yield f"step {step.index} reads {value} from slot {slot}, which holds {_described(holds.get(slot))}"
         yield from _sums_of_other_steps(program, step, everything)
-        computed |= {name: step.index for name, own in zip(program.branches, plan.compute, strict=True) if own}
+        computed |= dict.fromkeys(program.wiring.computed_by(plan.compute), step.index)
         everything += [step.index] if all(plan.compute) else []
         holds |= {slot: (value, step.index) for value, slot in step.writes.items()}
 
@@ -248,6 +259,7 @@ CHECKS: tuple[Check, ...] = (
     rows_are_those_of_the_reuse,
     steps_bind_the_ports_of_their_segment,
     slots_are_apart,
+    slots_have_one_shape,
     reads_get_the_newest,
     ends_are_in_float,
 )

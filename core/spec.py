@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
@@ -19,6 +18,8 @@ from pydantic import (
 
 from ditc.choices import BetaSchedule, ProcessPrediction, SamplerName, Sigmas, Spacing, Variance
 from ditc.errors import InputError
+from ditc.records import PartialRecord, Record, Skipped
+from ditc.streams import IMAGE, BranchStreams, Wiring
 
 __all__ = [
     "FORMULAS",
@@ -40,29 +41,6 @@ FORMULAS = ("ddim", "ddpm")  # samplers that need no scheduler to be read off
 OWN_SCHEDULER = "scheduler"  # the name of a sampler that is the scheduler which a model brings
 PICTURE = ("height", "width")  # the axes of a picture, after its channels
 PIXEL_CHANNELS = (1, 3)  # grey or RGB
-
-
-class Record(BaseModel):
-    """Base of the values that go to disk as JSON: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PartialRecord(Record):
-    """A record with parts that are there only where they were asked for: those in `LEFT_OUT` are no null as JSON."""
-
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = handler(self)
-        return {name: value for name, value in written.items() if value is not None or name not in self.LEFT_OUT}
-
-
-class Skipped(Record):
-    """The reason why a part of a result is not there."""
-
-    skipped: str
 
 
 class DiffusionSpec(Record):
@@ -165,7 +143,7 @@ class Condition(Record):
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> Condition:
-        if self.name in RESERVED or self.name.startswith("null_"):
+        if self.name in RESERVED or self.name.startswith(GIVEN_NULL):
             raise ValueError(f"a condition can't be called {self.name!r}: segments and requests use that name")
         if (self.classes is None) == (self.dtype == "int64"):
             raise ValueError(f"condition {self.name}: integers have `classes`, and floats have none")
@@ -180,7 +158,7 @@ class Condition(Record):
     @property
     def null_name(self) -> str | None:
         """The name under which a request gives what the unconditional half gets, None where nobody gives that."""
-        return f"null_{self.name}" if self.null == "given" else None
+        return f"{GIVEN_NULL}{self.name}" if self.null == "given" else None
 
 
 LABEL = "y"  # the condition that is a class
@@ -204,10 +182,11 @@ class ModelSpec(Record):
     A sample, or latent, is (in_channels, *space): (height, width) of a picture, (frames, height, width) of a video, ()
     of a vector. For a picture `height` and `width` may be given in place of `space`, and are what is written as JSON.
     `branches` are the residual sub-layers in the order they run; each caches a tensor of `branch_shape` (without the
-    batch axis). A model of classes states how many, `num_classes`, and with `null_label` the one of unconditional
-    guidance, None without it; that is the condition "y". `conditions` are all others, in the order in which the model
-    takes them. `cfg_channels` says to how many of the latent channels guidance applies: 3 in the original DiT release,
-    all in diffusers.
+    batch axis), the shape of the stream that the head reads. `streams` has those branches that read or write another
+    stream or give several outputs, None where there are none. A model of classes states how many, `num_classes`, and
+    with `null_label` the one of unconditional guidance, None without it; that is the condition "y". `conditions` are
+    all others, in the order in which the model takes them. `cfg_channels` says to how many of the latent channels
+    guidance applies: 3 in the original DiT release, all in diffusers.
     `assumptions` are facts that neither the weights nor what lies beside them state, `doubts` what a look at the
     model's output speaks against; each is a line for people.
     """
@@ -222,6 +201,7 @@ class ModelSpec(Record):
     cfg_channels: int = Field(ge=1)
     branches: tuple[str, ...]
     branch_shape: tuple[int, ...]
+    streams: dict[str, BranchStreams] | None = Field(default=None, min_length=1)
     parameters: int = Field(ge=0)
     diffusion: DiffusionSpec = DiffusionSpec()
     sampler: SamplerSpec = SamplerSpec()
@@ -247,7 +227,7 @@ class ModelSpec(Record):
         written: dict[str, Any] = {}
         for name, value in handler(self).items():
             picture = name == "space" and len(value) == len(PICTURE)
-            if name != "conditions" or value:  # most models have a class alone
+            if value or name not in ("conditions", "streams"):  # most models have a class alone, and one stream
                 written |= dict(zip(PICTURE, value, strict=True)) if picture else {name: value}
         return written
 
@@ -286,6 +266,34 @@ class ModelSpec(Record):
     def can_be_guided(self) -> bool:
         """Is there a condition with a null, so that guidance has an unconditional half?"""
         return any(condition.null != "same" for condition in self.inputs)
+
+    @model_validator(mode="after")
+    def _streams_fit(self) -> ModelSpec:
+        for contradiction in self.wiring.contradictions():
+            raise ValueError(contradiction)
+        return self
+
+    @property
+    def wiring(self) -> Wiring:
+        """The streams between the branches."""
+        return Wiring(self.branches, self.streams or {})
+
+    def shape_of(self, value: str) -> tuple[int, ...]:
+        """Return the shape of a cached value, of a branch or a sum, without the batch axis."""
+        return self.wiring.shapes.get(value, self.branch_shape)
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers in the outputs of all branches for one network row."""
+        return sum(prod(output.shape or self.branch_shape) for output in self.wiring.values.values())
+
+    @property
+    def stream_numbers(self) -> int:
+        """Numbers in all streams together for one network row, of each as many as in the largest output to it."""
+        sizes = {IMAGE: prod(self.branch_shape)}
+        for output in self.wiring.values.values():
+            sizes[output.stream] = max(sizes.get(output.stream, 0), prod(output.shape or self.branch_shape))
+        return sum(sizes.values())
 
     @property
     def out_channels(self) -> int:
