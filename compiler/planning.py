@@ -60,7 +60,7 @@ def make_plan(
     decode = model.decoder is not None
 
     def program(schedule: CacheSchedule, caches: Caches) -> Program:
-        return program_from_schedule(schedule, t, spec.branches, decode=decode, caches=caches)
+        return program_from_schedule(schedule, t, spec.branches, streams=spec.streams, decode=decode, caches=caches)
 
     schedule = schedule_for(options.policy, spec, options.steps, statistics)
     caches = caches_for(model, options)

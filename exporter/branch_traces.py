@@ -50,8 +50,8 @@ class UnclearError(Exception):
 def trace_branches(segment: Segment) -> list[BranchTrace] | None:
     """A trace of every branch of a trunk, in its order. None where traces don't tell all.
 
-    That is where a branch can't run without data, changes a tensor in place, or reads a tensor that is neither the
-    residual stream nor a leaf of `parts` nor a weight of the model; and where a module serves two branches, or a weight
+    That is where a branch can't run without data, changes a tensor in place, or reads a tensor that is neither a stream
+    nor a leaf of `parts` nor a weight of the model; and where a module serves two branches, or a weight
     or a module has two names.
     """
     try:
@@ -97,15 +97,16 @@ def _traces_at(batch: int, segment: Segment, names: _Names) -> list[BranchTrace]
         graph = make_fx(excerpt, pre_dispatch=True)(*(_empty(segment, name, batch) for name in segment.inputs))
     nodes = list(graph.graph.nodes)
     order = {node: number for number, node in enumerate(nodes)}
-    passing = Passing.of(cast(Sequence[fx.Node], nodes[-1].args[0]), len(calls), 1 + trunk.plan.ahead)
+    passing = Passing.of(cast(Sequence[fx.Node], nodes[-1].args[0]), excerpt.counts, trunk.width)
     place_of = {leaf: place for place, leaf in enumerate(passing.leaves)}
     traces = []
-    for before, out, after, called in zip(passing.streams, passing.outs, passing.streams[1:], calls, strict=False):
+    for before, outs, after, called in zip(passing.passed, passing.outs, passing.passed[1:], calls, strict=False):
         own = nodes[max(order[node] for node in before) + 1 : max(order[node] for node in after) + 1]
-        if out not in own and out.op != "placeholder":
+        if any(out not in own and out.op != "placeholder" for out in outs):
             raise UnclearError
-        given = {out: "cache", **{node: f"stream {number}" for number, node in enumerate(before)}}
-        traces.append(_Reading(graph, names.weights, place_of).trace(own, given, [out, *after], called))
+        given = {out: f"cache {number}" for number, out in enumerate(outs)}
+        given |= {node: f"stream {number}" for number, node in enumerate(before)}
+        traces.append(_Reading(graph, names.weights, place_of).trace(own, given, [*outs, *after], called))
     return traces
 
 

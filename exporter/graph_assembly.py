@@ -58,13 +58,13 @@ def assembled(segment: Segment) -> ir.Model | None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A captured branch: its trace and nodes, the values that it takes and gives; `cache` where it computes nothing."""
+    """A captured branch: its trace and nodes, the values that it takes and gives; `caches` where it computes none."""
 
     trace: BranchTrace
     nodes: list[ir.Node]
-    stream: list[ir.Value]
-    cache: ir.Value | None
-    out: ir.Value
+    before: list[ir.Value]
+    caches: list[ir.Value]
+    outs: list[ir.Value]
     after: list[ir.Value]
 
 
@@ -75,12 +75,16 @@ class _Assembly:
         excerpt = Excerpt(trunk, chosen)
         unread = {f"cache.{name}" for name in trunk.plan.reads if name not in excerpt.reads}
         inputs = {name: value for name, value in segment.inputs.items() if name not in unread}
-        self.segment, self.chosen, self.names = segment, chosen, trunk.model.spec.branches
+        self.segment, self.chosen = segment, chosen
+        # of each branch the outputs that there are, which are its caches where it computes nothing
+        self.values = [[name for name in trunk.values(number) if name] for number in range(len(trunk.residual))]
+        self.computes = trunk.plan.compute
+        self.streams = len(trunk.wiring.streams)
         self.model = captured(excerpt, inputs, segment.open_dims, variadic=True)
         _simplify(self.model)
         self.graph = self.model.graph
         self.inputs = {str(value.name): value for value in self.graph.inputs}
-        self.passing = Passing.of(self.graph.outputs, len(chosen), 1 + trunk.plan.ahead)
+        self.passing = Passing.of(self.graph.outputs, excerpt.counts, trunk.width)
         torch_model = cast(nn.Module, trunk.model)
         self.weights = {**dict(torch_model.named_parameters()), **dict(torch_model.named_buffers())}
 
@@ -89,18 +93,19 @@ class _Assembly:
         pieces = {number: self._piece(place, traces[number]) for place, number in enumerate(self.chosen)}
         originals = {node for piece in pieces.values() for node in piece.nodes}
         place = [node for node in self.graph if node in originals][-1]
-        stream, named = self.passing.streams[0], {}
+        passed, named = self.passing.passed[0], dict[str, ir.Value]()
         for number, (trace, kind) in enumerate(zip(traces, kinds, strict=True)):
             piece = pieces[kind]
-            known = self._fillings(piece, trace, stream, self.names[number])
+            known = self._fillings(piece, trace, passed, self.values[number])
             paths = dict(zip(piece.trace.modules, trace.modules, strict=True))
             for node in piece.nodes:
                 copy = _copy(node, number, known, paths)
                 self.graph.insert_after(place, copy)
                 place = copy
-            named[self.names[number]], stream = known[piece.out], [known[value] for value in piece.after]
-        named |= {f"{AHEAD}.{number}": total for number, total in enumerate(stream) if number}
-        self.passing.streams[-1][0].replace_all_uses_with(stream[0], replace_graph_outputs=True)
+            named |= zip(self.values[number], (known[out] for out in piece.outs), strict=True)
+            passed = [known[value] for value in piece.after]
+        named |= {f"{AHEAD}.{number}": total for number, total in enumerate(passed[self.streams :], 1)}
+        self.passing.passed[-1][0].replace_all_uses_with(passed[0], replace_graph_outputs=True)
         self._set_borders(named)
         remove_unused_nodes(self.model)
         if any(node.graph is not None for node in originals):  # something else reads what a branch made
@@ -109,15 +114,16 @@ class _Assembly:
 
     def _piece(self, place: int, trace: BranchTrace) -> _Piece:
         """The captured branch number `place`: all that leads from what it takes to what it gives."""
-        stream, after = self.passing.streams[place : place + 2]
-        out, cache = self.passing.outs[place], self.inputs.get(f"cache.{self.names[self.chosen[place]]}")
+        before, after = self.passing.passed[place : place + 2]
+        outs, number = self.passing.outs[place], self.chosen[place]
+        caches = [] if self.computes[number] else [self.inputs[f"cache.{name}"] for name in self.values[number]]
         weights = {self.graph.initializers.get(f"{OWN}{name}") for name in trace.weights}
-        given = {*stream, cache, *(self.passing.leaves[leaf] for leaf in trace.leaves), *weights}
-        nodes = _nodes_between(given, [out, *after])
-        return _Piece(trace, [node for node in self.graph if node in nodes], stream, cache, out, after)
+        given = {*before, *caches, *(self.passing.leaves[leaf] for leaf in trace.leaves), *weights}
+        nodes = _nodes_between(given, [*outs, *after])
+        return _Piece(trace, [node for node in self.graph if node in nodes], before, caches, outs, after)
 
     def _fillings(
-        self, piece: _Piece, trace: BranchTrace, stream: Sequence[ir.Value], name: str
+        self, piece: _Piece, trace: BranchTrace, passed: Sequence[ir.Value], names: Sequence[str]
     ) -> dict[ir.Value, ir.Value]:
         """Map the inputs of the captured branch to those of a copy."""
         leaves = self.passing.leaves
@@ -125,9 +131,9 @@ class _Assembly:
         for a, b in zip(piece.trace.weights, trace.weights, strict=True):
             if f"{OWN}{a}" in self.graph.initializers:
                 known[self.graph.initializers[f"{OWN}{a}"]] = self._weight(b)
-        if piece.cache is not None:
-            known[piece.cache] = self._cache_input(f"cache.{name}", piece.cache)
-        return known | dict(zip(piece.stream, stream, strict=True))
+        for cache, name in zip(piece.caches, names, strict=False):  # none where the branch computes
+            known[cache] = self._cache_input(f"cache.{name}", cache)
+        return known | dict(zip(piece.before, passed, strict=True))
 
     def _weight(self, name: str) -> ir.Value:
         """A parameter or buffer of the model as a constant of the graph."""

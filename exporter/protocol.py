@@ -19,11 +19,20 @@ values of a text, a model may compute apart, once for a request, in a method of 
 `unpack` gets these beside the step's. A model of conditions other than a class may say what typical ones are:
 
     def example_conditions(self, count) -> dict[str, Tensor]        # (count, *shape) each, but for classes
+
+Joint attention passes on more than the image's tokens. The branches that `spec.streams` lists are `StreamBranch`es:
+they take streams by name, and return a tensor for each of their outputs. `context` begins the streams beside the
+image's:
+
+    h = {"image": model.embed(x), **model.context(parts)}
+    outs = branch.compute({name: h[name] for name in reads}, parts)
+    h[stream] = branch.merge(h[stream], out, parts, name)           for each output's name, stream and tensor
+    out = model.head(h["image"], parts)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,10 +40,14 @@ import torch
 from torch import Tensor, nn
 
 from ditc.errors import CheckpointError
+from ditc.exporter.seams import first_streams, seams_of
+from ditc.exporter.stream_checks import check_context, checked_merge, checked_outputs
 from ditc.spec import Condition, ModelSpec
+from ditc.streams import IMAGE
 
 __all__ = [
     "Branch",
+    "StreamBranch",
     "TrajectoryModel",
     "branches_add",
     "check_decomposition",
@@ -61,6 +74,21 @@ class Branch(Protocol):
         ...
 
 
+class StreamBranch(Protocol):
+    """A branch that `spec.streams` lists: of other streams than the image's, or with several outputs."""
+
+    @property
+    def name(self) -> str: ...
+
+    def compute(self, h: Mapping[str, Tensor], parts: Any) -> Sequence[Tensor]:
+        """The outputs before their gates, in the order of the spec, from the streams that the branch reads, by name."""
+        ...
+
+    def merge(self, h: Tensor, out: Tensor, parts: Any, output: str) -> Tensor:
+        """The stream `h` of an output, given by its name, with `out` added through its gate of the current step."""
+        ...
+
+
 @runtime_checkable
 class TrajectoryModel(Protocol):
     """A diffusion transformer taken apart where a trajectory needs seams. Must also be a `torch.nn.Module`."""
@@ -69,7 +97,7 @@ class TrajectoryModel(Protocol):
     def spec(self) -> ModelSpec: ...
 
     @property
-    def branches(self) -> Sequence[Branch]: ...
+    def branches(self) -> Sequence[Branch | StreamBranch]: ...
 
     @property
     def decoder(self) -> nn.Module | None:
@@ -99,9 +127,10 @@ class TrajectoryModel(Protocol):
 
 @torch.no_grad()
 def branches_add(model: TrajectoryModel, tolerance: float = 1e-4) -> bool:
-    """Does every branch add to the residual stream something that doesn't depend on it, in the stream's own shape?
+    """Does every branch add to the stream that the head reads something that doesn't depend on it, in its own shape?
 
-    Then what a step reuses is one sum over the branches, which an earlier step can make.
+    Then what a step reuses is one sum over the branches, which an earlier step can make. Outputs to other streams never
+    reach a step that reuses everything, so they may do more than add.
     """
     x, t, *conditions = example_inputs(model.spec, 2)
     parts = model.unpack(step_tables(model, t[:1], conditions))
@@ -109,13 +138,14 @@ def branches_add(model: TrajectoryModel, tolerance: float = 1e-4) -> bool:
     if not model.branches or h.shape[1:] != model.spec.branch_shape:
         return False
     generator = torch.Generator().manual_seed(2)
-    for branch in model.branches:
-        out = torch.randn(len(x), *model.spec.branch_shape, generator=generator)
+    to_image = [(seam, out) for seam in seams_of(model) for out in seam.outputs if out.stream == IMAGE]
+    for seam, output in to_image:
+        out = torch.randn(len(x), *(output.shape or model.spec.branch_shape), generator=generator)
         try:
-            term = branch.merge(torch.zeros(()), out, parts)
+            term = seam.merge(torch.zeros(()), out, parts, output)
         except (RuntimeError, IndexError, TypeError):
             return False
-        merged = branch.merge(h, out, parts)
+        merged = seam.merge(h, out, parts, output)
         if term.shape != h.shape or not relative_error(merged, h + term) < tolerance:
             return False
     return True
@@ -170,10 +200,11 @@ def composed(model: TrajectoryModel, x: Tensor, t: Tensor, *conditions: Tensor) 
     rows = []
     for i in range(len(x)):
         parts = model.unpack(step_tables(model, t[i : i + 1], [given[i : i + 1] for given in conditions]))
-        h = model.embed(x[i : i + 1])
-        for branch in model.branches:
-            h = branch.merge(h, branch.compute(h, parts), parts)
-        rows.append(model.head(h, parts))
+        h = first_streams(model, x[i : i + 1], parts)
+        for seam in seams_of(model):
+            for output, out in zip(seam.outputs, seam.compute(h, parts), strict=True):
+                h[output.stream] = seam.merge(h[output.stream], out, parts, output)
+        rows.append(model.head(h[IMAGE], parts))
     return torch.cat(rows)
 
 
@@ -192,15 +223,12 @@ def _check_shapes(model: Any, x: Tensor, conditions: Sequence[Tensor]) -> None:
     if shared := tables.keys() & once.keys():
         raise CheckpointError(f"condition() and request_tables() both give {', '.join(sorted(shared))}; rename one")
     parts = model.unpack({name: table[0] for name, table in tables.items()} | once)
-    h = model.embed(x)
-    for branch in model.branches:
-        out = branch.compute(h, parts)
-        if out.shape[1:] != spec.branch_shape:
-            raise CheckpointError(
-                f"{branch.name} gives {tuple(out.shape[1:])}, expected spec.branch_shape {spec.branch_shape}"
-            )
-        h = branch.merge(h, out, parts)
-    channels = model.head(h, parts).shape[1]
+    check_context(model, parts)
+    h = first_streams(model, x, parts)
+    for seam in seams_of(model):
+        for output, out in zip(seam.outputs, checked_outputs(seam, h, parts, spec), strict=True):
+            h[output.stream] = checked_merge(seam, h[output.stream], out, parts, output)
+    channels = model.head(h[IMAGE], parts).shape[1]
     if channels != spec.out_channels:
         raise CheckpointError(
             f"head() gives {channels} channels, expected {spec.out_channels} for {spec.in_channels} channels with "

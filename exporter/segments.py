@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ditc.exporter.protocol import Branch, TrajectoryModel, example_inputs, request_tables, spread_over_steps
+from ditc.exporter.protocol import TrajectoryModel, example_inputs, request_tables, spread_over_steps
+from ditc.exporter.seams import Seam, Streams, first_streams, seams_of
 from ditc.program import AHEAD, CONDITION, DECODE, REQUEST, REUSE_ROWS, TIMESTEPS, Program, SegmentPlan
+from ditc.streams import IMAGE
 
 __all__ = ["Excerpt", "Passing", "Segment", "Trunk", "segments_of"]
 
-Stream = tuple[Tensor, ...]  # the residual stream, and the sums for later steps
+Passed = tuple[Tensor, ...]  # from branch to branch: the streams, IMAGE first, and the sums for later steps
 Parts = tuple[Any, ...]  # what branches take from the tables, of this step and of later ones
 Cached = dict[str, Tensor]
 Value = TypeVar("Value")
@@ -38,29 +40,43 @@ class BranchScope(nn.Module):
     The branch is kept out of the module tree: its parameters belong to the model, and keep the model's names.
     """
 
-    def __init__(self, branch: Branch) -> None:
+    def __init__(self, seam: Seam) -> None:
         super().__init__()
-        self._hidden = (branch,)
+        self._hidden = (seam,)
 
-    def forward(self, h: Tensor, parts: Any) -> Tensor:
+    def forward(self, h: Streams, parts: Any) -> tuple[Tensor, ...]:
         return self._hidden[0].compute(h, parts)
 
 
 class Residual(nn.Module):
     """One residual sub-layer, computed or taken from a cache, and merged; in a scope of its own as well.
 
-    The stream that goes from one to the next is the residual stream and, with `plan.ahead`, the sums for later steps.
+    From one to the next pass the streams, in the order of `streams`, and with `plan.ahead` the sums for later steps.
     """
 
-    def __init__(self, branch: Branch) -> None:
+    def __init__(self, seam: Seam, streams: tuple[str, ...]) -> None:
         super().__init__()
-        self._hidden = (branch,)
-        self.compute = BranchScope(branch)
+        self._hidden = (seam,)
+        self._streams = streams
+        self.compute = BranchScope(seam)
 
-    def forward(self, stream: Stream, cached: Tensor | None, parts: Parts) -> tuple[Tensor, Stream]:
-        """(output of the branch, the stream after it); `parts` are those of this step and of the later ones."""
-        out = self.compute(stream[0], parts[0]) if cached is None else cached
-        return out, tuple(self._hidden[0].merge(h, out, own) for h, own in zip(stream, parts, strict=True))
+    def forward(
+        self, passed: Passed, cached: Sequence[Tensor | None] | None, parts: Parts
+    ) -> tuple[tuple[Tensor | None, ...], Passed]:
+        """(a tensor for each output of the branch, what passes on); `parts` are those of this step and of later ones.
+
+        `cached` are the outputs where the branch doesn't compute, None for one whose stream nothing reads any more.
+        """
+        seam, names = self._hidden[0], self._streams
+        streams, sums = dict(zip(names, passed, strict=False)), passed[len(names) :]
+        outs = self.compute(streams, parts[0]) if cached is None else cached
+        for output, out in zip(seam.outputs, outs, strict=True):
+            if out is None:
+                continue
+            streams[output.stream] = seam.merge(streams[output.stream], out, parts[0], output)
+            if output.stream == IMAGE:  # other streams don't reach the head of a step that reuses everything
+                sums = tuple(seam.merge(h, out, own, output) for h, own in zip(sums, parts[1:], strict=True))
+        return tuple(outs), (*streams.values(), *sums)
 
 
 class Condition(nn.Module):
@@ -94,10 +110,23 @@ class Trunk(nn.Module):
         self.plan = plan
         self.tables = tables
         self.reads = (*((REUSE_ROWS,) if plan.rows else ()), *plan.reads)
-        self.residual = nn.ModuleList(Residual(branch) for branch in model.branches)
+        self.wiring = model.spec.wiring
+        self.width = len(self.wiring.streams) + plan.ahead  # of what passes from branch to branch
+        self.residual = nn.ModuleList(Residual(seam, self.wiring.streams) for seam in seams_of(model))
 
-    def begin(self, x: Tensor, rest: tuple[Tensor, ...], reads: Sequence[str]) -> tuple[Stream, Parts, Cached]:
-        """The stream in front of the branches, what they take from the tables, and the caches named `reads`."""
+    def values(self, number: int) -> list[str | None]:
+        """Return the names of a branch's outputs; None is one that isn't computed, and not read from a cache either."""
+        names = self.wiring.outputs(self.wiring.branches[number])
+        return [name if self.plan.compute[number] or name in self.plan.reads else None for name in names]
+
+    def cached_outputs(self, number: int, cached: Cached) -> list[Tensor | None] | None:
+        """Return the outputs of a branch that is skipped, as `Residual` takes them; None for one that computes."""
+        if self.plan.compute[number]:
+            return None
+        return [None if name is None else cached[name] for name in self.values(number)]
+
+    def begin(self, x: Tensor, rest: tuple[Tensor, ...], reads: Sequence[str]) -> tuple[Passed, Parts, Cached]:
+        """The tensors that pass into the first branch, the parts of the tables, and the caches named `reads`."""
         tables, rest = _split_off(self.tables, rest)
         of_steps = [name for name in self.tables if not name.startswith(REQUEST)]
         ahead, rest = _split_off(of_steps, rest) if self.plan.ahead else ({}, rest)
@@ -106,18 +135,21 @@ class Trunk(nn.Module):
             self.model.unpack(_own_names(tables | {name: table[k] for name, table in ahead.items()}))
             for k in range(self.plan.ahead)
         ]
-        stream = self.model.embed(x), *(torch.zeros(()) for _ in later)
-        return stream, (parts, *later), dict(zip(reads, rest, strict=True))
+        begun = first_streams(self.model, x, parts)
+        passed = *(begun[name] for name in self.wiring.streams), *(torch.zeros(()) for _ in later)
+        return passed, (parts, *later), dict(zip(reads, rest, strict=True))
 
     def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        stream, parts, cached = self.begin(x, rest, self.reads)
+        passed, parts, cached = self.begin(x, rest, self.reads)
         if AHEAD in cached:
-            return (self.model.head(stream[0] + self._reused(cached), parts[0]),)
-        outputs = {}
-        for name, residual in zip(self.model.spec.branches, self.residual, strict=True):
-            outputs[name], stream = residual(stream, cached.get(name), parts)
-        outputs |= {f"{AHEAD}.{k}": total for k, total in enumerate(stream) if k}
-        return self.model.head(stream[0], parts[0]), *(outputs[name] for name in self.plan.writes)
+            return (self.model.head(passed[0] + self._reused(cached), parts[0]),)
+        outputs = dict[str, Tensor]()
+        for number, residual in enumerate(self.residual):
+            outs, passed = residual(passed, self.cached_outputs(number, cached), parts)
+            named = zip(self.values(number), outs, strict=True)
+            outputs |= {name: out for name, out in named if name is not None and out is not None}
+        outputs |= {f"{AHEAD}.{k}": total for k, total in enumerate(passed[len(self.wiring.streams) :], 1)}
+        return self.model.head(passed[0], parts[0]), *(outputs[name] for name in self.plan.writes)
 
     def _reused(self, cached: Cached) -> Tensor:
         """Return the sum of all branches: the one that was cached, or cached ones by their weights and a shift."""
@@ -142,7 +174,8 @@ class Excerpt(nn.Module):
     """A trunk with some of its branches only, `chosen` by number, and with everything that passes between its parts.
 
     Its inputs are those of the trunk, of the caches only those that are read. Its outputs are the prediction; the
-    tensors among the leaves of `parts`; the stream; and for each branch its output and the stream after it.
+    tensors among the leaves of `parts`; what passes into the first branch; and for each branch its outputs, as far as
+    there are any, and what passes on.
     """
 
     def __init__(self, trunk: Trunk, chosen: Sequence[int]) -> None:
@@ -150,34 +183,41 @@ class Excerpt(nn.Module):
         self._hidden = (trunk,)
         self.model, self.residual = trunk.model, trunk.residual  # under the trunk's names, which nodes will carry
         self.chosen = tuple(chosen)
-        names = trunk.model.spec.branches
-        self.reads = tuple(names[number] for number in self.chosen if names[number] in trunk.plan.reads)
+        self.counts = [len(values) - values.count(None) for values in map(trunk.values, self.chosen)]
+        own = [name for number in self.chosen for name in trunk.values(number)]
+        self.reads = tuple(name for name in trunk.plan.reads if name in own)
 
     def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        stream, parts, cached = self._hidden[0].begin(x, rest, self.reads)
+        trunk = self._hidden[0]
+        passed, parts, cached = trunk.begin(x, rest, self.reads)
         between = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
-        between += stream
+        between += passed
         for number in self.chosen:
-            out, stream = self.residual[number](stream, cached.get(self.model.spec.branches[number]), parts)
-            between += [out, *stream]
-        return self.model.head(stream[0], parts[0]), *between
+            outs, passed = self.residual[number](passed, trunk.cached_outputs(number, cached), parts)
+            between += [out for out in outs if out is not None]
+            between += passed
+        return self.model.head(passed[0], parts[0]), *between
 
 
 @dataclass(frozen=True)
 class Passing(Generic[Value]):
-    """The values between the parts of an excerpt: leaves, the streams around the branches, the branches' outputs."""
+    """The values between the parts of an excerpt: leaves, what passes around the branches, the branches' outputs."""
 
     leaves: list[Value]
-    streams: list[list[Value]]
-    outs: list[Value]
+    passed: list[list[Value]]
+    outs: list[list[Value]]
 
     @classmethod
-    def of(cls, outputs: Sequence[Value], branches: int, width: int) -> Passing[Value]:
-        """Sorted from the outputs of an excerpt with so many branches and streams of `width` tensors."""
-        first = len(outputs) - width - branches * (1 + width)
-        starts = [first + number * (1 + width) for number in range(branches + 1)]
-        streams = [list(outputs[start : start + width]) for start in starts]
-        return cls(list(outputs[1:first]), streams, [outputs[start + width] for start in starts[:-1]])
+    def of(cls, outputs: Sequence[Value], counts: Sequence[int], width: int) -> Passing[Value]:
+        """Sorted from the outputs of an excerpt whose branches have `counts` outputs and pass on `width` tensors."""
+        first = len(outputs) - width - sum(count + width for count in counts)
+        leaves, passed, outs = list(outputs[1:first]), [list(outputs[first : first + width])], []
+        place = first + width
+        for count in counts:
+            outs.append(list(outputs[place : place + count]))
+            passed.append(list(outputs[place + count : place + count + width]))
+            place += count + width
+        return cls(leaves, passed, outs)
 
 
 class Decode(nn.Module):
@@ -204,7 +244,7 @@ def segments_of(model: TrajectoryModel, program: Program) -> Iterator[Segment]:
     for plan in program.segments:
         generator = torch.Generator().manual_seed(1)
         cached = {
-            f"cache.{name}": torch.randn(len(x), *model.spec.branch_shape, generator=generator) for name in plan.reads
+            f"cache.{name}": torch.randn(len(x), *model.spec.shape_of(name), generator=generator) for name in plan.reads
         }
         later = {f"{AHEAD}.{name}": _later_rows(table, plan.ahead) for name, table in conditioned.items() if plan.ahead}
         row = torch.randn(plan.rows, *model.spec.branch_shape[-1:], generator=generator)

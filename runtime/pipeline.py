@@ -411,7 +411,7 @@ class Pipeline:
         begin: Samples | None,
         start: int,
     ) -> Iterator[tuple[Request, Samples, NoiseSource, int]]:
-        """Yield a request of `at_once` images, the samples it begins with, its source of fresh noise, and its first step."""
+        """Yield requests of `at_once` images, each with its first samples, its fresh noise, and its first step."""
         size = self._at_once(executor)
         for first in range(0, len(request), size):
             part = slice(first, min(first + size, len(request)))

@@ -27,7 +27,7 @@ from ditc.exporter.segments import Excerpt, Segment, segments_of
 from ditc.passes import program_from_schedule
 from ditc.schedule import CacheSchedule
 
-OWN_FILE = Path(__file__).parents[1] / "models" / "separate_qkv.py"
+OWN_FILES = Path(__file__).parents[1] / "models"
 CONFIG = DiTConfig(input_size=4, hidden_size=24, depth=3, num_heads=3, num_classes=4)
 
 
@@ -45,27 +45,28 @@ def from_diffusers(folder: Path) -> DiT:
     return dit_from_diffusers(folder)
 
 
-def users_own(_: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("separate_qkv_to_assemble", OWN_FILE)
+def users_own(file: Path, build: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_to_assemble", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up there
     spec.loader.exec_module(module)
-    return module.build().eval()
+    return getattr(module, build)().eval()
 
 
 MODELS: dict[str, Callable[[Path], Any]] = {
     "digits": lambda _: builtin_digits(),
     "diffusers": from_diffusers,
-    "users-own": users_own,
+    "users-own": lambda _: users_own(OWN_FILES / "separate_qkv.py", "build"),
+    "two-streams": lambda _: users_own(OWN_FILES / "two_streams.py", "dual"),
 }
 
 
 def segment_of(model: Any, row: Sequence[bool]) -> Segment:
     """The segment that computes the branches of `row`, and gives the caches that the others read later."""
     rows = CacheSchedule(compute=((True,) * len(row), tuple(row), (False,) * len(row)))
-    program = program_from_schedule(rows, [2, 1, 0], model.spec.branches)
+    program = program_from_schedule(rows, [2, 1, 0], model.spec.branches, streams=model.spec.streams)
     wanted = program.steps[1].segment
     return next(segment for segment in segments_of(model, program) if segment.name == wanted)
 
@@ -84,6 +85,8 @@ ROWS: dict[str, Callable[[int], list[bool]]] = {
         ("digits", "reuse"),
         ("diffusers", "row"),
         ("users-own", "full"),
+        ("two-streams", "full"),
+        ("two-streams", "row"),
     ],
 )
 def test_an_assembled_segment_is_the_whole_trace_byte_for_byte(
