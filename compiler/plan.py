@@ -103,7 +103,7 @@ class Plan:
 
     def batch_size(self, at_most: int = LARGEST_BATCH) -> int:
         """Return how many images' cache slots stay within bounds."""
-        slots = len(self.spec.branches) * int(np.prod(self.spec.branch_shape)) * 4 * self.halves
+        slots = self.spec.cached_numbers * 4 * self.halves
         return int(np.clip(BUFFER_BYTES // max(slots, 1), 1, at_most))
 
     def batches(self, count: int, at_most: int = LARGEST_BATCH) -> list[range]:
@@ -115,5 +115,5 @@ class Plan:
     def probed_at_once(self) -> int:
         """Points whose activations in front of all linear layers stay within bounds, together."""
         # every block has 3 of them of the model's width and one of the MLP's: 7 widths in a standard block
-        point_bytes = 4 * self.halves * 7 * int(np.prod(self.spec.branch_shape)) * len(self.spec.branches) // 2
+        point_bytes = 4 * self.halves * 7 * self.spec.cached_numbers // 2
         return int(np.clip(BUFFER_BYTES // max(point_bytes, 1), 1, LARGEST_BATCH))

@@ -104,7 +104,8 @@ def plan_to_watch(
             f"--policy {options.policy} looks at sums, and {spec.name} has a branch whose merge() does more than add; "
             "choose another --policy"
         )
-    uncached = program_from_schedule(schedule, [float(value) for value in columns["t"]], spec.branches)
+    t = [float(value) for value in columns["t"]]
+    uncached = program_from_schedule(schedule, t, spec.branches, streams=spec.streams)
     return Plan(spec, options, uncached, uncached, uncached, columns, progress, examples), wanted.within(options.steps)
 
 

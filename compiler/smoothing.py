@@ -29,6 +29,8 @@ from ditc.runtime.closeness import relative_error
 
 __all__ = ["smooth"]
 
+Shape = tuple[int, ...]  # of a cached value, without the batch axis
+
 PARITY_POINTS = 8
 PARITY_TOLERANCE = 1e-4  # that of an exported segment against torch
 
@@ -136,13 +138,13 @@ def _change(after: NDArray[np.float32], before: NDArray[np.float32]) -> float:
     return relative_error(after, before) if before.any() else float(np.linalg.norm(after))
 
 
-def _input(port: Any, feed: Mapping[str, NDArray[Any]], cached: NDArray[np.float32]) -> NDArray[Any]:
-    """Return an input's own feed, for the next steps' tables those of this step, else what is cached."""
+def _input(port: Any, feed: Mapping[str, NDArray[Any]], cached: Mapping[Shape, NDArray[np.float32]]) -> NDArray[Any]:
+    """Return an input's own feed, for the next steps' tables those of this step, else what is cached of its shape."""
     if port.name == REUSE_ROWS:
         return np.ones(port.shape, np.float32)
     if port.name.startswith(f"{AHEAD}."):
         return np.stack([feed[port.name.removeprefix(f"{AHEAD}.")]] * port.shape[0])
-    return feed.get(port.name, cached)
+    return feed[port.name] if port.name in feed else cached[tuple(port.shape[1:])]
 
 
 def _outputs(plan: Plan, segments: Segments, name: str, points: CalibSet) -> dict[str, Any]:
@@ -150,9 +152,10 @@ def _outputs(plan: Plan, segments: Segments, name: str, points: CalibSet) -> dic
     condition, session = (plan.backend.session(segments[each]) for each in (CONDITION, name))
     names = [port.name for port in session.get_outputs()]
     rng = np.random.default_rng(0)
+    shapes = dict.fromkeys([plan.spec.branch_shape, *plan.spec.wiring.shapes.values()])
     runs = []
     for feed in calibration_feeds(condition, points, PointConditions.of_plan(plan), 1):
-        noise = rng.standard_normal((len(feed["x"]), *plan.spec.branch_shape), np.float32)
+        noise = {shape: rng.standard_normal((len(feed["x"]), *shape), np.float32) for shape in shapes}
         inputs = {port.name: _input(port, feed, noise) for port in session.get_inputs()}
         runs.append(session.run(names, inputs))
     return_free_memory()

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ditc.engines.backend import Buffer, Port
 from ditc.exporter.protocol import TrajectoryModel
+from ditc.exporter.seams import seams_of
 from ditc.exporter.segments import Segment, segments_of
 from ditc.program import CONDITION, FULL, REQUEST, Program
+from ditc.streams import IMAGE
 
 __all__ = ["TorchBinding", "TorchEngine", "sum_of", "watching_engines"]
 
@@ -84,9 +86,9 @@ def _port(name: str, like: Tensor, open_dims: Mapping[int, str]) -> Port:
 def watching_engines(model: TrajectoryModel, program: Program, show: Show) -> dict[str, TorchEngine]:
     """Return the engines of a program that computes everything at every step; `show` is handed each step's runs.
 
-    It is handed the output of every branch as well, as "cache.NAME", though the program writes none.
+    It is handed the outputs of every branch as well, as "cache.NAME", though the program writes none.
     """
-    whole = program.segment(FULL).model_copy(update={"writes": program.branches})
+    whole = program.segment(FULL).model_copy(update={"writes": tuple(program.wiring.values)})
     shown = program.model_copy(update={"segments": (whole,), "epilogue": ()})
     condition, full = segments_of(model, shown)
     examples = zip(condition.outputs, condition.module(*condition.inputs.values()), strict=True)
@@ -104,12 +106,14 @@ def _dims_of_table(name: str) -> Mapping[int, str]:
 
 @torch.no_grad()
 def sum_of(model: TrajectoryModel, outputs: Mapping[str, Buffer], tables: Tensors) -> Buffer:
-    """Return the sum that branches with these outputs, by name, add to the residual stream at a step of these tables.
+    """Return the sum that branches with these outputs, by name, add to the stream of the head at such tables.
 
     (rows, *branch_shape), for a model whose branches add. Of `tables` others than the step's are passed over.
     """
     parts = model.unpack({name.removeprefix(REQUEST): table for name, table in tables.items() if name != "x"})
     total = torch.zeros(())
-    for branch in model.branches:
-        total = branch.merge(total, torch.from_numpy(outputs[branch.name]), parts)
+    for seam in seams_of(model):
+        for name, output in model.spec.wiring.outputs(seam.name).items():
+            if output.stream == IMAGE:
+                total = seam.merge(total, torch.from_numpy(outputs[name]), parts, output)
     return np.asarray(total.numpy())

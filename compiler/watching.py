@@ -23,6 +23,7 @@ from ditc.compiler.work import write_json
 from ditc.policies import Watching
 from ditc.runtime.host_executor import HostExecutor
 from ditc.step_statistics import StepStatistics, SumStatistics, steps_exist
+from ditc.streams import Wiring
 from ditc.tables import sampler_tables
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ STATISTICS = "statistics.npz"
 WATCH_IMAGES = 10  # as in SmoothCache, arXiv 2411.10510
 LEAST_NORM = 1e-300  # an output that is zero throughout has changed by nothing, or beyond all bounds
 
-Outputs = Mapping[str, NDArray[np.float32]]  # of each branch, (rows, *branch_shape)
+Outputs = Mapping[str, NDArray[np.float32]]  # of all branches by the names of cached values, (rows, *shape)
 AddUp = Callable[[Outputs], NDArray[np.float32]]  # outputs to their sum, with the gates of the step that was run last
 Numbers = NDArray[np.float64]
 
@@ -49,7 +50,8 @@ def watch(plan: Plan, model: Any, wanted: Watching, folder: Path) -> None:
 
     count = plan.options.watch_images or WATCH_IMAGES
     at_most = max(1, plan.batch_size() // (wanted.window + 1))
-    observer = StepObserver(plan.spec.branches, len(plan.program.steps), plan.spec.branch_shape[-1], wanted)
+    wiring = plan.spec.wiring
+    observer = StepObserver(wiring, len(plan.program.steps), plan.spec.branch_shape[-1], wanted)
     shown: list[tuple[Tensors, Tensors]] = []
     engines = watching_engines(model, plan.program, lambda *run: shown.append(run))
     runner = HostExecutor(plan.spec, plan.program, sampler_tables(plan.columns), engines, plan.options.cfg)
@@ -57,8 +59,8 @@ def watch(plan: Plan, model: Any, wanted: Watching, folder: Path) -> None:
         for event in request:
             plan.progress("watch", part.start * event.steps + event.index * len(part), count * event.steps)
             inputs, outputs = shown.pop()
-            branches = {name: outputs[f"cache.{name}"].numpy() for name in plan.spec.branches}
-            observer.add(event.index, branches, partial(sum_of, model, tables=inputs))
+            values = {name: outputs[f"cache.{name}"].numpy() for name in wiring.values}
+            observer.add(event.index, values, partial(sum_of, model, tables=inputs))
     statistics = observer.statistics(count)
     statistics.save(folder / STATISTICS)
     write_json(folder / "watch.json", summary(statistics).model_dump(mode="json"))
@@ -81,7 +83,7 @@ class StepObserver:
     It holds the outputs of the last `wanted.window` steps: with those of the step that is added `window` + 1 sets.
     """
 
-    branches: Sequence[str]
+    wiring: Wiring
     steps: int
     channels: int
     wanted: Watching
@@ -92,8 +94,8 @@ class StepObserver:
         self.past = deque(maxlen=self.wanted.window)
         distances, sums = self.wanted.distances, self.wanted.sums + 1
         back, exact = (steps_exist(self.steps, least, n) for least, n in ((1, distances), (0, sums)))
-        self._absolute = _zeros(back, len(self.branches))
-        self._relative = _zeros(back, len(self.branches))
+        self._absolute = _zeros(back, len(self.wiring.branches))
+        self._relative = _zeros(back, len(self.wiring.branches))
         self._mean = _zeros(exact, self.channels)
         self._gram = _zeros(exact[:, :, None] & exact[:, None], self.channels)
         self._distance = _zeros(exact)
@@ -102,7 +104,7 @@ class StepObserver:
         """Add one step of a request; `add_up` is only called where sums are wanted."""
         if step == 0:
             self.past.clear()
-            self.rows += len(outputs[self.branches[0]])
+            self.rows += len(next(iter(outputs.values())))
         for back, earlier in enumerate(islice(self.past, self.wanted.distances)):
             self._add_distances(step, back, outputs, earlier)
         if self.wanted.sums:
@@ -110,11 +112,13 @@ class StepObserver:
         self.past.appendleft(outputs)
 
     def _add_distances(self, step: int, back: int, outputs: Outputs, earlier: Outputs) -> None:
-        for place, name in enumerate(self.branches):
-            now = outputs[name]
-            change = _norms(now - earlier[name])
-            self._absolute[step, back, place] += change.sum() / (now.size // len(now))
-            self._relative[step, back, place] += (change / np.maximum(_norms(now), LEAST_NORM)).sum()
+        for place, branch in enumerate(self.wiring.branches):  # over all outputs of a branch together
+            values = self.wiring.outputs(branch)
+            change = np.sum([_norms(outputs[name] - earlier[name]) for name in values], axis=0)
+            size = sum(outputs[name][0].size for name in values)
+            self._absolute[step, back, place] += change.sum() / size
+            norms = np.sum([_norms(outputs[name]) for name in values], axis=0)
+            self._relative[step, back, place] += (change / np.maximum(norms, LEAST_NORM)).sum()
 
     def _add_sums(self, step: int, sums: Sequence[NDArray[np.float32]]) -> None:
         """Add S_0, S_1, ... each (rows, ..., channels); a row counts once, whatever it has of tokens."""
@@ -129,7 +133,7 @@ class StepObserver:
         """Return the means over everything that was added. Raises InputError where a value is not finite."""
         sums = SumStatistics(self._mean / self.rows, self._gram / self.rows, self._distance / self.rows)
         return StepStatistics(
-            branches=tuple(self.branches),
+            branches=self.wiring.branches,
             images=images,
             absolute=self._absolute / self.rows,
             relative=self._relative / self.rows,

@@ -82,12 +82,11 @@ def memory_needs(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryNeeds:
     needs = footprints(bundle)
     rows, steps = manifest.batch * manifest.halves, len(manifest.program.steps)
     condition = needs[CONDITION].outputs.values()
-    caches = [
-        port.size_bytes(profile_sizes(bundle, name))
-        for name, need in needs.items()
-        for port_name, port in need.outputs.items()
-        if port_name.startswith("cache.")
-    ]
+    slots = dict[int, int]()  # bytes of each, which holds values of one shape
+    for step in manifest.program.steps:
+        for value, slot in step.writes.items():
+            port = needs[step.segment].outputs[f"cache.{value}"]
+            slots[slot] = max(slots.get(slot, 0), port.size_bytes(profile_sizes(bundle, step.segment)))
     latent, prediction = (4 * prod(shape) for shape in (manifest.model.latent_shape, manifest.model.prediction_shape))
     decoded = needs[DECODE].outputs.values() if DECODE in needs else ()
     images = [port.size_bytes(profile_sizes(bundle, DECODE)) for port in decoded]
@@ -95,7 +94,7 @@ def memory_needs(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryNeeds:
     return MemoryNeeds(
         weights={name: need.weight_bytes for name, need in needs.items()},
         scratch=max(need.activation_bytes for need in needs.values()),
-        caches=factor * max(caches, default=0) * manifest.program.slots,
+        caches=factor * sum(slots.values()),
         tables=factor * sum(_with_copies(port, profile_sizes(bundle, CONDITION)) for port in condition),
         samples=(3 * rows + steps * manifest.batch) * latent + rows * prediction + sum(images),
         batch=manifest.batch,

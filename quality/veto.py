@@ -107,9 +107,11 @@ class _Sides:
         """Open the sides of a bundle whose reference is open. Raises InputError where it is not quantized."""
         bundle = pipe.bundle
         check_has_noise(bundle)
-        branches = bundle.manifest.model.branches
-        exact = stack.enter_context(open_branch_probe(bundle.reference_path(FULL), branches))
-        int8 = stack.enter_context(open_branch_probe(bundle.segment_path(FULL), branches, bundle.tables()))
+        spec = bundle.manifest.model
+        exact, int8 = (
+            stack.enter_context(open_branch_probe(path, spec.branches, tables, spec.streams))
+            for path, tables in ((bundle.reference_path(FULL), {}), (bundle.segment_path(FULL), bundle.tables()))
+        )
         conditions = bundle.reference_path(CONDITION), bundle.segment_path(CONDITION)
         return _Sides(pipe, GuidedRun.of(bundle), exact, int8, conditions, bundle.manifest.program.unquantized)
 

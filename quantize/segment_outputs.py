@@ -9,7 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ditc.program import BRANCH_KEY
 
-__all__ = ["branch_outputs", "keep_outputs"]
+__all__ = ["branch_outputs", "branch_values", "keep_outputs"]
 
 
 def branch_outputs(model: ir.Model) -> dict[str, ir.Value]:
@@ -17,13 +17,21 @@ def branch_outputs(model: ir.Model) -> dict[str, ir.Value]:
 
     It is the last value that nodes of the branch make and others read.
     """
-    outputs = {}
+    return {branch: values[-1] for branch, values in branch_values(model).items()}
+
+
+def branch_values(model: ir.Model) -> dict[str, list[ir.Value]]:
+    """The values that nodes of a branch make and others read, in the order of the nodes.
+
+    A branch of several outputs has them last. What may come before are constants and sizes that branches share.
+    """
+    outputs: dict[str, list[ir.Value]] = {}
     for node in model.graph:
         branch = node.metadata_props.get(BRANCH_KEY)
         for value in node.outputs:
             readers = {use.node.metadata_props.get(BRANCH_KEY) for use in value.uses()}
             if branch is not None and (value.is_graph_output() or readers - {branch}):
-                outputs[branch] = value
+                outputs.setdefault(branch, []).append(value)
     return outputs
 
 

@@ -18,7 +18,7 @@ from ditc.engines.device import ALIGNMENT, Device, DeviceTensor
 from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Program
 from ditc.runtime.compensation import TableCompensation
 from ditc.runtime.conditioning import is_of_request, most_ahead, steps_ahead
-from ditc.runtime.executor import slot_type
+from ditc.runtime.executor import slot_shapes, slot_type
 from ditc.tables import Tables, memory_of, sampler_columns, step_inputs
 from ditc.update_form import row_columns
 
@@ -83,7 +83,7 @@ class DeviceBuffers:
         self.copied_parts: list[tuple[DeviceTensor, DeviceTensor]] = []  # (part of a table, its copy)
         self._place_tables(program, engines)
         dtype = slot_type(program, engines)
-        self.slots = [device.empty((rows, *spec.branch_shape), dtype) for _ in range(program.slots)]
+        self.slots = [device.empty((rows, *shape), dtype) for shape in slot_shapes(program, spec)]
         if DECODE in engines:
             self.latent = device.empty((batch, *spec.latent_shape), "float32")
             port = engines[DECODE].outputs["image"]

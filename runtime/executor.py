@@ -31,6 +31,7 @@ __all__ = [
     "in_range",
     "seeded_noise",
     "seeded_request",
+    "slot_shapes",
     "slot_type",
     "streamed_noise",
     "streamed_request",
@@ -135,6 +136,16 @@ def in_range(images: Samples) -> Samples:
 def written_ports(step: Step) -> Iterator[tuple[str, int]]:
     """(port, slot) of every cache that a step leaves for later ones."""
     return ((f"cache.{value}", slot) for value, slot in step.writes.items())
+
+
+def slot_shapes(program: Program, spec: ModelSpec) -> list[tuple[int, ...]]:
+    """Return the shape of each slot without the batch axis: that of all values that it holds in turn."""
+    shapes = [spec.branch_shape] * program.slots
+    own = spec.wiring.shapes
+    for step in program.steps:
+        for value, slot in step.writes.items():
+            shapes[slot] = own.get(value, spec.branch_shape)
+    return shapes
 
 
 def slot_type(program: Program, engines: Mapping[str, Engine | DeviceEngine]) -> str:

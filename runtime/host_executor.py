@@ -34,6 +34,7 @@ from ditc.runtime.executor import (
     check_request,
     closed_while_running,
     in_range,
+    slot_shapes,
     slot_type,
     written_ports,
 )
@@ -45,7 +46,7 @@ __all__ = ["HostExecutor"]
 
 REQUEST_BYTES = 256 << 20  # about what the buffers of one request may take
 MOST_AT_ONCE = 64  # images; more of the smallest models gain nothing
-BLOCK_INSIDES = 16  # tensors of a branch's size that are alive inside a block, beside the cache slots
+BLOCK_INSIDES = 16  # tensors of the streams' size that are alive inside a block, beside the cache slots
 KEPT_BUFFERS = 4  # sets of buffers that wait for their next request, whatever their sizes
 
 
@@ -60,7 +61,7 @@ class _Buffers:
     x: Samples
     out: Samples
     conditioning: Conditioning
-    slots: tuple[Buffer, ...]  # each (rows, *branch_shape)
+    slots: tuple[Buffer, ...]  # each (rows, *shape of what it holds)
     bindings: dict[str, Binding]
 
 
@@ -117,8 +118,8 @@ class HostExecutor:
         """
         if self._together is not None:
             return self._together
-        branch, latent = prod(self.spec.branch_shape), prod(self.spec.latent_shape)
-        values = self.guidance.halves * ((self.program.slots + BLOCK_INSIDES) * branch + 3 * latent)
+        latent, slots = prod(self.spec.latent_shape), sum(map(prod, slot_shapes(self.program, self.spec)))
+        values = self.guidance.halves * (slots + BLOCK_INSIDES * self.spec.stream_numbers + 3 * latent)
         values += 2 * self._memory * latent
         image_bytes = np.dtype(np.float32).itemsize * (values + self._table_values())
         return max(self._batch, min(REQUEST_BYTES // image_bytes, MOST_AT_ONCE))
@@ -271,13 +272,13 @@ class HostExecutor:
         rows = images * self.guidance.halves
         t = np.array([row["t"] for row in self._rows], dtype=np.float32)
         fresh = frozenset(condition.name for condition in self.spec.conditions if condition.fresh)
-        slot_shape, dtype = (rows, *self.spec.branch_shape), slot_type(self.program, self._engines)
+        dtype = slot_type(self.program, self._engines)
         return _Buffers(
             images=images,
             x=np.empty((rows, *self.spec.latent_shape), np.float32),
             out=np.empty((rows, *self.spec.prediction_shape), np.float32),
             conditioning=Conditioning(self._engines[CONDITION], t, rows, most_ahead(self._engines), fresh),
-            slots=tuple(np.empty(slot_shape, dtype) for _ in range(self.program.slots)),
+            slots=tuple(np.empty((rows, *shape), dtype) for shape in slot_shapes(self.program, self.spec)),
             bindings={},
         )
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,7 +41,8 @@ SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, dep
 QUICK = CompileOptions(
     steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4, reuse="hold", smooth="none", vc="std"
 )
-# the small model under several policies and precisions
+OWN_MODELS = Path(__file__).parent / "models"
+# the small model under several policies and precisions; "model" names another one
 BUNDLES: dict[str, dict[str, Any]] = {
     "cached": {"policy": "fora:2"},
     "per-step": {"policy": "fora:2", "scales": "per-step", "midpoint": "bounded", "vc": "none"},
@@ -67,6 +71,19 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "memory-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none", "sampler": "unipc"},
     "fp32-none": {"policy": "none", "precision": "fp32", "vc": "none"},
     "fp32-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none"},
+    # the same of a model of two streams, with two outputs and gates of its first branches' image
+    "streams": {"model": "two-streams", "policy": "fora:2", "smooth": "smooth"},
+    "streams-rows": {"model": "two-streams", "policy": str(OWN_MODELS / "two_streams.json")},
+    "streams-fp32-cached": {"model": "two-streams", "policy": "fora:2", "precision": "fp32", "vc": "none"},
+    "streams-fp32-branches": {
+        "model": "two-streams",
+        "policy": "fora:2",
+        "precision": "fp32",
+        "vc": "none",
+        "caches": "branches",
+    },
+    "streams-fp32-none": {"model": "two-streams", "policy": "none", "precision": "fp32", "vc": "none"},
+    "streams-fp32-fora1": {"model": "two-streams", "policy": "fora:1", "precision": "fp32", "vc": "none"},
 }
 # of the constants of a graph that is written as text
 KINDS = {"float32": "float", "int64": "int64"}
@@ -115,6 +132,28 @@ def small_model(**changes: int) -> DiT:
     model = DiT(replace(SMALL, **changes), name="small").eval()  # type: ignore[arg-type]
     model.cfg_channels = 2
     return model
+
+
+def own_module(name: str) -> ModuleType:
+    """A user's file of tests/models, loaded anew."""
+    spec = importlib.util.spec_from_file_location(f"{name}_of_a_user", OWN_MODELS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "small": small_model,
+    "two-streams": lambda: own_module("two_streams").dual().eval(),
+}
+
+
+@pytest.fixture
+def make_own_module() -> Callable[[str], ModuleType]:
+    return own_module
 
 
 @pytest.fixture(scope="session")
@@ -185,7 +224,7 @@ def _described(model: Any) -> list[Any]:
 
 
 class Bundles(Mapping[str, Bundle]):
-    """The small model under each of some settings, by name, compiled when it is first asked for."""
+    """The small models under each of some settings, by name, compiled when it is first asked for."""
 
     def __init__(self, compiled_once: Callable[..., Bundle], settings: Mapping[str, Mapping[str, Any]]) -> None:
         self._compiled_once = compiled_once
@@ -194,8 +233,9 @@ class Bundles(Mapping[str, Bundle]):
 
     def __getitem__(self, name: str) -> Bundle:
         if name not in self._compiled:
-            options = QUICK.model_copy(update=dict(self._settings[name]))
-            self._compiled[name] = self._compiled_once(small_model(), options)
+            settings = {"model": "small", **self._settings[name]}
+            model = MODELS[settings.pop("model")]()
+            self._compiled[name] = self._compiled_once(model, QUICK.model_copy(update=settings))
         return self._compiled[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -207,7 +247,7 @@ class Bundles(Mapping[str, Bundle]):
 
 @pytest.fixture(scope="session")
 def bundles(compiled_once: Callable[..., Bundle]) -> Mapping[str, Bundle]:
-    """The small model compiled under several policies and precisions, by name; not to be changed."""
+    """The small models compiled under several policies and precisions, by name; not to be changed."""
     return Bundles(compiled_once, BUNDLES)
 
 

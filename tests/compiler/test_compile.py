@@ -57,6 +57,14 @@ def test_the_same_inputs_and_seed_give_the_same_bytes(
     assert (again.path / "manifest.json").read_bytes() == (bundles["cached"].path / "manifest.json").read_bytes()
 
 
+def test_a_model_of_two_streams_gives_the_same_bytes_again(
+    tmp_path: Path, make_own_module: Callable[[str], Any], quick_options: CompileOptions, bundles: dict[str, Bundle]
+) -> None:
+    options = quick_options.model_copy(update={"policy": "fora:2", "smooth": "smooth"})
+    again = compile_model(make_own_module("two_streams").dual().eval(), tmp_path / "again", options)
+    assert file_hashes(again) == file_hashes(bundles["streams"])
+
+
 def test_another_seed_gives_another_calibration_set(
     tmp_path: Path,
     make_small_model: Callable[[], DiT],

@@ -37,13 +37,14 @@ def walked(bundle: Bundle, branch: int, seed: int) -> tuple[list[np.ndarray], li
     for place, own in ((bundle.reference_path, {}), (bundle.segment_path, tables)):
         session = OnnxRuntimeBackend().session(place(CONDITION))
         conditioning = condition_tables(session, tables["sampler.t"], conditions)
-        with ditc.load(bundle.path, reference=True) as pipe, open_branch_probe(place("full"), spec.branches, own) as p:
+        probe = open_branch_probe(place("full"), spec.branches, own, spec.streams)
+        with ditc.load(bundle.path, reference=True) as pipe, probe as p:
             events = pipe.generate([0], seed=seed)
             sides.append([p.run(e.index, np.concatenate([e.before] * 2), conditioning)[branch] for e in events])
     return sides[0], sides[1]
 
 
-@pytest.mark.parametrize("name", ["cached", "per-step"])
+@pytest.mark.parametrize("name", ["cached", "per-step", "streams"])
 def test_noise_and_change_are_the_norms_of_their_definitions(bundles: dict[str, Bundle], name: str) -> None:
     veto = veto_of(bundles[name].path, VetoOptions(images=1, seed=4))
     exact, quantized = walked(bundles[name], 2, seed=4)
@@ -54,14 +55,33 @@ def test_noise_and_change_are_the_norms_of_their_definitions(bundles: dict[str, 
             change = relative_error(exact[step - 1], exact[step])
             assert veto.change[step][2] == pytest.approx(change, rel=1e-5)
             assert veto.ratio[step][2] == pytest.approx(noise / change, rel=1e-5)
-    assert veto.since == ((None,) * 4, (0,) * 4, (None,) * 4, (2,) * 4, (None,) * 4, (4,) * 4)
-    assert veto.ratio[0] == (None,) * 4
+    count = len(bundles[name].manifest.model.branches)
+    assert veto.since == tuple((step - 1 if step % 2 else None,) * count for step in range(STEPS))
+    assert veto.ratio[0] == (None,) * count
 
 
 def test_steps_in_floating_point_have_no_noise(bundles: dict[str, Bundle]) -> None:
     """Steps 0, 4 and 5, where it reuses; at the others it is what computing there has, or would have."""
     veto = veto_of(bundles["float-ends"].path, VetoOptions(images=1))
     assert [max(filter(None, row), default=0.0) > 0 for row in veto.noise] == [False, True, True, True, False, False]
+
+
+def test_a_probe_has_the_outputs_of_a_branch_side_by_side(bundles: dict[str, Bundle]) -> None:
+    """Those of two streams are found inside the form that keeps sums: two of the image, one of the text."""
+    sums, rows = bundles["streams-fp32-cached"], bundles["streams-rows"]
+    spec, tables = sums.manifest.model, sums.tables()
+    session = OnnxRuntimeBackend().session(sums.segment_path(CONDITION))
+    conditioning = condition_tables(session, tables["sampler.t"], np.array([1, 2], np.int64))
+    x = np.random.default_rng(0).standard_normal((2, *spec.latent_shape), np.float32)
+    with open_branch_probe(sums.segment_path("full"), spec.branches, streams=spec.streams) as probe:
+        probed = dict(zip(spec.branches, probe.run(3, x, conditioning), strict=True))
+    full = OnnxRuntimeBackend().session(rows.reference_path("full"))
+    names = [port.name for port in full.get_outputs()]
+    feeds = {"x": x, **{name: table[3] for name, table in conditioning.items()}}
+    cached = dict(zip(names, full.run(names, {i.name: feeds[i.name] for i in full.get_inputs()}), strict=True))
+    for branch in ("blocks.0.attn", "blocks.0.ff_text", "blocks.1.attn", "blocks.2.attn"):
+        values = [cached[f"cache.{value}"].reshape(2, -1) for value in spec.wiring.outputs(branch)]
+        assert relative_error(probed[branch].reshape(2, -1), np.concatenate(values, axis=1)) < 1e-5, branch
 
 
 def test_a_probe_gives_what_a_step_would_cache(bundles: dict[str, Bundle]) -> None:

@@ -24,7 +24,7 @@ from ditc.errors import BundleError
 from ditc.runtime.pipeline import load
 
 SHOWN = 23  # of the manifests that open, every so many are inspected
-KINDS = ("cached", "float-ends", "fp32-taylor", "fp32-taylor-3", "fp32-branches")
+KINDS = ("cached", "float-ends", "fp32-taylor", "fp32-taylor-3", "fp32-branches", "streams-rows")
 Place = tuple[Any, ...]  # keys and numbers that lead to a value
 Change = tuple[str, Any]  # what was done to a value, and what it then is
 

@@ -34,17 +34,8 @@ from ditc.runtime.fingerprint import (
 )
 from ditc.runtime.pipeline import load
 
-KINDS = [
-    "cached",
-    "per-step",
-    "float-ends",
-    "fp32-cached",
-    "fp32-branches",
-    "fp32-taylor",
-    "fp32-taylor-3",
-    "fp32-affine",
-    "fp32-none",
-]
+KINDS = ["cached", "per-step", "float-ends", "fp32-cached", "fp32-branches", "fp32-taylor", "fp32-taylor-3"]
+KINDS += ["fp32-affine", "fp32-none", "streams", "streams-rows"]
 WEIGHT_AXES = 2
 
 

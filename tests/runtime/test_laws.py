@@ -18,23 +18,28 @@ from ditc.runtime.host_executor import HostExecutor
 from ditc.runtime.pipeline import Pipeline, load
 
 LABELS = [0, 3, 1, 4]
+MODELS = ["", "streams-"]  # what the names of a model's bundles begin with
+KINDS = ["cached", "per-step", "float-ends", "fp32-cached", "fp32-taylor", "fp32-taylor-3", "fp32-affine"]
+KINDS += ["streams", "streams-rows"]
 
 
 def noise_for(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, 3, 8, 8), dtype=np.float32)
 
 
-def test_a_schedule_with_no_reuse_gives_the_uncached_result_bit_for_bit(pipes: dict[str, Pipeline]) -> None:
-    assert np.array_equal(pipes["fp32-fora1"].latents(LABELS, seed=3), pipes["fp32-none"].latents(LABELS, seed=3))
+@pytest.mark.parametrize("model", MODELS)
+def test_a_schedule_with_no_reuse_gives_the_uncached_result_bit_for_bit(pipes: dict[str, Pipeline], model: str) -> None:
+    fora1, none = (pipes[f"{model}{name}"].latents(LABELS, seed=3) for name in ("fp32-fora1", "fp32-none"))
+    assert np.array_equal(fora1, none)
 
 
-def test_a_schedule_with_reuse_gives_another_result(pipes: dict[str, Pipeline]) -> None:
-    assert not np.allclose(pipes["fp32-cached"].latents(LABELS, seed=3), pipes["fp32-none"].latents(LABELS, seed=3))
+@pytest.mark.parametrize("model", MODELS)
+def test_a_schedule_with_reuse_gives_another_result(pipes: dict[str, Pipeline], model: str) -> None:
+    cached, none = (pipes[f"{model}{name}"].latents(LABELS, seed=3) for name in ("fp32-cached", "fp32-none"))
+    assert not np.allclose(cached, none)
 
 
-@pytest.mark.parametrize(
-    "name", ["cached", "per-step", "float-ends", "fp32-cached", "fp32-taylor", "fp32-taylor-3", "fp32-affine"]
-)
+@pytest.mark.parametrize("name", KINDS)
 def test_permuting_the_batch_permutes_the_images(pipes: dict[str, Pipeline], name: str) -> None:
     order = [2, 0, 3, 1]
     noise = noise_for(4)
@@ -43,9 +48,7 @@ def test_permuting_the_batch_permutes_the_images(pipes: dict[str, Pipeline], nam
     np.testing.assert_allclose(permuted, plain[order], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["cached", "per-step", "float-ends", "fp32-cached", "fp32-taylor", "fp32-taylor-3", "fp32-affine"]
-)
+@pytest.mark.parametrize("name", KINDS)
 def test_an_image_does_not_depend_on_its_neighbours(pipes: dict[str, Pipeline], name: str) -> None:
     noise = noise_for(4)
     together = pipes[name].latents(LABELS, noise=noise)
@@ -53,19 +56,21 @@ def test_an_image_does_not_depend_on_its_neighbours(pipes: dict[str, Pipeline], 
     np.testing.assert_allclose(alone, together[1:2], rtol=0, atol=1e-5)
 
 
-def test_the_second_request_with_the_same_seed_equals_the_first(pipes: dict[str, Pipeline]) -> None:
-    first = pipes["cached"].images(LABELS, seed=5)
-    pipes["cached"].images([1, 2], seed=6)
-    assert np.array_equal(pipes["cached"].images(LABELS, seed=5), first)
+@pytest.mark.parametrize("name", ["cached", "streams-rows"])
+def test_the_second_request_with_the_same_seed_equals_the_first(pipes: dict[str, Pipeline], name: str) -> None:
+    first = pipes[name].images(LABELS, seed=5)
+    pipes[name].images([1, 2], seed=6)
+    assert np.array_equal(pipes[name].images(LABELS, seed=5), first)
 
 
-def test_a_request_after_an_abandoned_one_equals_a_fresh_one(pipes: dict[str, Pipeline]) -> None:
-    first = pipes["cached"].images(LABELS, seed=5)
-    abandoned = pipes["cached"].generate([4, 4, 4, 4], seed=9)
+@pytest.mark.parametrize("name", ["cached", "streams-rows"])
+def test_a_request_after_an_abandoned_one_equals_a_fresh_one(pipes: dict[str, Pipeline], name: str) -> None:
+    first = pipes[name].images(LABELS, seed=5)
+    abandoned = pipes[name].generate([4, 4, 4, 4], seed=9)
     for _ in range(3):
         next(abandoned)
     abandoned.close()
-    assert np.array_equal(pipes["cached"].images(LABELS, seed=5), first)
+    assert np.array_equal(pipes[name].images(LABELS, seed=5), first)
 
 
 def lost() -> None:
@@ -129,9 +134,10 @@ def guided(bundle: Bundle, guidance: float) -> list[np.ndarray]:
         return [event.x for event in executor.run(pipe.request([1, 2]), *seeded_noise(0, 0, 2, spec.latent_shape))]
 
 
-def test_conditional_and_unconditional_halves_share_no_cache(bundles: dict[str, Bundle]) -> None:
+@pytest.mark.parametrize("name", ["fp32-cached", "streams-fp32-branches"])
+def test_conditional_and_unconditional_halves_share_no_cache(bundles: dict[str, Bundle], name: str) -> None:
     """With weight close to 1 guidance nearly vanishes, so the image nears that of the conditional half alone."""
-    bundle = bundles["fp32-cached"]
+    bundle = bundles[name]
     alone = guided(bundle, 1.0)[-1]
     assert relative_error(guided(bundle, 1.0 + 1e-6)[-1], alone) < 1e-4
     assert relative_error(guided(bundle, 4.0)[-1], alone) > 1e-2
@@ -144,12 +150,16 @@ def test_guidance_leaves_the_unguided_channel_conditional(bundles: dict[str, Bun
     assert not np.allclose(strong[:, :2], conditional[:, :2], atol=1e-3)
 
 
-def test_sums_made_ahead_give_what_the_branches_give(bundles: dict[str, Bundle], pipes: dict[str, Pipeline]) -> None:
+@pytest.mark.parametrize(("model", "slots"), [("", 4), ("streams-", 8)])
+def test_sums_made_ahead_give_what_the_branches_give(
+    bundles: dict[str, Bundle], pipes: dict[str, Pipeline], model: str, slots: int
+) -> None:
     """The same trajectory, one sum kept for each step that reuses, up to the order of the additions."""
-    sums, branches = (bundles[name].manifest.program for name in ("fp32-cached", "fp32-branches"))
-    assert (sums.slots, branches.slots) == (1, 4)
-    for events in zip(*(pipes[n].generate(LABELS, seed=3) for n in ("fp32-cached", "fp32-branches")), strict=True):
-        assert relative_error(events[0].x, events[1].x) < 1e-6
+    names = [f"{model}{name}" for name in ("fp32-cached", "fp32-branches")]
+    sums, branches = (bundles[name].manifest.program for name in names)
+    assert (sums.slots, branches.slots) == (1, slots)
+    for events in zip(*(pipes[name].generate(LABELS, seed=3) for name in names), strict=True):
+        assert relative_error(events[0].x, events[1].x) < 1e-5
 
 
 def test_a_step_that_reuses_sums_adds_once(bundles: dict[str, Bundle]) -> None:
@@ -166,6 +176,22 @@ def test_the_residual_is_applied_once_per_branch(bundles: dict[str, Bundle]) -> 
     branches = len(bundles["fp32-branches"].manifest.model.branches)
     assert nodes.count("Mul") == branches + 1  # each gate, and the final layer's scale
     assert nodes.count("MatMul") == 1  # the final layer
+
+
+def test_a_step_that_reuses_everything_of_two_streams_knows_no_text(bundles: dict[str, Bundle]) -> None:
+    """Nothing of the text is an input, computed or cached; both outputs to the image are read, each with its gate."""
+    graph = load_graph(bundles["streams-fp32-branches"].segment_path("reuse")).graph
+    names = [str(value.name) for value in graph.inputs]
+    assert not [name for name in names if "text" in name or name == "tokens"]
+    assert "cache.blocks.0.attn.alone" in names
+    assert [node.op_type for node in graph].count("MatMul") == 1  # the final layer
+
+
+def test_slots_have_the_shapes_of_what_they_hold(bundles: dict[str, Bundle]) -> None:
+    with load(bundles["streams-rows"].path) as pipe:
+        assert isinstance(pipe.executor, HostExecutor)
+        shapes = {buffer.shape for buffer in pipe.executor._lent(3).slots}
+        assert shapes == {(6, 16, 32), (6, 5, 32)}
 
 
 def test_noise_of_an_image_depends_on_seed_and_place_alone() -> None:
