@@ -21,16 +21,22 @@ def branch_outputs(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def branch_values(model: ir.Model) -> dict[str, list[ir.Value]]:
-    """The values that nodes of a branch make and others read, in the order of the nodes.
+    """The values that nodes of a branch make for others, and that never lead back into it, in the order of the nodes.
 
-    A branch of several outputs has them last. What may come before are constants and sizes that branches share.
+    A branch of several outputs has them last. What may come before are constants and sizes that branches share; what
+    leads back are nodes inside a branch that a rewrite of the graph has left without its name.
     """
+    reached: dict[ir.Value, set[str | None]] = {}  # the branches of all nodes behind a value
+    for node in reversed(list(model.graph)):
+        behind = {node.metadata_props.get(BRANCH_KEY)}.union(*(reached.get(value, ()) for value in node.outputs))
+        for value in filter(None, node.inputs):
+            reached[value] = reached.get(value, set()) | behind
     outputs: dict[str, list[ir.Value]] = {}
     for node in model.graph:
         branch = node.metadata_props.get(BRANCH_KEY)
         for value in node.outputs:
-            readers = {use.node.metadata_props.get(BRANCH_KEY) for use in value.uses()}
-            if branch is not None and (value.is_graph_output() or readers - {branch}):
+            read = value.is_graph_output() or value.uses()
+            if branch is not None and read and branch not in reached.get(value, ()):
                 outputs.setdefault(branch, []).append(value)
     return outputs
 

@@ -67,6 +67,13 @@ def test_a_layer_with_a_bad_scale_is_ranked_first_by_its_path(
     assert len(bisection["groups"]) == 8
 
 
+def test_layers_of_a_text_are_groups_as_others_are(bundles: dict[str, Bundle]) -> None:
+    bisection = bisect_bundle(bundles["streams"].path, BisectOptions(points=4, by="branch"))
+    errors = {group.branches: group.error for group in bisection.groups}
+    assert sorted(errors) == sorted((branch,) for branch in bundles["streams"].manifest.model.branches)
+    assert errors[("blocks.0.ff_text",)] > 0
+
+
 def test_leaving_the_bad_layer_in_float_takes_most_of_the_error_away(planted: Path) -> None:
     bisection = bisect_bundle(planted, BisectOptions(mode="without"))
     assert bisection.groups[0].layers == (BAD,)

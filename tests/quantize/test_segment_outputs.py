@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ditc.program import BRANCH_KEY
-from ditc.quantize.segment_outputs import branch_outputs
+from ditc.quantize.segment_outputs import branch_outputs, branch_values
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>
@@ -28,3 +28,15 @@ def test_the_output_of_a_branch_is_the_last_that_others_read() -> None:
         if branch is not None:
             node.metadata_props[BRANCH_KEY] = branch
     assert {branch: value.name for branch, value in branch_outputs(model).items()} == {"a": "attn", "b": "cached"}
+
+
+def test_what_leads_back_into_a_branch_is_none_of_its_outputs() -> None:
+    """Some nodes between `product` and `cached` have lost the branch's name."""
+    model = ir.from_onnx_text(GRAPH)
+    for node, branch in zip(model.graph, ["a", "a", "a", None, None, None, "a"], strict=True):
+        if branch is not None:
+            node.metadata_props[BRANCH_KEY] = branch
+    assert [value.name for value in branch_values(model)["a"]] == ["cached"]
+    model.graph[6].metadata_props.pop(BRANCH_KEY)
+    model.graph[3].metadata_props[BRANCH_KEY] = "a"
+    assert [value.name for value in branch_values(model)["a"]] == ["attn"]

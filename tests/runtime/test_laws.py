@@ -10,6 +10,7 @@ import pytest
 
 from ditc.bundle import Bundle
 from ditc.engines.backend import Engine
+from ditc.engines.memory_needs import memory_needs
 from ditc.errors import DitcError, InputError
 from ditc.exporter.onnx_files import load_graph
 from ditc.runtime.closeness import relative_error
@@ -190,8 +191,9 @@ def test_a_step_that_reuses_everything_of_two_streams_knows_no_text(bundles: dic
 def test_slots_have_the_shapes_of_what_they_hold(bundles: dict[str, Bundle]) -> None:
     with load(bundles["streams-rows"].path) as pipe:
         assert isinstance(pipe.executor, HostExecutor)
-        shapes = {buffer.shape for buffer in pipe.executor._lent(3).slots}
-        assert shapes == {(6, 16, 32), (6, 5, 32)}
+        slots = pipe.executor._lent(4).slots
+        assert {buffer.shape for buffer in slots} == {(8, 16, 32), (8, 5, 32)}
+        assert memory_needs(pipe.bundle).caches == 2 * sum(buffer.size for buffer in slots)  # FP16 on a device
 
 
 def test_noise_of_an_image_depends_on_seed_and_place_alone() -> None:
