@@ -85,17 +85,18 @@ def make_plan(
 
 
 def plan_to_watch(
-    model: Any, options: CompileOptions, progress: Progress, examples: Examples
+    model: Any, options: CompileOptions, progress: Progress = silent, examples: Examples | None = None
 ) -> tuple[Plan, Watching] | None:
     """Return the uncached program as a plan, and the statistics that the policy needs of it; None where it needs none.
 
     Raises InputError where settings make no sense for the model, as far as that hangs on no schedule.
     """
-    wanted, spec = watching_of(options.policy), examples.spec
+    wanted = watching_of(options.policy)
     if wanted is None:
         return None
     from ditc.exporter.protocol import branches_add
 
+    spec = (examples := examples or examples_of(model)[0]).spec
     columns = own_columns(spec, options)
     schedule = no_reuse(spec, options.steps).checked(spec)
     caches_for(model, options)  # what it refuses is refused before anything runs

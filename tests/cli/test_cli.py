@@ -234,7 +234,7 @@ def test_warnings_that_are_not_ours_are_shown_as_ever() -> None:
     ("arguments", "begin", "command"),
     [
         ("run B --labels 1 -o o --threads x", "Invalid value for '--threads': 'x' is not a valid integer;", "ditc run"),
-        ("run B", "Missing option '--labels';", "ditc run"),
+        ("run B", "Missing option '-o' / '--out';", "ditc run"),
         ("inspect", "Missing argument 'BUNDLE';", "ditc inspect"),
         ("inspect B --wrong", "No such option", "ditc inspect"),
         ("improve", "No such command 'improve'", "ditc"),

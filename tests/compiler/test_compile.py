@@ -357,7 +357,11 @@ def test_the_compiled_program_stays_near_the_fp_program(bundles: dict[str, Bundl
 
 def test_settings_in_the_manifest_are_complete(bundles: dict[str, Bundle]) -> None:
     settings = bundles["cached"].manifest.settings
-    assert set(settings) == set(CompileOptions.model_fields) - {"watch_images"}  # nothing was watched
+    assert set(settings) == set(CompileOptions.model_fields) - {
+        "shift",
+        "sigmas",
+        "watch_images",
+    }  # nothing asked for these
     sampler = settings["sampler"]
     assert isinstance(sampler, dict)
     assert sampler["name"] == "ddim"

@@ -51,7 +51,7 @@ def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def stopping(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compile ends when its model is read and the notes are said."""
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise InputError("stopped here")
 
     monkeypatch.setattr(driver, "make_plan", stop)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from ditc.approximators import APPROXIMATORS, Approximator, canonical
 from ditc.compiler.options import CompileOptions
 from ditc.passes import program_from_schedule
+from ditc.policies import schedule_for
 from ditc.program_checks import contradictions
-from ditc.schedule import CacheSchedule, schedule_for
+from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
 
 EXTRAPOLATING = sorted(name for name, row in APPROXIMATORS.items() if row.weights is not None)

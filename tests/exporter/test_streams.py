@@ -216,7 +216,7 @@ def test_segments_give_what_torch_gives_with_outputs_held_by_hand(
     tables = {n: v.numpy() for n, v in model.condition(torch.linspace(900.0, 1.0, len(rows)), y).items()}
     slots: dict[int, np.ndarray] = {}
     for step, expected in zip(program.steps, held_by_hand(model, rows), strict=True):
-        session, ports = sessions[step.segment], dict(step.cache_ports)
+        session, ports = sessions[step.segment], dict(program.cache_ports(step))
         own_rows = {n: table[step.index] for n, table in tables.items()}
         later = {f"ahead.{n}": table[[min(step.index + 1, len(rows) - 1)]] for n, table in tables.items()}
         feeds = {

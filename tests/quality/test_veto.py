@@ -71,7 +71,7 @@ def test_a_probe_has_the_outputs_of_a_branch_side_by_side(bundles: dict[str, Bun
     sums, rows = bundles["streams-fp32-cached"], bundles["streams-rows"]
     spec, tables = sums.manifest.model, sums.tables()
     session = OnnxRuntimeBackend().session(sums.segment_path(CONDITION))
-    conditioning = condition_tables(session, tables["sampler.t"], np.array([1, 2], np.int64))
+    conditioning = condition_tables(session, tables["sampler.t"], {"y": np.array([1, 2], np.int64)})
     x = np.random.default_rng(0).standard_normal((2, *spec.latent_shape), np.float32)
     with open_branch_probe(sums.segment_path("full"), spec.branches, streams=spec.streams) as probe:
         probed = dict(zip(spec.branches, probe.run(3, x, conditioning), strict=True))

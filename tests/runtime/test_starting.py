@@ -101,7 +101,7 @@ def test_a_step_that_needs_earlier_ones_is_refused_with_the_nearest_that_does_no
     [
         ({"start": 2}, r"start=2 needs latents, the samples in front of that step; pipe.noised"),
         ({"latents": np.zeros((3, 3, 8, 8)), "noise": np.zeros((3, 3, 8, 8))}, "or latents with start; found both"),
-        ({"latents": np.zeros((2, 3, 8, 8))}, "latents must have one sample per label: 3 labels, found 2"),
+        ({"latents": np.zeros((2, 3, 8, 8))}, "latents must have one sample per image: 3 images, found 2"),
         ({"latents": np.zeros((3, 3, 8, 4))}, r"latents must have shape \(3, 3, 8, 8\), found \(3, 3, 8, 4\)"),
         ({"latents": [0.0]}, "latents must be a NumPy array of float32, found list"),
     ],
