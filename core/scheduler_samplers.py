@@ -15,6 +15,7 @@ SCHEDULER_SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpm++2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
     "dpm++3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
+    "unipc-3": ("UniPCMultistepScheduler", {"solver_order": 3}),
     "deis": ("DEISMultistepScheduler", {"solver_order": 2}),
     "lms": ("LMSDiscreteScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),

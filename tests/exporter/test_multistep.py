@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 NAMES = names_of(SchedulerSampler)
 MEMORY = {"dpm++2m": 1, "dpm++3m": 2, "unipc": 2, "deis": 1, "lms": 3, "euler": 0}
-MEMORY |= {"euler-ancestral": 0, "dpm++2m-sde": 1}
-FLOWS = ["dpm++2m", "dpm++3m", "unipc", "deis", "euler", "dpm++2m-sde"]
+MEMORY |= {"euler-ancestral": 0, "dpm++2m-sde": 1, "unipc-3": 3}
+FLOWS = ["dpm++2m", "dpm++3m", "unipc", "unipc-3", "deis", "euler", "dpm++2m-sde"]
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 
 
