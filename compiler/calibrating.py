@@ -29,9 +29,9 @@ from ditc.errors import BundleError, InputError
 from ditc.files import sha256_of
 from ditc.precision import INT8, levels_of
 from ditc.program import CONDITION, FULL
-from ditc.quantize.midpoints import lower_bounds
-from ditc.quantize.ranges import Histogram
-from ditc.quantize.scale_binding import BINDINGS
+from ditc.quantize.midpoints import Range, lower_bounds
+from ditc.quantize.ranges import RANGES, Histogram
+from ditc.quantize.scale_binding import BINDINGS, Groups
 from ditc.quantize.scale_table import ScaleTable
 from ditc.quantize.scales import (
     Origin,
@@ -53,6 +53,8 @@ __all__ = [
     "chosen_points",
     "observation",
     "open_probe",
+    "parts_of_groups",
+    "points_together",
     "probe_path",
     "scales_of",
     "spread_points",
@@ -66,14 +68,15 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     """Return what watches the pool's own runs, for histograms to calibrate on or for the selector: backend, observer.
 
     None where nothing is calibrated on them, or their histograms would not fit. Every recorded step has to run the
-    `full` segment, and smoothing changes what its layers read afterwards. Raises InputError where the selector has to
-    see what can't be shown.
+    `full` segment; smoothing changes what its layers read afterwards, and gradients come later. Raises InputError where
+    the selector has to see what can't be shown.
     """
     from ditc.exporter.onnx_files import load_graph, save_sharing_data
 
     options = plan.options
     needed = SELECTORS[options.select].needs_peaks
-    calibrates = options.bits is not None and BINDINGS[options.scales].groups is not None and options.smooth == "none"
+    reads_alone = options.smooth == "none" and not RANGES[options.ranges].needs_gradients
+    calibrates = options.bits is not None and BINDINGS[options.scales].groups is not None and reads_alone
     if not computes_all(plan) or not (calibrates or needed):
         return None
     model = load_graph(segments["full"])
@@ -116,12 +119,22 @@ def calibration_feeds(
     `condition` is the ONNX Runtime session of that segment, `images` are those of the points. With guidance every point
     has two rows.
     """
+    for points in points_together(calib, points_at_once):
+        tables = condition_tables(condition, points.t[:1], images.rows(points))
+        yield {"x": images.guidance.rows(points.x), **of_step(tables, 0)}
+
+
+def points_together(calib: CalibSet, at_once: int) -> Iterator[CalibSet]:
+    """Yield up to so many points of one step together, in the order of steps."""
     for step in np.unique(calib.step):
         at_step = np.flatnonzero(calib.step == step)
-        for start in range(0, len(at_step), points_at_once):
-            part = at_step[start : start + points_at_once]
-            tables = condition_tables(condition, calib.t[part[:1]], images.rows(calib.take(part)))
-            yield {"x": images.guidance.rows(calib.x[part]), **of_step(tables, 0)}
+        for start in range(0, len(at_step), at_once):
+            yield calib.take(at_step[start : start + at_once])
+
+
+def parts_of_groups(calib: CalibSet, groups: Groups) -> list[CalibSet]:
+    """Return the points of each group of steps; `groups` is (steps,)."""
+    return [calib.take(np.flatnonzero(groups[calib.step] == group)) for group in range(groups.max() + 1)]
 
 
 def watched(plan: Plan, feeds: Iterable[dict[str, Any]], done: int, points: int) -> Iterator[dict[str, Any]]:
@@ -184,10 +197,13 @@ def probe_runner(plan: Plan, segments: Segments, probe: Any) -> RunProbe:
     return run
 
 
-def activation_scales(plan: Plan, segments: Segments, calib_file: Path) -> ScaleTable:
+def activation_scales(
+    plan: Plan, segments: Segments, calib_file: Path, taught: Sequence[Mapping[str, Range]] | None = None
+) -> ScaleTable:
     """Turn what the linear layers of the FP `full` segment read at the calibration points into scales.
 
-    The segment is run at them, unless the pool was observed while it was recorded.
+    The segment is run at them, unless the pool was observed while it was recorded, or the ranges of each group of steps
+    were `taught`.
     """
     from ditc.exporter.onnx_files import load_graph
 
@@ -197,8 +213,10 @@ def activation_scales(plan: Plan, segments: Segments, calib_file: Path) -> Scale
     bounds, readers = lower_bounds(model, plan.options.midpoint), activation_probe(model)
     if groups is None:
         return uncalibrated_scale_table(readers, origin)
-    parts = [calib.take(np.flatnonzero(groups[calib.step] == group)) for group in range(groups.max() + 1)]
-    pool = observed_pool(plan, calib_file, bounds)
+    if taught is not None:
+        return scale_table(taught, readers, groups, origin)
+    assert not RANGES[plan.options.ranges].needs_gradients, "the stage `teach` comes first"
+    parts, pool = parts_of_groups(calib, groups), observed_pool(plan, calib_file, bounds)
     histograms = run_histograms(plan, segments, parts) if pool is None else observed_histograms(pool, parts)
     ranges = [ranges_of(part, plan.options.ranges, bounds, levels_of(bits.activations)) for part in histograms]
     return scale_table(ranges, readers, groups, origin)

@@ -28,6 +28,7 @@ from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
 from ditc.compiler.sealing import seal
 from ditc.compiler.smoothing import smooth
+from ditc.compiler.teaching import TAUGHT, Teacher, check_teachable, needs_teacher, teach
 from ditc.compiler.verifying import verify
 from ditc.compiler.watching import STATISTICS, WATCH_IMAGES, watch
 from ditc.compiler.work import WorkFolder, replaced, shared, work_folder
@@ -38,7 +39,7 @@ from ditc.folders import FOLDERS
 from ditc.host_memory import release_weights, return_free_memory
 from ditc.machine import package_versions
 from ditc.policies import Watching
-from ditc.program import Program
+from ditc.program import FULL, Program
 from ditc.progress import Progress, silent
 from ditc.requests import Examples
 from ditc.spec import ModelSpec
@@ -71,12 +72,11 @@ def compile_model(
 
     `model` is a name as the command line takes it ("digits", a checkpoint, a diffusers folder, "random:SIZE",
     "module:function"), or an object that fits `ditc.exporter.protocol.TrajectoryModel`. A model loaded from a name is
-    released after the export. An interrupted compile resumes after its last whole stage. `vae` is a local
-    `AutoencoderKL` folder for a checkpoint that comes without one. `exports` is a folder in which the exported FP
-    segments, and the statistics that a policy looks at, stay for later compiles of the same model with other settings;
-    of a small model they take most of the time.
-    Raises InputError for settings or a model that make no sense, and CheckError where a result fails its check; `out`
-    is then as it was.
+    released after the export, and loaded once more where a setting needs gradients. An interrupted compile resumes
+    after its last whole stage. `vae` is a local `AutoencoderKL` folder for a checkpoint that comes without one.
+    `exports` is a folder in which the exported FP segments, and the statistics that a policy looks at, stay for later
+    compiles of the same model with other settings; of a small model they take most of the time. Raises InputError for
+    settings or a model that make no sense, and CheckError where a result fails its check; `out` is then as it was.
 
     `conditions` are those of typical images, of a model that has others than a class: arrays by name, or an .npz file.
     `num_heads` and `facts` state what a checkpoint leaves open. What is assumed instead stands in the bundle
@@ -94,16 +94,24 @@ def compile_model(
     _tell(examples.spec, on_note)
     to_watch = plan_to_watch(opened, options, progress, examples)
     plan = make_plan(opened, options, progress, examples=examples) if to_watch is None else to_watch[0]
+    is_ours = opened is not model
+    teacher = Teacher(
+        open=lambda: _opened(model, num_heads, vae, facts) if is_ours else model,
+        digest=model_digest(opened),
+        is_ours=is_ours,
+    )
     with work_folder(target) as work:
-        compile_ = _Compile(plan, work, _decided(opened, examples))
+        compile_ = _Compile(plan, work, _decided(opened, examples, teacher.digest))
         if to_watch is not None:
             statistics = compile_.watch(opened, to_watch[1], shared_exports)
             compile_.plan = make_plan(opened, options, progress, statistics, examples)
         compile_.tables |= compile_.plan.reuse_tables
         segments = compile_.export(opened, shared_exports)
-        if opened is not model:
-            release_weights(opened)  # ours, and nothing after the export needs it
-        _run_stages(compile_, segments, target)
+        if needs_teacher(compile_.plan.options):
+            check_teachable(opened, segments[FULL])
+        if is_ours:
+            release_weights(opened)  # the teacher loads it once more, where anything after the export needs it
+        _run_stages(compile_, segments, teacher, target)
         work.remove()
     return open_bundle(target)
 
@@ -219,12 +227,20 @@ class _Compile:
         settings = [options.smooth, options.ranges, options.bits]
         return self._replaced("smooth", segments, settings, lambda folder: smooth(plan, segments, calib, folder))
 
-    def quantize(self, segments: Segments, calib: Path) -> Segments:
+    def teach(self, segments: Segments, calib: Path, teacher: Teacher) -> Path | None:
+        """Return the file of ranges by gradients, None where no setting needs any."""
+        plan, options = self.plan, self.plan.options
+        if not needs_teacher(options):
+            return None
+        settings = [options.bits, options.ranges, options.scales, options.midpoint, options.float_steps]
+        return self.stage("teach", settings, lambda folder: teach(plan, teacher, segments, calib, folder)) / TAUGHT
+
+    def quantize(self, segments: Segments, calib: Path, taught: Path | None) -> Segments:
         """Return the INT8 segments; those without a linear layer stay."""
         plan, options = self.plan, self.plan.options
         settings = [options.bits, options.ranges, options.scales, options.midpoint, options.float_steps]
         compiled = self._replaced(
-            "quantize", segments, settings, lambda folder: quantize(plan, segments, calib, folder)
+            "quantize", segments, settings, lambda folder: quantize(plan, segments, calib, folder, taught)
         )
         self.tables |= read_tables(self.folders["quantize"] / "scales.safetensors")
         return compiled
@@ -265,11 +281,11 @@ class _Compile:
         self.stage("verify", settings, lambda folder: verify(plan, segments, compiled, self.tables, folder))
 
 
-def _decided(model: Any, examples: Examples) -> str:
-    """Return a digest of what decides every stage: the model, what it computes, the code and its packages."""
+def _decided(model: Any, examples: Examples, weights: str) -> str:
+    """Return a digest of what decides every stage: the model, by `weights` and what it computes, code and packages."""
     return digest_of(
         [
-            model_digest(model),
+            weights,
             behaviour_digest(model),
             examples.spec.model_dump(),
             package_versions(),
@@ -284,13 +300,14 @@ def _array_digests(examples: Examples) -> list[list[str]]:
     return [[name, hashlib.sha256(content).hexdigest()] for name, content in arrays]
 
 
-def _run_stages(compile_: _Compile, segments: Segments, target: Path) -> None:
+def _run_stages(compile_: _Compile, segments: Segments, teacher: Teacher, target: Path) -> None:
     """Run everything after the export."""
     compiled = segments
     if compile_.plan.options.bits is not None:
         calib = compile_.select(segments)
         segments = compile_.smooth(segments, calib)
-        compiled = compile_.quantize(segments, calib)
+        taught = compile_.teach(segments, calib, teacher)
+        compiled = compile_.quantize(segments, calib, taught)
     compile_.lower(compiled)
     compile_.approximate(segments, compiled)
     compile_.fit(segments, compiled)  # after it: compensation is of what is left

@@ -31,6 +31,7 @@ from ditc.policies import POLICIES, policy_forms, watching_of
 from ditc.precision import INT8, PRECISIONS, Bits
 from ditc.settings import Option, Settings
 from ditc.spec import PartialRecord, SamplerSpec
+from ditc.tables import DYNAMIC
 
 if TYPE_CHECKING:
     from ditc.calib_data.selection import SelectionOptions
@@ -187,6 +188,7 @@ class CompileOptions(PartialRecord, Settings):
                 f"--scales dynamic measures every tensor as it comes, so --midpoint {self.midpoint} has nothing to do; "
                 "leave one of them out"
             )
+        self._check_gradients_serve()
         if self.smooth not in (AUTO, "none") and self.bits is None:
             raise InputError(
                 f"--smooth {self.smooth} needs --precision w8a8, found {self.precision}: without INT8 there is nothing "
@@ -205,6 +207,22 @@ class CompileOptions(PartialRecord, Settings):
             raise InputError(
                 f"--watch-images {self.watch_images} is for a policy that looks at FP images first, and --policy "
                 f"{self.policy} looks at none; leave it out, or choose one of: {', '.join(watching)}"
+            )
+
+    def _check_gradients_serve(self) -> None:
+        from ditc.quantize.ranges import RANGES
+
+        if not RANGES[self.ranges].needs_gradients:
+            return
+        if self.bits is None:
+            raise InputError(
+                f"--ranges {self.ranges} is for activations in integers, and --precision {self.precision} has none; "
+                "leave it out, or compile with --precision w8a8"
+            )
+        if self.scales == DYNAMIC:
+            raise InputError(
+                f"--scales {self.scales} measures every tensor as it comes, so the gradients of --ranges {self.ranges} "
+                "have nothing to weigh; leave one of them out"
             )
 
     def _check_has_integers(self, flag: str, given: str, default: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ditc.bundle import write_tables
 from ditc.compiler.calibrating import activation_scales
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.teaching import taught_ranges
 from ditc.compiler.trajectories import VERIFY_NOISE, purposed_request
 from ditc.compiler.work import write_json
 from ditc.engines.backend import lowered_path, runnable_path
@@ -26,15 +27,15 @@ __all__ = ["check_integer_kernels", "quantize", "store_condition"]
 IMAGES_COMPARED = 4
 
 
-def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
+def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path, taught: Path | None = None) -> None:
     """Write scales, INT8 segments, and their form for ONNX Runtime, whose linear layers must all run integer kernels.
 
     What runs in floating point is a copy of the FP segment. `condition` keeps FP32 arithmetic and stores its weights as
-    FP16; storage.json tells the error of its tables.
+    FP16; storage.json tells the error of its tables. `taught` is the file of ranges that `teach` leaves.
     """
     from ditc.exporter.onnx_files import load_graph, save_graph, save_sharing_data
 
-    scales = activation_scales(plan, segments, calib_file)
+    scales = activation_scales(plan, segments, calib_file, None if taught is None else taught_ranges(taught))
     atomic_write(folder / "scales.json", scales.model_dump_json(indent=1).encode() + b"\n")
     write_tables(folder / "scales.safetensors", scales.bundle_tables())
     kernels = {}

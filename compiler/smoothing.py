@@ -26,8 +26,11 @@ from ditc.quantize.linears import linears_of
 from ditc.quantize.output_factors import multiply_output
 from ditc.quantize.transforms import ChannelStatistics, Choice, choose_factors
 from ditc.runtime.closeness import relative_error
+from ditc.tables import write_tables
 
-__all__ = ["smooth"]
+__all__ = ["FACTORS", "smooth"]
+
+FACTORS = "factors.safetensors"  # of the stage's folder
 
 Shape = tuple[int, ...]  # of a cached value, without the batch axis
 
@@ -38,7 +41,8 @@ PARITY_TOLERANCE = 1e-4  # that of an exported segment against torch
 def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
     """Fold factors into the FP segments, the same function to rounding; smooth.json says which layers have them.
 
-    Where no place to fold into is found, a layer stays as it is. Raises CheckError where a segment's outputs differ.
+    The factors themselves go to FACTORS, by activation, (channels,) each. Where no place to fold into is found, a layer
+    stays as it is. Raises CheckError where a segment's outputs differ.
     """
     from ditc.exporter.onnx_files import load_graph
 
@@ -49,6 +53,7 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
     choices = choose(plan, models["full"], statistics_of(plan, segments, calib, sites))
     factors = {site: choice.factors for site, choice in choices.items() if choice.alpha is not None}
     folded = write_folded(models, segments[CONDITION], factors, folder)
+    write_tables(folder / FACTORS, {site.activation: factor for site, factor in factors.items()})
     smoothing = Smoothing(
         method=plan.options.smooth,
         linears=len(paths),

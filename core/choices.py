@@ -80,7 +80,7 @@ Compensation = Literal["auto", "none", Estimator]
 
 # of quantization and its calibration
 Precision = Literal["fp32", "fp16", "w8a8", "w7a8", "w4a8", "w8a6"]
-RangeMethod = Literal["max", "percentile", "mse", "entropy"]
+RangeMethod = Literal["max", "percentile", "mse", "entropy", "fisher"]
 ScaleBinding = Literal["static", "per-step", "dynamic"]
 Midpoint = Literal["zero", "bounded"]
 Transform = Literal["smooth", "balance"]

@@ -101,6 +101,21 @@ class Guidance:
             prediction[:, guided] = unconditional + np.float32(self.weight) * (out[:count, guided] - unconditional)
         return prediction, raw_variance
 
+    def pulled_back(self, gradient: Samples) -> Samples:
+        """Return the gradient of what the network returned, (rows, out_channels, *space), by that of the prediction.
+
+        It is what the transpose of `combine` makes of (count, channels, *space). A raw variance gets zeros.
+        """
+        conditional = gradient.copy()
+        halves = [conditional]
+        if self.halves == 2:
+            guided, unconditional = slice(0, self.guided_channels), np.zeros_like(gradient)
+            conditional[:, guided] *= np.float32(self.weight)
+            unconditional[:, guided] = np.float32(1 - self.weight) * gradient[:, guided]
+            halves.append(unconditional)
+        rows = np.concatenate(halves)
+        return np.concatenate([rows, np.zeros_like(rows)], axis=1) if self.learned_variance else rows
+
 
 def _null(request: Request, condition: Condition, own: NDArray[Any]) -> NDArray[Any]:
     """Return the unconditional half's rows of a condition, shaped as the images' own."""

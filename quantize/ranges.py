@@ -1,9 +1,10 @@
-"""From a histogram of magnitudes to a clipping range: max, percentile, MSE search and KL entropy.
+"""From a histogram of magnitudes to a clipping range: max, percentile, MSE search (by gradients too), KL entropy.
 
 Histograms stream in one pass: the range is a power of two, and when a value exceeds it, it doubles and neighbouring
 bins merge. So memory does not grow with the calibration set, no point is run twice, and histograms of parts add up to
 that of the whole, in any order. A method is a pure function from a histogram and a number of levels to the magnitude
-that maps to the last level: 127 for symmetric INT8, what TensorRT accepts.
+that maps to the last level: 127 for symmetric INT8, what TensorRT accepts. Its row says whether the histogram has to
+weigh values by their gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from ditc.errors import DitcError, unknown_name
 from ditc.precision import LEVELS
 
-__all__ = ["BINS", "RANGES", "Doubles", "Histogram", "clipping_range"]
+__all__ = ["BINS", "RANGES", "Doubles", "Histogram", "RangeSearch", "clipping_range"]
 
 Doubles = NDArray[np.float64]
 
@@ -30,10 +31,11 @@ LEAST_LIMIT = 2.0**-100  # keeps bins / limit within float32
 class Histogram:
     """Counts of |x| in equal bins over [0, limit], and the exact largest magnitude seen, `amax` <= limit.
 
-    `limit` is the least power of two that will do, or 0 as long as everything was 0, which the first bin counts.
+    `limit` is the least power of two that will do, or 0 as long as everything was 0, which the first bin counts. Where
+    values have weights, `counts` are sums of those.
     """
 
-    counts: NDArray[np.int64]
+    counts: NDArray[np.int64] | Doubles
     limit: float
     amax: float
 
@@ -41,8 +43,11 @@ class Histogram:
     def empty(bins: int = BINS) -> Histogram:
         return Histogram(counts=np.zeros(bins, np.int64), limit=0.0, amax=0.0)
 
-    def add(self, values: NDArray[np.float32]) -> Histogram:
-        """The histogram with more values counted. Raises DitcError for NaN or infinity."""
+    def add(self, values: NDArray[np.float32], weights: Doubles | None = None) -> Histogram:
+        """The histogram with more values counted, once each or by their weights, shaped as they are.
+
+        Raises DitcError for NaN or infinity.
+        """
         magnitudes = np.abs(values.ravel(), dtype=np.float32)
         largest = float(magnitudes.max(initial=0.0))
         if not np.isfinite(largest):
@@ -52,7 +57,7 @@ class Histogram:
         if widened.limit > 0:
             magnitudes *= np.float32(bins / widened.limit)
         index = np.minimum(magnitudes.astype(np.int32), bins - 1)
-        counts = widened.counts + np.bincount(index, minlength=bins)
+        counts = widened.counts + np.bincount(index, None if weights is None else weights.ravel(), bins)
         return Histogram(counts, widened.limit, max(self.amax, largest))
 
     def merged(self, other: Histogram) -> Histogram:
@@ -66,7 +71,7 @@ class Histogram:
         if limit == 0:  # so far nothing but zeros, all in the first bin
             return Histogram(counts, wanted, self.amax)
         while limit < wanted:
-            counts = np.concatenate([counts.reshape(-1, 2).sum(axis=1), np.zeros(len(counts) // 2, np.int64)])
+            counts = np.concatenate([counts.reshape(-1, 2).sum(axis=1), np.zeros(len(counts) // 2, counts.dtype)])
             limit *= 2
         return Histogram(counts, limit, self.amax)
 
@@ -152,11 +157,20 @@ def _divergence(counts: Doubles, edge: int, levels: int) -> float:
     return float((p[filled] * np.log(p[filled] / q[filled])).sum())
 
 
-RANGES: dict[str, Method] = {
-    "max": max_range,
-    "percentile": percentile_range,
-    "mse": mse_range,
-    "entropy": entropy_range,
+@dataclass(frozen=True)
+class RangeSearch:
+    """A way to choose a range, and whether its histograms weigh each value by the square of its gradient."""
+
+    choose: Method
+    needs_gradients: bool = False
+
+
+RANGES: dict[str, RangeSearch] = {
+    "max": RangeSearch(max_range),
+    "percentile": RangeSearch(percentile_range),
+    "mse": RangeSearch(mse_range),
+    "entropy": RangeSearch(entropy_range),
+    "fisher": RangeSearch(mse_range, needs_gradients=True),  # TQ-DiT (arXiv 2502.04056): least sum of g^2 (x - Q(x))^2
 }
 
 
@@ -164,4 +178,4 @@ def clipping_range(method: str, histogram: Histogram, levels: int = LEVELS) -> f
     """The magnitude that maps to the last level. A tensor that was always zero gets 1: any scale represents it."""
     if method not in RANGES:
         raise unknown_name("range method", method, RANGES)
-    return RANGES[method](histogram, levels) if histogram.amax > 0 else 1.0
+    return RANGES[method].choose(histogram, levels) if histogram.amax > 0 else 1.0

@@ -382,7 +382,7 @@ def test_guidance_needs_an_unconditional_class(
     ("change", "message"),
     [
         ({"precision": "w2a2"}, "unknown --precision 'w2a2'; choose one of: fp16, fp32, w4a8, w7a8, w8a6, w8a8"),
-        ({"ranges": "p99"}, "unknown --ranges 'p99'; choose one of: entropy, max, mse, percentile"),
+        ({"ranges": "p99"}, "unknown --ranges 'p99'; choose one of: entropy, fisher, max, mse, percentile"),
         ({"select": "best"}, "unknown --select 'best'"),
         ({"vc": "magic"}, "unknown --vc 'magic'"),
         ({"target": "abacus"}, "unknown --target 'abacus'"),

@@ -52,6 +52,21 @@ def test_guided_channels_go_from_the_unconditional_prediction_towards_the_condit
         assert np.array_equal(raw_variance, conditional[:, 4:])
 
 
+@given(weight=st.floats(0.25, 16), learned=st.booleans())
+def test_gradients_are_pulled_back_by_the_transpose_of_combining(weight: float, learned: bool) -> None:
+    spec = SPEC.model_copy(update={"diffusion": DiffusionSpec(learned_sigma=learned)})
+    guidance, out = Guidance.of(spec, weight), returned(spec, weight)
+    gradient = np.random.default_rng(1).standard_normal((COUNT, *spec.latent_shape), np.float32)
+    before = gradient.copy()
+    rows = guidance.pulled_back(gradient)
+    assert rows.shape == out.shape
+    assert rows.dtype == np.float32
+    prediction, _ = guidance.combine(out, COUNT)
+    sizes = np.linalg.norm(out) * np.linalg.norm(rows)
+    assert abs((rows.astype(float) * out).sum() - (prediction.astype(float) * gradient).sum()) < 1e-5 * sizes
+    assert np.array_equal(gradient, before)
+
+
 def test_combining_leaves_what_the_network_returned_alone() -> None:
     out = returned(SPEC, 2.0)
     Guidance.of(SPEC, 2.0).combine(out, COUNT)

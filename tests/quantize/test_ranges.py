@@ -161,6 +161,44 @@ def test_the_percentile_drops_one_value_in_ten_thousand() -> None:
 
 
 @LAW
+@given(batches())
+def test_unit_gradients_give_the_mse_range_bit_for_bit(drawn: list[np.ndarray]) -> None:
+    counted, weighed = histogram_of(*drawn), Histogram.empty()
+    for batch in drawn:
+        weighed = weighed.add(batch.astype(np.float32), np.ones(batch.shape))
+    np.testing.assert_array_equal(weighed.counts, counted.counts)
+    assert clipping_range("fisher", weighed) == clipping_range("mse", counted)
+
+
+@LAW
+@given(seed=st.integers(0, 10_000), tail=st.sampled_from(["normal", "laplace", "outlier"]))
+def test_the_fisher_range_is_the_best_of_a_brute_force_search_with_weights(seed: int, tail: str) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.laplace(size=400) if tail == "laplace" else rng.standard_normal(400)
+    values = (np.append(values, 60) if tail == "outlier" else values).astype(np.float32)
+    weights = rng.standard_normal(len(values)) ** 2
+
+    def error(limit: float) -> float:
+        scale = limit / LEVELS
+        return float((weights * (np.clip(np.round(values / scale), -LEVELS, LEVELS) * scale - values) ** 2).sum())
+
+    amax = float(np.abs(values).max())
+    best = min(error(shrink * amax) for shrink in np.linspace(0.01, 1, 100))
+    assert error(clipping_range("fisher", Histogram.empty().add(values, weights))) <= 1.1 * best
+
+
+def test_values_that_weigh_nothing_may_clip() -> None:
+    values = np.append(np.random.default_rng(0).standard_normal(1000), 60).astype(np.float32)
+    weights = np.append(np.ones(1000), 0)
+    assert (
+        clipping_range("fisher", Histogram.empty().add(values, weights))
+        < 5
+        < clipping_range("mse", histogram_of(values))
+    )
+    assert clipping_range("fisher", Histogram.empty().add(values, 0 * weights)) == 60
+
+
+@LAW
 @given(seed=st.integers(0, 10_000), tail=st.sampled_from(["normal", "laplace", "outlier"]))
 def test_the_mse_range_is_the_best_of_a_brute_force_search(seed: int, tail: str) -> None:
     rng = np.random.default_rng(seed)
@@ -215,5 +253,7 @@ def test_a_tensor_that_was_always_zero_gets_one(method: str, values: np.ndarray)
 
 @pytest.mark.parametrize("values", [np.ones(3), np.zeros(3)])
 def test_an_unknown_method_lists_the_known_ones(values: np.ndarray) -> None:
-    with pytest.raises(InputError, match=r"unknown range method 'p99'; choose one of: entropy, max, mse, percentile"):
+    with pytest.raises(
+        InputError, match=r"unknown range method 'p99'; choose one of: entropy, fisher, max, mse, percentile"
+    ):
         clipping_range("p99", histogram_of(values))
