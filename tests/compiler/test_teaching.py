@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +24,16 @@ from ditc.compiler.planning import make_plan
 from ditc.compiler.point_conditions import PointConditions
 from ditc.compiler.pooling import select
 from ditc.compiler.smoothing import FACTORS, smooth
-from ditc.compiler.teaching import TAUGHT, Teacher, check_teachable, taught_ranges, teach
+from ditc.compiler.teaching import TAUGHT, Teacher, Weighing, check_teachable, taught_ranges, teach
 from ditc.compiler.work import replaced
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DiT
+from ditc.exporter.gradient_walk import Reading
 from ditc.exporter.onnx_files import load_graph
 from ditc.exporter.stress import stressed
 from ditc.quantize import scale_binding
 from ditc.quantize.linears import linears_of
+from ditc.quantize.ranges import Histogram
 from ditc.tables import read_tables
 from tests.models.separate_qkv import build
 from tests.models.token_mixer import MODELS
@@ -107,15 +110,37 @@ def weighted_error(x: np.ndarray, g: np.ndarray, limit: float) -> float:
 
 
 @pytest.mark.parametrize("path", ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"])
-def test_a_range_has_the_least_error_weighted_by_gradients(hard: Taught, path: str) -> None:
+def test_a_range_has_the_least_error_weighted_by_gradients(
+    hard: Taught, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Histogram]] = []
+    search = teaching.ranges_of
+    monkeypatch.setattr(teaching, "ranges_of", lambda *given: (seen.append(given[0]), search(*given))[1])
     (ranges,) = hard.ranges()
     linear = next(linear for linear in linears_of(load_graph(hard.segments["full"])) if linear.path == path)
-    factors = read_tables(hard.folder / "smooth" / FACTORS).get(str(linear.activation.name), np.ones(1))
+    name = str(linear.activation.name)
+    factors = read_tables(hard.folder / "smooth" / FACTORS).get(name, np.ones(1))
     x, g = read_by_autograd(hard, path)
     x, g = x / factors, g * factors
-    amax = float(np.abs(x).max())
-    best = min(weighted_error(x, g, share * amax) for share in CANDIDATES)
-    assert weighted_error(x, g, ranges[str(linear.activation.name)].high) <= 1.02 * best
+    expected = Histogram.empty().add(np.float32(x), np.square(g, dtype=np.float64))
+    assert seen[0][name].amax == pytest.approx(expected.amax, rel=1e-5)
+    assert seen[0][name].counts.sum() == pytest.approx(expected.counts.sum(), rel=1e-4)
+    blocks = [each.counts.reshape(64, -1).sum(axis=1) for each in (seen[0][name], expected)]
+    assert np.abs(blocks[0] - blocks[1]).sum() < 0.01 * blocks[1].sum()  # a value may fall over the edge of a bin
+    best = min(weighted_error(x, g, share * expected.amax) for share in CANDIDATES)
+    assert weighted_error(x, g, ranges[name].high) <= 1.02 * best
+
+
+def test_layers_that_read_one_tensor_add_their_gradients() -> None:
+    x = torch.tensor([[1.0, -3.0]])
+    gradients = {"v": [1.0, 2.0], "k": [0.5, -2.0], "q": [0.0, 3.0], "other": [1.0, 1.0]}
+    names = {("a", path): "own" if path == "other" else "shared" for path in gradients}
+    weighing = Weighing(names, Counter(names.values()), {"shared": np.array([2.0, 1.0])}, {"other": 0.0})
+    readings = [Reading("a", path, x, torch.tensor([gradient])) for path, gradient in gradients.items()]
+    shared = weighing.histograms([readings, readings])["shared"]
+    places = np.flatnonzero(shared.counts)
+    assert shared.centers[places] == pytest.approx([0.5, 3.0], abs=shared.bin_width)
+    assert shared.counts[places].tolist() == [2 * (1.5 * 2) ** 2, 2 * 3.0**2]
 
 
 def test_factors_are_those_that_were_folded(hard: Taught) -> None:
