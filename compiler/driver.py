@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +10,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 import ditc
@@ -290,14 +288,9 @@ def _decided(model: Any, examples: Examples, weights: str) -> str:
             examples.spec.model_dump(),
             package_versions(),
             _source_digest(),
-            *sorted(_array_digests(examples)),
+            *sorted(examples.digests.items()),
         ]
     )
-
-
-def _array_digests(examples: Examples) -> list[list[str]]:
-    arrays = ((name, np.ascontiguousarray(array).tobytes()) for name, array in examples.arrays.items())
-    return [[name, hashlib.sha256(content).hexdigest()] for name, content in arrays]
 
 
 def _run_stages(compile_: _Compile, segments: Segments, teacher: Teacher, target: Path) -> None:

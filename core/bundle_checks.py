@@ -123,6 +123,8 @@ def files_are_those_that_are_called(manifest: Manifest) -> Iterator[str]:
     reference = manifest.reference_program
     if reference is not None and quantized(manifest.precision):
         needed.append(f"{REFERENCE}{FULL}.onnx")
+    if EXAMPLES in manifest.files and EXAMPLES not in needed:
+        yield f"`files` lists {EXAMPLES!r}, and the model is asked for with classes alone, or with nothing"
     for name in needed:
         if name not in manifest.files:
             yield f"the program needs {name}, and `files` doesn't list it"

@@ -7,6 +7,9 @@ under GIVEN_NULL and the condition's name.
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -43,7 +46,11 @@ class Request:
         `count` is needed where nothing else tells how many. Raises InputError for a class or a condition that the
         model doesn't have, one that is missing, and arrays of another type, shape or number of rows.
         """
+        if conditions is not None and not isinstance(conditions, Mapping):
+            raise InputError(f"conditions must be arrays by name, found {type(conditions).__name__}; give a dict")
         given = dict(conditions or {})
+        if labels is not None and LABEL in given:
+            raise InputError(f"give the classes as labels, or as the condition {LABEL!r}; found both")
         if labels is not None or (spec.num_classes is not None and LABEL not in given):
             given[LABEL] = _labels(spec, labels)
         arrays = {name: checked_array(spec, name, array) for name, array in given.items()}
@@ -54,7 +61,7 @@ class Request:
                 f"{', '.join(map(repr, arrays)) or 'no condition'}; give an array of each, see `ditc inspect`"
             )
         rows = {name: len(array) for name, array in arrays.items()}
-        numbers = {*rows.values(), *([] if count is None else [count])}
+        numbers = {*rows.values(), *whole_numbers("count", [] if count is None else [count], "4")}
         if len(numbers) > 1:
             asked = "" if count is None else f", and {count} images are asked for"
             told = ", ".join(f"{name} has {n}" for name, n in rows.items())
@@ -117,7 +124,10 @@ def checked_array(spec: ModelSpec, name: str, array: Any) -> NDArray[Any]:
         kinds = ", ".join(map(repr, given_names(spec))) or "none"
         drawn = "draws it itself" if condition is not None else "has no such condition"
         raise InputError(f"{name!r} was given, and {spec.name} {drawn}; expected conditions: {kinds}")
-    values = np.asarray(array)
+    try:
+        values = np.asarray(array)
+    except ValueError as e:
+        raise InputError(f"condition {name!r} is no array ({e}); give one of equal rows") from e
     wanted = "iu" if condition.dtype == "int64" else "fiu"
     if values.dtype.kind not in wanted or values.shape[1:] != condition.shape or not values.ndim:
         shape = ", ".join(map(str, ("n", *condition.shape)))
@@ -145,15 +155,15 @@ def whole_numbers(name: str, values: Iterable[Any], example: str) -> list[int]:
 
 def read_conditions(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file, by name. Raises InputError where it can't be read."""
-    import zipfile
-
+    expected = "expected an .npz file with an array for each, as np.savez writes"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise InputError(f"{path} holds one array without a name; {expected}")
+        with file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
-        raise InputError(
-            f"can't read conditions from {path} ({e}); expected an .npz file with an array for each, as np.savez writes"
-        ) from e
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
+        raise InputError(f"can't read conditions from {path} ({e}); {expected}") from e
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +187,14 @@ class Examples:
                 f"{spec.name} needs examples of {' and '.join(map(repr, names)) or 'nothing'}, found {told}"
             )
         return Examples(spec, values)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each array, in hex; empty for a model of classes alone."""
+        return {
+            name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+            for name, array in self.arrays.items()
+        }
 
     def of(self, numbers: Sequence[int] | NDArray[np.int64], labels: Sequence[int] | None = None) -> Request:
         """Return the request of images by their numbers; their classes take turns unless they are given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -230,6 +231,23 @@ class ModelSpec(Record):
             if value or name not in ("conditions", "streams"):  # most models have a class alone, and one stream
                 written |= dict(zip(PICTURE, value, strict=True)) if picture else {name: value}
         return written
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> ModelSpec:
+        """Return a copy with other values, of a picture its `height` and `width` too."""
+        given = dict(update or {})
+        if given.keys() & {*PICTURE}:
+            given["space"] = tuple(given.pop(side, own) for side, own in zip(PICTURE, self.space, strict=True))
+        return super().model_copy(update=given, deep=deep)
+
+    @property
+    def height(self) -> int:
+        """Rows of a picture."""
+        return self.space[-2]
+
+    @property
+    def width(self) -> int:
+        """Columns of a picture."""
+        return self.space[-1]
 
     @property
     def notes(self) -> list[str]:

@@ -100,7 +100,7 @@ def _write_images(parts: Iterator[tuple[slice, Samples]], count: int, path: Path
 
 
 def fp_digest(bundle: Bundle) -> str:
-    """Return a digest of all that decides FP's images: model, weights, sampler, steps, guidance.
+    """Return a digest of all that decides FP's images: model, weights, sampler, steps, guidance, conditions.
 
     Of a segment that keeps its weights in a file of their own, that file counts: its graph has further outputs for the
     cache, which differ from policy to policy and change no image.
@@ -113,7 +113,8 @@ def fp_digest(bundle: Bundle) -> str:
     weights = [_weights_of(manifest, graph) for graph in graphs]
     sampler = {name: table.tolist() for name, table in sampler_tables(sampler_columns(bundle.tables())).items()}
     model = manifest.model.model_dump(mode="json")
-    return digest_of([manifest.ditc_version, model, weights, sampler, manifest.guidance])
+    asked = bundle.examples().digests
+    return digest_of([manifest.ditc_version, model, weights, sampler, manifest.guidance, *([asked] if asked else [])])
 
 
 def _weights_of(manifest: Manifest, graph: str) -> str:

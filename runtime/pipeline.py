@@ -23,13 +23,13 @@ from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, r
 from ditc.engines.integer_form import SaysType
 from ditc.engines.targets import backend_for
 from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_name
-from ditc.program import DECODE, UPDATE, Program
+from ditc.program import CONDITION, DECODE, UPDATE, Program
 from ditc.requests import Request
 from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
 from ditc.runtime.host_executor import HostExecutor
-from ditc.runtime.request_inputs import image_streams
+from ditc.runtime.request_inputs import check_noise, image_streams
 from ditc.runtime.starting import Starting
 from ditc.spec import ModelSpec
 from ditc.tables import DYNAMIC, sampler_columns
@@ -151,6 +151,7 @@ class Pipeline:
                 self._executor = self._on_device(self.backend, [*names, UPDATE])
             else:
                 self._executor = self._on_host(self.backend, names)
+            self._check_types()
             if self._check:
                 self._check_once()
         except BaseException:
@@ -176,6 +177,16 @@ class Pipeline:
     def _tables(self) -> dict[str, NDArray[Any]]:
         tables = self.bundle.tables()
         return {n: t for n, t in tables.items() if self._compensated or not n.startswith("compensation.")}
+
+    def _check_types(self) -> None:
+        """Raise BundleError where conditions are of other types than their segment takes, whose file says shapes."""
+        ports = self.engines[CONDITION].inputs
+        for each in self._spec.network_inputs:
+            if each.name in ports and ports[each.name].dtype != each.dtype:
+                raise BundleError(
+                    f"{self.bundle.path} contradicts itself: its model is given {each.name!r} as {each.dtype}, and the "
+                    f"segment {CONDITION} takes {ports[each.name].dtype}; compile it again"
+                )
 
     def _on_device(self, backend: DeviceBackend, names: Sequence[str]) -> DeviceExecutor:
         device = self._stack.enter_context(backend.device())
@@ -298,7 +309,7 @@ class Pipeline:
         if isinstance(labels, Request):
             if conditions is not None or count is not None:
                 raise InputError("a whole request says its conditions and its count itself; leave them out")
-            return labels
+            return Request.of(self._spec, None, labels.arrays, len(labels))
         return Request.of(self._spec, labels, conditions, count)
 
     @property
@@ -319,6 +330,7 @@ class Pipeline:
         The noise is the x_T of each image: that of seed and number, as `generate` has them. Where diffusers has a
         `strength`, of N steps the last int(N * strength) are run: start = N - int(N * strength).
         """
+        check_noise(latents, None, "latents")
         streams = image_streams(len(latents), seed, seeds, first)
         noise, _ = streamed_noise(streams, self.bundle.manifest.model.latent_shape)
         return self._starting.noised(latents, noise, start)

@@ -12,14 +12,17 @@ from ditc.requests import whole_numbers
 __all__ = ["check_noise", "image_streams"]
 
 
-def check_noise(noise: object, count: int, name: str = "noise") -> None:
-    """Raise InputError unless noise, where it is given, is an array of numbers with a sample for each of the images."""
+def check_noise(noise: object, count: int | None, name: str = "noise") -> None:
+    """Raise InputError unless noise, where it is given, is an array of numbers with a sample for each of the images.
+
+    A `count` of None is any.
+    """
     if noise is None:
         return
     if not isinstance(noise, np.ndarray) or noise.dtype.kind not in "fiu":
         kind = noise.dtype if isinstance(noise, np.ndarray) else type(noise).__name__
         raise InputError(f"{name} must be a NumPy array of float32, found {kind}; take np.asarray(..., np.float32)")
-    if noise.shape[:1] != (count,):
+    if not noise.ndim or (count is not None and len(noise) != count):
         raise InputError(f"{name} must have one sample per image: {count} images, found {len(np.atleast_1d(noise))}")
 
 

@@ -80,6 +80,8 @@ class Starting:
         expected = (count, *self.spec.latent_shape)
         if latents.shape != expected:
             raise InputError(f"latents must have shape {expected}, found {latents.shape}")
+        if not np.isfinite(latents).all():
+            raise InputError("latents hold NaN or infinite numbers; give finite ones")
         check_start(self.program, self.columns, *whole_numbers("start", [start], "20"))
 
 

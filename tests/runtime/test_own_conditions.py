@@ -18,11 +18,13 @@ from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import BundleError, InputError
 from ditc.exporter.protocol import check_decomposition
+from ditc.quality.generating import fp_digest
 from ditc.requests import Request
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.executor import seeded_request
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.reference_run import GuidedRun
+from ditc.spec import Condition
 from ditc.speed.eager import eager_forward
 from ditc.tables import sampler_columns
 from tests.models.token_mixer import MODELS
@@ -180,6 +182,20 @@ def test_equal_conditions_are_computed_once(compiled: Callable[..., Bundle]) -> 
         ("unconditional", {"labels": [1]}, "has no classes, found the labels"),
         ("iterated", {"count": 2, "conditions": {"jitter": np.zeros((2, 64))}}, "draws it itself"),
         ("video", {}, "no labels given"),
+        (
+            "video",
+            {"labels": [1], "conditions": {"y": np.array([2])}},
+            "give the classes as labels, or as the condition",
+        ),
+        ("prompted", {"conditions": [1, 2]}, "conditions must be arrays by name, found list"),
+        ("prompted", {"conditions": {"text": [[1, 2], [3]]}}, "condition 'text' is no array"),
+        (
+            "prompted",
+            {"labels": Request(1, {"y": np.array([1])})},
+            "'y' was given, and token-mixer has no such condition",
+        ),
+        ("unconditional", {"count": "2"}, "count must be whole numbers"),
+        ("unconditional", {"count": 1, "latents": np.full((1, 3, 4, 4), np.nan)}, "latents hold NaN"),
         ("video", {"labels": Request(1, {"y": np.array([1])}), "count": 3}, "says its conditions and its count itself"),
     ],
 )
@@ -253,6 +269,57 @@ def test_nothing_to_cache_and_nothing_to_quantize_is_said(tmp_path: Path, quick_
     for changes in ({"policy": "fora:2", "precision": "fp32"}, {"policy": "none"}):
         with pytest.raises(InputError, match="has no branches, so there is nothing to reuse and nothing to quantize"):
             ditc.compile_model(MODELS["without_branches"](), tmp_path / "b", quick_options.model_copy(update=changes))
+
+
+def test_a_file_that_holds_no_conditions_is_one_line(
+    compiled: Callable[..., Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "array.npy", np.ones((2, 4)))
+    np.savez_compressed(tmp_path / "damaged.npz", style=np.random.default_rng(0).standard_normal((64, 4)))
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    content[60:300] = bytes(byte ^ 0x5A for byte in content[60:300])
+    (tmp_path / "damaged.npz").write_bytes(content)
+    for file, told in {"array.npy": "holds one array without a name", "damaged.npz": "can't read conditions"}.items():
+        arguments = ["--labels", "1", "--conditions", str(tmp_path / file), "-o", str(tmp_path / "o")]
+        assert run(["run", str(compiled("styled", "int8").path), *arguments]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_kept_images_are_those_of_the_same_conditions(compiled: Callable[..., Bundle], tmp_path: Path) -> None:
+    bundle = compiled("styled", "fp32")
+    folder = Path(shutil.copytree(bundle.path, tmp_path / "b"))
+    write_tables(folder / "conditions.safetensors", {"style": np.ones((2, 4), np.float32)})
+    seal_bundle(folder, bundle.manifest)
+    assert fp_digest(open_bundle(folder)) != fp_digest(bundle)
+
+
+def test_conditions_of_another_type_than_the_segment_takes_are_refused(
+    compiled: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    bundle = compiled("styled", "fp32")
+    folder = Path(shutil.copytree(bundle.path, tmp_path / "b"))
+    write_tables(folder / "conditions.safetensors", {"style": np.ones((2, 4), np.int64)})
+    whole = Condition(name="style", dtype="int64", shape=(4,), classes=5, null=0)
+    model = bundle.manifest.model.model_copy(update={"conditions": (whole,)})
+    seal_bundle(folder, bundle.manifest.model_copy(update={"model": model}))
+    with pytest.raises(BundleError, match="is given 'style' as int64, and the segment condition takes float32"):
+        ditc.load(folder).__enter__()
+
+
+def test_a_file_of_conditions_that_nobody_asks_for_is_refused(compiled: Callable[..., Bundle], tmp_path: Path) -> None:
+    bundle = compiled("unconditional", "int8")
+    folder = Path(shutil.copytree(bundle.path, tmp_path / "b"))
+    write_tables(folder / "conditions.safetensors", {"style": np.ones((2, 4), np.float32)})
+    seal_bundle(folder, bundle.manifest)
+    with pytest.raises(BundleError, match=r"lists 'conditions\.safetensors', and the model is asked for"):
+        open_bundle(folder)
+
+
+def test_a_picture_may_be_copied_with_another_height(make_small_model: Callable[..., Any]) -> None:
+    spec = make_small_model().spec
+    assert (spec.height, spec.width) == (8, 8)
+    assert spec.model_copy(update={"height": 6}).space == (6, 8)
+    assert spec.model_copy(update={"height": 6, "width": 4}).model_dump()["width"] == 4
 
 
 def test_examples_that_do_not_fit_their_bundle_are_refused(compiled: Callable[..., Bundle], tmp_path: Path) -> None:
