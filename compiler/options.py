@@ -13,6 +13,7 @@ from ditc.choices import (
     AutoCaches,
     AutoReuse,
     Compensation,
+    GradientRanges,
     Midpoint,
     PoolSteps,
     Precision,
@@ -25,13 +26,13 @@ from ditc.choices import (
     Spacing,
     Target,
     Variance,
+    names_of,
 )
 from ditc.errors import InputError
 from ditc.policies import POLICIES, policy_forms, watching_of
 from ditc.precision import INT8, PRECISIONS, Bits
 from ditc.settings import Option, Settings
 from ditc.spec import PartialRecord, SamplerSpec
-from ditc.tables import DYNAMIC
 
 if TYPE_CHECKING:
     from ditc.calib_data.selection import SelectionOptions
@@ -210,16 +211,14 @@ class CompileOptions(PartialRecord, Settings):
             )
 
     def _check_gradients_serve(self) -> None:
-        from ditc.quantize.ranges import RANGES
-
-        if not RANGES[self.ranges].needs_gradients:
+        if self.ranges not in names_of(GradientRanges):
             return
         if self.bits is None:
             raise InputError(
                 f"--ranges {self.ranges} is for activations in integers, and --precision {self.precision} has none; "
                 "leave it out, or compile with --precision w8a8"
             )
-        if self.scales == DYNAMIC:
+        if self.scales == "dynamic":
             raise InputError(
                 f"--scales {self.scales} measures every tensor as it comes, so the gradients of --ranges {self.ranges} "
                 "have nothing to weigh; leave one of them out"

@@ -26,6 +26,7 @@ __all__ = [
     "Device",
     "Estimator",
     "Features",
+    "GradientRanges",
     "GraphScope",
     "Grouping",
     "Midpoint",
@@ -80,7 +81,8 @@ Compensation = Literal["auto", "none", Estimator]
 
 # of quantization and its calibration
 Precision = Literal["fp32", "fp16", "w8a8", "w7a8", "w4a8", "w8a6"]
-RangeMethod = Literal["max", "percentile", "mse", "entropy", "fisher"]
+GradientRanges = Literal["fisher"]  # those that need gradients
+RangeMethod = Literal["max", "percentile", "mse", "entropy", GradientRanges]
 ScaleBinding = Literal["static", "per-step", "dynamic"]
 Midpoint = Literal["zero", "bounded"]
 Transform = Literal["smooth", "balance"]

@@ -39,6 +39,7 @@ TABLES: dict[str, Collection[str]] = {
     "Device": (HERE, *DEVICES),
     "Estimator": ESTIMATORS,
     "Features": FEATURES,
+    "GradientRanges": [name for name, row in RANGES.items() if row.needs_gradients],
     "GraphScope": GRAPHS,
     "Grouping": GROUPINGS,
     "Midpoint": MIDPOINTS,
