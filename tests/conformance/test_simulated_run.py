@@ -56,6 +56,20 @@ def test_a_gpu_makes_the_images_of_the_cpu(name: str, graphs: str, built: Any) -
     assert relative_error(samples, latents(built[name], "cpu")) < 0.02  # FP16 against FP32 over a whole trajectory
 
 
+@pytest.mark.any_version
+@pytest.mark.parametrize("name", ["text", "fresh-condition", "video", "two-streams"])
+@pytest.mark.parametrize("graphs", ["none", "trajectory"])
+def test_a_gpu_takes_what_models_of_a_users_own_are_given(name: str, graphs: str, built: Any) -> None:
+    """Texts once per request, noise at every step, five axes, a text's stream; the last images fill no whole batch."""
+    samples = []
+    for target in ("cpu", "tensorrt"):
+        with ditc.load(built[name], target=target, graphs=graphs, check=True) as pipe:
+            for seed in (3, 4):  # graphs are captured by the second request
+                samples.append(pipe.latents(pipe.bundle.examples().in_turn(seed, 6), seed=seed))
+    cpu, gpu = samples[:2], samples[2:]
+    assert max(relative_error(own, other) for own, other in zip(gpu, cpu, strict=True)) < 0.02
+
+
 def test_the_reference_model_goes_all_the_way(built: Any, tmp_path: Path) -> None:
     for target in ("cpu", "tensorrt"):
         assert run([*f"run {built['digits']} --target {target} --labels 3,1,4,1,5 -o {tmp_path / target}".split()]) == 0

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from ditc.compiler.options import CompileOptions
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import with_vae
 from ditc.files import atomic_folder, in_turn
+from tests.models.token_mixer import MODELS
+from tests.models.two_streams import dual
 
 HERE = Path(__file__).parent
 STORE = Path(sys.prefix) / "tensorrt-bindings"
@@ -41,6 +44,13 @@ SETTINGS = {
     "taylor-3": {"reuse": "taylor:3", "vc": "none", "steps": 8},
     "float-ends": {"float_steps": "1:2"},
     "per-step": {"policy": "partial", "scales": "per-step", "midpoint": "bounded"},
+}
+# models of a user's own, for what is asked for with more than a class, or passes on more than the image
+OWN_MODELS: dict[str, Callable[[], Any]] = {
+    "text": MODELS["prompted"],
+    "fresh-condition": MODELS["iterated"],
+    "video": MODELS["video"],
+    "two-streams": dual,
 }
 
 
@@ -64,6 +74,9 @@ def compiled(
             yield name, compiled_once(make_small_model(), quick.model_copy(update=changes | policy))
         narrow = make_small_model(hidden_size=NARROW)
         yield "odd-addresses", compiled_once(narrow, quick.model_copy(update={"batch": 1}))
+        for name, own in OWN_MODELS.items():
+            guided = {"cfg": 1.5 if own().spec.can_be_guided else 1.0}
+            yield name, compiled_once(own(), quick.model_copy(update=guided))
         latent = with_vae(make_small_model(in_channels=4), tiny_vae(tmp_path_factory.mktemp("vae")))
         yield "decoded", compiled_once(latent, quick)
 
