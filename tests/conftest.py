@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,6 +28,7 @@ from ditc.engines.onnxrt import import_onnxruntime
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.files import atomic_write, digest_of, in_turn
 from ditc.runtime.pipeline import Pipeline, load
+from tests.models.two_streams import dual
 
 # a busy machine stalls now and then, which says nothing of a law or of how its examples are made
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -41,7 +39,6 @@ SMALL = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, dep
 QUICK = CompileOptions(
     steps=6, points=24, pool_images=24, vc_images=8, verify_images=4, batch=4, reuse="hold", smooth="none", vc="std"
 )
-OWN_MODELS = Path(__file__).parent / "models"
 # the small model under several policies and precisions; "model" names another one
 BUNDLES: dict[str, dict[str, Any]] = {
     "cached": {"policy": "fora:2"},
@@ -73,7 +70,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "fp32-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none"},
     # the same of a model of two streams, with two outputs and gates of its first branches' image
     "streams": {"model": "two-streams", "policy": "fora:2", "smooth": "smooth"},
-    "streams-rows": {"model": "two-streams", "policy": str(OWN_MODELS / "two_streams.json")},
+    "streams-rows": {"model": "two-streams", "policy": str(Path(__file__).parent / "models" / "two_streams.json")},
     "streams-fp32-cached": {"model": "two-streams", "policy": "fora:2", "precision": "fp32", "vc": "none"},
     "streams-fp32-branches": {
         "model": "two-streams",
@@ -134,26 +131,10 @@ def small_model(**changes: int) -> DiT:
     return model
 
 
-def own_module(name: str) -> ModuleType:
-    """A user's file of tests/models, loaded anew."""
-    spec = importlib.util.spec_from_file_location(f"{name}_of_a_user", OWN_MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     "small": small_model,
-    "two-streams": lambda: own_module("two_streams").dual().eval(),
+    "two-streams": lambda: dual().eval(),
 }
-
-
-@pytest.fixture
-def make_own_module() -> Callable[[str], ModuleType]:
-    return own_module
 
 
 @pytest.fixture(scope="session")

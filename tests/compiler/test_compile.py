@@ -22,6 +22,7 @@ from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from ditc.errors import CheckError, InputError
 from ditc.exporter.dit import DiT
+from tests.models.two_streams import dual
 
 QUICK_FLAGS = "--steps 6 --policy fora:2 --points 24 --pool 24 --vc-images 8 --verify-images 4 --heads 4".split()
 
@@ -58,10 +59,10 @@ def test_the_same_inputs_and_seed_give_the_same_bytes(
 
 
 def test_a_model_of_two_streams_gives_the_same_bytes_again(
-    tmp_path: Path, make_own_module: Callable[[str], Any], quick_options: CompileOptions, bundles: dict[str, Bundle]
+    tmp_path: Path, quick_options: CompileOptions, bundles: dict[str, Bundle]
 ) -> None:
     options = quick_options.model_copy(update={"policy": "fora:2", "smooth": "smooth"})
-    again = compile_model(make_own_module("two_streams").dual().eval(), tmp_path / "again", options)
+    again = compile_model(dual().eval(), tmp_path / "again", options)
     assert file_hashes(again) == file_hashes(bundles["streams"])
 
 

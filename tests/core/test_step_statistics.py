@@ -8,22 +8,9 @@ import numpy as np
 import pytest
 
 from ditc.errors import BundleError, InputError
-from ditc.spec import ModelSpec
 from ditc.step_statistics import StepStatistics, SumStatistics, kind_of
+from tests.core.test_schedule import BRANCHES, SPEC
 
-BRANCHES = ("0.attn", "0.mlp", "1.attn", "1.mlp")
-SPEC = ModelSpec(
-    name="tiny",
-    family="dit",
-    in_channels=1,
-    height=8,
-    width=8,
-    num_classes=10,
-    cfg_channels=1,
-    branches=BRANCHES,
-    branch_shape=(16, 8),
-    parameters=0,
-)
 STEPS, WINDOW, CHANNELS = 5, 2, 3
 
 
