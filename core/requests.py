@@ -94,7 +94,7 @@ class Request:
 
     def rows(self, condition: Condition) -> NDArray[Any]:
         """Return what the network takes of a condition for the images, (n, *shape), or (steps, n, *shape)."""
-        if condition is NO_CONDITION:
+        if condition.name == NO_CONDITION.name:
             return np.zeros(self.count, np.int64)
         return self.arrays[condition.name]
 
@@ -134,7 +134,8 @@ def checked_array(spec: ModelSpec, name: str, array: Any) -> NDArray[Any]:
         raise InputError(
             f"condition {name!r} must be {condition.dtype} of shape ({shape}), found {values.dtype} {values.shape}"
         )
-    values = np.ascontiguousarray(values, condition.dtype)
+    with np.errstate(over="ignore"):  # what is too large is refused below
+        values = np.ascontiguousarray(values, condition.dtype)
     if condition.classes is not None and values.size and not 0 <= values.min() <= values.max() < condition.classes:
         raise InputError(
             f"condition {name!r} holds {values.min()} to {values.max()}, expected 0 to {condition.classes - 1}"

@@ -150,11 +150,14 @@ class Condition(Record):
             raise ValueError(f"condition {self.name}: integers have `classes`, and floats have none")
         if self.fresh and (self.classes is not None or self.null != "same"):
             raise ValueError(f"condition {self.name} is fresh noise: floats, without a null")
-        if isinstance(self.null, (int, float)):
-            whole = isinstance(self.null, int) and self.null >= 0
-            if not (whole if self.classes is not None else math.isfinite(self.null)):
-                raise ValueError(f"condition {self.name}: the null {self.null} is no {self.dtype} that it may hold")
+        if isinstance(self.null, (int, float)) and not self._may_hold(self.null):
+            raise ValueError(f"condition {self.name}: the null {self.null} is no {self.dtype} that it may hold")
         return self
+
+    def _may_hold(self, null: float) -> bool:
+        if self.classes is None:
+            return math.isfinite(null)
+        return isinstance(null, int) and 0 <= null <= self.classes
 
     @property
     def null_name(self) -> str | None:
@@ -236,7 +239,8 @@ class ModelSpec(Record):
         """Return a copy with other values, of a picture its `height` and `width` too."""
         given = dict(update or {})
         if given.keys() & {*PICTURE}:
-            given["space"] = tuple(given.pop(side, own) for side, own in zip(PICTURE, self.space, strict=True))
+            own = dict(zip(PICTURE, self.space, strict=False)) if len(self.space) == len(PICTURE) else {}
+            given["space"] = tuple(given.pop(side) if side in given else own[side] for side in PICTURE)
         return super().model_copy(update=given, deep=deep)
 
     @property

@@ -325,14 +325,14 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         first: int = 0,
     ) -> Samples:
-        """Finished samples, (n, channels, height, width), with as much noise as there is in front of step `start`.
+        """Finished samples, (n, channels, *space), with as much noise as there is in front of step `start`.
 
         The noise is the x_T of each image: that of seed and number, as `generate` has them. Where diffusers has a
         `strength`, of N steps the last int(N * strength) are run: start = N - int(N * strength).
         """
         check_noise(latents, None, "latents")
         streams = image_streams(len(latents), seed, seeds, first)
-        noise, _ = streamed_noise(streams, self.bundle.manifest.model.latent_shape)
+        noise, _ = streamed_noise(streams, self._spec.latent_shape)
         return self._starting.noised(latents, noise, start)
 
     @property
@@ -342,7 +342,7 @@ class Pipeline:
 
     @cached_property
     def _starting(self) -> Starting:
-        return Starting(self.bundle.manifest.model, self.program, sampler_columns(self.bundle.tables()))
+        return Starting(self._spec, self.program, sampler_columns(self.bundle.tables()))
 
     def decode(self, latents: Samples) -> Samples:
         """Latents to images in [-1, 1]. A model of 1 or 3 channels without a decoder works on pixels already.
@@ -355,12 +355,12 @@ class Pipeline:
     @property
     def makes_images(self) -> bool:
         """Does this bundle end in pixels: through a decoder, or because the model works on them?"""
-        return DECODE in self.program.epilogue or self.bundle.manifest.model.is_picture
+        return DECODE in self.program.epilogue or self._spec.is_picture
 
     def check_makes_images(self) -> None:
         """Raise InputError unless `makes_images`."""
         if not self.makes_images:
-            channels, *space = self.bundle.manifest.model.latent_shape
+            channels, *space = self._spec.latent_shape
             if len(space) != 2:
                 raise InputError(
                     f"{self.bundle.path} makes samples of shape {(channels, *space)}, no images; take pipe.latents()"
@@ -379,7 +379,7 @@ class Pipeline:
         if self.reference:
             raise InputError("the fingerprint is of the compiled program; open the bundle without reference=True")
         fingerprint = Fingerprint.of(self.bundle.path)
-        fingerprint.check_fits(self.program, self.bundle.manifest.model)
+        fingerprint.check_fits(self.program, self._spec)
         engines, executor = self.engines, self.executor  # in this order: engines that are gone have none
         observe = observer(executor, fingerprint.request, executor.decode if executor.decodes else None)
         outputs = observe(fingerprint.samples)
