@@ -59,4 +59,4 @@ def _drawn(spec: ModelSpec, name: str) -> NDArray[Any]:
     shape = (EXAMPLES_DRAWN, *condition.shape)
     if condition.classes is not None:
         return (np.arange(np.prod(shape)) % condition.classes).reshape(shape)
-    return np.random.default_rng([SEED, len(name)]).standard_normal(shape, np.float32)
+    return np.random.default_rng([SEED, *name.encode()]).standard_normal(shape, np.float32)

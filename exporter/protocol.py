@@ -42,8 +42,10 @@ from torch import Tensor, nn
 from ditc.errors import CheckpointError
 from ditc.exporter.seams import first_streams, seams_of
 from ditc.exporter.stream_checks import check_context, checked_merge, checked_outputs
+from ditc.program import AHEAD, REQUEST, TIMESTEPS
 from ditc.spec import Condition, ModelSpec
 from ditc.streams import IMAGE
+from ditc.tables import STEP_INPUTS
 
 __all__ = [
     "Branch",
@@ -151,6 +153,9 @@ def branches_add(model: TrajectoryModel, tolerance: float = 1e-4) -> bool:
     return True
 
 
+# names of ports, and how those of some begin
+PORTS = (TIMESTEPS, "x", "out", *STEP_INPUTS)
+PREFIXES = (f"{AHEAD}.", "cache.", REQUEST)
 MEMBERS = ("spec", "branches", "decoder", "condition", "unpack", "embed", "head")
 
 
@@ -208,21 +213,30 @@ def composed(model: TrajectoryModel, x: Tensor, t: Tensor, *conditions: Tensor) 
     return torch.cat(rows)
 
 
+def _checked_tables(model: Any, rows: int, conditions: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return what `unpack` takes at one step. Raises CheckpointError where shapes or names of tables can't be."""
+    spec: ModelSpec = model.spec
+    own = rows if spec.inputs else 1
+    tables = model.condition(torch.linspace(900, 1, 3), *spread_over_steps(spec, conditions, 3))
+    wrong = {name: tuple(table.shape) for name, table in tables.items() if table.shape[:2] != (3, own)}
+    if wrong:
+        raise CheckpointError(f"condition() must give tables (steps, batch, ...) = (3, {own}, ...), found {wrong}")
+    once = request_tables(model, conditions)
+    wrong = {name: tuple(table.shape) for name, table in once.items() if table.shape[:1] != (rows,)}
+    if wrong:
+        raise CheckpointError(f"request_tables() must give tables (batch, ...) = ({rows}, ...), found {wrong}")
+    if shared := tables.keys() & once.keys():
+        raise CheckpointError(f"condition() and request_tables() both give {', '.join(sorted(shared))}; rename one")
+    for name in tables:  # those of a request have a name of their own as ports, REQUEST in front
+        if name in {*PORTS, *(each.name for each in spec.network_inputs)} or name.startswith(PREFIXES):
+            raise CheckpointError(f"a table is called {name!r}, as a port of segments is or may be; rename it")
+    return {name: table[0] for name, table in tables.items()} | once
+
+
 def _check_shapes(model: Any, x: Tensor, conditions: Sequence[Tensor]) -> None:
     """Raise CheckpointError where a seam gives another shape than spec and protocol promise."""
     spec: ModelSpec = model.spec
-    rows = len(x) if spec.inputs else 1
-    tables = model.condition(torch.linspace(900, 1, 3), *spread_over_steps(spec, conditions, 3))
-    wrong = {name: tuple(table.shape) for name, table in tables.items() if table.shape[:2] != (3, rows)}
-    if wrong:
-        raise CheckpointError(f"condition() must give tables (steps, batch, ...) = (3, {rows}, ...), found {wrong}")
-    once = request_tables(model, conditions)
-    wrong = {name: tuple(table.shape) for name, table in once.items() if table.shape[:1] != (len(x),)}
-    if wrong:
-        raise CheckpointError(f"request_tables() must give tables (batch, ...) = ({len(x)}, ...), found {wrong}")
-    if shared := tables.keys() & once.keys():
-        raise CheckpointError(f"condition() and request_tables() both give {', '.join(sorted(shared))}; rename one")
-    parts = model.unpack({name: table[0] for name, table in tables.items()} | once)
+    parts = model.unpack(_checked_tables(model, len(x), conditions))
     check_context(model, parts)
     h = first_streams(model, x, parts)
     for seam in seams_of(model):

@@ -14,9 +14,10 @@ import torch
 import ditc
 from ditc.bundle import Bundle, Manifest, open_bundle, seal_bundle, write_tables
 from ditc.cli.main import run
+from ditc.compiler.examples import examples_of
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
-from ditc.errors import BundleError, InputError
+from ditc.errors import BundleError, CheckpointError, InputError
 from ditc.exporter.protocol import check_decomposition
 from ditc.quality.generating import fp_digest
 from ditc.requests import Request
@@ -263,6 +264,21 @@ def test_what_typical_conditions_hold_is_assumed_aloud_or_given(
     with pytest.raises(InputError, match=r"needs examples of 'text' and 'null_text', found text of 3 rows"):
         ditc.compile_model(MODELS["prompted"](), tmp_path / "c", options, conditions={"text": given["text"]})
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("name", ["t", "x", "out", "y", "scales", "reuse.rows", "ahead.c", "cache.c", "request.c"])
+def test_a_table_that_is_called_as_a_port_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["video"]()
+    condition = model.condition
+    monkeypatch.setattr(model, "condition", lambda *given: {name: condition(*given)["modulation"]})
+    monkeypatch.setattr(model, "unpack", lambda step: {"modulation": step[name]})
+    with pytest.raises(CheckpointError, match=rf"a table is called '{name}', as a port of segments is"):
+        check_decomposition(model)
+
+
+def test_drawn_examples_of_two_conditions_are_not_the_same() -> None:
+    examples, _ = examples_of(MODELS["prompted"]())
+    assert not np.allclose(examples.arrays["text"], examples.arrays["null_text"])
 
 
 def test_nothing_to_cache_and_nothing_to_quantize_is_said(tmp_path: Path, quick_options: CompileOptions) -> None:
