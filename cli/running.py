@@ -31,6 +31,8 @@ def run_command(bundle: Path, options: RunOptions, place: Place, out: Path, json
         print_record(generated)
         return
     click.echo(f"{len(generated.images)} images and {generated.grid} in {out}")
+    if generated.start is not None:
+        click.echo(f"began with {options.begin_with} at step {generated.start}")
     click.echo(f"{generated.seconds_per_image * 1e3:.2f} ms per image")
     for name, times in generated.segments.items():
         click.echo(f"  {name}: {times.calls} calls, median {times.median_seconds * 1e3:.3f} ms")

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ditc.choices import GraphScope, Target
+from ditc.errors import InputError
 from ditc.settings import Option, Settings
 
 if TYPE_CHECKING:
     from ditc.runtime.pipeline import Pipeline
 
-__all__ = ["HERE", "PLACE", "Place", "RunOptions", "VerifyOptions"]
+__all__ = ["HERE", "PLACE", "STRENGTH", "Place", "RunOptions", "VerifyOptions"]
 
 PLACE = "Where it runs"  # the heading of these options
+STRENGTH = 0.8  # of a request that begins with a picture, as diffusers has it
 
 
 class Place(Settings):
@@ -61,7 +63,8 @@ class RunOptions(Settings):
     """The settings of `ditc run`: an image for each of `labels`, which draw their noise from `seed`.
 
     A model of other conditions takes them from a file; without one, and without classes, `images` says how many are
-    made, of the bundle's own examples.
+    made, of the bundle's own examples. `begin_with` is a file of what the images begin with in place of noise alone;
+    `strength` is then the share of the steps that are run, STRENGTH where it is None.
     """
 
     labels: Annotated[tuple[int, ...] | None, Option("Classes, one image each: 207,360.")] = None
@@ -73,6 +76,25 @@ class RunOptions(Settings):
         int | None, Field(ge=1), Option("Images, of the bundle's own examples, where a model has no classes.")
     ] = None
     seed: Annotated[int, Field(ge=0), Option("Seed of the noise.", advice="set --seed 0 or more")] = 0
+    begin_with: Annotated[
+        Path | None,
+        Option(
+            "Picture or latents (.npy, .npz) to begin with in place of noise: image to image.",
+            flag="--from",
+            metavar="FILE",
+        ),
+    ] = None
+    strength: Annotated[
+        float | None,
+        Field(gt=0, le=1),
+        Option(f"Share of the steps that are run on --from, to the nearest that may be; default {STRENGTH:g}."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _strength_of_something(self) -> RunOptions:
+        if self.strength is not None and self.begin_with is None:
+            raise InputError(f"--strength {self.strength:g} is of a picture to begin with; name it with --from FILE")
+        return self
 
 
 class VerifyOptions(Settings):

@@ -335,6 +335,13 @@ class Pipeline:
         noise, _ = streamed_noise(streams, self._spec.latent_shape)
         return self._starting.noised(latents, noise, start)
 
+    def start_for(self, strength: float) -> int:
+        """Return the step to begin with at diffusers' `strength`, above 0 to 1: the nearest of `starts`.
+
+        Raises InputError where that is step 0 and a later one was meant.
+        """
+        return self._starting.nearest(strength)
+
     @property
     def starts(self) -> tuple[int, ...]:
         """The steps that a request may begin with; where steps reuse or the sampler looks back, they are few."""

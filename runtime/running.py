@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,14 +16,16 @@ import ditc
 from ditc.bundle import Bundle
 from ditc.checks import Verification
 from ditc.errors import CheckError, InputError
-from ditc.files import writing
+from ditc.files import sha256_of, writing
+from ditc.program import DECODE
 from ditc.requests import Request, example_names, read_conditions
 from ditc.runtime.closeness import trajectory_comparison
 from ditc.runtime.executor import Samples, StepEvent, check_stream
+from ditc.runtime.given_samples import read_samples
 from ditc.runtime.images import grid, save_png
-from ditc.runtime.options import HERE, Place, RunOptions
+from ditc.runtime.options import HERE, STRENGTH, Place, RunOptions
 from ditc.runtime.pipeline import Pipeline
-from ditc.spec import LABEL, Record
+from ditc.spec import LABEL, PartialRecord, Record
 
 __all__ = ["GeneratedImages", "SegmentSeconds", "StepSeconds", "run_bundle", "verify_bundle"]
 
@@ -50,12 +54,15 @@ class StepSeconds(Record):
     seconds: float
 
 
-class GeneratedImages(Record):
+class GeneratedImages(PartialRecord):
     """Images that `ditc run` left in `folder`, and the time that it took.
 
     `images` and `grid` are names of files in it. The seconds are wall time, conditioning and decoding included;
-    `segments` and `steps` are empty where the request was queued whole.
+    `segments` and `steps` are empty where the request was queued whole. `start` is the step that they began with, where
+    they began with a file.
     """
+
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"start"})
 
     images: tuple[str, ...]
     grid: str
@@ -64,6 +71,28 @@ class GeneratedImages(Record):
     seconds_per_image_outside_steps: float
     segments: dict[str, SegmentSeconds]
     steps: tuple[StepSeconds, ...]
+    start: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """The step that a request begins with, the samples in front of it, and the SHA-256 of the file they were made of.
+
+    `latents` is (n, channels, *space), None for a request that begins with its own noise.
+    """
+
+    latents: Samples | None = None
+    start: int = 0
+    digest: str = ""
+
+    def of(self, part: slice) -> dict[str, Any]:
+        """Return the arguments of `Pipeline.generate` about some of the images."""
+        return {} if self.latents is None else {"latents": self.latents[part], "start": self.start}
+
+    @property
+    def text(self) -> dict[str, str]:
+        """Return what a picture says of it, by keyword of a PNG's text chunks."""
+        return {} if self.latents is None else {"ditc.from": self.digest, "ditc.start": str(self.start)}
 
 
 def run_bundle(bundle: Path, options: RunOptions, out: Path, *, watch: Watch, place: Place = HERE) -> GeneratedImages:
@@ -77,22 +106,24 @@ def run_bundle(bundle: Path, options: RunOptions, out: Path, *, watch: Watch, pl
         request, seed = asked_request(pipe.bundle, options), options.seed
         pipe.check_makes_images()
         check_stream(seed, 0)  # before anything is written
+        beginning = asked_beginning(pipe, options, len(request))
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         start = perf_counter()
         if pipe.on_device:
-            pictures = pipe.images(request, seed=seed)
+            pictures = pipe.images(request, seed=seed, **beginning.of(slice(None)))
         else:
-            pictures = _watched_images(pipe, request, seed, watch, events)
+            pictures = _watched_images(pipe, request, seed, beginning, watch, events)
         seconds = perf_counter() - start
     labels: Sequence[int | None] = request.labels if LABEL in request.arrays else [None] * len(request)
     names = [f"{number:04d}{'' if label is None else f'-class{label}'}.png" for number, label in enumerate(labels)]
     for number, (name, picture) in enumerate(zip(names, pictures, strict=True)):
-        save_png(picture, out / name, origin_text(pipe.bundle, seed, labels[number : number + 1], number))
+        own = origin_text(pipe.bundle, seed, labels[number : number + 1], number)
+        save_png(picture, out / name, own | beginning.text)
     columns = int(np.ceil(np.sqrt(len(pictures))))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     picture = grid(rows, scale=max(1, LEAST_WIDTH // pictures.shape[-1]))
-    save_png(picture, out / GRID, origin_text(pipe.bundle, seed, labels, 0))
+    save_png(picture, out / GRID, origin_text(pipe.bundle, seed, labels, 0) | beginning.text)
     return GeneratedImages(
         images=tuple(names),
         grid=GRID,
@@ -101,6 +132,7 @@ def run_bundle(bundle: Path, options: RunOptions, out: Path, *, watch: Watch, pl
         seconds_per_image_outside_steps=(seconds - sum(event.seconds for event in events)) / len(request),
         segments=seconds_by_segment(events),
         steps=tuple(StepSeconds(index=e.index, t=e.t, segment=e.segment, seconds=e.seconds) for e in events),
+        start=None if beginning.latents is None else beginning.start,
     )
 
 
@@ -125,6 +157,19 @@ def asked_request(bundle: Bundle, options: RunOptions) -> Request:
     return bundle.examples().in_turn(0, options.images)
 
 
+def asked_beginning(pipe: Pipeline, options: RunOptions, count: int) -> Beginning:
+    """Return the beginning of a command line's `count` images: their own noise, or a file with so much of it.
+
+    Raises InputError for a file that is no sample of the model, and a strength that the bundle can't begin with.
+    """
+    path = options.begin_with
+    if path is None:
+        return Beginning()
+    finished = read_samples(path, pipe.bundle.manifest.model, count, decodes=DECODE in pipe.program.epilogue)
+    start = pipe.start_for(STRENGTH if options.strength is None else options.strength)
+    return Beginning(pipe.noised(finished, start=start, seed=options.seed), start, sha256_of(path))
+
+
 def origin_text(bundle: Bundle, seed: int, labels: Sequence[int | None], first: int) -> dict[str, str]:
     """Return the origin of a picture of the images `first` and on of a seed, by keyword of a PNG's text chunks."""
     return {
@@ -136,10 +181,13 @@ def origin_text(bundle: Bundle, seed: int, labels: Sequence[int | None], first: 
     } | ({} if None in labels else {"ditc.classes": ",".join(map(str, labels))})
 
 
-def _watched_images(pipe: Pipeline, request: Request, seed: int, watch: Watch, events: list[StepEvent]) -> Samples:
+def _watched_images(
+    pipe: Pipeline, request: Request, seed: int, beginning: Beginning, watch: Watch, events: list[StepEvent]
+) -> Samples:
     """The images, every step watched and kept in `events`."""
     for part, first in _parts(pipe, request):
-        for event in pipe.generate(part, seed=seed, first=first):
+        own = beginning.of(slice(first, first + len(part)))
+        for event in pipe.generate(part, seed=seed, first=first, **own):
             watch(event)
             events.append(event)
     return np.concatenate([event.images for event in events if event.images is not None])

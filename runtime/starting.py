@@ -28,6 +28,8 @@ Columns = Mapping[str, NDArray[np.float64]]  # the sampler's, each (steps,)
 
 ROUNDING = 1e-9  # a weight that least squares gave where the scheduler has none is about 1e-14, its own above 1e-7
 
+MOST_LISTED = 6  # steps in a message
+
 
 @dataclass(frozen=True)
 class Starting:
@@ -41,6 +43,10 @@ class Starting:
     def steps(self) -> tuple[int, ...]:
         """The steps that a request may begin with; step 0 is always one."""
         return first_steps(self.program, self.columns)
+
+    def nearest(self, strength: float) -> int:
+        """Return the step that a request of some strength begins with, as `start_for_strength`."""
+        return start_for_strength(self.program, self.columns, strength)
 
     def samples(self, noise: Samples | None, latents: Samples | None, start: int, count: int) -> Samples | None:
         """Return what a request of `count` images begins with, None for its own x_T.
@@ -90,6 +96,27 @@ def first_steps(program: Program, columns: Columns) -> tuple[int, ...]:
     return tuple(
         start for start in range(len(program.steps)) if not (_reuses(program, start) or _looks_back(columns, start))
     )
+
+
+def start_for_strength(program: Program, columns: Columns, strength: float) -> int:
+    """Return the step to begin with so that about a share `strength` of all steps is run: the nearest that may be.
+
+    Of two that are equally near it is the later one. Raises InputError where the nearest is step 0 and others were
+    meant: then nothing would be left of what the request begins with.
+    """
+    if not 0 < strength <= 1:
+        raise InputError(f"strength must be above 0 and at most 1, found {strength:g}; 1 runs every step")
+    steps, allowed = len(program.steps), first_steps(program, columns)
+    wanted = min(steps - int(steps * strength), steps - 1)
+    start = min(allowed, key=lambda step: (abs(step - wanted), -step))
+    if start == 0 < wanted:
+        listed = [f"{step} (strength {(steps - step) / steps:.2g})" for step in allowed[:MOST_LISTED]]
+        more = [f"{len(allowed) - MOST_LISTED} more"] * (len(allowed) > MOST_LISTED)
+        raise InputError(
+            f"strength {strength:g} begins with step {wanted} of {steps}, and this bundle can't: "
+            f"{_reuses(program, wanted) or _looks_back(columns, wanted)}; it may begin with: {', '.join(listed + more)}"
+        )
+    return start
 
 
 def check_start(program: Program, columns: Columns, start: int) -> None:

@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -31,6 +32,8 @@ from ditc.engines.integer_form import Arithmetic, Exactness, advise
 from ditc.files import sha256_of
 from ditc.quality.demo import BundleSide, Demo, TorchSide
 from ditc.quality.options import SEARCHED
+from ditc.runtime.images import to_bytes
+from ditc.runtime.pipeline import load
 from ditc.settings import flag_of
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +122,81 @@ def test_run_writes_a_picture_per_label_and_a_grid(
     assert len(printed["steps"]) == 6
     assert size_of(out / "0001-class3.png") == (8, 8)
     assert size_of(out / "grid.png") == (2 * 66 + 2, 2 * 66 + 2)
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_run_begins_with_a_picture_as_python_does_with_its_samples(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, first, second = str(bundles["cached"].path), tmp_path / "first", tmp_path / "second"
+    assert run(["run", bundle, "--labels", "3", "-o", str(first)]) == 0
+    picture = first / "0000-class3.png"
+    capsys.readouterr()
+    line = [
+        "run",
+        bundle,
+        "--labels",
+        "0,4",
+        "--seed",
+        "5",
+        "--from",
+        str(picture),
+        "--strength",
+        "0.7",
+        "--batch",
+        "1",
+    ]
+    assert run([*line, "-o", str(second)]) == 0
+    assert f"began with {picture} at step 2\n" in capsys.readouterr().out
+    finished = np.moveaxis(pixels_of(picture), -1, 0)[None].repeat(2, 0) / np.float32(127.5) - 1
+    with load(bundle) as pipe:
+        images = pipe.images([0, 4], latents=pipe.noised(finished, start=2, seed=5), start=2, seed=5)
+    for name, image in zip(("0000-class0.png", "0001-class4.png"), images, strict=True):
+        assert np.array_equal(pixels_of(second / name), np.moveaxis(to_bytes(image), 0, -1))
+        with Image.open(second / name) as opened:
+            said = opened.text  # type: ignore[attr-defined]
+        assert (said["ditc.from"], said["ditc.start"]) == (sha256_of(picture), "2")
+    assert run([*line, "-o", str(second), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["start"] == 2
+    assert [step["index"] for step in printed["steps"]] == 2 * [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("cached", ["--strength", "0.5"], "--strength 0.5 is of a picture to begin with; name it with --from FILE"),
+        (
+            "cached",
+            ["--from", "{grid}"],
+            "is a picture of 10 x 10 pixels, mode RGB, and small works on 8 x 8, mode RGB",
+        ),
+        ("cached", ["--from", "{none}"], "can't read {none}: No such file or directory; give a picture, or an .npy"),
+        ("cached", ["--from", "{own}", "--strength", "2"], "--strength must be above 0 and at most 1, found 2"),
+        ("memory-none", ["--from", "{own}"], "begins with step 2 of 6, and this bundle can't: the sampler looks back"),
+    ],
+)
+def test_what_run_can_not_begin_with_is_refused_before_anything_is_written(
+    name: str,
+    given: list[str],
+    message: str,
+    bundles: dict[str, Bundle],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {file: str(tmp_path / f"{file}.png") for file in ("grid", "none", "own")}
+    for file, side in (("grid", 10), ("own", 8)):
+        Image.new("RGB", (side, side)).save(places[file])
+    line = [part.format(**places) for part in given]
+    assert run(["run", str(bundles[name].path), "--labels", "1", "-o", str(tmp_path / "out"), *line]) == 2
+    said = capsys.readouterr().err
+    assert message.format(**places) in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def size_of(path: Path) -> tuple[int, int]:

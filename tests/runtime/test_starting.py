@@ -13,11 +13,13 @@ import torch
 from ditc.bundle import Bundle
 from ditc.engines.backend import Backend, DeviceBackend
 from ditc.errors import InputError
+from ditc.passes import program_from_schedule
 from ditc.program import Program
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.samplers import sampler_table
-from ditc.runtime.starting import first_steps, noise_shares
+from ditc.runtime.starting import first_steps, noise_shares, start_for_strength
+from ditc.schedule import CacheSchedule
 from ditc.spec import DiffusionSpec, SamplerSpec
 from tests.runtime.test_executors import BACKENDS
 
@@ -111,6 +113,58 @@ def test_what_a_request_can_not_begin_with_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         pipes["cached"].latents(LABELS, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [
+        ("cached", {1: 0, 0.9: 2, 0.8: 2, 0.7: 2, 0.5: 4, 0.34: 4, 0.1: 4}),
+        ("fp32-none", {1: 0, 0.9: 1, 0.8: 2, 0.7: 2, 0.5: 3, 0.34: 4, 0.1: 5}),
+        ("memory-last", {1: 0, 0.5: 5, 0.34: 5}),
+    ],
+)
+def test_a_strength_begins_with_the_nearest_step_that_may_be_the_first(
+    name: str, starts: dict[float, int], pipes: dict[str, Pipeline]
+) -> None:
+    assert {strength: pipes[name].start_for(strength) for strength in starts} == starts
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "message"),
+    [
+        (
+            "memory-last",
+            0.7,
+            "can't: the sampler looks back from step 2 at step 1; it may begin with: 0 (strength 1), 5 ",
+        ),
+        ("fp32-taylor", 0.4, "needs one step that computes; it may begin with: 0 (strength 1)"),
+        ("cached", 0.0, "strength must be above 0 and at most 1, found 0"),
+        ("cached", 1.1, "strength must be above 0 and at most 1, found 1.1"),
+        ("cached", float("nan"), "found nan"),
+    ],
+)
+def test_a_strength_of_which_noise_alone_would_be_left_is_refused(
+    name: str, strength: float, message: str, pipes: dict[str, Pipeline]
+) -> None:
+    with pytest.raises(InputError) as refused:
+        pipes[name].start_for(strength)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_long_list_of_steps_is_cut() -> None:
+    zero = np.zeros(20)
+    looks_back = {"t": zero, "x.1": zero.copy(), "out.1": zero}
+    looks_back["x.1"][1:11] = 1.0
+    program = no_cache(20)
+    assert first_steps(program, looks_back) == (0, *range(11, 20))
+    with pytest.raises(InputError, match=r"may begin with: 0 \(strength 1\), 11 \(strength 0.45\), .* 15 .*, 4 more$"):
+        start_for_strength(program, looks_back, 0.95)
+
+
+def no_cache(steps: int) -> Program:
+    schedule = CacheSchedule(compute=tuple((True,) for _ in range(steps)))
+    return program_from_schedule(schedule, [float(t) for t in range(steps)][::-1], ("a",))
 
 
 def test_the_reference_program_begins_where_it_likes(bundles: dict[str, Bundle]) -> None:
