@@ -50,12 +50,27 @@ OWN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("SASolverScheduler", {}),
     ("PNDMScheduler", {"skip_prk_steps": True}),
 )
+# the same over a flow, each without a shift and with one of 3
+OWN_OF_FLOWS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_beta_sigmas": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ("DPMSolverMultistepScheduler", {"solver_type": "heun", "euler_at_final": True}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 2}),
+    ("UniPCMultistepScheduler", {"use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}),
+    ("UniPCMultistepScheduler", {"shift_terminal": 0.1}),
+    ("SASolverScheduler", {}),
+)
 REFUSED = (
     ("HeunDiscreteScheduler", {}),
     ("KDPM2DiscreteScheduler", {}),
     ("KDPM2AncestralDiscreteScheduler", {}),
     ("DPMSolverSDEScheduler", {}),
     ("PNDMScheduler", {}),
+    ("FlowMatchHeunDiscreteScheduler", {}),
 )
 
 Variant = tuple[str, DiffusionSpec, list[SamplerSpec]]  # its name, the process, samplers of which the worst is told
@@ -73,6 +88,9 @@ def variants() -> Iterator[Variant]:
         scheduler = SchedulerSpec(kind=kind, config=config)
         spacing = "leading" if kind == "PNDMScheduler" else "linspace"
         yield "", betas, [SamplerSpec(name="scheduler", scheduler=scheduler, spacing=spacing)]
+    for kind, config in OWN_OF_FLOWS:
+        own = SchedulerSpec(kind=kind, config=config)
+        yield "a flow", flow, [SamplerSpec(name="scheduler", scheduler=own, shift=shift) for shift in (None, 3.0)]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -151,8 +169,9 @@ def refusals() -> list[dict[str, str]]:
     told = []
     for kind, config in REFUSED:
         sampler = SamplerSpec(name="scheduler", scheduler=SchedulerSpec(kind=kind, config=config))
+        prediction = "flow" if kind.startswith("FlowMatch") else "epsilon"
         try:
-            multistep_table(DiffusionSpec(), sampler, STEPS)
+            multistep_table(DiffusionSpec(prediction=prediction), sampler, STEPS)
         except InputError as e:
             told.append({"scheduler": kind, "reason": str(e).split(": ", 1)[1].split(";")[0]})
     return told
@@ -177,7 +196,7 @@ compile refuses the sampler, as it does one that is inexact even with exact pred
 """
 
 REASONS = """
-Refused, each with the reason; `--sampler` samples the same betas with another one:
+Refused, each with the reason; `--sampler` samples the same betas or flow with another one:
 
 | scheduler | reason |
 |---|---|

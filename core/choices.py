@@ -26,6 +26,7 @@ __all__ = [
     "Device",
     "Estimator",
     "Features",
+    "FlowTimes",
     "GradientRanges",
     "GraphScope",
     "Grouping",
@@ -56,6 +57,7 @@ AUTO = "auto"  # for a setting that is decided when the model and the schedule a
 # of a model and its sampler
 Prediction = Literal["epsilon", "v", "sample"]  # of a process over betas, as a checkpoint is said to have it
 ProcessPrediction = Literal[Prediction, "flow"]
+FlowTimes = Literal["0:1", "1:0", "0:1000", "1000:0"]  # of noise and of data, as the network is given them
 BetaSchedule = Literal["linear", "scaled-linear", "squared-cosine"]
 if TYPE_CHECKING:
     SchedulerSampler = str

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ditc.errors import CheckpointError
 
-__all__ = ["Config", "Keys", "class_named", "config_of", "read_json", "spelled"]
+__all__ = ["DEFAULTED", "Config", "Keys", "class_named", "config_of", "read_json", "spelled"]
 
 T = TypeVar("T")
 

@@ -294,7 +294,7 @@ def _process(folder: Path, facts: ModelFacts, config: DiTConfig) -> tuple[Diffus
         if given:
             raise InputError(f"{path} states the noise process; leave out {' and '.join(given)}")
         loaded_as = class_in_index(folder, "scheduler")
-        return process_from_scheduler(path, learned_sigma=config.learn_sigma, loaded_as=loaded_as)
+        return process_from_scheduler(path, learned_sigma=config.learn_sigma, loaded_as=loaded_as, tokens=config.tokens)
     diffusion, assumed = process_from_facts(facts, TrainingArgs(), learned_sigma=config.learn_sigma)
     beside = folder.parent / "scheduler" / "scheduler_config.json"
     if assumed and beside.is_file():

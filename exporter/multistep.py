@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from math import log
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ NOT_DRIVEN = {
     "DPMSolverSDEScheduler": "it calls the network more often than it has steps, and draws noise from a tree of its own"
 }
 ADVICE = "choose a sampler for the same betas, for example --sampler dpm++2m or --sampler ddim"
+ADVICE_OF_FLOW = "choose a sampler for the same flow, for example --sampler euler or --sampler dpm++2m"
 
 
 def scheduler_of(sampler: SamplerSpec, prediction: ProcessPrediction) -> SchedulerSpec:
@@ -95,7 +97,7 @@ def scheduler_maker(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) 
 
     def scheduler() -> Any:
         ready = kind(**{key: value for key, value in settings.items() if key in known})
-        ready.set_timesteps(steps - FURTHER_CALLS.get(wanted.kind, 0))
+        ready.set_timesteps(steps - FURTHER_CALLS.get(wanted.kind, 0), **_dynamic(settings))
         if hasattr(ready, "set_begin_index"):
             ready.set_begin_index(0)  # else it looks the first timestep up, which rounding may have made the second too
         return ready
@@ -126,6 +128,14 @@ def _of_flow(diffusion: DiffusionSpec, sampler: SamplerSpec, kind: str, known: C
     return {"use_flow_sigmas": True, **shifted}
 
 
+def _dynamic(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Return the number in which a class with a dynamic shift is told the shift; nothing for any other."""
+    if not settings.get("use_dynamic_shifting"):
+        return {}
+    shift: float = settings.get("shift", 1.0)
+    return {"mu": shift if settings.get("time_shift_type") == "linear" else log(shift)}
+
+
 def _class_of(sampler: SamplerSpec, wanted: SchedulerSpec) -> Any:
     if wanted.kind in NOT_DRIVEN:
         raise InputError(f"{wanted.kind} can't be taken: {NOT_DRIVEN[wanted.kind]}")
@@ -142,6 +152,7 @@ def _class_of(sampler: SamplerSpec, wanted: SchedulerSpec) -> Any:
 def _refused_in_one_line(sampler: SamplerSpec, prediction: ProcessPrediction) -> Iterator[None]:
     """Turn what a scheduler raises into an InputError, with advice where it is the model's own; silence its remarks."""
     remarks = logging.getLogger("diffusers")
+    advice = ADVICE_OF_FLOW if prediction == "flow" else ADVICE
     level = remarks.level
     remarks.setLevel(logging.ERROR)
     try:
@@ -151,11 +162,11 @@ def _refused_in_one_line(sampler: SamplerSpec, prediction: ProcessPrediction) ->
     except InputError as e:
         if sampler.scheduler is None:
             raise
-        raise InputError(f"{e}; {ADVICE}") from e
+        raise InputError(f"{e}; {advice}") from e
     except Exception as e:  # whatever settings that don't go together lead to in code of others
         said = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
         scheduler = scheduler_of(sampler, prediction).told
-        raise InputError(f"{_called(sampler)} can't be taken: {scheduler} says {said}; {ADVICE}") from e
+        raise InputError(f"{_called(sampler)} can't be taken: {scheduler} says {said}; {advice}") from e
     finally:
         remarks.setLevel(level)
 
@@ -181,9 +192,10 @@ def multistep_table(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) 
     }
     for k, (of_x, of_out) in enumerate(history_columns(read.memory), 1):
         table |= {of_x: read.a[:, k], of_out: read.b[:, k]}
+    over = "this flow" if diffusion.prediction == "flow" else "these betas"
     for contradiction in sampler_contradictions(table, diffusion.prediction):
         raise InputError(
-            f"{_called(sampler)} can't be taken over these betas, it is inexact even with exact predictions, or its "
-            f"own tables in float32 are too rough: {contradiction}; choose another sampler or spacing"
+            f"{_called(sampler)} can't be taken over {over}, it is inexact even with exact predictions, or its own "
+            f"tables in float32 are too rough: {contradiction}; choose another sampler or spacing"
         )
     return table

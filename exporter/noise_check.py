@@ -7,10 +7,13 @@ What a flow-matching model gives for a timestep far outside of its [0, 1] resemb
 A flow-matching model whose timesteps are scaled to the same range returns noise minus a clean sample there, which does
 resemble the noise. It is told by its size further down: where nine tenths of a sample are noise a predictor of noise
 returns about as much as it is given, and one of a flow divides that by its time, and takes a sample off.
+
+A model that is said to predict a flow is looked at in `exporter.flow_check`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ditc.diffusion import alphas_cumprod
+from ditc.exporter.flow_check import FlowLook, doubts_of_flow
 from ditc.spec import DiffusionSpec
 
 __all__ = ["doubts_about", "noise_gain", "noise_resemblance", "noisy_timestep"]
@@ -47,7 +51,7 @@ def noise_gain(model: Any) -> float | None:
     return float(out.norm() / noise.norm())
 
 
-def _answer(model: Any, timestep: int, strength: float) -> tuple[Tensor, Tensor]:
+def _answer(model: Any, timestep: float, strength: float) -> tuple[Tensor, Tensor]:
     """(noise, what the model predicts for it), both (rows, channels, *space)."""
     spec = model.spec
     rows = -(-NUMBERS // prod(spec.latent_shape))
@@ -64,9 +68,15 @@ def noisy_timestep(diffusion: DiffusionSpec) -> int | None:
 
 def doubts_about(model: Any, corrected_by: str) -> tuple[str, ...]:
     """A line where the model does not do what its spec says that it predicts; `corrected_by` is where that is said."""
-    prediction, cosine = model.spec.diffusion.prediction, noise_resemblance(model)
+    prediction, steps = model.spec.diffusion.prediction, model.spec.diffusion.train_steps
+    if prediction == "flow":
+        times = getattr(model, "flow_times", (float(steps), 0.0))
+        return doubts_of_flow(FlowLook(partial(_answer, model), times, steps), corrected_by)
+    cosine = noise_resemblance(model)
     if prediction == "epsilon":
-        return _doubts_of_gain(noise_gain(model)) if cosine > ALIKE else (_unlike_noise(cosine, corrected_by),)
+        if cosine > ALIKE:
+            return _doubts_of_gain(noise_gain(model), corrected_by)
+        return (_unlike_noise(cosine, corrected_by),)
     if abs(cosine) <= ALIKE:
         return ()
     return (
@@ -78,15 +88,14 @@ def doubts_about(model: Any, corrected_by: str) -> tuple[str, ...]:
 def _unlike_noise(cosine: float, corrected_by: str) -> str:
     return (
         f"given noise at the largest timestep the model returns nothing like it (cosine {cosine:.2f}, a predictor of "
-        f"noise has nearly 1): it may predict something else ({corrected_by}), or be made for flow matching, which "
-        "ditc does not know"
+        f"noise has nearly 1): it may predict something else, or be made for flow matching ({corrected_by})"
     )
 
 
-def _doubts_of_gain(gain: float | None) -> tuple[str, ...]:
+def _doubts_of_gain(gain: float | None, corrected_by: str) -> tuple[str, ...]:
     if gain is None or gain <= LOUD:
         return ()
     return (
         f"given weak noise at a middle timestep the model returns {gain:.1f} times as much (a predictor of noise about "
-        "as much): it may be made for flow matching with timesteps of the same range, which ditc does not know",
+        f"as much): it may be made for flow matching with timesteps of the same range ({corrected_by})",
     )

@@ -60,6 +60,7 @@ TABLES: dict[str, Collection[str]] = {
 TYPES = {
     "BetaSchedule",
     "BisectTarget",
+    "FlowTimes",
     "PoolSteps",
     "Prediction",
     "ProcessPrediction",

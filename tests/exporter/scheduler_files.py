@@ -12,13 +12,20 @@ import torch
 from torch import Tensor
 
 from ditc.errors import CheckpointError
-from ditc.exporter.schedulers import SCHEDULERS, process_from_scheduler
+from ditc.exporter.schedulers import FLOWS, SCHEDULERS, SchedulerClass, process_from_scheduler
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 Settings = dict[str, Any]
 
 EXACT = sorted(name for name, row in SCHEDULERS.items() if row.exact)
 OWN = sorted(name for name, row in SCHEDULERS.items() if not row.exact)
+# keys of a class over betas that samples a flow
+FLOW: Settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+# every form in which a class is taken: what its file says at least, and the form
+FORMS: dict[str, tuple[str, Settings, SchedulerClass]] = {
+    **{kind: (kind, {}, row) for kind, row in SCHEDULERS.items()},
+    **{f"{kind} of a flow": (kind, FLOW if kind in SCHEDULERS else {}, row) for kind, row in FLOWS.items()},
+}
 STEPS = 8
 SHAPE = (2, 3, 4, 4)
 # key -> other values than the default, each a file of its own
@@ -43,13 +50,15 @@ def written(path: Path, kind: str, **settings: Any) -> Path:
     return path
 
 
-def read(path: Path, *, learned_sigma: bool = False) -> tuple[DiffusionSpec, SamplerSpec, tuple[str, ...]]:
-    return process_from_scheduler(path, learned_sigma=learned_sigma)
+def read(
+    path: Path, *, learned_sigma: bool = False, tokens: int | None = None
+) -> tuple[DiffusionSpec, SamplerSpec, tuple[str, ...]]:
+    return process_from_scheduler(path, learned_sigma=learned_sigma, tokens=tokens)
 
 
-def refusal(path: Path) -> str:
+def refusal(path: Path, tokens: int | None = None) -> str:
     with pytest.raises(CheckpointError) as caught:
-        read(path)
+        read(path, tokens=tokens)
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message

@@ -17,9 +17,10 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
-from scheduler_files import OWN, Settings, read, refusal, written
+from scheduler_files import FORMS, OWN, Settings, read, refusal, written
 
-from ditc.exporter.schedulers import ABSENT, REFUSED, SCHEDULERS
+from ditc.exporter.scheduler_classes import DYNAMIC
+from ditc.exporter.schedulers import ABSENT, FLOWS, REFUSED, SCHEDULERS
 from ditc.spec import DiffusionSpec, SamplerSpec, SchedulerSpec
 
 # diffusers hands torch tensors to NumPy in a way that NumPy 2 deprecates
@@ -57,24 +58,26 @@ SIGNATURES = signatures()
 def test_every_class_of_diffusers_is_in_one_of_the_tables() -> None:
     assert len(SIGNATURES) > 45
     exported = {name for name in dir(diffusers) if name.endswith("Scheduler") and name[0].isupper()}
-    unknown = (SIGNATURES.keys() | exported) - SCHEDULERS.keys() - REFUSED.keys()
+    unknown = (SIGNATURES.keys() | exported) - SCHEDULERS.keys() - FLOWS.keys() - REFUSED.keys()
     assert unknown == set()
-    assert not SCHEDULERS.keys() & REFUSED.keys()
+    assert not (SCHEDULERS.keys() | FLOWS.keys()) & REFUSED.keys()
 
 
-@pytest.mark.parametrize("kind", sorted(SCHEDULERS))
-def test_the_keys_of_a_class_and_their_defaults_are_its_own(kind: str) -> None:
-    keys, signature = SCHEDULERS[kind].keys, SIGNATURES[kind]
+@pytest.mark.parametrize("form", FORMS)
+def test_the_keys_of_a_class_and_their_defaults_are_its_own(form: str) -> None:
+    kind, _, row = FORMS[form]
+    keys, signature = row.keys, SIGNATURES[kind]
     assert keys.known == signature.keys()
     defaults = {**keys.read, **{key: default for key, (default, _) in keys.fixed.items()}}
     infinite = {"lambda_min_clipped": -float("inf")} if "lambda_min_clipped" in signature else {}
     assert defaults == infinite | {key: ast.literal_eval(signature[key]) for key in defaults if key not in infinite}
 
 
-@pytest.mark.parametrize("kind", sorted(set(SCHEDULERS) - {"DPMSolverSDEScheduler"}))
-def test_the_sources_say_what_the_classes_have(kind: str) -> None:
+@pytest.mark.parametrize("form", sorted(set(FORMS) - {"DPMSolverSDEScheduler"}))
+def test_the_sources_say_what_the_classes_have(form: str) -> None:
+    kind, _, row = FORMS[form]
     parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
-    for key, value in SCHEDULERS[kind].keys.read.items():
+    for key, value in row.keys.read.items():
         assert parameters[key].default == value
 
 
@@ -113,13 +116,14 @@ def test_what_concerns_thresholds_and_flows_that_are_off_changes_nothing(kind: s
         assert read(written(tmp_path / "s.json", kind, **{key: True})) == plain
 
 
-@pytest.mark.parametrize("kind", sorted(SCHEDULERS))
-def test_a_key_that_has_to_have_one_value_is_refused_with_another(kind: str, tmp_path: Path) -> None:
-    fixed = SCHEDULERS[kind].keys.fixed
-    assert "trained_betas" in fixed
-    for key, (_, wanted) in fixed.items():
+@pytest.mark.parametrize("form", FORMS)
+def test_a_key_that_has_to_have_one_value_is_refused_with_another(form: str, tmp_path: Path) -> None:
+    kind, needed, row = FORMS[form]
+    for key, (_, wanted) in row.keys.fixed.items():
         for value in (not wanted, [0.1, 0.2], "other", 1):
-            assert f"{key} is " in refusal(written(tmp_path / "s.json", kind, **{key: value}))
+            if (key, value) == ("use_flow_sigmas", True):
+                continue  # that is the other form
+            assert f"{key} is " in refusal(written(tmp_path / "s.json", kind, **{**needed, key: value}))
 
 
 def test_the_betas_of_a_long_list_are_not_all_in_the_message(tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "beta_start": (0, -0.1, 1, "0.1", True, None, float("nan"), float("inf"), 0.5),
     "beta_end": (0, 1, 2, "0.02", False, None, float("nan"), -float("inf"), 1e-9),
     "beta_schedule": ("sigmoid", "laplace", "exp", "", None, 3, ["linear"], {}),
-    "prediction_type": ("flow_prediction", "original_sample", "x0", None, 1),
+    "prediction_type": ("original_sample", "x0", None, 1),
     "timestep_spacing": ("karras", "", None, 2),
     "steps_offset": (-1, 0.5, "1", True, None),
     "clip_sample": ("true", 1, None, 0),
@@ -147,16 +151,34 @@ WRONG: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("sigma_min", "sigma_max", "noise_sampler_seed"), ("1", True, float("nan"), float("inf"))),
     "lambda_min_clipped": ("1", True, None, float("nan"), float("inf")),
     "disable_corrector": (None, 1, [0.5], ["0"], [True]),
+    **dict.fromkeys(("shift", "flow_shift"), (0, -1.0, "3", None, True, float("nan"), float("inf"))),
+    **dict.fromkeys(("use_dynamic_shifting", "stochastic_sampling"), (1, "yes", None)),
+    **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), (0, 256.0, "256", None)),
+    **dict.fromkeys(("base_shift", "max_shift"), ("1", None, True, float("nan"))),
+    "time_shift_type": ("cosine", "", None, 1),
+    "shift_terminal": (0, 1, 0.0, "0.1", True, float("nan")),
 }
 
 
-@pytest.mark.parametrize("kind", sorted(SCHEDULERS))
-def test_a_value_that_can_not_be_is_refused_by_its_key(kind: str, tmp_path: Path) -> None:
-    keys = SCHEDULERS[kind].keys
-    for key in keys.read:
+FALLING = {"beta_start": (0.5,), "beta_end": (1e-9,)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_value_that_can_not_be_is_refused_by_its_key(form: str, tmp_path: Path) -> None:
+    kind, needed, row = FORMS[form]
+    dynamic = {"use_dynamic_shifting": True} if DYNAMIC.keys() <= row.keys.read.keys() else {}
+    for key in row.keys.read:
         for value in WRONG[key]:
-            message = refusal(written(tmp_path / "s.json", kind, **{"clip_sample": True, key: value}))
-            assert key in message, value
+            if value in FALLING.get(key, ()) and needed:
+                continue  # of a flow's betas only ends are taken
+            said = {**needed, **dynamic, "clip_sample": True, key: value}
+            assert key in refusal(written(tmp_path / "s.json", kind, **said), tokens=64), value
+
+
+@pytest.mark.parametrize("kind", sorted(set(SCHEDULERS) - set(FLOWS)))
+def test_a_class_that_has_no_form_for_a_flow_is_refused_for_one(kind: str, tmp_path: Path) -> None:
+    message = refusal(written(tmp_path / "s.json", kind, prediction_type="flow_prediction"))
+    assert "prediction_type is 'flow_prediction', expected one of: epsilon, sample, v_prediction" in message
 
 
 def test_betas_that_fall_are_refused(tmp_path: Path) -> None:
@@ -184,9 +206,10 @@ def test_keys_of_other_classes_are_left_out_as_diffusers_leaves_them_out(
     assert torch.equal(given.alphas_cumprod, own().alphas_cumprod)
 
 
-@pytest.mark.parametrize("kind", sorted(SCHEDULERS))
-def test_a_key_that_nobody_knows_is_refused_by_name(kind: str, tmp_path: Path) -> None:
-    message = refusal(written(tmp_path / "s.json", kind, snr_gamma=5.0, _private=1))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_key_that_nobody_knows_is_refused_by_name(form: str, tmp_path: Path) -> None:
+    kind, needed, _ = FORMS[form]
+    message = refusal(written(tmp_path / "s.json", kind, **needed, snr_gamma=5.0, _private=1))
     assert f"snr_gamma (5.0) is no key of a {kind}" in message
 
 
@@ -292,6 +315,8 @@ def test_what_diffusers_saves_is_read(name: str, tmp_path: Path) -> None:
     assert sampler == expected
 
 
-@pytest.mark.parametrize("kind", sorted(set(SCHEDULERS) - {"DPMSolverSDEScheduler"}))
-def test_what_diffusers_saves_of_any_class_that_is_taken_has_no_strange_key(kind: str, tmp_path: Path) -> None:
-    assert read(saved(getattr(diffusers, kind)(), tmp_path)) == read(written(tmp_path / "bare.json", kind))
+@pytest.mark.parametrize("form", sorted(set(FORMS) - {"DPMSolverSDEScheduler"}))
+def test_what_diffusers_saves_of_any_class_that_is_taken_has_no_strange_key(form: str, tmp_path: Path) -> None:
+    kind, needed, _ = FORMS[form]
+    whole = saved(getattr(diffusers, kind)(**needed), tmp_path)
+    assert read(whole) == read(written(tmp_path / "bare.json", kind, **needed))
