@@ -61,6 +61,10 @@ class ModelOptions(Settings):
     train_steps: Annotated[
         int | None, Option("Steps that a checkpoint was trained on; 1000 if not given.", group=READING)
     ] = None
+    text_tokens: Annotated[
+        int | None,
+        Option("Tokens of a text; default is what the model's pipeline takes. Fewer are cheaper.", group=READING),
+    ] = None
 
     def name(self, model: str | None, seed: int) -> str:
         """Return the one model that a command line names. Raises InputError for none or two."""
@@ -83,6 +87,7 @@ class ModelOptions(Settings):
             null_class=False if self.no_null else None,
             prediction=self.prediction,
             train_steps=self.train_steps,
+            text_tokens=self.text_tokens,
             **beta_schedule_facts(self.beta_schedule),
         )
 

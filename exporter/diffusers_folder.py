@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ditc.exporter.config_files import Config, Keys, class_named, config_of, rea
 from ditc.exporter.diffusers_keys import diffusers_names
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.folder_weights import found_there, read_folder_weights
-from ditc.exporter.model_facts import ModelFacts, given_options
+from ditc.exporter.model_facts import ModelFacts, check_asked_for_no_text, given_options
 from ditc.exporter.original_checkpoint import process_from_facts
 from ditc.exporter.pipeline_index import INDEX_FILE, class_in_index
 from ditc.exporter.schedulers import process_from_scheduler
@@ -24,10 +25,20 @@ from ditc.exporter.vae import check_decodes, decoder_from_vae
 from ditc.exporter.weight_files import StateDict, listed, load_weights
 from ditc.spec import DiffusionSpec, SamplerSpec
 
-__all__ = ["TRANSFORMER_KEYS", "dit_from_diffusers"]
+__all__ = [
+    "TRANSFORMER_KEYS",
+    "check_class",
+    "dit_from_diffusers",
+    "give_decoder",
+    "name_of",
+    "no_config",
+    "process_of",
+    "transformer_home",
+]
 
 ANCHOR = "pos_embed.proj.weight"  # a key that every such model has
 CLASS_OPTIONS = ("--classes", "--no-null")
+PROCESS_OPTIONS = ("--prediction", "--beta-schedule", "--train-steps")
 LARGEST_SIDE = 1024  # of the latent; beyond it positions alone fill a memory
 
 UNUSED = {
@@ -99,49 +110,63 @@ def dit_from_diffusers(folder: Path, facts: ModelFacts | None = None) -> DiT:
     the folder has no scheduler; one that its files state is refused. Raises CheckpointError naming the file, key or
     setting that does not fit, InputError for a fact that is none of a folder's.
     """
-    home = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    home = transformer_home(folder)
     facts = facts or ModelFacts()
     config_file = read_config(home, folder)
+    check_asked_for_no_text(facts, config_file.path)
     _check_no_class_facts(facts, config_file)
     tensors, about_weights = read_folder_weights(home)
     prefix = fitting_prefix(tensors, ANCHOR) or ""
     tensors = without_prefix(tensors, prefix)
     config = _config(config_file, tensors, home)
-    model = DiT(config, name=_name_of(folder))
+    model = DiT(config, name=name_of(folder))
     load_weights(model, _renamed(tensors, model, home), home)
-    model.diffusion, model.sampler, about_process = _process(folder, facts, config)
+    model.diffusion, model.sampler, about_process = process_of(
+        folder, facts, learned_sigma=config.learn_sigma, tokens=config.tokens
+    )
     model.assumptions = (*about_weights, *about_prefix(prefix), *about_process)
-    if (folder / "vae").is_dir():
-        _check_class(folder, "vae", "AutoencoderKL")
-        model.decoder, about_vae = decoder_from_vae(folder / "vae")
-        check_decodes(model.decoder, folder / "vae", config.in_channels, model.name)
-        model.latent_scale, model.latent_shift = model.decoder.latent_scale, model.decoder.latent_shift
-        model.assumptions += about_vae
+    give_decoder(model, folder)
     return model.eval()
+
+
+def transformer_home(folder: Path) -> Path:
+    """Return where the transformer of a pipeline's folder lies, or the folder itself, of a bare transformer."""
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def give_decoder(model: Any, folder: Path) -> None:
+    """Give a model the decoder of its pipeline's VAE, where there is one. Raises CheckpointError for one of another."""
+    if not (folder / "vae").is_dir():
+        return
+    check_class(folder, "vae", "AutoencoderKL")
+    model.decoder, about_vae = decoder_from_vae(folder / "vae")
+    check_decodes(model.decoder, folder / "vae", model.config.in_channels, model.name)
+    model.latent_scale, model.latent_shift = model.decoder.latent_scale, model.decoder.latent_shift
+    model.assumptions += about_vae
 
 
 def read_config(home: Path, folder: Path) -> Config:
     """The transformer's configuration, of one of the two classes that a DiT's is. Raises CheckpointError."""
     path = home / "config.json"
     if not path.is_file():
-        raise CheckpointError(_no_config(path, folder))
+        raise CheckpointError(no_config(path, folder))
     entries = read_json(path, "a diffusers folder with a DiT transformer")
     kind = class_named(entries)
     if kind not in TRANSFORMER_KEYS:
         raise CheckpointError(f"{path} describes {kind}, expected DiTTransformer2DModel")
-    _check_class(folder, "transformer", *TRANSFORMER_KEYS)
+    check_class(folder, "transformer", *TRANSFORMER_KEYS)
     # a released file that today's diffusers read and saved again has the new class and keys of the old one, ignored
     return config_of(path, entries, TRANSFORMER_KEYS[kind], TRANSFORMER_KEYS["Transformer2DModel"].known)
 
 
-def _check_class(folder: Path, part: str, *known: str) -> None:
+def check_class(folder: Path, part: str, *known: str) -> None:
     """Raise CheckpointError where a pipeline loads a part with a class that is not known here."""
     kind = class_in_index(folder, part)
     if kind is not None and kind not in known:
         raise CheckpointError(f"{folder / INDEX_FILE} names {kind} as the {part}, expected {known[0]}")
 
 
-def _name_of(folder: Path) -> str:
+def name_of(folder: Path) -> str:
     """A model's name: its folder's, and in a cache of the hub, where that is a hash, the repository's."""
     path = folder.resolve()
     repository = path.parent.parent.name
@@ -160,7 +185,7 @@ def _check_no_class_facts(facts: ModelFacts, config: Config) -> None:
         )
 
 
-def _no_config(path: Path, folder: Path) -> str:
+def no_config(path: Path, folder: Path) -> str:
     """Return the message about a folder without a transformer's configuration: its content, and where to look."""
     snapshots = sorted((folder / "snapshots").glob("*/"))
     if snapshots:
@@ -285,17 +310,22 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _process(folder: Path, facts: ModelFacts, config: DiTConfig) -> tuple[DiffusionSpec, SamplerSpec, tuple[str, ...]]:
-    """(noise process, default sampler, what was assumed): the scheduler's, or as stated, or the release's."""
-    given = given_options(facts)
+def process_of(
+    folder: Path, facts: ModelFacts, *, learned_sigma: bool, tokens: int
+) -> tuple[DiffusionSpec, SamplerSpec, tuple[str, ...]]:
+    """(noise process, default sampler, what was assumed): the scheduler's, or as stated, or the release's.
+
+    `tokens` of an image are what some schedulers shift their noise levels by.
+    """
+    given = [option for option in given_options(facts) if option in PROCESS_OPTIONS]
     home = folder / "scheduler"
     path = home / "scheduler_config.json"
     if home.is_dir():
         if given:
             raise InputError(f"{path} states the noise process; leave out {' and '.join(given)}")
         loaded_as = class_in_index(folder, "scheduler")
-        return process_from_scheduler(path, learned_sigma=config.learn_sigma, loaded_as=loaded_as, tokens=config.tokens)
-    diffusion, assumed = process_from_facts(facts, TrainingArgs(), learned_sigma=config.learn_sigma)
+        return process_from_scheduler(path, learned_sigma=learned_sigma, loaded_as=loaded_as, tokens=tokens)
+    diffusion, assumed = process_from_facts(facts, TrainingArgs(), learned_sigma=learned_sigma)
     beside = folder.parent / "scheduler" / "scheduler_config.json"
     if assumed and beside.is_file():
         assumed = tuple(f"{line}; {folder.parent} has a scheduler that states it" for line in assumed)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ditc.choices import BetaSchedule, Prediction, names_of
 from ditc.errors import InputError, unknown_name
 from ditc.exporter.config_files import LARGEST
 
-__all__ = ["FACT_OPTIONS", "ModelFacts", "beta_schedule_facts", "given_options"]
+__all__ = ["FACT_OPTIONS", "ModelFacts", "beta_schedule_facts", "check_asked_for_no_text", "given_options"]
 
 # fields of ModelFacts -> the option of the command line that states them
 OPTIONS = {
@@ -19,6 +20,7 @@ OPTIONS = {
     "beta_schedule": "--beta-schedule",
     "beta_range": "--beta-schedule",
     "train_steps": "--train-steps",
+    "text_tokens": "--text-tokens",
 }
 FACT_OPTIONS = tuple(dict.fromkeys(OPTIONS.values()))
 
@@ -28,7 +30,8 @@ class ModelFacts:
     """Facts of a model that its file does not state; None leaves one to the training script's record, or to a guess.
 
     `null_class` says whether the last row of the label table is for "no class". `beta_range` are the first and last
-    beta of `beta_schedule`. Raises InputError for one that can't be.
+    beta of `beta_schedule`. `text_tokens` is how long the texts are that a model will be asked with. Raises InputError
+    for one that can't be.
     """
 
     classes: int | None = None
@@ -37,6 +40,7 @@ class ModelFacts:
     beta_schedule: BetaSchedule | None = None
     beta_range: tuple[float, float] | None = None
     train_steps: int | None = None
+    text_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for kind, name, known in (
@@ -45,7 +49,11 @@ class ModelFacts:
         ):
             if name is not None and name not in known:
                 raise unknown_name(kind, name, known)
-        for option, number, least in (("--classes", self.classes, 1), ("--train-steps", self.train_steps, 2)):
+        for option, number, least in (
+            ("--classes", self.classes, 1),
+            ("--train-steps", self.train_steps, 2),
+            ("--text-tokens", self.text_tokens, 1),
+        ):
             if number is not None and (type(number) is not int or not least <= number <= LARGEST):
                 raise InputError(f"{option} must be a whole number from {least} to {LARGEST}, found {number}")
         if self.beta_range is not None:
@@ -76,3 +84,9 @@ def given_options(facts: ModelFacts) -> list[str]:
     """The options that state what these facts state, in the order of OPTIONS, each once."""
     given = [OPTIONS[field.name] for field in fields(facts) if getattr(facts, field.name) is not None]
     return list(dict.fromkeys(given))
+
+
+def check_asked_for_no_text(facts: ModelFacts, source: Path) -> None:
+    """Raise InputError for facts about texts where a model, read from `source`, takes none."""
+    if facts.text_tokens is not None:
+        raise InputError(f"{source} is of a DiT, which is asked for with a class and no text; leave out --text-tokens")

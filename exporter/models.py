@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 
 from ditc.errors import CheckpointError, InputError
-from ditc.exporter.diffusers_folder import dit_from_diffusers
+from ditc.exporter.config_files import class_named, read_json
+from ditc.exporter.diffusers_folder import TRANSFORMER_KEYS, dit_from_diffusers, transformer_home
 from ditc.exporter.dit import DIT_PATCHES, DIT_PIXELS, DIT_SIZES, DiT, DiTConfig, config_for_size
 from ditc.exporter.model_facts import FACT_OPTIONS, ModelFacts, given_options
 from ditc.exporter.noise_check import doubts_about
 from ditc.exporter.original_checkpoint import dit_from_checkpoint
+from ditc.exporter.pixart_folder import PIXART_KEYS, is_pixart, pixart_from_diffusers
 from ditc.exporter.protocol import check_decomposition
 from ditc.exporter.vae import check_decodes, decoder_from_vae
 from ditc.spec import SamplerSpec
@@ -92,10 +95,24 @@ def _check_useful(stated: Stated, name: str, *known: str) -> None:
 def _from_folder(path: Path, stated: Stated) -> Any:
     if stated.num_heads is not None:
         raise InputError(f"the config.json in {path} states num_attention_heads; leave out --heads")
-    model = dit_from_diffusers(path, stated.facts)
+    model = _reader_of(path)(path, stated.facts)
     has_scheduler = (path / "scheduler").is_dir()
     model.doubts = doubts_about(model, "prediction_type in scheduler_config.json" if has_scheduler else "--prediction")
     return with_vae(model, stated.vae)
+
+
+def _reader_of(folder: Path) -> Callable[[Path, ModelFacts], Any]:
+    """Return the reader of a diffusers folder's family; a DiT's says what is wrong with a folder that is of none."""
+    config = transformer_home(folder) / "config.json"
+    if not config.is_file():
+        return dit_from_diffusers
+    entries = read_json(config, "a diffusers folder with a transformer")
+    if is_pixart(entries):
+        return pixart_from_diffusers
+    kind, known = class_named(entries), {*TRANSFORMER_KEYS, *PIXART_KEYS}
+    if kind not in known:
+        raise CheckpointError(f"{config} describes {kind}, expected one of {', '.join(sorted(known))}")
+    return dit_from_diffusers
 
 
 def with_vae(model: Any, folder: Path | None) -> Any:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ditc.diffusion import alphas_cumprod
 from ditc.exporter.flow_check import FlowLook, doubts_of_flow
-from ditc.spec import DiffusionSpec
+from ditc.exporter.protocol import example_inputs
+from ditc.spec import LABEL, DiffusionSpec, ModelSpec
 
 __all__ = ["doubts_about", "noise_gain", "noise_resemblance", "noisy_timestep"]
 
@@ -56,8 +57,15 @@ def _answer(model: Any, timestep: float, strength: float) -> tuple[Tensor, Tenso
     spec = model.spec
     rows = -(-NUMBERS // prod(spec.latent_shape))
     noise = strength * torch.randn(rows, *spec.latent_shape, generator=torch.Generator().manual_seed(0))
-    out = model(noise, torch.full((rows,), float(timestep)), torch.arange(rows) % (spec.num_classes or 1))
+    out = model(noise, torch.full((rows,), float(timestep)), *_conditions(spec, rows))
     return noise, out[:, : spec.in_channels]
+
+
+def _conditions(spec: ModelSpec, rows: int) -> list[Tensor]:
+    """Examples of every condition, (rows, *shape): of the classes those that come first."""
+    _, _, *conditions = example_inputs(spec, rows)
+    pairs = zip(spec.inputs, conditions, strict=True)
+    return [torch.arange(rows) % (each.classes or 1) if each.name == LABEL else given for each, given in pairs]
 
 
 def noisy_timestep(diffusion: DiffusionSpec) -> int | None:

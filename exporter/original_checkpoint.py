@@ -13,7 +13,7 @@ from torch import Tensor
 from ditc.choices import BetaSchedule
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DIT_SIZES, DiT, DiTConfig
-from ditc.exporter.model_facts import ModelFacts
+from ditc.exporter.model_facts import ModelFacts, check_asked_for_no_text
 from ditc.exporter.state_dicts import read_checkpoint
 from ditc.exporter.training_args import TrainingArgs, training_args
 from ditc.exporter.weight_files import load_weights
@@ -38,6 +38,7 @@ def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: Mode
     guidance applies to the first three latent channels. Raises CheckpointError naming what doesn't fit.
     """
     facts = facts or ModelFacts()
+    check_asked_for_no_text(facts, path)
     checkpoint = read_checkpoint(path, ANCHOR)
     shapes, told = shapes_of(checkpoint.tensors, path), training_args(checkpoint.args, path, facts)
     _check_told(told, shapes, path)

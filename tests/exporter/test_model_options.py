@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from ditc.errors import InputError
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.model_facts import FACT_OPTIONS, ModelFacts
 from ditc.exporter.models import load_model
+from ditc.exporter.protocol import example_inputs
+from tests.models import pixart
 
 MODULE = """
 import torch
@@ -63,6 +66,14 @@ def write_folder(folder: Path, *, scheduler: bool, vae: bool) -> str:
     return str(folder)
 
 
+def write_pixart(folder: Path, *, bare: bool) -> str:
+    pixart.saved("sigma", folder)
+    if bare:
+        shutil.rmtree(folder / "scheduler")
+    shutil.rmtree(folder / "vae")
+    return str(folder)
+
+
 def write_file(path: Path) -> str:
     torch.manual_seed(0)
     torch.save(DiT(DiTConfig(input_size=8, hidden_size=384, depth=1, num_heads=6, num_classes=4)).state_dict(), path)
@@ -79,6 +90,8 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "folder": lambda folder: write_folder(folder / "bare", scheduler=False, vae=False),
     "folder with a scheduler": lambda folder: write_folder(folder / "scheduled", scheduler=True, vae=False),
     "folder with a VAE": lambda folder: write_folder(folder / "whole", scheduler=True, vae=True),
+    "folder of a PixArt": lambda folder: write_pixart(folder / "pixart", bare=True),
+    "folder of a PixArt with a scheduler": lambda folder: write_pixart(folder / "pixart-scheduled", bare=False),
 }
 # option -> what it states; in every file and folder here it is something else by itself
 OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -89,6 +102,7 @@ OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "--prediction": lambda _: {"facts": ModelFacts(prediction="v")},
     "--beta-schedule": lambda _: {"facts": ModelFacts(beta_schedule="squared-cosine")},
     "--train-steps": lambda _: {"facts": ModelFacts(train_steps=400)},
+    "--text-tokens": lambda _: {"facts": ModelFacts(text_tokens=5)},
 }
 PROCESS = {"--prediction", "--beta-schedule", "--train-steps"}
 TAKEN = {
@@ -97,10 +111,12 @@ TAKEN = {
     "user's own": {"--vae"},
     "user's own with a decoder": set(),
     "user's own with a decoder that can't be set": set(),
-    "file": set(OPTIONS),
+    "file": set(OPTIONS) - {"--text-tokens"},
     "folder": {"--vae", *PROCESS},
     "folder with a scheduler": {"--vae"},
     "folder with a VAE": set(),
+    "folder of a PixArt": {"--vae", "--text-tokens", *PROCESS},
+    "folder of a PixArt with a scheduler": {"--vae", "--text-tokens"},
 }
 
 
@@ -131,9 +147,9 @@ def own_module(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def behaviour(model: Any) -> tuple[Any, ...]:
     """Return all of a model that ends in a bundle: its spec, its output, whether it has a decoder."""
     spec = model.spec.model_copy(update={"assumptions": (), "doubts": ()})
-    x = torch.randn(2, *spec.latent_shape, generator=torch.Generator().manual_seed(0))
+    x, _, *conditions = example_inputs(spec, 2)
     with torch.no_grad():
-        out = model(x, torch.tensor([9.0, 500.0]), torch.tensor([0, 1]))
+        out = model(x, torch.tensor([9.0, 500.0]), *conditions)
     return spec, out.sum().item(), type(model.decoder)
 
 
