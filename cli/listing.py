@@ -8,14 +8,16 @@ from itertools import groupby
 import numpy as np
 
 from ditc.bundle import Bundle, Manifest
-from ditc.checks import Watched
+from ditc.checks import TextCheck, Watched
 from ditc.errors import BundleError
+from ditc.manifest import PROMPTS
 from ditc.precision import quantized
 from ditc.program import Program
 from ditc.quantize.scale_table import ScaleTable
 from ditc.report.wording import megabytes
 from ditc.spec import ModelSpec, Record
 from ditc.tables import SCALES_INPUT, step_inputs
+from ditc.text_spec import TextSpec
 
 __all__ = [
     "CalibrationComparison",
@@ -27,6 +29,9 @@ __all__ = [
     "schedule_map",
     "step_runs",
 ]
+
+
+LARGEST_HALF = 65504.0  # of FP16
 
 
 class StepRun(Record):
@@ -134,6 +139,16 @@ def conditions_sentence(spec: ModelSpec) -> str:
     return "; ".join(told) or "none"
 
 
+def encoder_sentence(encoder: TextSpec, check: TextCheck | None) -> str:
+    """Return what a text encoder reads and gives, and whether its activations fit FP16."""
+    given = ", ".join(encoder.conditions)
+    told = f"{encoder.kind}, {encoder.parameters / 1e6:,.2f} M parameters, {encoder.length} tokens to {given}"
+    if check is None:
+        return told
+    fits = "within" if check.largest_activation <= LARGEST_HALF else "beyond"
+    return f"{told}; activations up to {check.largest_activation:.3g}, {fits} FP16"
+
+
 def _changes(watched: Watched) -> str:
     """Return the mean change from each step to the next of each kind of branch, where it was looked at."""
     means = {kind: np.mean([row[0] for row in rows if row]) for kind, rows in watched.changes.items()}
@@ -151,7 +166,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
 
 def _facts(bundle: Bundle) -> dict[str, str]:
     m = bundle.manifest
-    measured = m.measured("watch", "smooth", "kernels", "tensorrt", "verify", "compensation")
+    measured = m.measured("text", "watch", "smooth", "kernels", "tensorrt", "verify", "compensation")
     called = [m.program.segment(step.segment) for step in m.program.steps]
     computed, in_float = sum(segment.computes for segment in called), sum(segment.in_float for segment in called)
     unquantized = f" ({in_float} of them in floating point)" if in_float else ""
@@ -165,6 +180,10 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "size": f"{megabytes(m.size_bytes(reference=False))} deployed, "
         f"{megabytes(m.size_bytes(reference=True))} FP reference",
     }
+    for encoder in m.text or ():
+        facts[f"text {encoder.name}"] = encoder_sentence(encoder, (measured.text or {}).get(encoder.name))
+    if m.prompts is not None:
+        facts["prompts"] = f"{m.prompts.count} of {m.prompts.source}, in {PROMPTS}"
     if (watched := measured.watch) is not None:
         facts["watched"] = f"{watched.images} FP images{_changes(watched)}"
     if (smooth := measured.smooth) is not None:

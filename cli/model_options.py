@@ -38,6 +38,18 @@ class ModelOptions(Settings):
             group=READING,
         ),
     ] = None
+    prompts: Annotated[
+        Path | None,
+        Option(
+            "Prompts that the compile runs on, where MODEL has text encoders: one a line, in UTF-8; default is a list "
+            "of 120.",
+            metavar="FILE",
+            group=READING,
+        ),
+    ] = None
+    no_text: Annotated[
+        bool, Option("Leave text encoders out of the bundle: it takes embeddings instead of prompts.", group=READING)
+    ] = False
     heads: Annotated[
         int | None, Field(ge=1), Option("Attention heads, where the checkpoint's width does not tell.", group=READING)
     ] = None
@@ -75,7 +87,14 @@ class ModelOptions(Settings):
     @property
     def reading(self) -> dict[str, Any]:
         """The keyword arguments of `compile_model` and `tune_model` that say how the model is read."""
-        return {"num_heads": self.heads, "vae": self.vae, "facts": self.facts, "conditions": self.conditions}
+        return {
+            "num_heads": self.heads,
+            "vae": self.vae,
+            "facts": self.facts,
+            "conditions": self.conditions,
+            "prompts": self.prompts,
+            "text": not self.no_text,
+        }
 
     @property
     def facts(self) -> ModelFacts:

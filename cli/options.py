@@ -86,7 +86,7 @@ def _click_options(part: _Part) -> Iterator[Callable[[Any], Any]]:
     for name, field, option in options_of(part.kind):
         if name in part.only:
             yield click.option(
-                *_declared(flag_of(part.kind, name), name, field),
+                *_declared(flag_of(part.kind, name), option.short, name, field),
                 cls=SettingOption,
                 group=option.group,
                 help=option.help,
@@ -95,9 +95,10 @@ def _click_options(part: _Part) -> Iterator[Callable[[Any], Any]]:
             )
 
 
-def _declared(flag: str, name: str, field: FieldInfo) -> tuple[str, ...]:
+def _declared(flag: str, short: str, name: str, field: FieldInfo) -> tuple[str, ...]:
     """Return an option's flags and the name of its argument; one that is on by default has a flag that turns it off."""
-    return (f"{flag}/{flag.replace('--', '--no-', 1)}" if field.default is True else flag), name
+    flags = f"{flag}/{flag.replace('--', '--no-', 1)}" if field.default is True else flag
+    return *([short] if short else []), flags, name
 
 
 def _shape(field: FieldInfo, option: Option) -> dict[str, Any]:

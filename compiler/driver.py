@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from os import PathLike
@@ -27,6 +27,7 @@ from ditc.compiler.quantizing import quantize
 from ditc.compiler.sealing import seal
 from ditc.compiler.smoothing import smooth
 from ditc.compiler.teaching import TAUGHT, Teacher, check_teachable, needs_teacher, teach
+from ditc.compiler.text import NO_TEXT, Text, export_text, text_of
 from ditc.compiler.verifying import verify
 from ditc.compiler.watching import STATISTICS, WATCH_IMAGES, watch
 from ditc.compiler.work import WorkFolder, replaced, shared, work_folder
@@ -39,9 +40,10 @@ from ditc.machine import package_versions
 from ditc.policies import Watching
 from ditc.program import FULL, Program
 from ditc.progress import Progress, silent
-from ditc.requests import Examples
+from ditc.requests import Examples, read_conditions
 from ditc.spec import ModelSpec
 from ditc.step_statistics import StepStatistics
+from ditc.text_spec import TEXT
 
 __all__ = ["check_places", "compile_model"]
 
@@ -62,6 +64,8 @@ def compile_model(
     num_heads: int | None = None,
     vae: str | PathLike[str] | None = None,
     conditions: str | PathLike[str] | Mapping[str, Any] | None = None,
+    prompts: str | PathLike[str] | Sequence[str] | None = None,
+    text: bool = True,
     facts: ModelFacts | None = None,
     exports: str | PathLike[str] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -77,6 +81,8 @@ def compile_model(
     settings or a model that make no sense, and CheckError where a result fails its check; `out` is then as it was.
 
     `conditions` are those of typical images, of a model that has others than a class: arrays by name, or an .npz file.
+    Where a model has text encoders, the bundle takes prompts, unless `text` is False, and the conditions that those
+    give come from `prompts`: a file with one a line, or a list; the shipped ones unless given.
     `num_heads` and `facts` state what a checkpoint leaves open. What is assumed instead stands in the bundle
     (`manifest.model.assumptions`), as do doubts about it; `on_note` takes a line about each before the work begins.
     Without it doubts are Python warnings (`DoubtWarning`).
@@ -85,8 +91,10 @@ def compile_model(
     target, shared_exports = Path(out).absolute(), None if exports is None else Path(exports).absolute()
     check_places(target, shared_exports, force=force)
     opened = _opened(model, num_heads, vae, facts)
-    examples, assumed = examples_of(opened, Path(conditions) if isinstance(conditions, (str, PathLike)) else conditions)
-    if assumed:
+    given = read_conditions(Path(conditions)) if isinstance(conditions, (str, PathLike)) else conditions
+    own_text = text_of(opened, given, prompts, wanted=text, progress=progress)
+    examples, assumed = examples_of(opened, given, own_text.encoded)
+    if assumed := (*own_text.assumptions, *assumed):
         spec = opened.spec.model_copy(update={"assumptions": (*opened.spec.assumptions, *assumed)})
         examples = replace(examples, spec=spec)
     _tell(examples.spec, on_note)
@@ -99,7 +107,10 @@ def compile_model(
         is_ours=is_ours,
     )
     with work_folder(target) as work:
-        compile_ = _Compile(plan, work, _decided(opened, examples, teacher.digest))
+        compile_ = _Compile(plan, work, _decided(opened, examples, teacher.digest), own_text)
+        compile_.export_text(shared_exports)
+        if is_ours:
+            own_text.release()
         if to_watch is not None:
             statistics = compile_.watch(opened, to_watch[1], shared_exports)
             compile_.plan = make_plan(opened, options, progress, statistics, examples)
@@ -161,6 +172,7 @@ class _Compile:
     plan: Plan
     work: WorkFolder
     key: str
+    text: Text = NO_TEXT
     folders: dict[str, Path] = field(default_factory=dict)
     tables: dict[str, NDArray[Any]] = field(default_factory=dict)  # of the bundle, beside the sampler's
 
@@ -200,6 +212,14 @@ class _Compile:
         folder = self._shared_stage("watch", settings, make, exports)
         self.key = key
         return StepStatistics.load(folder / STATISTICS)
+
+    def export_text(self, exports: Path | None) -> None:
+        """Export the text encoders, where the bundle gets any; nothing that comes after hangs on them."""
+        if not self.text.encoders:
+            return
+        text, backend, key = self.text, self.plan.backend, self.key
+        self._shared_stage(TEXT, text.digests, lambda folder: export_text(text, backend, folder), exports)
+        self.key = key
 
     def export(self, model: Any, exports: Path | None) -> Segments:
         """Return the FP segments; those of `exports` are taken where it has them."""
@@ -305,7 +325,7 @@ def _run_stages(compile_: _Compile, segments: Segments, teacher: Teacher, target
     compile_.approximate(segments, compiled)
     compile_.fit(segments, compiled)  # after it: compensation is of what is left
     compile_.verify(segments, compiled)
-    seal(compile_.plan, segments, compiled, compile_.folders, compile_.tables, target)
+    seal(compile_.plan, segments, compiled, compile_.folders, compile_.tables, target, compile_.text)
 
 
 def _source_digest() -> str:

@@ -1,20 +1,21 @@
 """Conditions of typical images: what a compile calibrates, fits and verifies with where a request can't be asked for.
 
-The classes of a model take turns. Of other conditions a model may state examples, or its user gives a file of them;
-else they are drawn, which is assumed and said: numbers that a model never meets calibrate it for what it never does.
+The classes of a model take turns, and what prompts give is encoded from prompts. Of other conditions a model may state
+examples, or its user gives a file of them; else they are drawn, which is assumed and said: numbers that a model never
+meets calibrate it for what it never does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ditc.compiler.text import EncodedPrompts
 from ditc.errors import CheckpointError, InputError
-from ditc.requests import Examples, example_names, read_conditions
+from ditc.requests import Examples, example_names
 from ditc.spec import LABEL, ModelSpec
 
 __all__ = ["examples_of"]
@@ -24,31 +25,34 @@ EXAMPLES_DRAWN = 16
 SEED = 5_000_003
 
 
-def examples_of(model: Any, given: Mapping[str, Any] | Path | None = None) -> tuple[Examples, tuple[str, ...]]:
+def examples_of(
+    model: Any, given: Mapping[str, Any] | None = None, encoded: EncodedPrompts | None = None
+) -> tuple[Examples, tuple[str, ...]]:
     """Return a model's examples, and a line for what was assumed of them.
 
-    `given` are a user's, by name or as an .npz file. Raises InputError where they don't fit the model.
+    `given` are a user's, `encoded` those that prompts gave. Raises InputError where they don't fit the model.
     """
-    spec, names = model.spec, example_names(model.spec)
+    spec = model.spec
+    arrays, prompts = ({}, ()) if encoded is None else (dict(encoded.arrays), encoded.prompts.prompts)
+    names = [name for name in example_names(spec) if name not in arrays]
     if given is not None:
-        return Examples.checked(spec, read_conditions(given) if isinstance(given, Path) else given), ()
+        return Examples.checked(spec, {**arrays, **given}, prompts), ()
+    if names and hasattr(model, "example_conditions"):
+        return _stated(model, spec, arrays, prompts), ()
+    examples = Examples.checked(spec, {**arrays, **{name: _drawn(spec, name) for name in names}}, prompts)
     if not names:
-        return Examples(spec, {}), ()
-    if hasattr(model, "example_conditions"):
-        return _stated(model, spec), ()
-    arrays = {name: _drawn(spec, name) for name in names}
-    listed = ", ".join(names)
-    return Examples.checked(spec, arrays), (
-        f"what {listed} typically hold is unknown: calibrated and verified on random numbers; give real ones with "
-        "--conditions, or in the model's example_conditions()",
+        return examples, ()
+    return examples, (
+        f"what {', '.join(names)} typically hold is unknown: calibrated and verified on random numbers; give real ones "
+        "with --conditions, or in the model's example_conditions()",
     )
 
 
-def _stated(model: Any, spec: ModelSpec) -> Examples:
+def _stated(model: Any, spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], prompts: tuple[str, ...]) -> Examples:
     tensors = model.example_conditions(EXAMPLES_ASKED)
-    arrays = {name: np.asarray(tensor.detach().cpu()) for name, tensor in tensors.items() if name != LABEL}
+    stated = {name: np.asarray(tensor.detach().cpu()) for name, tensor in tensors.items() if name != LABEL}
     try:
-        return Examples.checked(spec, arrays)
+        return Examples.checked(spec, {**stated, **arrays}, prompts)
     except InputError as e:
         raise CheckpointError(f"example_conditions() doesn't fit its model: {e}") from e
 

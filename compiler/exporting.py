@@ -10,9 +10,10 @@ import numpy as np
 
 from ditc.compiler.plan import Plan
 from ditc.compiler.work import write_json
+from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.host_memory import return_free_memory
 
-__all__ = ["behaviour_digest", "export", "model_digest"]
+__all__ = ["behaviour_digest", "export", "model_digest", "parity_of"]
 
 
 def model_digest(model: Any) -> str:
@@ -47,15 +48,15 @@ def export(plan: Plan, model: Any, folder: Path) -> None:
         path = folder / f"{segment.name}.onnx"
         export_segment(segment, path, plan.spec.branches)
         return_free_memory()
-        parity[segment.name] = _parity(plan, segment, path)
+        parity[segment.name] = parity_of(plan.backend, segment, path)
     write_json(folder / "parity.json", parity)
 
 
-def _parity(plan: Plan, segment: Any, path: Path) -> float:
+def parity_of(backend: OnnxRuntimeBackend, segment: Any, path: Path) -> float:
     """Return the error of an exported segment against torch; its session is gone before the next one is made."""
     from ditc.exporter.onnx_export import parity_error
 
-    session, names = plan.backend.session(path), list(segment.outputs)
+    session, names = backend.session(path), list(segment.outputs)
     inputs = {port.name for port in session.get_inputs()}
 
     def run(feeds: dict[str, Any]) -> dict[str, Any]:

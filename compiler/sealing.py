@@ -11,14 +11,17 @@ import ditc
 from ditc.bundle import TABLES, Manifest, seal_bundle, write_tables
 from ditc.compiler.fingerprinting import fingerprint
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.text import NO_TEXT, Text
 from ditc.engines.backend import lowered_path
 from ditc.exporter.onnx_files import data_path
-from ditc.files import atomic_folder
+from ditc.files import atomic_folder, atomic_write
 from ditc.lowering.backend_forms import LOWERINGS
 from ditc.machine import package_versions
-from ditc.manifest import EXAMPLES
+from ditc.manifest import EXAMPLES, PROMPTS
+from ditc.prompt_lists import PromptOrigin, written_prompts
 from ditc.runtime.compensation import TableCompensation
 from ditc.tables import Tables, sampler_tables
+from ditc.text_spec import TEXT
 
 __all__ = ["seal"]
 
@@ -26,6 +29,7 @@ Folders = Mapping[str, Path]  # of the stages that ran, by name
 
 # stage -> the JSON it leaves for the manifest's `checks`
 CHECK_FILES = (
+    ("text", "text"),
     ("watch", "watch"),
     ("export", "parity"),
     ("select", "pool"),
@@ -39,7 +43,15 @@ CHECK_FILES = (
 )
 
 
-def seal(plan: Plan, segments: Segments, compiled: Segments, folders: Folders, tables: Tables, target: Path) -> None:
+def seal(
+    plan: Plan,
+    segments: Segments,
+    compiled: Segments,
+    folders: Folders,
+    tables: Tables,
+    target: Path,
+    text: Text = NO_TEXT,
+) -> None:
     """Write the bundle `target` whole: `segments` are the FP ones, `tables` those beside the sampler's."""
     plan.progress("seal", 0, 1)
     with atomic_folder(target) as folder:
@@ -47,10 +59,12 @@ def seal(plan: Plan, segments: Segments, compiled: Segments, folders: Folders, t
         write_tables(folder / TABLES, {**sampler_tables(plan.columns), **tables})
         if plan.examples.arrays:
             write_tables(folder / EXAMPLES, plan.examples.arrays)
+        if plan.examples.prompts:
+            atomic_write(folder / PROMPTS, written_prompts(plan.examples.prompts))
         # of the files as they are deployed: a GPU's form shares the portable one's weights, and opens beside it only
         deployed = {path.stem: folder / "segments" / path.name for path in compiled.values()}
         fingerprint(plan, deployed, tables, folder)
-        seal_bundle(folder, _manifest(plan, folders, tables))
+        seal_bundle(folder, _manifest(plan, folders, tables, text))
     plan.progress("seal", 1, 1)
 
 
@@ -61,6 +75,11 @@ def _copy_files(plan: Plan, segments: Segments, compiled: Segments, folders: Fol
     if "lower" in folders:
         for path in folders["lower"].glob("*.onnx*"):
             shutil.copyfile(path, target / "segments" / path.name)
+    if TEXT in folders:
+        (target / TEXT).mkdir()
+        for path in folders[TEXT].iterdir():
+            if path.name != f"{TEXT}.json":
+                shutil.copyfile(path, target / TEXT / path.name)
     if plan.options.reference and compiled["full"] != segments["full"]:
         _copy_segment(segments["full"], target / "reference")
     for stage, name in (("select", "calib.npz"), ("quantize", "scales.json")):
@@ -69,8 +88,8 @@ def _copy_files(plan: Plan, segments: Segments, compiled: Segments, folders: Fol
             shutil.copyfile(folders[stage] / name, target / "calib" / name)
 
 
-def _manifest(plan: Plan, folders: Folders, tables: Tables) -> Manifest:
-    options = plan.options
+def _manifest(plan: Plan, folders: Folders, tables: Tables, text: Text) -> Manifest:
+    options, prompts = plan.options, text.prompts
     checks = {
         name: json.loads((folders[stage] / f"{name}.json").read_text())
         for stage, name in CHECK_FILES
@@ -84,6 +103,8 @@ def _manifest(plan: Plan, folders: Folders, tables: Tables) -> Manifest:
     return Manifest(
         ditc_version=ditc.__version__,
         model=plan.spec,
+        text=text.specs or None,
+        prompts=None if prompts is None else PromptOrigin(source=prompts.source, count=len(prompts.prompts)),
         program=plan.program,
         reference_program=plan.reference_program if options.reference else None,
         precision=options.precision,

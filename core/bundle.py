@@ -6,7 +6,10 @@
                           backend, sharing that data
     tables.safetensors    every per-step number: timesteps, sampler coefficients, compensation
     conditions.safetensors    of a model of more than classes: conditions of typical images (`requests.Examples`)
+    prompts.txt           the prompts that those were encoded from, where they were
     fingerprint.safetensors   what the segments gave where they were compiled (`runtime.fingerprint`)
+    text/                 tokenizers and encoders, of a bundle that takes prompts; a deployment may leave them out, and
+                          bring embeddings
     calib/                the calibration set and the scales made from it; a deployment may leave it out
     reference/*.onnx      the FP segments that `ditc verify` compares with; a deployment may leave them out
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +33,24 @@ from pydantic import ValidationError
 from ditc.bundle_checks import bundle_contradictions, is_graph, manifest_contradictions
 from ditc.errors import BundleError, InputError
 from ditc.files import atomic_write, sha256_of
-from ditc.manifest import EXAMPLES, MANIFEST, REFERENCE, SCHEMA_VERSION, SEAL, SEGMENTS, TABLES, FileEntry, Manifest
+from ditc.manifest import (
+    EXAMPLES,
+    MANIFEST,
+    PROMPTS,
+    REFERENCE,
+    SCHEMA_VERSION,
+    SEAL,
+    SEGMENTS,
+    TABLES,
+    FileEntry,
+    Manifest,
+)
 from ditc.onnx_ports import Ports, read_ports
 from ditc.precision import quantized
+from ditc.prompt_lists import lines_of
 from ditc.requests import Examples, example_names
 from ditc.tables import read_tables, write_tables
+from ditc.text_spec import TEXT, text_conditions
 
 __all__ = [
     "REFERENCE",
@@ -49,7 +65,7 @@ __all__ = [
     "write_tables",
 ]
 
-OPTIONAL = (REFERENCE, "calib/")  # a deployment may leave them out, each as a whole
+OPTIONAL = (REFERENCE, "calib/", f"{TEXT}/")  # a deployment may leave them out, each as a whole
 
 
 @dataclass(frozen=True)
@@ -88,9 +104,35 @@ class Bundle:
         names = example_names(spec)
         arrays = read_tables(self.path / EXAMPLES) if names else {}
         try:
-            return Examples.checked(spec, arrays)
+            return Examples.checked(spec, arrays, self._prompts_of(arrays))
         except InputError as e:
             raise BundleError(f"{self.path} contradicts itself: {EXAMPLES}: {e}; compile it again") from e
+
+    def _prompts_of(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
+        """Return the prompts that examples were encoded from, row by row. Raises BundleError where they are others."""
+        manifest = self.manifest
+        if manifest.prompts is None:
+            return ()
+        try:
+            prompts = lines_of((self.path / PROMPTS).read_bytes())
+        except ValueError as e:
+            raise BundleError(f"{self.path} contradicts itself: {PROMPTS} holds none ({e}); compile it again") from e
+        rows = {len(arrays[name]) for name in text_conditions(manifest.text or ()) if name in arrays}
+        if {len(prompts)} != {manifest.prompts.count, *rows}:
+            raise BundleError(
+                f"{self.path} contradicts itself: {PROMPTS} holds {len(prompts)} prompts, the manifest says "
+                f"{manifest.prompts.count}, and {EXAMPLES} has {sorted(rows)} of them; compile it again"
+            )
+        return prompts
+
+    @property
+    def has_text(self) -> bool:
+        """Are the text encoders here, so that it takes prompts?"""
+        return self.manifest.text is not None and (self.path / TEXT).is_dir()
+
+    def text_path(self, name: str) -> Path:
+        """Return the place of a file that prompts need."""
+        return self.path / TEXT / name
 
 
 def seal_bundle(folder: Path, manifest: Manifest) -> Manifest:
@@ -207,7 +249,7 @@ def _why_none(file: Path) -> str:
 
 def _check_nothing_unlisted(path: Path, manifest: Manifest) -> None:
     """A file beside the listed ones could be taken for a backend's form of a segment, and run."""
-    for folder in ("segments", "reference"):
+    for folder in ("segments", "reference", TEXT):
         for file in sorted((path / folder).glob("*")):
             if f"{folder}/{file.name}" not in manifest.files:
                 raise BundleError(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from unicodedata import normalize
 
-from ditc.manifest import EXAMPLES, REFERENCE, SEGMENTS, TABLES, Manifest
+from ditc.manifest import EXAMPLES, PROMPTS, REFERENCE, SEGMENTS, TABLES, Manifest
 from ditc.onnx_ports import Ports
 from ditc.port_checks import port_contradictions
 from ditc.precision import PRECISIONS, quantized
@@ -19,6 +19,7 @@ from ditc.program_checks import contradictions, repeated
 from ditc.requests import example_names
 from ditc.table_checks import table_contradictions
 from ditc.tables import Tables
+from ditc.text_spec import TEXT, text_contradictions
 
 __all__ = ["bundle_contradictions", "is_graph", "manifest_contradictions"]
 
@@ -40,7 +41,7 @@ def bundle_contradictions(manifest: Manifest, tables: Tables, ports: Mapping[str
 
 def is_graph(file: str) -> bool:
     """Is a file of a bundle the graph of a segment, in the portable form or a backend's?"""
-    return file.startswith((SEGMENTS, REFERENCE)) and file.endswith(".onnx")
+    return file.startswith((SEGMENTS, REFERENCE, f"{TEXT}/")) and file.endswith(".onnx")
 
 
 def _segment_of(file: str) -> str:
@@ -99,6 +100,13 @@ def _named(values: object) -> str:
     return ", ".join(items if len(items) <= 8 else [*items[:4], "...", *items[-3:]]) or "none"
 
 
+def prompts_give_conditions(manifest: Manifest) -> Iterator[str]:
+    """Text encoders give conditions that the model has; only where there are any, prompts were compiled with."""
+    yield from text_contradictions(manifest.model, manifest.text or ())
+    if manifest.prompts is not None and manifest.text is None:
+        yield "it was compiled with prompts, and has no text encoder"
+
+
 def settings_say_the_same(manifest: Manifest) -> Iterator[str]:
     """The bundle is as it was asked for at its compile, where both are said."""
     program = manifest.program
@@ -120,18 +128,23 @@ def files_are_those_that_are_called(manifest: Manifest) -> Iterator[str]:
     called = manifest.program.calls
     needed = [TABLES, *(f"{SEGMENTS}{name}.onnx" for name in called)]
     needed += [EXAMPLES] if example_names(manifest.model) else []
+    needed += [PROMPTS] if manifest.prompts is not None else []
+    text = [file for encoder in manifest.text or () for file in encoder.files]
+    needed += text
     reference = manifest.reference_program
     if reference is not None and quantized(manifest.precision):
         needed.append(f"{REFERENCE}{FULL}.onnx")
     if EXAMPLES in manifest.files and EXAMPLES not in needed:
         yield f"`files` lists {EXAMPLES!r}, and the model is asked for with classes alone, or with nothing"
+    if PROMPTS in manifest.files and PROMPTS not in needed:
+        yield f"`files` lists {PROMPTS!r}, and it says of no prompts that it was compiled with them"
     for name in needed:
         if name not in manifest.files:
             yield f"the program needs {name}, and `files` doesn't list it"
     known = {SEGMENTS: {*called, UPDATE}, REFERENCE: set() if reference is None else set(reference.calls)}
-    for name in filter(is_graph, manifest.files):
-        folder = SEGMENTS if name.startswith(SEGMENTS) else REFERENCE
-        if _segment_of(name) not in known[folder] or name.count("/") > 1:
+    for name in (name for name in filter(is_graph, manifest.files) if name not in text):
+        folder = f"{name.partition('/')[0]}/"
+        if _segment_of(name) not in known.get(folder, ()) or name.count("/") > 1:
             yield f"`files` lists {name!r}, which no program calls"
 
 
@@ -150,6 +163,7 @@ MANIFEST_CHECKS: tuple[ManifestCheck, ...] = (
     numbers_are_possible,
     programs_are_whole,  # steps have their segments from here on
     programs_walk_the_same_trajectory,
+    prompts_give_conditions,
     settings_say_the_same,
     files_are_those_that_are_called,
 )

@@ -20,6 +20,7 @@ __all__ = [
     "SmoothedLayer",
     "Smoothing",
     "StorageError",
+    "TextCheck",
     "ValueRange",
     "Verification",
     "Watched",
@@ -124,13 +125,22 @@ class Watched(_Read):
     changes: dict[str, tuple[tuple[float, ...], ...]] = {}
 
 
+class TextCheck(_Read):
+    """The error of an exported text encoder against torch, and its largest activation on prompts, with its place."""
+
+    parity: float
+    largest_activation: float
+    largest_at: str
+
+
 class Checks(_Read):
     """Measurements on the way, by stage; None for a stage that this bundle did not need.
 
     `parity` is the error of each exported segment against torch; `tensorrt` has a sentence for each of TensorRT's rules
-    that the typed form of a segment breaks.
+    that the typed form of a segment breaks; `text` is by encoder.
     """
 
+    text: dict[str, TextCheck] | None = None
     watch: Watched | None = None
     parity: dict[str, float] | None = None
     pool: PoolSize | None = None

@@ -22,6 +22,7 @@ __all__ = [
     "Caches",
     "Calibration",
     "Calibrator",
+    "Cleaning",
     "Compensation",
     "Device",
     "Estimator",
@@ -31,6 +32,7 @@ __all__ = [
     "GraphScope",
     "Grouping",
     "Midpoint",
+    "PaddingSide",
     "Peer",
     "PoolSteps",
     "Precision",
@@ -68,6 +70,10 @@ else:
 Spacing = Literal["linspace", "leading", "trailing"]
 Sigmas = Literal["karras", "exponential", "beta"]
 Variance = Literal["learned", "fixed-small", "fixed-large"]
+
+# of a text encoder
+Cleaning = Literal["none", "lower-strip"]
+PaddingSide = Literal["right", "left"]
 
 # of a cache
 Caches = Literal["branches", "sums"]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import ConfigDict, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from ditc.checks import Checks
 from ditc.errors import BundleError
 from ditc.guidance import halves_of
 from ditc.program import Program
-from ditc.spec import FORMULAS, OWN_SCHEDULER, ModelSpec, Record, SchedulerSpec
+from ditc.prompt_lists import PromptOrigin
+from ditc.spec import FORMULAS, OWN_SCHEDULER, ModelSpec, PartialRecord, Record, SchedulerSpec
+from ditc.text_spec import TextSpec
 
 __all__ = [
     "EXAMPLES",
     "MANIFEST",
+    "PROMPTS",
     "REFERENCE",
     "SCHEMA_VERSION",
     "SEAL",
@@ -31,6 +34,7 @@ MANIFEST = "manifest.json"
 SEAL = "manifest.sha256"
 TABLES = "tables.safetensors"
 EXAMPLES = "conditions.safetensors"
+PROMPTS = "prompts.txt"  # of those conditions, one a line
 SEGMENTS = "segments/"
 REFERENCE = "reference/"
 
@@ -97,7 +101,7 @@ class AskedSettings(Record):
         return given
 
 
-class Manifest(Record):
+class Manifest(PartialRecord):
     """A bundle's account of itself and of its making: `settings` as compiled, `checks` as measured on the way.
 
     Both are kept as they were written: every setting of the ditc that compiled the bundle, whichever that was, in its
@@ -105,11 +109,17 @@ class Manifest(Record):
     They are read through typed views: `asked`, which is checked when a manifest is made or opened, and `measured`.
     (Typed in full here, the settings would be all of CompileOptions a second time, to the left of it, and every key
     that a later ditc adds or drops would have to be told apart from one that a bundle never had.)
+
+    `text` are the text encoders of a bundle that takes prompts, `prompts` those that it was compiled with.
     """
+
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"text", "prompts"})
 
     schema_version: int = SCHEMA_VERSION
     ditc_version: str
     model: ModelSpec
+    text: tuple[TextSpec, ...] | None = Field(default=None, min_length=1)
+    prompts: PromptOrigin | None = None
     program: Program
     reference_program: Program | None = None
     precision: str

@@ -9,6 +9,7 @@ from ditc.manifest import REFERENCE, SEGMENTS, Manifest
 from ditc.onnx_ports import Ports, Shape
 from ditc.program import AHEAD, CONDITION, DECODE, REQUEST, REUSE_ROWS, TIMESTEPS, UPDATE, SegmentPlan
 from ditc.tables import SAMPLER, STEP_INPUTS, Tables, history_columns, memory_of, sampler_columns
+from ditc.text_spec import ATTENTION_MASK, INPUT_IDS, TEXT
 from ditc.update_form import PREDICTED
 
 __all__ = ["port_contradictions"]
@@ -45,6 +46,8 @@ def port_contradictions(manifest: Manifest, tables: Tables, ports: Mapping[str, 
         name = graph.split(".")[0]
         if f"{folder}/" == REFERENCE:
             problems = _reference(graphs, graph_ports)
+        elif folder == TEXT:
+            problems = _text(graphs, file, graph_ports)
         elif name in OTHER_CALLS:
             problems = OTHER_CALLS[name](graphs, graph_ports)
         else:
@@ -75,6 +78,16 @@ def _condition(graphs: Graphs, ports: Ports) -> Iterator[str]:
 def _decode(graphs: Graphs, ports: Ports) -> Iterator[str]:
     yield from _differences("takes", ports.inputs, {"latent": ("batch", *graphs.latent)})
     yield from _differences("returns", ports.outputs, {"image": ("batch", "channels", "height", "width")})
+
+
+def _text(graphs: Graphs, file: str, ports: Ports) -> Iterator[str]:
+    """A text encoder: the tokens of a prompt, and the conditions that it gives; it need not look at the mask."""
+    encoder = next(each for each in graphs.manifest.text or () if file in each.files)
+    conditions = {condition.name: condition.shape for condition in graphs.manifest.model.conditions}
+    tokens: Shape = ("batch", encoder.length)
+    yield from _differences("takes", ports.inputs, {INPUT_IDS: tokens}, {ATTENTION_MASK: tokens})
+    given: dict[str, Shape] = {name: ("batch", *conditions[name]) for name in encoder.gives}
+    yield from _differences("returns", ports.outputs, given)
 
 
 def _update(graphs: Graphs, ports: Ports) -> Iterator[str]:

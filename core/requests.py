@@ -11,7 +11,7 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,31 @@ from numpy.typing import NDArray
 from ditc.errors import InputError
 from ditc.spec import LABEL, NO_CONDITION, Condition, ModelSpec
 
-__all__ = ["Arrays", "Examples", "Request", "example_names", "given_names", "read_conditions", "whole_numbers"]
+__all__ = [
+    "Arrays",
+    "Examples",
+    "Request",
+    "check_conditions",
+    "example_names",
+    "given_names",
+    "read_conditions",
+    "whole_numbers",
+]
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """The conditions of `count` images, by name. Made by `Request.of`, which holds them to the model."""
+    """The conditions of `count` images, by name. Made by `Request.of`, which holds them to the model.
+
+    `prompts` and `negatives` are the texts that conditions were encoded from, one for each image; none of arrays.
+    """
 
     count: int
     arrays: Arrays
+    prompts: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
 
     @staticmethod
     def of(
@@ -46,8 +60,7 @@ class Request:
         `count` is needed where nothing else tells how many. Raises InputError for a class or a condition that the
         model doesn't have, one that is missing, and arrays of another type, shape or number of rows.
         """
-        if conditions is not None and not isinstance(conditions, Mapping):
-            raise InputError(f"conditions must be arrays by name, found {type(conditions).__name__}; give a dict")
+        check_conditions(conditions)
         given = dict(conditions or {})
         if labels is not None and LABEL in given:
             raise InputError(f"give the classes as labels, or as the condition {LABEL!r}; found both")
@@ -80,13 +93,14 @@ class Request:
 
     def with_fresh(self, arrays: Arrays) -> Request:
         """Return the request with the noise of its conditions that are fresh at every step."""
-        return Request(self.count, {**self.arrays, **arrays}) if arrays else self
+        return replace(self, arrays={**self.arrays, **arrays}) if arrays else self
 
     def take(self, spec: ModelSpec, places: slice | Sequence[int] | NDArray[np.int64]) -> Request:
         """Return the request of some of the images, by their places."""
         fresh = {condition.name for condition in spec.conditions if condition.fresh}
         arrays = {name: array[:, places] if name in fresh else array[places] for name, array in self.arrays.items()}
-        return Request(len(np.arange(self.count)[places]), arrays)
+        numbers = np.arange(self.count)[places]
+        return Request(len(numbers), arrays, *(_in_turn(texts, numbers) for texts in (self.prompts, self.negatives)))
 
     def filled(self, spec: ModelSpec, count: int) -> Request:
         """Return a request of `count` images: these, repeated in turn."""
@@ -99,6 +113,12 @@ class Request:
         return self.arrays[condition.name]
 
 
+def check_conditions(conditions: Any) -> None:
+    """Raise InputError for conditions that are no arrays by name; None are none."""
+    if conditions is not None and not isinstance(conditions, Mapping):
+        raise InputError(f"conditions must be arrays by name, found {type(conditions).__name__}; give a dict")
+
+
 def given_names(spec: ModelSpec) -> list[str]:
     """Return the names of the arrays that a request has to bring: conditions, and nulls that nobody else gives."""
     names = [name for each in spec.inputs if not each.fresh for name in (each.name, each.null_name)]
@@ -108,6 +128,11 @@ def given_names(spec: ModelSpec) -> list[str]:
 def example_names(spec: ModelSpec) -> list[str]:
     """Return the names of the arrays that examples have: all that a request brings but the class."""
     return [name for name in given_names(spec) if name != LABEL]
+
+
+def _in_turn(texts: Sequence[str], places: NDArray[np.int64]) -> tuple[str, ...]:
+    """Return the texts at places, as often as they take turns; none where there are none."""
+    return tuple(texts[place % len(texts)] for place in places) if texts else ()
 
 
 def _labels(spec: ModelSpec, labels: Any) -> NDArray[np.int64]:
@@ -172,13 +197,15 @@ class Examples:
     """The conditions of typical images, which stand for a user's where none are given: image i takes row i in turn.
 
     `arrays` are those of every condition but the class, (examples, *shape) each; the classes take turns by themselves.
+    `prompts` are the texts that some of them were encoded from, row by row.
     """
 
     spec: ModelSpec
     arrays: Arrays
+    prompts: tuple[str, ...] = ()
 
     @staticmethod
-    def checked(spec: ModelSpec, arrays: Mapping[str, Any]) -> Examples:
+    def checked(spec: ModelSpec, arrays: Mapping[str, Any], prompts: tuple[str, ...] = ()) -> Examples:
         """Return examples, held to the model. Raises InputError where an array is missing, or of another form."""
         values = {name: checked_array(spec, name, array) for name, array in arrays.items()}
         names = example_names(spec)
@@ -187,7 +214,7 @@ class Examples:
             raise InputError(
                 f"{spec.name} needs examples of {' and '.join(map(repr, names)) or 'nothing'}, found {told}"
             )
-        return Examples(spec, values)
+        return Examples(spec, values, prompts)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -204,7 +231,7 @@ class Examples:
         if self.spec.num_classes is not None:
             own = places % self.spec.num_classes if labels is None else labels
             arrays[LABEL] = np.asarray(own, np.int64)
-        return Request(len(places), arrays)
+        return Request(len(places), arrays, _in_turn(self.prompts, places))
 
     def in_turn(self, first: int, count: int) -> Request:
         """Return the request of images `first` to `first + count`."""

@@ -46,9 +46,9 @@ LONGEST = 80  # characters of a value that a message quotes
 class Option:
     """The appearance of a field on a command line.
 
-    `flag` and `metavar` are for those that the field's name and type don't give. `group` is the heading that it stands
-    under in `--help`, "" for the first one. `advice` ends the message about a value out of bounds. A field that may be
-    given `several` times is a tuple.
+    `flag` and `metavar` are for those that the field's name and type don't give, `short` is a letter beside it. `group`
+    is the heading that it stands under in `--help`, "" for the first one. `advice` ends the message about a value out
+    of bounds. A field that may be given `several` times is a tuple.
     """
 
     help: str
@@ -57,6 +57,7 @@ class Option:
     group: str = ""
     advice: str = ""
     several: bool = False
+    short: str = ""
 
 
 class Settings(Record):

@@ -18,6 +18,7 @@ from ditc.engines.onnxrt_exactness import SLOWER, probed_exactness, session_entr
 from ditc.errors import BundleError, DitcError, InputError
 from ditc.openable import Links, openable, plain_name
 from ditc.program import CONDITION
+from ditc.text_spec import TEXT
 
 __all__ = [
     "INTEGER_KERNELS",
@@ -139,8 +140,8 @@ class OnnxRuntimeBackend:
     def _options(self, segment: Path) -> Any:
         """Return the options of a session.
 
-        `condition` runs once per request and holds a third of the weights: they stay mapped from the file, nothing of
-        it is packed, folded or kept between requests.
+        `condition` runs once per request and holds a third of the weights, a text encoder once per prompt and may hold
+        most of them: they stay mapped from the file, nothing of it is packed, folded or kept between requests.
         """
         ort = import_onnxruntime()
         options = ort.SessionOptions()
@@ -152,7 +153,7 @@ class OnnxRuntimeBackend:
         # every session has threads of its own, and waits for its next run in a busy loop: those of `full` would take
         # the cores from `reuse`, and the other way round (docs/speed.md)
         options.add_session_config_entry(SPINNING_STOPS, "1")
-        if segment.name.split(".")[0] == CONDITION:
+        if segment.name.split(".")[0] in (CONDITION, TEXT):
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_cpu_mem_arena = False
             options.add_session_config_entry("session.disable_prepacking", "1")

@@ -28,6 +28,9 @@ image's:
     outs = branch.compute({name: h[name] for name in reads}, parts)
     h[stream] = branch.merge(h[stream], out, parts, name)           for each output's name, stream and tensor
     out = model.head(h["image"], parts)
+
+A model whose conditions are texts may bring its encoders beside its decoder, `text` (`exporter.text_encoders`): then a
+bundle takes prompts.
 """
 
 from __future__ import annotations

@@ -71,19 +71,22 @@ def tune_model(
     num_heads: int | None = None,
     vae: str | PathLike[str] | None = None,
     conditions: str | PathLike[str] | None = None,
+    prompts: str | PathLike[str] | None = None,
+    text: bool = True,
     facts: ModelFacts | None = None,
 ) -> Tuning:
     """Search, leave the fastest bundle within the budget at `out`, and return all trials and the front.
 
-    `base` holds what is not searched; `num_heads`, `vae`, `conditions`, `facts` and `on_note` are those of
-    `compile_model`. Raises CheckError, with what came nearest, where no candidate is within the budget; `out` is then
-    as it was, and what was measured stays in the work folder beside it.
+    `base` holds what is not searched; `num_heads`, `vae`, `conditions`, `prompts`, `text`, `facts` and `on_note` are
+    those of `compile_model`. Raises CheckError, with what came nearest, where no candidate is within the budget; `out`
+    is then as it was, and what was measured stays in the work folder beside it.
     """
     target = Path(out).absolute()
     check_sources(options.features, options.real)
     check_places(target, None, force=force)
     work = target.with_name(f".{target.name}.tune")
-    candidates = _Candidates(_Subject(model, num_heads, vae, conditions, facts, on_note), base, options, work, progress)
+    subject = _Subject(model, num_heads, vae, conditions, prompts, text, facts, on_note)
+    candidates = _Candidates(subject, base, options, work, progress)
 
     def judge(stage: str, changes: dict[str, str]) -> Trial:
         trial = candidates.trial(stage, changes)
@@ -144,6 +147,8 @@ class _Subject:
     num_heads: int | None
     vae: str | PathLike[str] | None
     conditions: str | PathLike[str] | None
+    prompts: str | PathLike[str] | None
+    text: bool
     facts: ModelFacts | None
     on_note: Callable[[str], None] | None
     told: set[str] = field(default_factory=set)
@@ -161,6 +166,8 @@ class _Subject:
             num_heads=self.num_heads,
             vae=self.vae,
             conditions=self.conditions,
+            prompts=self.prompts,
+            text=self.text,
             facts=self.facts,
             exports=work / EXPORTS,
             on_note=None if self.on_note is None else self._tell,
@@ -176,6 +183,8 @@ class _Subject:
     def digest(self) -> str:
         """Its name among trials on disk: its weights, or its name, what is stated, and when it was written."""
         conditions = "" if self.conditions is None else _written(self.conditions)
+        conditions += "" if self.prompts is None else f" prompts {_written(self.prompts)}"
+        conditions += "" if self.text else " no text"
         if not isinstance(self.model, (str, PathLike)):
             return model_digest(self.model) + conditions
         return f"{self.model} {_written(self.model)} {self.num_heads} {self.vae} {self.facts}{conditions}"

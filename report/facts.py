@@ -5,7 +5,7 @@ A part that could not be had is a `Skipped` with its reason, in its place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import field_serializer, field_validator
 
@@ -14,7 +14,7 @@ from ditc.engines.integer_form import Arithmetic
 from ditc.machine import Machine
 from ditc.quality.evaluation import Evaluation
 from ditc.runtime.closeness import StepDrift
-from ditc.spec import Record, Skipped
+from ditc.spec import PartialRecord, Record, Skipped
 from ditc.speed.bench_result import StepTime
 from ditc.speed.latency import Latency
 from ditc.speed.side_by_side import NoPeer, PeerTimes, SideBySide
@@ -40,10 +40,16 @@ __all__ = [
 SCHEMA_VERSION = 1
 
 
-class Picture(Record):
-    """An image of the bundle as PNG in base64, its FP twin, and their difference enlarged; None without FP."""
+class Picture(PartialRecord):
+    """An image of the bundle as PNG in base64, its FP twin, and their difference enlarged; None without FP.
+
+    `prompt` is the text that it was made from, where there is one.
+    """
+
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"prompt"})
 
     label: int | None  # None of a model without classes
+    prompt: str | None = None
     found: str
     exact: str | None = None
     difference: str | None = None

@@ -121,9 +121,16 @@ def pictures_section(report: Report) -> Markup:
     return section("Images", element("p", text), *missing, element("ul", *pairs, class_="pictures"))
 
 
+def _label(picture: Picture) -> str:
+    """Return the words under a picture: its prompt, or its class."""
+    if picture.prompt is not None:
+        return picture.prompt or "the empty prompt"
+    return "image" if picture.label is None else f"class {picture.label}"
+
+
 def _picture(picture: Picture, pictures: Pictures) -> Markup:
     tiny = "tiny" if max(pictures.height, pictures.width) < TINY else None
-    label = "image" if picture.label is None else f"class {picture.label}"
+    label = _label(picture)
     sides = (
         (picture.exact, f"{label} by the FP program"),
         (picture.found, f"{label} by the bundle"),

@@ -22,6 +22,8 @@ from ditc.runtime.pipeline import Pipeline
 
 __all__ = ["SampleParts", "sample_parts"]
 
+Origin = tuple["int | None", "str | None"]  # of an image: its class and its prompt
+
 MOST_PICTURES = 12
 PEAK = 1.0  # differences are drawn about grey, so they have half the range of an image
 
@@ -51,13 +53,15 @@ def sample_parts(path: Path, images: int, seed: int, place: Place, progress: Pro
     pipe = place.load(path)
     bundle = pipe.bundle
     spec = bundle.manifest.model
-    labels = [None if spec.num_classes is None else label for label in spec.labels_in_turn(0, images)]
+    prompts = bundle.examples().in_turn(0, images).prompts or (None,) * images
+    classes = [None if spec.num_classes is None else label for label in spec.labels_in_turn(0, images)]
+    origins = list(zip(classes, prompts, strict=True))
     ours = _run(pipe, "bundle", images, seed, progress)
     if not bundle.has_reference:
         missing = Skipped(
             skipped="the bundle has no FP program to hold it to; compile it with --reference, or copy reference/ too"
         )
-        return SampleParts(_pictures(labels, ours, None), missing, missing)
+        return SampleParts(_pictures(origins, ours, None), missing, missing)
     exact = _run(place.load(path, reference=True), "fp", images, seed, progress)
     bare = None
     if "compensation.k" in bundle.tables():
@@ -66,7 +70,7 @@ def sample_parts(path: Path, images: int, seed: int, place: Place, progress: Pro
         bundle=step_drift(ours.steps, exact.steps),
         uncompensated=None if bare is None else step_drift(bare.steps, exact.steps),
     )
-    return SampleParts(_pictures(labels, ours, exact), _fidelity(ours, exact), drift)
+    return SampleParts(_pictures(origins, ours, exact), _fidelity(ours, exact), drift)
 
 
 def _run(pipe: Pipeline, stage: str, images: int, seed: int, progress: Progress) -> _Run:
@@ -92,20 +96,33 @@ def _fidelity(own: _Run, exact: _Run) -> Fidelity:
     )
 
 
-def _pictures(labels: Sequence[int | None], ours: _Run, exact: _Run | None) -> Pictures | Skipped:
+def _pictures(origins: Sequence[Origin], ours: _Run, exact: _Run | None) -> Pictures | Skipped:
+    """Return the first images; `origins` are the class and the prompt of each."""
     if ours.images is None:
         return Skipped(skipped="the bundle makes latents and has no decoder; compile it with --vae FOLDER")
     images = ours.images[:MOST_PICTURES]
     height, width = images.shape[-2:]
     if exact is None or exact.images is None:
-        alone = [Picture(label=label, found=png(image)) for label, image in zip(labels, images, strict=False)]
+        alone = [
+            Picture(label=label, prompt=prompt, found=png(image))
+            for (label, prompt), image in zip(origins, images, strict=False)
+        ]
         return Pictures(height=height, width=width, gain=1, pictures=tuple(alone))
     twins = exact.images[: len(images)]
     gap = images - twins
     gain = gain_for(gap)
     pairs = [
-        Picture(label=label, found=png(image), exact=png(twin), difference=png(gain * part), psnr_db=float(psnr))
-        for label, image, twin, part, psnr in zip(labels, images, twins, gap, psnr_db(images, twins), strict=False)
+        Picture(
+            label=label,
+            prompt=prompt,
+            found=png(image),
+            exact=png(twin),
+            difference=png(gain * part),
+            psnr_db=float(psnr),
+        )
+        for (label, prompt), image, twin, part, psnr in zip(
+            origins, images, twins, gap, psnr_db(images, twins), strict=False
+        )
     ]
     return Pictures(height=height, width=width, gain=gain, pictures=tuple(pairs))
 

@@ -41,6 +41,7 @@ __all__ = [
     "expected",
     "moved_samples",
     "observer",
+    "relative_l2",
     "steps_to_keep",
     "types_of_calls",
 ]
@@ -128,7 +129,7 @@ class Expected(NamedTuple):
             if shapes.get(key) != values.shape or types[key[0]] not in self.tolerances.get(key[0], {}):
                 raise _misfit(" ".join(key))
         return [
-            Difference(*key, _relative(values, self.outputs[key]), self.tolerances[key[0]][types[key[0]]])
+            Difference(*key, relative_l2(values, self.outputs[key]), self.tolerances[key[0]][types[key[0]]])
             for key, values in outputs.items()
         ]
 
@@ -288,7 +289,7 @@ def expected(observe: Observer, samples: Mapping[int, Samples], rests: Iterable[
         largest: dict[str, float] = defaultdict(float)
         for call, port in outputs:
             place = _segment(call) if integers else call
-            errors = (_relative(other[call, port], outputs[call, port]) for other in moved)
+            errors = (relative_l2(other[call, port], outputs[call, port]) for other in moved)
             largest[place] = max(largest[place], *errors)
         for call, _ in outputs:
             error = largest[_segment(call) if integers else call]
@@ -318,8 +319,8 @@ def _some(values: NDArray[Any]) -> NDArray[np.float32]:
     return values.reshape(-1)[:: -(-values.size // VALUES) | 1].astype(np.float32)
 
 
-def _relative(seen: NDArray[np.float32], recorded: NDArray[np.float32]) -> float:
-    """Norm of the difference over that of `recorded`; infinite for what is no number, and for any against zeros."""
+def relative_l2(seen: NDArray[np.float32], recorded: NDArray[np.float32]) -> float:
+    """Return the norm of the difference over that of `recorded`; infinite for no number, and for any against zeros."""
     gap, norm = (float(np.linalg.norm(np.float64(values))) for values in (np.float64(seen) - recorded, recorded))
     if gap == 0:
         return 0.0

@@ -60,20 +60,31 @@ HERE = Place()
 
 
 class RunOptions(Settings):
-    """The settings of `ditc run`: an image for each of `labels`, which draw their noise from `seed`.
+    """The settings of `ditc run`: an image for each of `labels`, or of the texts in `prompt` or the file `prompts`.
 
-    A model of other conditions takes them from a file; without one, and without classes, `images` says how many are
-    made, of the bundle's own examples. `begin_with` is a file of what the images begin with in place of noise alone;
-    `strength` is then the share of the steps that are run, STRENGTH where it is None.
+    They draw their noise from `seed`. `images` says how many are made of each text. A model of other conditions takes
+    them from a file; without one, and without classes, `images` are made of the bundle's own examples.
+    `begin_with` is a file of what the images begin with in place of noise alone; `strength` is then the share of the
+    steps that are run, STRENGTH where it is None.
     """
 
     labels: Annotated[tuple[int, ...] | None, Option("Classes, one image each: 207,360.")] = None
+    prompt: Annotated[
+        tuple[str, ...],
+        Option("A prompt, of a bundle that takes any; may be given several times.", metavar="TEXT", several=True),
+    ] = ()
+    prompts: Annotated[Path | None, Option("A file of prompts, one a line, in UTF-8.", metavar="FILE")] = None
+    negative: Annotated[
+        str | None, Option("A text that guidance leads away from; default is the empty one.", metavar="TEXT")
+    ] = None
     conditions: Annotated[
         Path | None,
         Option("Conditions other than a class, an .npz file with an array of a row for each image.", metavar="FILE"),
     ] = None
     images: Annotated[
-        int | None, Field(ge=1), Option("Images, of the bundle's own examples, where a model has no classes.")
+        int | None,
+        Field(ge=1),
+        Option("Images of each prompt; without any, of the bundle's own examples where it has no classes.", short="-n"),
     ] = None
     seed: Annotated[int, Field(ge=0), Option("Seed of the noise.", advice="set --seed 0 or more")] = 0
     begin_with: Annotated[
@@ -94,6 +105,12 @@ class RunOptions(Settings):
     def _strength_of_something(self) -> RunOptions:
         if self.strength is not None and self.begin_with is None:
             raise InputError(f"--strength {self.strength:g} is of a picture to begin with; name it with --from FILE")
+        return self
+
+    @model_validator(mode="after")
+    def _names_prompts_once(self) -> RunOptions:
+        if self.prompt and self.prompts is not None:
+            raise InputError("--prompt and --prompts both name prompts; leave out one of the two")
         return self
 
 

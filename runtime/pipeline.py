@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ditc.bundle import Bundle, open_bundle
 from ditc.engines.backend import Backend, DeviceBackend, DeviceEngine, Engine, runnable_path
 from ditc.engines.integer_form import SaysType
+from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.targets import backend_for
 from ditc.errors import BundleError, CheckError, DitcError, InputError, unknown_name
 from ditc.program import CONDITION, DECODE, UPDATE, Program
@@ -29,6 +30,7 @@ from ditc.runtime.device_executor import GRAPHS, DeviceExecutor
 from ditc.runtime.executor import Executor, NoiseSource, Samples, StepEvent, streamed_noise
 from ditc.runtime.fingerprint import PORTABLE, TYPED, Difference, Fingerprint, observer, types_of_calls
 from ditc.runtime.host_executor import HostExecutor
+from ditc.runtime.prompts import PromptEncoders, prompted_request
 from ditc.runtime.request_inputs import check_noise, image_streams
 from ditc.runtime.starting import Starting
 from ditc.spec import ModelSpec
@@ -94,7 +96,8 @@ class Pipeline:
 
     Threads may share it: every request gives the images that it gives by itself. On a processor requests run side by
     side, and their engine calls wait for free cores; on a GPU one request, or one step of a watched one, has the device
-    at a time. `engines` are those of the open pipeline by segment, for who measures them.
+    at a time. `engines` are those of the open pipeline by segment, for who measures them; `encoders` read prompts, and
+    are opened by the first one.
     """
 
     def __init__(
@@ -124,6 +127,9 @@ class Pipeline:
         self._batch = self._checked_batch(batch)
         self._executor: Executor | None = None
         self.engines: Mapping[str, Engine | DeviceEngine] = {}
+        self.encoders = PromptEncoders(
+            bundle, backend if isinstance(backend, OnnxRuntimeBackend) else OnnxRuntimeBackend()
+        )
 
     def _checked_batch(self, batch: int | None) -> int | None:
         made_for = self.bundle.manifest.batch
@@ -203,6 +209,7 @@ class Pipeline:
         executor = self._executor
         if executor is not None:
             executor.close()
+        self.encoders.close()
         self._stack.close()  # before anything is let go: a device may still work on it
         self._executor = None
         self.engines = {}
@@ -223,6 +230,8 @@ class Pipeline:
         self,
         labels: Sequence[int] | Request | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
         count: int | None = None,
         seed: int | None = None,
@@ -234,8 +243,10 @@ class Pipeline:
     ) -> Iterator[StepEvent]:
         """All images as one batch: a StepEvent per step, the last one carrying `images`; their arrays are read-only.
 
-        `labels` are classes, one for each image, of a model that has them, or a whole Request; `conditions` arrays of
-        every other condition by name, (n, ...); `count` says how many images where neither does. `noise` is x_T,
+        `labels` are classes, one for each image, of a model that has them, or a whole Request; `prompt` is a text for
+        all images or a list with one for each, where the bundle has text encoders, and `negative_prompt` what guidance
+        leads away from, the empty text unless given; `conditions` are arrays of every other condition by name, (n,
+        ...), embeddings too in place of prompts; `count` says how many images where none of these does. `noise` is x_T,
         (n, channels, *space); without it each image draws from the stream of (seed, first + its place), seed 0 where
         none is given. `seeds` are one for each image instead, each giving what it gives by itself: requests merged into
         one keep their noise. `latents` are samples in front of step `start` instead, taken as they are: what `noised`
@@ -243,7 +254,8 @@ class Pipeline:
         on have the fresh noise that they have in a whole run. Raises InputError for a condition or a shape that the
         model doesn't have, and for a step that can't be the first.
         """
-        executor, request = self.executor, self.request(labels, conditions, count)
+        executor, count = self.executor, _count_of(count, prompt, seeds, noise, latents)
+        request = self.request(labels, conditions, count, prompt=prompt, negative_prompt=negative_prompt)
         streams = image_streams(len(request), seed, seeds, first)
         begin = self._starting.samples(noise, latents, start, len(request))
         request, drawn, fresh = self._starting.streamed(request, streams, start)
@@ -255,6 +267,8 @@ class Pipeline:
         self,
         labels: Sequence[int] | Request | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
         count: int | None = None,
         seed: int | None = None,
@@ -265,7 +279,8 @@ class Pipeline:
         start: int = 0,
     ) -> Samples:
         """Finished samples before decoding, (n, channels, *space), `at_once` of them at a time; as `generate`."""
-        executor, request = self.executor, self.request(labels, conditions, count)
+        executor, count = self.executor, _count_of(count, prompt, seeds, noise, latents)
+        request = self.request(labels, conditions, count, prompt=prompt, negative_prompt=negative_prompt)
         streams = image_streams(len(request), seed, seeds, first)
         begin = self._starting.samples(noise, latents, start, len(request))
         requests = self._requests(executor, request, streams, begin, start)
@@ -275,6 +290,8 @@ class Pipeline:
         self,
         labels: Sequence[int] | Request | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
         count: int | None = None,
         seed: int | None = None,
@@ -293,7 +310,8 @@ class Pipeline:
             images = pipe.images(labels, latents=begin, start=20, seed=0)
         """
         self.check_makes_images()
-        executor, request = self.executor, self.request(labels, conditions, count)
+        executor, count = self.executor, _count_of(count, prompt, seeds, noise, latents)
+        request = self.request(labels, conditions, count, prompt=prompt, negative_prompt=negative_prompt)
         streams = image_streams(len(request), seed, seeds, first)
         begin = self._starting.samples(noise, latents, start, len(request))
         requests = self._requests(executor, request, streams, begin, start)
@@ -304,12 +322,21 @@ class Pipeline:
         labels: Sequence[int] | Request | None = None,
         conditions: Mapping[str, Any] | None = None,
         count: int | None = None,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
     ) -> Request:
         """Return the request of some images, held to the model. Raises InputError as `generate`."""
+        texts = prompt is not None or negative_prompt is not None
         if isinstance(labels, Request):
-            if conditions is not None or count is not None:
+            if conditions is not None or count is not None or texts:
                 raise InputError("a whole request says its conditions and its count itself; leave them out")
-            return Request.of(self._spec, None, labels.arrays, len(labels))
+            own = Request.of(self._spec, None, labels.arrays, len(labels))
+            return replace(own, prompts=labels.prompts, negatives=labels.negatives)
+        if texts:
+            return prompted_request(self.encoders, labels, conditions, count, prompt, negative_prompt)
+        if self.bundle.has_text and labels is None and not conditions:
+            raise InputError(f"{self._spec.name} was asked for no prompt; give prompt=, or embeddings as conditions=")
         return Request.of(self._spec, labels, conditions, count)
 
     @property
@@ -380,8 +407,9 @@ class Pipeline:
     def differences(self) -> list[Difference]:
         """Return the distance of every output of every segment from what it was at the compile, in their order.
 
-        The form that runs here is compared, with what rounding makes of the type that this target computes in. Raises
-        BundleError for a bundle without a fingerprint.
+        The form that runs here is compared, with what rounding makes of the type that this target computes in; behind
+        the program's segments stand text encoders, on one prompt. Raises BundleError for a bundle without a
+        fingerprint.
         """
         if self.reference:
             raise InputError("the fingerprint is of the compiled program; open the bundle without reference=True")
@@ -393,7 +421,8 @@ class Pipeline:
         if not self._compensated:  # then the next sample is another one
             outputs = {(call, port): values for (call, port), values in outputs.items() if not call.startswith(UPDATE)}
         types = types_of_calls(self.program, {name: self._type_of(engine) for name, engine in engines.items()})
-        return fingerprint.forms[self._form(fingerprint)].differences(outputs, types)
+        own = fingerprint.forms[self._form(fingerprint)].differences(outputs, types)
+        return [*own, *self.encoders.differences()]
 
     def _form(self, fingerprint: Fingerprint) -> str:
         """Return the form in a fingerprint that runs here."""
@@ -444,3 +473,10 @@ class Pipeline:
         if executor is None:
             raise DitcError("the pipeline is not open; use it in a block: with ditc.load(path) as pipe: ...")
         return executor
+
+
+def _count_of(count: int | None, prompt: Any, *others: Any) -> int | None:
+    """Return the number of images of one prompt: as given, or as many as there are seeds or samples; None if unsaid."""
+    if count is not None or not isinstance(prompt, str):
+        return count
+    return next((len(each) for each in others if hasattr(each, "__len__")), None)

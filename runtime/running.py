@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ditc.checks import Verification
 from ditc.errors import CheckError, InputError
 from ditc.files import sha256_of, writing
 from ditc.program import DECODE
+from ditc.prompt_lists import read_prompts
 from ditc.requests import Request, example_names, read_conditions
 from ditc.runtime.closeness import trajectory_comparison
 from ditc.runtime.executor import Samples, StepEvent, check_stream
@@ -103,7 +105,7 @@ def run_bundle(bundle: Path, options: RunOptions, out: Path, *, watch: Watch, pl
     """
     events: list[StepEvent] = []
     with place.load(bundle) as pipe:
-        request, seed = asked_request(pipe.bundle, options), options.seed
+        request, seed = asked_request(pipe, options), options.seed
         pipe.check_makes_images()
         check_stream(seed, 0)  # before anything is written
         beginning = asked_beginning(pipe, options, len(request))
@@ -115,15 +117,14 @@ def run_bundle(bundle: Path, options: RunOptions, out: Path, *, watch: Watch, pl
         else:
             pictures = _watched_images(pipe, request, seed, beginning, watch, events)
         seconds = perf_counter() - start
-    labels: Sequence[int | None] = request.labels if LABEL in request.arrays else [None] * len(request)
-    names = [f"{number:04d}{'' if label is None else f'-class{label}'}.png" for number, label in enumerate(labels)]
+    names = [f"{number:04d}{suffix}.png" for number, suffix in enumerate(_suffixes(request))]
     for number, (name, picture) in enumerate(zip(names, pictures, strict=True)):
-        own = origin_text(pipe.bundle, seed, labels[number : number + 1], number)
-        save_png(picture, out / name, own | beginning.text)
+        own = request.take(pipe.bundle.manifest.model, [number])
+        save_png(picture, out / name, origin_text(pipe.bundle, seed, own, number) | beginning.text)
     columns = int(np.ceil(np.sqrt(len(pictures))))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     picture = grid(rows, scale=max(1, LEAST_WIDTH // pictures.shape[-1]))
-    save_png(picture, out / GRID, origin_text(pipe.bundle, seed, labels, 0) | beginning.text)
+    save_png(picture, out / GRID, origin_text(pipe.bundle, seed, request, 0) | beginning.text)
     return GeneratedImages(
         images=tuple(names),
         grid=GRID,
@@ -136,12 +137,24 @@ def run_bundle(bundle: Path, options: RunOptions, out: Path, *, watch: Watch, pl
     )
 
 
-def asked_request(bundle: Bundle, options: RunOptions) -> Request:
+def _suffixes(request: Request) -> list[str]:
+    """Return what the name of each image's file has after its number: its class, where it has one."""
+    return [f"-class{label}" for label in request.labels] if LABEL in request.arrays else [""] * len(request)
+
+
+def asked_request(pipe: Pipeline, options: RunOptions) -> Request:
     """Return the request of a command line. Raises InputError for one that the model can't have."""
-    spec, given = bundle.manifest.model, options.conditions
-    needed = example_names(spec)
-    if given is not None:
-        return Request.of(spec, options.labels, read_conditions(given), options.images)
+    bundle, given = pipe.bundle, options.conditions
+    spec, needed = bundle.manifest.model, example_names(bundle.manifest.model)
+    conditions = None if given is None else read_conditions(given)
+    if options.prompt or options.prompts is not None or options.negative is not None:
+        prompts = options.prompt if options.prompts is None else read_prompts(options.prompts)
+        each = options.images or 1
+        texts = [text for text in prompts for _ in range(each)] or None
+        count = None if texts else options.images
+        return pipe.request(options.labels, conditions, count, prompt=texts, negative_prompt=options.negative)
+    if conditions is not None:
+        return Request.of(spec, options.labels, conditions, options.images)
     if spec.num_classes is not None:
         if options.labels is None:
             raise InputError(f"{spec.name} has classes; name one for each image, for example --labels 0,1")
@@ -152,8 +165,9 @@ def asked_request(bundle: Bundle, options: RunOptions) -> Request:
     if options.labels is not None:
         spec.check_labels(options.labels)  # refuses any
     if options.images is None:
+        texts_or = "--prompt TEXT, " if bundle.has_text else ""
         files = f"--conditions FILE with {' and '.join(needed)}, or " if needed else ""
-        raise InputError(f"{spec.name} has no classes; say what to make: {files}--images N")
+        raise InputError(f"{spec.name} has no classes; say what to make: {texts_or}{files}--images N")
     return bundle.examples().in_turn(0, options.images)
 
 
@@ -170,15 +184,29 @@ def asked_beginning(pipe: Pipeline, options: RunOptions, count: int) -> Beginnin
     return Beginning(pipe.noised(finished, start=start, seed=options.seed), start, sha256_of(path))
 
 
-def origin_text(bundle: Bundle, seed: int, labels: Sequence[int | None], first: int) -> dict[str, str]:
-    """Return the origin of a picture of the images `first` and on of a seed, by keyword of a PNG's text chunks."""
+def origin_text(bundle: Bundle, seed: int, request: Request, first: int) -> dict[str, str]:
+    """Return the origin of a picture of the images `first` and on of a seed, by keyword of a PNG's text chunks.
+
+    Of several prompts there is a list, as JSON.
+    """
+    classes = {"ditc.classes": ",".join(map(str, request.labels))} if LABEL in request.arrays else {}
     return {
         "Software": f"ditc {ditc.__version__}",
         "ditc.bundle": bundle.digest,
         "ditc.model": bundle.manifest.model.name,
         "ditc.seed": str(seed),
         "ditc.first": str(first),
-    } | ({} if None in labels else {"ditc.classes": ",".join(map(str, labels))})
+        **classes,
+        **_texts("ditc.prompt", request.prompts),
+        **_texts("ditc.negative", request.negatives if any(request.negatives) else ()),
+    }
+
+
+def _texts(keyword: str, texts: Sequence[str]) -> dict[str, str]:
+    distinct = list(dict.fromkeys(texts))
+    if len(distinct) > 1:
+        return {f"{keyword}s": json.dumps(texts, ensure_ascii=False)}
+    return {keyword: distinct[0]} if distinct else {}
 
 
 def _watched_images(

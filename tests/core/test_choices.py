@@ -27,6 +27,7 @@ from ditc.runtime.samplers import UPDATES
 from ditc.scheduler_samplers import SCHEDULER_SAMPLERS
 from ditc.speed.peers import PEERS
 from ditc.speed.rates import DEVICES, HERE
+from ditc.text_spec import CLEANINGS
 
 TABLES: dict[str, Collection[str]] = {
     "AutoCaches": ("auto", *FOLDING),
@@ -35,6 +36,7 @@ TABLES: dict[str, Collection[str]] = {
     "Caches": FOLDING,
     "Calibration": ("explicit", *CALIBRATORS),
     "Calibrator": CALIBRATORS,
+    "Cleaning": CLEANINGS,
     "Compensation": ("auto", "none", *ESTIMATORS),
     "Device": (HERE, *DEVICES),
     "Estimator": ESTIMATORS,
@@ -61,6 +63,7 @@ TYPES = {
     "BetaSchedule",
     "BisectTarget",
     "FlowTimes",
+    "PaddingSide",
     "PoolSteps",
     "Prediction",
     "ProcessPrediction",
