@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import click
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ditc.choices import Prediction
 from ditc.errors import InputError
+from ditc.loras import loras_from
 from ditc.settings import Option, Settings
 
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ class ModelOptions(Settings):
         Option("A released size with random weights, like dit-xl-2-256.", flag="--random", metavar="SIZE"),
     ] = None
     vae: Annotated[Path | None, Option("AutoencoderKL folder whose decoder makes the images.")] = None
+    lora: Annotated[
+        tuple[str, ...],
+        Option(
+            "LoRA merged into the weights before anything else, WEIGHT 1 if not given; may be given again.",
+            metavar="FILE[:WEIGHT]",
+            group=READING,
+            several=True,
+        ),
+    ] = ()
     conditions: Annotated[
         Path | None,
         Option(
@@ -78,6 +88,11 @@ class ModelOptions(Settings):
         Option("Tokens of a text; default is what the model's pipeline takes. Fewer are cheaper.", group=READING),
     ] = None
 
+    @model_validator(mode="after")
+    def _loras_have_weights(self) -> ModelOptions:
+        loras_from(self.lora)
+        return self
+
     def name(self, model: str | None, seed: int) -> str:
         """Return the one model that a command line names. Raises InputError for none or two."""
         if (model is None) == (self.random_size is None):
@@ -90,6 +105,7 @@ class ModelOptions(Settings):
         return {
             "num_heads": self.heads,
             "vae": self.vae,
+            "loras": self.lora,
             "facts": self.facts,
             "conditions": self.conditions,
             "prompts": self.prompts,

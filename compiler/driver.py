@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from os import PathLike
@@ -36,6 +36,7 @@ from ditc.exporter.model_facts import ModelFacts
 from ditc.files import digest_of, sha256_of
 from ditc.folders import FOLDERS
 from ditc.host_memory import release_weights, return_free_memory
+from ditc.loras import Lora, loras_from
 from ditc.machine import package_versions
 from ditc.policies import Watching
 from ditc.program import FULL, Program
@@ -67,6 +68,7 @@ def compile_model(
     prompts: str | PathLike[str] | Sequence[str] | None = None,
     text: bool = True,
     facts: ModelFacts | None = None,
+    loras: Iterable[str | PathLike[str] | Lora] = (),
     exports: str | PathLike[str] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> Bundle:
@@ -76,9 +78,11 @@ def compile_model(
     "module:function"), or an object that fits `ditc.exporter.protocol.TrajectoryModel`. A model loaded from a name is
     released after the export, and loaded once more where a setting needs gradients. An interrupted compile resumes
     after its last whole stage. `vae` is a local `AutoencoderKL` folder for a checkpoint that comes without one.
-    `exports` is a folder in which the exported FP segments, and the statistics that a policy looks at, stay for later
-    compiles of the same model with other settings; of a small model they take most of the time. Raises InputError for
-    settings or a model that make no sense, and CheckError where a result fails its check; `out` is then as it was.
+    `loras` are merged into the weights before anything else: names as the command line takes them ("FILE:WEIGHT"), or
+    `ditc.Lora(path, weight)`. `exports` is a folder in which the exported FP segments, and the statistics that a policy
+    looks at, stay for later compiles of the same model with other settings; of a small model they take most of the
+    time. Raises InputError for settings or a model that make no sense, and CheckError where a result fails its check;
+    `out` is then as it was.
 
     `conditions` are those of typical images, of a model that has others than a class: arrays by name, or an .npz file.
     Where a model has text encoders, the bundle takes prompts, unless `text` is False, and the conditions that those
@@ -90,7 +94,8 @@ def compile_model(
     options = options or CompileOptions()
     target, shared_exports = Path(out).absolute(), None if exports is None else Path(exports).absolute()
     check_places(target, shared_exports, force=force)
-    opened = _opened(model, num_heads, vae, facts)
+    named_loras = loras_from(loras)
+    opened = _opened(model, num_heads, vae, facts, named_loras)
     given = read_conditions(Path(conditions)) if isinstance(conditions, (str, PathLike)) else conditions
     own_text = text_of(opened, given, prompts, wanted=text, progress=progress)
     examples, assumed = examples_of(opened, given, own_text.encoded)
@@ -102,7 +107,7 @@ def compile_model(
     plan = make_plan(opened, options, progress, examples=examples) if to_watch is None else to_watch[0]
     is_ours = opened is not model
     teacher = Teacher(
-        open=lambda: _opened(model, num_heads, vae, facts) if is_ours else model,
+        open=lambda: _opened(model, num_heads, vae, facts, named_loras) if is_ours else model,
         digest=model_digest(opened),
         is_ours=is_ours,
     )
@@ -137,14 +142,26 @@ def check_places(target: Path, exports: Path | None, *, force: bool) -> None:
         )
 
 
-def _opened(model: Any, num_heads: int | None, vae: str | PathLike[str] | None, facts: ModelFacts | None) -> Any:
+def _opened(
+    model: Any,
+    num_heads: int | None,
+    vae: str | PathLike[str] | None,
+    facts: ModelFacts | None,
+    loras: tuple[Lora, ...],
+) -> Any:
     """Load a model from a name; hold a model object, which states itself what it is, to the protocol."""
     if isinstance(model, (str, PathLike)):
         from ditc.exporter.models import load_model
 
-        return load_model(str(model), num_heads=num_heads, vae=None if vae is None else Path(vae), facts=facts)
+        folder = None if vae is None else Path(vae)
+        return load_model(str(model), num_heads=num_heads, vae=folder, facts=facts, loras=loras)
     from ditc.exporter.protocol import check_decomposition
 
+    if loras:
+        raise InputError(
+            "loras are merged into a model that is named; into an object merge them before, with "
+            "ditc.exporter.loras.with_loras(model, loras)"
+        )
     stated = {"num_heads": num_heads, "vae": vae, "facts": facts}
     useless = [name for name, value in stated.items() if value is not None]
     if useless:

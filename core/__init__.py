@@ -9,13 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CompileOptions", "DitcError", "ModelFacts", "Pipeline", "StepEvent", "__version__", "compile_model", "load"]
+__all__ = [
+    "CompileOptions",
+    "DitcError",
+    "Lora",
+    "ModelFacts",
+    "Pipeline",
+    "StepEvent",
+    "__version__",
+    "compile_model",
+    "load",
+]
 
 # The public faces live to the right of this folder; by name only, since core imports none of them.
 _FACES = {
     "CompileOptions": "ditc.compiler.options",
     "compile_model": "ditc.compiler.driver",
     "DitcError": "ditc.errors",
+    "Lora": "ditc.loras",
     "ModelFacts": "ditc.exporter.model_facts",
     "Pipeline": "ditc.runtime.pipeline",
     "StepEvent": "ditc.runtime.executor",
@@ -24,6 +35,7 @@ _FACES = {
 
 if TYPE_CHECKING:
     from ditc.errors import DitcError
+    from ditc.loras import Lora
 
     CompileOptions: Any
     compile_model: Any

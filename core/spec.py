@@ -19,6 +19,7 @@ from pydantic import (
 
 from ditc.choices import BetaSchedule, ProcessPrediction, SamplerName, Sigmas, Spacing, Variance
 from ditc.errors import InputError
+from ditc.loras import MergedLora
 from ditc.records import PartialRecord, Record, Skipped
 from ditc.streams import IMAGE, BranchStreams, Wiring
 
@@ -192,7 +193,7 @@ class ModelSpec(Record):
     all others, in the order in which the model takes them. `cfg_channels` says to how many of the latent channels
     guidance applies: 3 in the original DiT release, all in diffusers.
     `assumptions` are facts that neither the weights nor what lies beside them state, `doubts` what a look at the
-    model's output speaks against; each is a line for people.
+    model's output speaks against; each is a line for people. `loras` are those that were merged into its weights.
     """
 
     name: str
@@ -215,6 +216,7 @@ class ModelSpec(Record):
     latent_shift: float = 0.0
     assumptions: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    loras: tuple[MergedLora, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -231,7 +233,7 @@ class ModelSpec(Record):
         written: dict[str, Any] = {}
         for name, value in handler(self).items():
             picture = name == "space" and len(value) == len(PICTURE)
-            if value or name not in ("conditions", "streams"):  # most models have a class alone, and one stream
+            if value or name not in ("conditions", "streams", "loras"):  # most have a class, one stream and no LoRA
                 written |= dict(zip(PICTURE, value, strict=True)) if picture else {name: value}
         return written
 
@@ -255,8 +257,12 @@ class ModelSpec(Record):
 
     @property
     def notes(self) -> list[str]:
-        """A line for each assumption, and for each doubt."""
-        return [f"assumed: {line}" for line in self.assumptions] + [f"warning: {line}" for line in self.doubts]
+        """A line for each assumption, for each LoRA that was merged, and for each doubt."""
+        return [
+            *(f"assumed: {line}" for line in self.assumptions),
+            *(f"merged: {lora.told}" for lora in self.loras),
+            *(f"warning: {line}" for line in self.doubts),
+        ]
 
     @model_validator(mode="after")
     def _channels_fit(self) -> ModelSpec:

@@ -7,14 +7,18 @@ sub-layer, `head`); `forward` is their composition.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ditc.exporter.dit_lora_layers import dit_lora_layers
+from ditc.exporter.loras import WeightRows, module_layers
+from ditc.loras import MergedLora
 from ditc.spec import DiffusionSpec, ModelSpec, SamplerSpec
 
 __all__ = ["DIT_SIZES", "DiT", "DiTConfig", "config_for_size"]
@@ -207,6 +211,7 @@ class DiT(nn.Module):
         self.latent_shift = 0.0
         self.assumptions: tuple[str, ...] = ()
         self.doubts: tuple[str, ...] = ()
+        self.loras: tuple[MergedLora, ...] = ()
         self.decoder: nn.Module | None = None
         self.x_embedder: Any = PatchEmbed(config)
         self.t_embedder: Any = TimestepEmbedder(config)
@@ -236,6 +241,7 @@ class DiT(nn.Module):
             latent_shift=self.latent_shift,
             assumptions=self.assumptions,
             doubts=self.doubts,
+            loras=self.loras,
         )
 
     @property
@@ -286,6 +292,18 @@ class DiT(nn.Module):
         p, c, side = self.config.patch_size, self.config.out_channels, self.config.input_size // self.config.patch_size
         out = out.reshape(-1, side, side, p, p, c).permute(0, 5, 1, 3, 2, 4)
         return out.reshape(-1, c, side * p, side * p)  # type: ignore[no-any-return]
+
+    def lora_layers(self) -> dict[str, tuple[WeightRows, ...]]:
+        """The layers that a LoRA may be for, by the original release's names and by diffusers'."""
+        names = (name for name in module_layers(self) if not name.startswith("decoder."))
+        sharing = 0 if self.config.embedder_per_block else self.config.depth
+        return dit_lora_layers(names, self.config.hidden_size, sharing)
+
+    def part_weights(self) -> None:
+        """Give every block embedders of its own, equal to the shared ones: those of one block can change alone."""
+        for block in self.blocks:
+            block.t_embedder, block.y_embedder = copy.deepcopy(self.t_embedder), copy.deepcopy(self.y_embedder)
+        self.config = replace(self.config, embedder_per_block=True)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(batch, channels, height, width), (batch,) timesteps, (batch,) labels -> (batch, out_channels, h, w)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
@@ -18,12 +18,14 @@ from ditc.errors import CheckpointError, InputError
 from ditc.exporter.config_files import class_named, read_json
 from ditc.exporter.diffusers_folder import TRANSFORMER_KEYS, dit_from_diffusers, transformer_home
 from ditc.exporter.dit import DIT_PATCHES, DIT_PIXELS, DIT_SIZES, DiT, DiTConfig, config_for_size
+from ditc.exporter.loras import with_loras
 from ditc.exporter.model_facts import FACT_OPTIONS, ModelFacts, given_options
 from ditc.exporter.noise_check import doubts_about
 from ditc.exporter.original_checkpoint import dit_from_checkpoint
 from ditc.exporter.pixart_folder import PIXART_KEYS, is_pixart, pixart_from_diffusers
 from ditc.exporter.protocol import check_decomposition
 from ditc.exporter.vae import check_decodes, decoder_from_vae
+from ditc.loras import Lora
 from ditc.spec import SamplerSpec
 
 __all__ = ["builtin_digits", "load_model", "random_dit", "random_model", "with_vae"]
@@ -41,31 +43,36 @@ DIGITS = ModelFacts(
 
 
 def load_model(
-    name: str, *, num_heads: int | None = None, vae: Path | None = None, facts: ModelFacts | None = None
+    name: str,
+    *,
+    num_heads: int | None = None,
+    vae: Path | None = None,
+    facts: ModelFacts | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Any:
     """The model that `name` stands for, ready to export (fits `exporter.protocol.TrajectoryModel`).
 
     `name` is "digits", a .pt or .safetensors file with original DiT keys, a diffusers folder, "random:SIZE" or
     "random:SIZE:SEED" (see `random_model`), or "module:function" for a function of the user's that returns a
     TrajectoryModel. `num_heads` and `facts` state what a file leaves open; `vae` is a local `AutoencoderKL` folder
-    whose decoder the model gets. Raises CheckpointError where something can't be read, and InputError for an option
-    that says what the model says itself.
+    whose decoder the model gets; `loras` are merged into its weights. Raises CheckpointError where something can't be
+    read, and InputError for an option that says what the model says itself.
     """
-    stated = Stated(num_heads, vae, facts or ModelFacts())
+    stated = Stated(num_heads, vae, facts or ModelFacts(), tuple(loras))
     path = Path(name)
     if name == BUILTIN:
         _check_useful(stated, name, "--heads", "--vae", *FACT_OPTIONS)
-        return builtin_digits()
+        return with_loras(builtin_digits(), stated.loras)
     if random := re.fullmatch(r"random:([\w-]+)(?::(\d+))?", name):
         _check_useful(stated, name, "--heads", *FACT_OPTIONS)
-        return with_vae(random_model(random[1], seed=int(random[2] or 0)), vae)
+        return with_vae(with_loras(random_model(random[1], seed=int(random[2] or 0)), stated.loras), vae)
     if path.is_dir():
         return _from_folder(path, stated)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         _check_useful(stated, name, "--heads", *FACT_OPTIONS)
-        return with_vae(_users_own(name), vae)
-    model = dit_from_checkpoint(path, num_heads=num_heads, facts=facts)
-    model.doubts = doubts_about(model, "--prediction")
+        return with_vae(with_loras(_users_own(name), stated.loras), vae)
+    model = with_loras(dit_from_checkpoint(path, num_heads=num_heads, facts=facts), stated.loras)
+    model.doubts += doubts_about(model, "--prediction")
     return with_vae(model, vae)
 
 
@@ -76,6 +83,7 @@ class Stated:
     num_heads: int | None
     vae: Path | None
     facts: ModelFacts
+    loras: tuple[Lora, ...] = ()
 
     @property
     def options(self) -> list[str]:
@@ -95,9 +103,9 @@ def _check_useful(stated: Stated, name: str, *known: str) -> None:
 def _from_folder(path: Path, stated: Stated) -> Any:
     if stated.num_heads is not None:
         raise InputError(f"the config.json in {path} states num_attention_heads; leave out --heads")
-    model = _reader_of(path)(path, stated.facts)
+    model = with_loras(_reader_of(path)(path, stated.facts), stated.loras)
     has_scheduler = (path / "scheduler").is_dir()
-    model.doubts = doubts_about(model, "prediction_type in scheduler_config.json" if has_scheduler else "--prediction")
+    model.doubts += doubts_about(model, "prediction_type in scheduler_config.json" if has_scheduler else "--prediction")
     return with_vae(model, stated.vae)
 
 

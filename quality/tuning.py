@@ -7,7 +7,7 @@ machine. What is measured is kept in the work folder as it comes, so an interrup
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -24,6 +24,7 @@ from ditc.engines.targets import backend_for
 from ditc.errors import InputError
 from ditc.exporter.model_facts import ModelFacts
 from ditc.files import atomic_write, digest_of
+from ditc.loras import Lora, loras_from
 from ditc.progress import Progress, silent
 from ditc.quality.evaluating import evaluate_bundle
 from ditc.quality.features import check_sources
@@ -74,18 +75,19 @@ def tune_model(
     prompts: str | PathLike[str] | None = None,
     text: bool = True,
     facts: ModelFacts | None = None,
+    loras: Iterable[str | PathLike[str] | Lora] = (),
 ) -> Tuning:
     """Search, leave the fastest bundle within the budget at `out`, and return all trials and the front.
 
-    `base` holds what is not searched; `num_heads`, `vae`, `conditions`, `prompts`, `text`, `facts` and `on_note` are
-    those of `compile_model`. Raises CheckError, with what came nearest, where no candidate is within the budget; `out`
-    is then as it was, and what was measured stays in the work folder beside it.
+    `base` holds what is not searched; `num_heads`, `vae`, `conditions`, `prompts`, `text`, `facts`, `loras` and
+    `on_note` are those of `compile_model`. Raises CheckError, with what came nearest, where no candidate is within the
+    budget; `out` is then as it was, and what was measured stays in the work folder beside it.
     """
     target = Path(out).absolute()
     check_sources(options.features, options.real)
     check_places(target, None, force=force)
     work = target.with_name(f".{target.name}.tune")
-    subject = _Subject(model, num_heads, vae, conditions, prompts, text, facts, on_note)
+    subject = _Subject(model, num_heads, vae, conditions, prompts, text, facts, loras_from(loras), on_note)
     candidates = _Candidates(subject, base, options, work, progress)
 
     def judge(stage: str, changes: dict[str, str]) -> Trial:
@@ -150,6 +152,7 @@ class _Subject:
     prompts: str | PathLike[str] | None
     text: bool
     facts: ModelFacts | None
+    loras: tuple[Lora, ...]
     on_note: Callable[[str], None] | None
     told: set[str] = field(default_factory=set)
 
@@ -169,6 +172,7 @@ class _Subject:
             prompts=self.prompts,
             text=self.text,
             facts=self.facts,
+            loras=self.loras,
             exports=work / EXPORTS,
             on_note=None if self.on_note is None else self._tell,
         )
@@ -187,7 +191,8 @@ class _Subject:
         conditions += "" if self.text else " no text"
         if not isinstance(self.model, (str, PathLike)):
             return model_digest(self.model) + conditions
-        return f"{self.model} {_written(self.model)} {self.num_heads} {self.vae} {self.facts}{conditions}"
+        loras = "".join(f" {lora.path}:{lora.weight} {_written(lora.path)}" for lora in self.loras)
+        return f"{self.model} {_written(self.model)} {self.num_heads} {self.vae} {self.facts}{conditions}{loras}"
 
 
 def _written(path: str | PathLike[str]) -> str:

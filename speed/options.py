@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ditc.choices import Device, Peer, names_of
 from ditc.errors import InputError, unknown_name
+from ditc.loras import loras_from
 from ditc.settings import Option, Settings
 
 __all__ = ["ALL", "GATES", "BenchOptions", "EstimateOptions", "SlowerGate", "peer_names", "row_of_names"]
@@ -79,16 +80,27 @@ class BenchOptions(Settings):
     heads: Annotated[
         int | None, Field(ge=1), Option("Attention heads of --model, where its width does not tell.", group=PEERS)
     ] = None
+    lora: Annotated[
+        tuple[str, ...],
+        Option(
+            "LoRA that it was compiled with, for peers in torch; may be given again.",
+            metavar="FILE[:WEIGHT]",
+            group=PEERS,
+            several=True,
+        ),
+    ] = ()
     fail_if_slower: SlowerGate = None
     max_seconds: Annotated[
         float | None, Field(gt=0), Option("Fail (exit code 1) where the median request takes longer.", group=GATES)
     ] = None
 
     _names = field_validator("against", mode="before")(peer_names)
+    _loras = field_validator("lora", mode="before")(row_of_names)
 
     @model_validator(mode="after")
     def _about_something(self) -> BenchOptions:
-        for option, given in (("--fail-if-slower", self.fail_if_slower), ("--model", self.model)):
+        loras = loras_from(self.lora) or None
+        for option, given in (("--fail-if-slower", self.fail_if_slower), ("--model", self.model), ("--lora", loras)):
             if given is not None and not self.against:
                 raise InputError(f"{option} is about peers; name some with --against")
         if self.heads is not None and self.model is None:

@@ -20,6 +20,7 @@ from ditc.bundle import Bundle, Manifest
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.errors import InputError
+from ditc.loras import Lora
 from ditc.program import CONDITION, FULL
 from ditc.requests import Request
 from ditc.runtime.closeness import relative_error
@@ -44,6 +45,7 @@ class ModelChoice:
 
     name: str | None = None
     heads: int | None = None
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def peer_task_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> PeerTask
         scratch=scratch,
         choice=choice,
     )
-    if choice.name is not None:
+    if choice.name is not None or choice.loras:
         _ = task.model  # a wrong one is refused before anything is measured
     return task
 
@@ -177,8 +179,11 @@ def _checked_model(task: PeerTask) -> Any:
 
     manifest, choice = task.bundle.manifest, task.choice
     name = choice.name or known_model(manifest)
-    model = load_model(name, num_heads=choice.heads, facts=_class_facts(manifest) if Path(name).is_file() else None)
+    facts = _class_facts(manifest) if Path(name).is_file() else None
+    model = load_model(name, num_heads=choice.heads, facts=facts, loras=choice.loras)
     advice = f"name the one that {task.bundle.path} was compiled from with --model"
+    if manifest.model.loras and not choice.loras:
+        advice += f", and with --lora {', '.join(lora.file for lora in manifest.model.loras)}"
     for kind in ("latent_shape", "out_channels", "num_classes", "conditions", "branches"):
         own, wanted = getattr(model.spec, kind), getattr(manifest.model, kind)
         if own != wanted:

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import model_serializer, model_validator
 
 from ditc.errors import CheckError, InputError
+from ditc.loras import loras_from
 from ditc.program import FULL
 from ditc.progress import Progress
 from ditc.runtime.executor import seeded_noise
@@ -132,7 +133,8 @@ def against_peers(pipe: Pipeline, options: BenchOptions, progress: Progress) -> 
     if not pipe.bundle.has_reference:
         return _none_measured(dict.fromkeys(options.against, NO_REFERENCE), options)
     with TemporaryDirectory(prefix="ditc-bench-") as scratch:
-        task = peer_task_of(pipe.bundle, ModelChoice(options.model, options.heads), Path(scratch).resolve())
+        choice = ModelChoice(options.model, options.heads, loras_from(options.lora))
+        task = peer_task_of(pipe.bundle, choice, Path(scratch).resolve())
         ready: dict[str, ReadyPeer | str] = {}
         for done, name in enumerate(options.against):
             progress("peers", done, len(options.against))
