@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ditc.exporter.loras import WeightRows, module_layers
+from ditc.loras import MergedLora
 from ditc.spec import Condition, DiffusionSpec, ModelSpec, SamplerSpec
 
 __all__ = ["PixArt", "place_tokens"]
@@ -141,6 +143,7 @@ class PixArt(nn.Module):
         self.latent_shift = 0.0
         self.assumptions: tuple[str, ...] = ()
         self.doubts: tuple[str, ...] = ()
+        self.loras: tuple[MergedLora, ...] = ()
         self.decoder: Any = None
         self.pos_embed: Any = transformer.pos_embed
         self.transformer_blocks: Any = transformer.transformer_blocks
@@ -205,6 +208,7 @@ class PixArt(nn.Module):
             latent_shift=self.latent_shift,
             assumptions=self.assumptions,
             doubts=self.doubts,
+            loras=self.loras,
         )
 
     @property
@@ -271,6 +275,10 @@ class PixArt(nn.Module):
             texts=tuple(Text(step[f"text_keys.{i}"], step[f"text_values.{i}"]) for i in blocks),
             bias=step["text_bias"],
         )
+
+    def lora_layers(self) -> dict[str, tuple[WeightRows, ...]]:
+        """The layers that a LoRA may be for, by the names that diffusers has."""
+        return module_layers(self.transformer)
 
     def embed(self, x: Tensor) -> Tensor:
         """Patches as tokens, with their positions."""

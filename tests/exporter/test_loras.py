@@ -18,10 +18,12 @@ from ditc.errors import InputError
 from ditc.exporter.diffusers_folder import dit_from_diffusers
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.loras import module_layers, with_loras
+from ditc.exporter.model_facts import ModelFacts
 from ditc.exporter.models import load_model, random_dit
 from ditc.exporter.protocol import relative_error
 from ditc.loras import Lora, MergedLora
 from ditc.spec import ModelSpec
+from tests.models import pixart as pixarts
 from tests.models.loras import RANK, Pairs, beside, kohya, old_diffusers, pairs_for, peft, write
 
 CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=64, depth=2, num_heads=4, num_classes=5)
@@ -404,3 +406,21 @@ def test_a_configuration_beside_a_file_of_another_name_is_taken_and_said(tmp_pat
     kohyas = with_loras(small(), [Lora(write(tmp_path / "k.safetensors", kohya({K: pair_for_k()}, 2.0 * RANK)))])
     assert kohyas.spec.assumptions == ()  # another tool's file, whose alpha is in it
     assert changed(merged, weights_of(kohyas)) == set()
+
+
+@torch.no_grad()
+def test_a_pixart_of_a_folder_takes_loras_by_the_names_of_diffusers(tmp_path: Path) -> None:
+    theirs, given = pixarts.transformer("sigma"), pixarts.texts(2)
+    layers = (
+        "transformer_blocks.0.attn1.to_q",
+        "transformer_blocks.1.attn2.to_k",
+        "transformer_blocks.1.ff.net.0.proj",
+    )
+    pairs = pairs_for(theirs, [*layers, "caption_projection.linear_1", "adaln_single.linear", "pos_embed.proj"])
+    file, folder = write(tmp_path / "style.safetensors", peft(pairs)), pixarts.saved("sigma", tmp_path / "sigma")
+    own = load_model(str(folder), facts=ModelFacts(text_tokens=pixarts.TOKENS), loras=(Lora(file, 0.5),))
+    x, t = torch.randn(2, *own.spec.latent_shape, generator=torch.Generator().manual_seed(1)), torch.tensor([999.0, 7])
+    with beside(theirs, pairs, 0.5) as unmerged:
+        out = unmerged(x, encoder_hidden_states=given["text"], timestep=t, encoder_attention_mask=given["text_mask"])
+    assert relative_error(own(x, t, given["text"], given["text_mask"]), out.sample[:, :4]) < 1e-6
+    assert [lora.layers for lora in own.spec.loras] == [len(pairs)]
