@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ditc.exporter.loras import WeightRows, module_layers
+from ditc.exporter.text_encoders import TextEncoder, text_of_folder
 from ditc.loras import MergedLora
 from ditc.spec import Condition, DiffusionSpec, ModelSpec, SamplerSpec
 
@@ -139,6 +141,7 @@ class PixArt(nn.Module):
         self.text_tokens = text_tokens
         self.diffusion = diffusion or DiffusionSpec(learned_sigma=False)
         self.sampler = SamplerSpec()
+        self.text_folder: Path | None = None  # of a pipeline, which may have a text encoder
         self.latent_scale: float | None = None
         self.latent_shift = 0.0
         self.assumptions: tuple[str, ...] = ()
@@ -210,6 +213,11 @@ class PixArt(nn.Module):
             doubts=self.doubts,
             loras=self.loras,
         )
+
+    @property
+    def text(self) -> tuple[TextEncoder, ...]:
+        """The text encoder of the folder that the model is from, loaded now; none where that has none."""
+        return () if self.text_folder is None else text_of_folder(self.text_folder, self.text_tokens)
 
     @property
     def branches(self) -> tuple[ModulatedBranch | TextBranch, ...]:

@@ -1,4 +1,4 @@
-"""A local diffusers folder of PixArt-alpha or PixArt-Sigma: its transformer, scheduler and VAE.
+"""A local diffusers folder of PixArt-alpha or PixArt-Sigma: its transformer, scheduler, VAE and text encoder.
 
 diffusers had one class for several kinds of transformers before 0.28, which PixArt-alpha's files name; a PixArt is the
 one with ada_norm_single.
@@ -120,7 +120,7 @@ def pixart_from_diffusers(folder: Path, facts: ModelFacts | None = None) -> PixA
         model.sampler = SamplerSpec(name="dpm++2m")  # as the pipelines have it
     model.assumptions = (*about_weights, *about_prefix(prefix), *about_process, *about_tokens)
     give_decoder(model, folder)
-    # a folder's tokenizer and text encoder: here the model gets them; until then its texts are arrays of embeddings
+    model.text_folder = folder
     return model.eval()
 
 

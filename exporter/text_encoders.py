@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +155,11 @@ PIPELINES: Mapping[str, tuple[Slot, ...]] = {
 }
 
 
-def text_of_folder(folder: Path) -> tuple[TextEncoder, ...]:
+def text_of_folder(folder: Path, tokens: int | None = None) -> tuple[TextEncoder, ...]:
     """Return the text encoders of a pipeline's folder in diffusers' layout, in float32; none where it names none.
 
-    Raises CheckpointError for one that its model_index.json names and that is not there, or that is not known here.
+    `tokens` is how many T5, the last one, reads of a prompt; None for what the pipeline takes unless told. Raises
+    CheckpointError for one that its model_index.json names and that is not there, or that is not known here.
     """
     path = folder / INDEX_FILE
     if not path.is_file():
@@ -172,7 +173,9 @@ def text_of_folder(folder: Path) -> tuple[TextEncoder, ...]:
             f"{path} is of a {kind}, and ditc knows the text encoders of: {', '.join(PIPELINES)}; compile "
             "with --no-text and give embeddings"
         )
-    return tuple(_encoder_of(folder, slot) for slot in PIPELINES[kind])
+    *others, last = PIPELINES[kind]
+    slots = (*others, last if tokens is None else replace(last, length=tokens))
+    return tuple(_encoder_of(folder, slot) for slot in slots)
 
 
 def _encoder_of(folder: Path, slot: Slot) -> TextEncoder:
