@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+STEPS ?= 60000
+DECAY ?= 12000
 
-.PHONY: demo test test-wheel test-slow test-portable lint format bench train clean
+.PHONY: demo test test-wheel test-slow test-portable lint format bench train train-emoji clean
 
 demo: $(STAMP)
 	$(BIN)/ditc demo
@@ -41,6 +43,11 @@ bench: $(STAMP)
 # the reference model's weights, from scikit-learn's digits (about half an hour on 2 cores)
 train: $(STAMP)
 	$(BIN)/python -m ditc.exporter.train_digits --out exporter/digits.safetensors
+
+# the text-to-image model's weights, from Noto's emoji (npm fetches them; many hours on one core, goes on where it was)
+train-emoji: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m ditc.exporter.train_emoji --work out/emoji --steps $(STEPS) --decay $(DECAY) \
+		--out exporter/emoji.safetensors
 
 # torch is pinned in constraints.txt: without the pin pip may pull gigabytes of CUDA packages
 $(STAMP): pyproject.toml setup.py core/folders.py constraints.txt
