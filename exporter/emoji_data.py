@@ -11,18 +11,21 @@ import json
 import subprocess
 import tarfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ditc.errors import InputError
 from ditc.exporter.emoji_captions import activity_of, captions_of
 from ditc.files import sha256_of
 
-__all__ = ["Emoji", "Split", "emoji_archive", "read_emoji", "split_of"]
+__all__ = ["Emoji", "Split", "emoji_archive", "pixels_of", "read_emoji", "split_of"]
 
 PACKAGE, VERSION = "emoji-datasource-google", "16.0.0"
 ARCHIVE = f"{PACKAGE}-{VERSION}.tgz"
@@ -121,13 +124,19 @@ def _on_white(png: bytes) -> NDArray[np.uint8]:
     return np.asarray(flat.resize((SIZE, SIZE), Image.Resampling.BOX), np.uint8)
 
 
-def split_of(emoji: tuple[Emoji, ...]) -> Split:
-    """Hold out a tenth of the activities of each category, drawn with a fixed seed; equal pictures stay together."""
+def pixels_of(emoji: Sequence[Emoji]) -> Tensor:
+    """Return pictures as networks take them, (n, 3, 32, 32) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([one.pixels for one in emoji]))
+    return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def split_of(emoji: tuple[Emoji, ...], seed: int = SPLIT_SEED) -> Split:
+    """Hold out a tenth of the activities of each category, by a seed; pictures that look the same stay together."""
     groups = _groups(emoji)
     members: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, group in enumerate(groups):
         members[emoji[group].category][group].append(index)
-    generator, held_out = np.random.default_rng(SPLIT_SEED), set()
+    generator, held_out = np.random.default_rng(seed), set()
     for category in sorted(members):
         keys = sorted(members[category])
         for key in generator.permutation(keys)[: round(HELD_OUT * len(keys))]:

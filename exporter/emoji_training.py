@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ditc.errors import InputError
-from ditc.exporter.emoji_data import Emoji
+from ditc.exporter.emoji_data import Emoji, pixels_of
 from ditc.exporter.emoji_model import (
     TEXT_ENCODER,
     TRANSFORMER,
@@ -96,9 +95,8 @@ class Pictures:
 def pictures_of(emoji: Sequence[Emoji], tokenizer: Any) -> Pictures:
     """Return pictures as a training takes them; of n pictures of one emoji each is drawn with weight 1 / sqrt(n)."""
     count = torch.tensor([len(one.captions) for one in emoji])
-    pixels = torch.from_numpy(np.stack([one.pixels for one in emoji])).permute(0, 3, 1, 2)
     return Pictures(
-        pixels=pixels.float() / 127.5 - 1,
+        pixels=pixels_of(emoji),
         text=text_ids(tokenizer, [caption for one in emoji for caption in one.captions]),
         first=count.cumsum(0) - count,
         count=count,
