@@ -44,7 +44,7 @@ bench: $(STAMP)
 train: $(STAMP)
 	$(BIN)/python -m ditc.exporter.train_digits --out exporter/digits.safetensors
 
-# the text-to-image model's weights, from Noto's emoji (npm fetches them; many hours on one core, goes on where it was)
+# the text-to-image model's weights, from Noto's emoji, which npm fetches (half a day on one core; goes on where it was)
 train-emoji: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m ditc.exporter.train_emoji --work out/emoji --steps $(STEPS) --decay $(DECAY) \
 		--out exporter/emoji.safetensors
