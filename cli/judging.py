@@ -19,7 +19,7 @@ from ditc.runtime.options import Place
 
 if TYPE_CHECKING:
     from ditc.quality.evaluation import Distributions, Drifts, Evaluation, Veto
-    from ditc.quality.search import Trial
+    from ditc.quality.trials import Trial
     from ditc.quality.tuning import Tuning
 
 __all__ = ["evaluate_command", "print_evaluation", "print_veto", "tune_command"]
@@ -166,21 +166,29 @@ def _veto_cells(veto: Veto, place: int) -> str:
 
 def print_trial(trial: Trial) -> None:
     """Print a candidate of `ditc tune` as it comes, on stderr."""
-    from ditc.quality.search import described
+    from ditc.quality.trials import described
 
     click.echo(f"{trial.stage}: {described(trial)}{', within the budget' if trial.within else ''}", err=True)
 
 
 def print_tuning(tuning: Tuning) -> None:
-    """Print the front, fastest first; a star marks what was chosen."""
+    """Print the front, fastest first, with a star at what was chosen, and what it is held against."""
+    from ditc.quality.trials import settings_text
+
     rows = []
     for trial in tuning.front:
         mark = " *" if trial.changes == tuning.chosen.changes else ""
         worse = "" if trial.worse_by is None else f"{trial.worse_by:+.3f} to {trial.worse_high:+.3f}"
-        settings = ", ".join(f"{name} {value}" for name, value in trial.changes.items())
+        settings = settings_text(trial.changes)
         within = "yes" if trial.within else "no"
         rows.append((settings + mark, f"{trial.seconds * 1e3:.2f}", f"{trial.psnr_db:.1f}", worse, within))
     print_table(("none is faster and better", "ms per image", "PSNR dB", "worse by, up to", "in budget"), rows)
     click.echo(f"{len(tuning.trials)} candidates, {tuning.images:,} images of seeds {list(tuning.seeds)} each")
+    if (anchor := tuning.anchor) is not None:
+        solver = ", ".join((anchor.sampler or "the model's own sampler", *filter(None, [anchor.spacing])))
+        click.echo(
+            f"held against FP of {solver}, {anchor.steps} steps: Frechet distance {anchor.frechet_distance:.3f}, "
+            f"recall {anchor.recall:.3f}"
+        )
     for note in tuning.notes:
         click.echo(note)

@@ -46,7 +46,7 @@ from ditc.spec import ModelSpec
 from ditc.step_statistics import StepStatistics
 from ditc.text_spec import TEXT
 
-__all__ = ["check_places", "compile_model"]
+__all__ = ["check_places", "compile_model", "model_spec"]
 
 # settings that decide which points calibrate
 SELECT_SETTINGS = {
@@ -128,6 +128,21 @@ def compile_model(
         _run_stages(compile_, segments, teacher, target)
         work.remove()
     return open_bundle(target)
+
+
+def model_spec(
+    model: Any,
+    *,
+    num_heads: int | None = None,
+    vae: str | PathLike[str] | None = None,
+    facts: ModelFacts | None = None,
+) -> ModelSpec:
+    """Return what a model states of itself, as `compile_model` reads it; nothing is compiled."""
+    opened = _opened(model, num_heads, vae, facts)
+    spec: ModelSpec = opened.spec
+    if opened is not model:
+        release_weights(opened)
+    return spec
 
 
 def check_places(target: Path, exports: Path | None, *, force: bool) -> None:

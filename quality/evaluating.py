@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ditc.bundle import Manifest, open_bundle
 from ditc.errors import CheckError
@@ -47,9 +46,9 @@ from ditc.quality.options import EvaluateOptions, VetoOptions
 from ditc.quality.pairs import Pairs, Work, measure_pairs
 from ditc.runtime.closeness import ssim_window
 from ditc.runtime.options import HERE, Place
-from ditc.spec import Skipped
+from ditc.spec import ModelSpec, Skipped
 
-__all__ = ["check_not_worse", "evaluate_bundle"]
+__all__ = ["check_not_worse", "evaluate_bundle", "generated", "measured_features", "paired_measures"]
 
 BOOTSTRAP_SEED = 0
 LOWER_IS_BETTER = ("lpips",)
@@ -109,7 +108,7 @@ def _evaluation(pairs: Pairs, work: Work) -> Evaluation:
         seeds=options.seeds,
         n=options.images * len(options.seeds),
         bootstrap=Bootstrap(rounds=options.rounds, level=LEVEL, seed=BOOTSTRAP_SEED),
-        paired=_paired(pairs, options.rounds),
+        paired=paired_measures(pairs, options.rounds),
         steps=Drifts(**pairs.steps),
         distribution=_distributions(pairs, work),
     )
@@ -132,7 +131,8 @@ def _evaluated(manifest: Manifest) -> EvaluatedBundle:
     )
 
 
-def _paired(pairs: Pairs, rounds: int) -> dict[str, PairedMeasure | Skipped]:
+def paired_measures(pairs: Pairs, rounds: int) -> dict[str, PairedMeasure | Skipped]:
+    """Return the mean of every measure of pairs with its interval, by name."""
     values = np.stack([np.concatenate(parts) for parts in pairs.paired.values()], axis=1)  # (n, measures)
     n = len(values)
     means = bootstrapped(lambda counts: counts @ values / n, n, rounds, BOOTSTRAP_SEED)
@@ -150,18 +150,13 @@ def _distributions(pairs: Pairs, work: Work) -> Distributions | Skipped:
     extractor, real, options = pairs.judges.extractor, pairs.real, work.options
     if extractor is None or real is None:
         return Skipped(skipped=pairs.judges.no_extractor)
-    classes = pairs.bundle.manifest.model.labels_in_turn(0, options.images)
-    asked = np.tile(classes, len(options.seeds))
-    ours, exact = (_generated(parts, extractor, asked) for parts in (pairs.ours, pairs.exact))
+    ours, exact = (
+        generated(parts, extractor, pairs.bundle.manifest.model, options) for parts in (pairs.ours, pairs.exact)
+    )
     against = RealSet(real.features)
-
-    def measured(stage: str, side: Generated) -> MeasuredSet:
-        def watch(done: int, total: int) -> None:
-            work.progress(f"bootstrap-{stage}", done, total)
-
-        return measure_set(side, against, rounds=options.rounds, seed=BOOTSTRAP_SEED, watch=watch)
-
-    comparison = compare_sets(measured("bundle", ours), measured("fp", exact))
+    comparison = compare_sets(
+        measured_features("bundle", ours, against, work), measured_features("fp", exact, against, work)
+    )
     return Distributions(
         features=FeaturesUsed(name=extractor.name, about=extractor.about, dimensions=comparison.dimensions),
         real=RealImages(n=comparison.real, about=real.about),
@@ -185,9 +180,24 @@ def _rows_of_seeds(options: EvaluateOptions) -> Iterator[slice]:
         yield slice(number * options.images, (number + 1) * options.images)
 
 
-def _generated(parts: Sequence[FeatureArray], extractor: Extractor, asked: NDArray[np.int64]) -> Generated:
+def generated(
+    parts: Sequence[FeatureArray], extractor: Extractor, model: ModelSpec, options: EvaluateOptions
+) -> Generated:
+    """Return the features of all images of all seeds, and whether each shows the class that was asked for."""
     features = np.concatenate(parts)
-    return Generated(features, None if extractor.classes is None else extractor.classes(features) == asked)
+    if extractor.classes is None:
+        return Generated(features, None)
+    asked = np.tile(model.labels_in_turn(0, options.images), len(options.seeds))
+    return Generated(features, extractor.classes(features) == asked)
+
+
+def measured_features(stage: str, side: Generated, against: RealSet, work: Work) -> MeasuredSet:
+    """Measure a set with its bootstrap; any two of equal settings can be compared."""
+
+    def watch(done: int, total: int) -> None:
+        work.progress(f"bootstrap-{stage}", done, total)
+
+    return measure_set(side, against, rounds=work.options.rounds, seed=BOOTSTRAP_SEED, watch=watch)
 
 
 def _save(evaluation: Evaluation, pairs: Pairs, folder: Path) -> None:

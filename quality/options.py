@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from ditc.choices import Features
+from ditc.choices import Features, SamplerName, Spacing
 from ditc.errors import InputError
 from ditc.settings import Option, Settings
 
@@ -16,6 +16,9 @@ __all__ = ["LEAST_IMAGES", "SEARCHED", "Budget", "EvaluateOptions", "TuneOptions
 SEARCHED = ("policy", "watch_images", "ranges", "scales", "smooth", "float_steps", "reuse", "vc")
 
 LEAST_IMAGES = 4  # of a seed; fewer have no neighbourhoods of 3 (quality/manifolds.py)
+LEAST_STEPS = 2  # of a trajectory
+NOTHING = "none"  # on a command line: a row of names without any
+SOLVERS = "Samplers and steps"  # heading in `--help`
 
 FEATURES = Option("What images are measured by; default the model's.")
 REAL = Option(
@@ -72,8 +75,9 @@ class EvaluateOptions(Settings):
 class Budget(Settings):
     """The bounds that a bundle must keep to. At least one of the first two is given.
 
-    `worse_by` bounds the upper end of the interval of Frechet distance less FP's; `least_psnr_db` the lower end of the
-    mean PSNR's against FP; `seconds` the time per image on this machine.
+    `worse_by` bounds the upper end of the interval of Frechet distance less FP's, and `less_recall`, beside it, how far
+    the lower end of recall's may lie below FP's; `least_psnr_db` the lower end of the mean PSNR's against FP; `seconds`
+    the time per image on this machine.
     """
 
     worse_by: Annotated[
@@ -87,18 +91,35 @@ class Budget(Settings):
         Option("Least mean PSNR against FP in dB, interval and all.", flag="--least-psnr"),
     ] = None
     seconds: Annotated[float | None, Field(gt=0), Option("Most seconds per image on this machine.")] = None
+    less_recall: Annotated[
+        float | None,
+        Field(allow_inf_nan=False),
+        Option("Beside --worse-by: most that recall may lie below FP's, interval and all."),
+    ] = None
 
     @model_validator(mode="after")
     def _is_of_quality(self) -> Budget:
         if self.worse_by is None and self.least_psnr_db is None:
             raise InputError("a budget of quality is needed; give --worse-by DISTANCE or --least-psnr DB")
+        if self.less_recall is not None and self.worse_by is None:
+            raise InputError("--less-recall bounds what --worse-by measures; give --worse-by DISTANCE too")
         return self
 
 
+def _row_of(given: Any) -> Any:
+    """Return names with commas between as a row, "none" as an empty one; anything else as it is."""
+    if not isinstance(given, str):
+        return given
+    return () if given == NOTHING else tuple(part.strip() for part in given.split(","))
+
+
 class TuneOptions(Budget):
-    """The settings of `ditc tune`: the budget, images and seeds of each evaluation, and the intervals that are tried.
+    """The settings of `ditc tune`: the budget, images and seeds of each evaluation, and what is tried.
 
     `features` and `real` are those of EvaluateOptions; `requests` is how many full batches time a candidate.
+    `samplers` and `spacings` are tried beside those that the search is given, and `step_counts` beside its number of
+    steps; None leaves them to the search (quality/solvers.py), and where PSNR is part of the budget none are tried: it
+    tells how far images are from those of the same sampler and steps.
     """
 
     images: Annotated[int, Field(ge=LEAST_IMAGES), Option("Images of each seed that judge a candidate.")] = 500
@@ -106,7 +127,47 @@ class TuneOptions(Budget):
     features: Annotated[Features | None, FEATURES] = None
     real: Annotated[str | None, REAL] = None
     intervals: Annotated[tuple[int, ...], Option("Cache intervals to try.")] = (2, 3, 4, 5, 6, 8, 10)
+    samplers: Annotated[
+        tuple[SamplerName, ...] | None,
+        BeforeValidator(_row_of),
+        Option(
+            "Samplers to try beside --sampler; default dpm++2m,unipc.",
+            metavar="NAME,...|none",
+            group=SOLVERS,
+        ),
+    ] = None
+    spacings: Annotated[
+        tuple[Spacing, ...] | None,
+        BeforeValidator(_row_of),
+        Option(
+            "Spacings to try beside --spacing; default leading,trailing.",
+            metavar="NAME,...|none",
+            group=SOLVERS,
+        ),
+    ] = None
+    step_counts: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "Numbers of steps to try beside --steps; default fewer and fewer.",
+            metavar="N,N,...",
+            group=SOLVERS,
+        ),
+    ] = None
     requests: Annotated[int, Field(ge=1)] = 3
+
+    @model_validator(mode="after")
+    def _solvers_can_be_judged(self) -> TuneOptions:
+        counts = self.step_counts
+        if counts is not None and (not counts or min(counts) < LEAST_STEPS or len(set(counts)) < len(counts)):
+            raise InputError(f"--step-counts must be different numbers from {LEAST_STEPS} on, found {counts}")
+        tried = {"--samplers": self.samplers, "--spacings": self.spacings, "--step-counts": counts}
+        given = [flag for flag, values in tried.items() if values]
+        if given and self.least_psnr_db is not None:
+            raise InputError(
+                f"{' and '.join(given)} would do nothing beside --least-psnr: PSNR tells how far images are from those "
+                "of the same sampler and steps; leave it out, or give --worse-by alone"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> TuneOptions:
@@ -114,6 +175,16 @@ class TuneOptions(Budget):
             raise InputError(f"--intervals must be growing numbers from 2 on, found {self.intervals}")
         _ = self.evaluation  # what it refuses is refused before anything runs
         return self
+
+    @property
+    def is_of_distance(self) -> bool:
+        """Does the distance from real images decide alone, so that unlike samplers and steps can be compared?"""
+        return self.least_psnr_db is None
+
+    @property
+    def fresh_seeds(self) -> tuple[int, ...]:
+        """As many seeds as `seeds` that are none of them: noise on which no candidate was chosen."""
+        return tuple(max(self.seeds) + 1 + number for number in range(len(self.seeds)))
 
     @property
     def evaluation(self) -> EvaluateOptions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from ditc.runtime.closeness import StepDrift, measures_of, step_drift
 from ditc.runtime.executor import Samples
 from ditc.runtime.options import Place
 
-__all__ = ["Pairs", "Work", "measure_pairs"]
+__all__ = ["ExactImages", "Pairs", "Work", "measure_exact", "measure_pairs"]
 
 FEATURES_AT_ONCE = 64  # images
 
@@ -76,14 +76,17 @@ class Pairs:
             self.exact.append(self.judges.extractor.features(twins))
 
 
-def measure_pairs(path: Path, work: Work) -> Pairs:
-    """Run FP, the bundle, and the bundle without its compensation, one after the other."""
+def measure_pairs(path: Path, work: Work, given: RealFeatures | None = None) -> Pairs:
+    """Run FP, the bundle, and the bundle without its compensation, one after the other.
+
+    `given` are real features that are known already, for bundles that are all held against the same.
+    """
     options, watched = work.options, (work.options.seeds[0], min(work.options.step_images, work.options.images))
     source = ImageSource(work.place.load(path), work.progress)  # refused before FP takes its time
     with work.place.load(path, reference=True) as pipe:
         fp = ImageSource(pipe, work.progress)
         judges = _judges(fp, options)
-        real = _real(fp, work, judges)
+        real = _real(fp, work, judges) if given is None else given
         exact_steps = fp.trajectory("steps-fp", *watched)
         exact = [stored_images(fp, work.folder, f"fp-{seed}", seed, 0, options.images) for seed in options.seeds]
         pairs = Pairs(pipe.bundle, judges, exact[0].shape[1:], real)
@@ -97,6 +100,40 @@ def measure_pairs(path: Path, work: Work) -> Pairs:
             bare = ImageSource(pipe, work.progress).trajectory("steps-without-vc", *watched)
             pairs.steps["uncompensated"] = step_drift(bare, exact_steps)
     return pairs
+
+
+@dataclass(frozen=True)
+class ExactImages:
+    """FP's images of all seeds in features, (n, features), and the real ones; made by the FP program of a bundle."""
+
+    bundle: Bundle
+    extractor: Extractor
+    features: FeatureArray
+    real: RealFeatures
+
+
+def measure_exact(path: Path, work: Work, given: RealFeatures | None = None) -> ExactImages:
+    """Run the FP program of a bundle alone. Raises InputError where its images have no features."""
+    options = work.options
+    with work.place.load(path, reference=True) as pipe:
+        fp = ImageSource(pipe, work.progress)
+        judges = _judges(fp, options)
+        real = _real(fp, work, judges) if given is None else given
+        if judges.extractor is None or real is None:
+            raise InputError(f"no distance can be measured: {judges.no_extractor}; give --features, or --least-psnr")
+        images = [stored_images(fp, work.folder, f"fp-{seed}", seed, 0, options.images) for seed in options.seeds]
+        features = _features_of(judges.extractor, images)
+    return ExactImages(pipe.bundle, judges.extractor, features, real)
+
+
+def _features_of(extractor: Extractor, sets: Iterable[Samples]) -> FeatureArray:
+    return np.concatenate(
+        [
+            extractor.features(np.asarray(images[start : start + FEATURES_AT_ONCE]))
+            for images in sets
+            for start in range(0, len(images), FEATURES_AT_ONCE)
+        ]
+    )
 
 
 def _judges(source: ImageSource, options: EvaluateOptions) -> Judges:
@@ -131,10 +168,9 @@ def _real(fp: ImageSource, work: Work, judges: Judges) -> RealFeatures | None:
     source = options.real or default_real(fp.pipe.bundle.manifest.model.name, shape)
     if source != "fp":
         return real_features(source, extractor, shape)
-    parts = []
-    for seed in options.seeds:
-        images = stored_images(fp, work.folder, f"fp-real-{seed}", seed, options.images, options.images)
-        for start in range(0, len(images), FEATURES_AT_ONCE):
-            parts.append(extractor.features(np.asarray(images[start : start + FEATURES_AT_ONCE])))
-    features = np.concatenate(parts)
+    sets = (
+        stored_images(fp, work.folder, f"fp-real-{seed}", seed, options.images, options.images)
+        for seed in options.seeds
+    )
+    features = _features_of(extractor, sets)
     return RealFeatures(f"{len(features):,} FP images of other noise", features)

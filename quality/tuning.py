@@ -8,37 +8,33 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from ditc.bundle import Bundle, open_bundle
-from ditc.compiler.driver import check_places, compile_model
-from ditc.compiler.exporting import model_digest
+from ditc.compiler.driver import check_places
 from ditc.compiler.options import CompileOptions
 from ditc.engines.integer_form import IntegerForm, arithmetic_of
 from ditc.engines.targets import backend_for
 from ditc.errors import InputError
 from ditc.exporter.model_facts import ModelFacts
-from ditc.files import atomic_write, digest_of
 from ditc.loras import Lora, loras_from
 from ditc.progress import Progress, silent
-from ditc.quality.evaluating import evaluate_bundle
+from ditc.quality.anchor import AnchorFigures
+from ditc.quality.candidates import Candidates, Subject, trial_of
 from ditc.quality.features import check_sources
-from ditc.quality.options import Budget, TuneOptions, VetoOptions
-from ditc.quality.search import Search, Trial, pareto_front
-from ditc.quality.veto import veto_of
-from ditc.spec import Record, Skipped
-from ditc.speed.benching import bench_bundle
-from ditc.speed.options import BenchOptions
+from ditc.quality.options import Budget, TuneOptions
+from ditc.quality.search import Again, Search
+from ditc.quality.solvers import Solvers, solvers_of
+from ditc.quality.trials import Changes, Trial, pareto_front
+from ditc.spec import Record
 
 __all__ = ["Tuning", "seven_bits_may_pay", "trial_of", "tune_model"]
 
-VETO_IMAGES = 2
-EXPORTS = "exports"  # folder of what candidates have in common
+ONE_SOLVER = (
+    "sampler and steps stay as they are: PSNR tells how far images are from those of the same ones; a search with "
+    "--worse-by alone tries others too"
+)
 
 
 class Tuning(Record):
@@ -46,7 +42,9 @@ class Tuning(Record):
 
     `trials` are all that were measured, `front` those that no other one beats, fastest first.
     `vetoed` is the share of branches and steps where quantization noise exceeds what a cache saves, None where nothing
-    is quantized; `notes` say what was not tried, and why.
+    is quantized; `notes` say what was not tried, and why. With a budget of distance alone `anchor` is what it is
+    counted from, `confirmed` are trials of what won on noise of `fresh_seeds`, the last two of them timed in turn, and
+    `rival` is the fastest without a cache among them.
     """
 
     budget: Budget
@@ -57,6 +55,10 @@ class Tuning(Record):
     trials: tuple[Trial, ...]
     vetoed: float | None
     notes: tuple[str, ...]
+    anchor: AnchorFigures | None = None
+    rival: Trial | None = None
+    confirmed: tuple[Trial, ...] = ()
+    fresh_seeds: tuple[int, ...] = ()
 
 
 def tune_model(
@@ -87,20 +89,46 @@ def tune_model(
     check_sources(options.features, options.real)
     check_places(target, None, force=force)
     work = target.with_name(f".{target.name}.tune")
-    subject = _Subject(model, num_heads, vae, conditions, prompts, text, facts, loras_from(loras), on_note)
-    candidates = _Candidates(subject, base, options, work, progress)
+    seven_bits = seven_bits_may_pay(base)
+    subject = Subject(model, num_heads, vae, conditions, prompts, text, facts, loras_from(loras), on_note)
+    solvers, notes = _solvers(subject, base, options)
+    candidates = Candidates(subject, base, options, work, progress)
 
-    def judge(stage: str, changes: dict[str, str]) -> Trial:
+    def judge(stage: str, changes: Changes) -> Trial:
         trial = candidates.trial(stage, changes)
         on_trial(trial)
         return trial
 
-    search = Search(base, options, judge, candidates.vetoed, seven_bits_may_pay(base))
+    def confirm(trial: Trial) -> Trial:
+        confirmed = candidates.confirmed(trial)
+        on_trial(confirmed)
+        return confirmed
+
+    search = Search(
+        base,
+        options,
+        judge,
+        candidates.vetoed,
+        seven_bits,
+        notes=[*notes],
+        solvers=solvers,
+        again=Again(confirm, candidates.in_turn) if options.is_of_distance else None,
+    )
     search.explore()
     chosen = search.choose()
-    candidates.subject.compiled(target, base.model_copy(update=chosen.changes), work, progress, force=force)
+    tuning = _tuning(search, chosen, candidates)
+    subject.compiled(target, base.model_copy(update=chosen.changes), work, progress, force=force)
     shutil.rmtree(work)
-    return _tuning(search, chosen)
+    return tuning
+
+
+def _solvers(subject: Subject, base: CompileOptions, options: TuneOptions) -> tuple[Solvers | None, tuple[str, ...]]:
+    """Return the solvers to choose from, None for the base's alone, and a line about those that are not tried."""
+    if not options.is_of_distance:
+        return None, (ONE_SOLVER,)
+    if options.step_counts == (base.steps,) and options.samplers == options.spacings == ():
+        return None, ()  # known without a look at the model
+    return solvers_of(subject.spec, base, options)
 
 
 def seven_bits_may_pay(base: CompileOptions) -> bool:
@@ -116,136 +144,18 @@ def seven_bits_may_pay(base: CompileOptions) -> bool:
     return arithmetic is not None and arithmetic.integers == IntegerForm.SWITCHED.value
 
 
-def trial_of(
-    bundle: Bundle, stage: str, changes: dict[str, str], options: TuneOptions, work: Path, progress: Progress
-) -> Trial:
-    """Time and evaluate the bundle of a candidate, and hold it to the budget."""
-    evaluation = evaluate_bundle(bundle.path, options.evaluation, save=work / "evaluated", progress=progress)
-    bench = bench_bundle(bundle.path, BenchOptions(requests=options.requests, warmup=1), progress=progress)
-    psnr, distribution = evaluation.measured_pairs["psnr_db"], evaluation.distribution
-    distance = None if isinstance(distribution, Skipped) else distribution.difference.frechet_distance
-    near = True
-    if options.worse_by is not None:
-        assert distance is not None
-        near = distance.high <= options.worse_by
-    return Trial(
-        stage=stage,
-        changes=changes,
-        seconds=bench.seconds_per_image,
-        psnr_db=psnr.mean,
-        psnr_low=psnr.low,
-        worse_by=None if distance is None else distance.value,
-        worse_high=None if distance is None else distance.high,
-        size_bytes=open_bundle(bundle.path).manifest.size_bytes(reference=False),
-        within=near and (options.least_psnr_db is None or psnr.low >= options.least_psnr_db),
-    )
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """The model that is tuned, and what is stated of it. `told` are the notes about it that were handed on."""
-
-    model: Any
-    num_heads: int | None
-    vae: str | PathLike[str] | None
-    conditions: str | PathLike[str] | None
-    prompts: str | PathLike[str] | None
-    text: bool
-    facts: ModelFacts | None
-    loras: tuple[Lora, ...]
-    on_note: Callable[[str], None] | None
-    told: set[str] = field(default_factory=set)
-
-    def compiled(
-        self, out: Path, options: CompileOptions, work: Path, progress: Progress, *, force: bool = True
-    ) -> Bundle:
-        """Compile a bundle of it; what is exported is there for the next ones."""
-        return compile_model(
-            self.model,
-            out,
-            options,
-            progress=progress,
-            force=force,
-            num_heads=self.num_heads,
-            vae=self.vae,
-            conditions=self.conditions,
-            prompts=self.prompts,
-            text=self.text,
-            facts=self.facts,
-            loras=self.loras,
-            exports=work / EXPORTS,
-            on_note=None if self.on_note is None else self._tell,
-        )
-
-    def _tell(self, note: str) -> None:
-        """Hand on a note that was not handed on before: every candidate reads the same model."""
-        if note not in self.told and self.on_note is not None:
-            self.on_note(note)
-        self.told.add(note)
-
-    @property
-    def digest(self) -> str:
-        """Its name among trials on disk: its weights, or its name, what is stated, and when it was written."""
-        conditions = "" if self.conditions is None else _written(self.conditions)
-        conditions += "" if self.prompts is None else f" prompts {_written(self.prompts)}"
-        conditions += "" if self.text else " no text"
-        if not isinstance(self.model, (str, PathLike)):
-            return model_digest(self.model) + conditions
-        loras = "".join(f" {lora.path}:{lora.weight} {_written(lora.path)}" for lora in self.loras)
-        return f"{self.model} {_written(self.model)} {self.num_heads} {self.vae} {self.facts}{conditions}{loras}"
-
-
-def _written(path: str | PathLike[str]) -> str:
-    """When a file was written; nothing of a name that is no file."""
-    return str(Path(path).stat().st_mtime_ns) if Path(path).exists() else ""
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """The candidates of one search, each compiled in the place of the one before it; their trials stay in `work`."""
-
-    subject: _Subject
-    base: CompileOptions
-    options: TuneOptions
-    work: Path
-    progress: Progress
-
-    def trial(self, stage: str, changes: dict[str, str]) -> Trial:
-        """Compile, time and evaluate a candidate, unless an earlier search did."""
-        candidate = self.base.model_copy(update=changes)
-        digest = digest_of([self.subject.digest, candidate.model_dump(), self.options.model_dump()])
-        path = self.work / f"{digest[:16]}.json"
-        if (earlier := _earlier(path)) is not None:
-            return earlier
-        trial = trial_of(self._bundle(candidate), stage, changes, self.options, self.work, self.progress)
-        atomic_write(path, trial.model_dump_json().encode())
-        return trial
-
-    def vetoed(self, trial: Trial) -> float:
-        """Return the share of branches and steps of a candidate that the veto is against."""
-        bundle = self._bundle(self.base.model_copy(update=trial.changes))
-        return veto_of(bundle.path, VetoOptions(images=VETO_IMAGES, lag=1), progress=self.progress).vetoed
-
-    def _bundle(self, options: CompileOptions) -> Bundle:
-        return self.subject.compiled(self.work / "candidate", options, self.work, self.progress)
-
-
-def _earlier(path: Path) -> Trial | None:
-    """Load a trial of an earlier search; None where there is none."""
-    try:
-        return Trial.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
-def _tuning(search: Search, chosen: Trial) -> Tuning:
+def _tuning(search: Search, chosen: Trial, candidates: Candidates) -> Tuning:
     return Tuning(
         budget=Budget.model_validate(search.options.model_dump(include=set(Budget.model_fields))),
         images=search.options.images,
         seeds=search.options.seeds,
         chosen=chosen,
-        front=tuple(pareto_front(search.measured)),
+        front=tuple(pareto_front(search.candidates)),
         trials=tuple(search.measured),
         vetoed=search.vetoed,
         notes=tuple(search.notes),
+        anchor=candidates.figures(),
+        rival=search.rival,
+        confirmed=tuple(search.confirmed),
+        fresh_seeds=search.options.fresh_seeds if search.confirmed else (),
     )

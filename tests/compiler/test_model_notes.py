@@ -20,7 +20,7 @@ from ditc.compiler.options import CompileOptions
 from ditc.errors import DoubtWarning, InputError
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.models import load_model
-from ditc.quality import tuning
+from ditc.quality import candidates, tuning
 from ditc.quality.options import TuneOptions
 from ditc.quality.search import Trial
 
@@ -235,8 +235,8 @@ def test_tune_says_each_thing_once_and_reads_every_candidate_alike(
         numbers = dict.fromkeys(("seconds", "psnr_db", "psnr_low"), 30.0)
         return Trial(stage=stage, changes=changes, worse_by=None, worse_high=None, size_bytes=1, within=True, **numbers)
 
-    monkeypatch.setattr(tuning, "compile_model", compiled)
-    monkeypatch.setattr(tuning, "trial_of", judged)
+    monkeypatch.setattr(candidates, "compile_model", compiled)
+    monkeypatch.setattr(candidates, "trial_of", judged)
     facts = ditc.ModelFacts(null_class=False)
     options = TuneOptions(least_psnr_db=1, intervals=(2, 3))
     base = CompileOptions(precision="fp32", cfg=1)

@@ -1,0 +1,99 @@
+"""The stage that looks for the fewest steps: on solvers whose images are played."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditc.quality.fewer_steps import Reach, fewest_steps
+from ditc.quality.solvers import Solver, Solvers
+from ditc.quality.trials import Trial
+
+OWN, FIRST, SECOND = Solver(), Solver((("sampler", "dpm++2m"),)), Solver((("sampler", "unipc"),))
+COUNTS = (50, 37, 27, 20, 15, 11, 8, 6)
+
+
+def trial(solver: Solver, steps: int, worse_by: float) -> Trial:
+    return Trial(
+        stage="solver",
+        changes={"policy": "none", **solver.changes, "steps": steps},
+        seconds=float(steps),
+        psnr_db=200,
+        psnr_low=200,
+        worse_by=worse_by,
+        worse_high=worse_by,
+        size_bytes=1,
+        within=worse_by <= 0,
+    )
+
+
+class Player:
+    """A judge of solvers that need so many steps each; `tried` are (solver, steps) in their order."""
+
+    def __init__(self, needs: dict[Solver, float]) -> None:
+        self.needs = needs
+        self.tried: list[tuple[Solver, int]] = []
+
+    def __call__(self, solver: Solver, steps: int) -> Trial:
+        self.tried.append((solver, steps))
+        return trial(solver, steps, (self.needs[solver] - steps) / 100)
+
+
+def reaches(
+    needs: dict[Solver, float], *, between: bool = True, refused: Callable[[Solver, int], bool] = lambda *_: False
+) -> tuple[list[Reach], Player]:
+    player = Player(needs)
+    solvers = Solvers(tuple(needs), COUNTS, between, lambda *pair: "no" if refused(*pair) else None)
+    return fewest_steps(solvers, player), player
+
+
+def test_the_first_solver_walks_down_until_two_numbers_in_a_row_are_beyond_the_budget() -> None:
+    (reach,), player = reaches({OWN: 20}, between=False)
+    assert [steps for _, steps in player.tried] == [50, 37, 27, 20, 15, 11]
+    assert reach.fewest == 20
+    assert reach.more == [27, 37, 50]
+
+
+def test_every_other_solver_begins_below_the_fewest_steps_so_far() -> None:
+    ranked, player = reaches({OWN: 20, FIRST: 8, SECOND: 30}, between=False)
+    assert [steps for solver, steps in player.tried if solver is FIRST] == [15, 11, 8, 6]
+    assert [steps for solver, steps in player.tried if solver is SECOND] == [6]
+    assert ranked[0].solver is FIRST
+    assert ranked[0].fewest == 8
+
+
+def test_a_solver_is_not_tried_where_it_can_not_be_taken() -> None:
+    ranked, player = reaches({OWN: 50, FIRST: 8}, between=False, refused=lambda solver, steps: steps in (15, 6))
+    assert not [steps for _, steps in player.tried if steps in (15, 6)]
+    assert ranked[0].fewest == 8
+
+
+@given(st.integers(5, 50), st.integers(5, 60))
+def test_the_fewest_steps_of_the_best_are_known_to_one(first: int, second: int) -> None:
+    ranked, _ = reaches({OWN: first, FIRST: second})
+    assert ranked[0].fewest == max(min(first, second), COUNTS[-1])
+
+
+def test_numbers_that_were_asked_for_are_not_refined() -> None:
+    _, player = reaches({OWN: 17}, between=False)
+    assert {steps for _, steps in player.tried} <= {*COUNTS}
+
+
+def test_where_none_is_within_the_budget_the_nearest_is_gone_on_from() -> None:
+    ranked, player = reaches({OWN: 90, FIRST: 70})
+    assert [reach.fewest for reach in ranked] == [None, None]
+    assert ranked[0].solver is FIRST
+    assert ranked[0].start == 50
+    assert len(player.tried) == 4
+
+
+def test_solvers_rank_by_steps_and_then_by_quality() -> None:
+    twenty, better, beyond = (
+        Reach(solver, {steps: trial(solver, steps, worse_by)})
+        for solver, steps, worse_by in ((OWN, 20, 0.0), (FIRST, 20, -0.1), (SECOND, 10, 0.1))
+    )
+    assert sorted([beyond, twenty, better], key=lambda reach: reach.rank) == [better, twenty, beyond]
+    assert beyond.rank[0] == math.inf
