@@ -136,9 +136,10 @@ def model_spec(
     num_heads: int | None = None,
     vae: str | PathLike[str] | None = None,
     facts: ModelFacts | None = None,
+    loras: Iterable[str | PathLike[str] | Lora] = (),
 ) -> ModelSpec:
     """Return what a model states of itself, as `compile_model` reads it; nothing is compiled."""
-    opened = _opened(model, num_heads, vae, facts)
+    opened = _opened(model, num_heads, vae, facts, loras_from(loras))
     spec: ModelSpec = opened.spec
     if opened is not model:
         release_weights(opened)

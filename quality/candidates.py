@@ -149,7 +149,7 @@ class Subject:
     @property
     def spec(self) -> ModelSpec:
         """The specification that the model states itself."""
-        return model_spec(self.model, num_heads=self.num_heads, vae=self.vae, facts=self.facts)
+        return model_spec(self.model, num_heads=self.num_heads, vae=self.vae, facts=self.facts, loras=self.loras)
 
     def _tell(self, note: str) -> None:
         """Hand on a note that was not handed on before: every candidate reads the same model."""

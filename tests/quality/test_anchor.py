@@ -136,7 +136,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Changes]:
 
 def searching(work: Path, base: CompileOptions, **changes: Any) -> Candidates:
     options = TuneOptions(worse_by=100.0).model_copy(update=changes)
-    return Candidates(Subject("a.pt", None, None, None, None, None), base, options, work, silent)
+    return Candidates(Subject("a.pt", None, None, None, None, True, None, (), None), base, options, work, silent)
 
 
 def test_a_trial_is_taken_up_by_the_same_search_only_where_the_anchor_is_the_same(
