@@ -56,16 +56,13 @@ class EncodedPrompts:
 class Text:
     """The text encoders that a bundle gets, none for most, and the conditions that prompts give.
 
-    `encoded` is None where nothing does, or a user gives them as arrays.
+    `specs` are the encoders as the bundle keeps them. `encoded` is None where nothing gives conditions, or a user gives
+    them as arrays.
     """
 
     encoders: tuple[TextEncoder, ...] = ()
+    specs: tuple[TextSpec, ...] = ()  # beside the encoders: one whose weights are released counts none
     encoded: EncodedPrompts | None = None
-
-    @property
-    def specs(self) -> tuple[TextSpec, ...]:
-        """The encoders as the bundle keeps them."""
-        return tuple(encoder.spec for encoder in self.encoders)
 
     @property
     def digests(self) -> list[str]:
@@ -117,9 +114,10 @@ def text_of(
     both = sorted(_given_by_text(model.spec, encoders) & set(given or ()))
     if both and prompts is not None:
         raise InputError(f"--prompts and --conditions both give {both[0]!r}; leave out one of the two")
+    specs = tuple(encoder.spec for encoder in encoders)
     if both:
-        return Text(encoders)
-    return Text(encoders, _encoded_prompts(model.spec, encoders, _prompt_list(prompts), progress))
+        return Text(encoders, specs)
+    return Text(encoders, specs, _encoded_prompts(model.spec, encoders, _prompt_list(prompts), progress))
 
 
 def _may_have_text(model: Any) -> bool:

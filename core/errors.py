@@ -7,7 +7,7 @@ DitcError                 anything ditc refuses or fails at; the command line pr
 └── CheckError            the work was done, but a check of its result failed                (exit code 1)
 
 Every message says what was expected, what was found and what to do. Two Python warnings are ours: AdviceWarning, of
-what works but not as well as it could on this machine, and DoubtWarning, of a result that may be worthless.
+what works but not as well as it could, and DoubtWarning, of a result that may be worthless.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CheckError(DitcError):
 
 
 class AdviceWarning(UserWarning):
-    """Something works, but slower or in another type than it could on this machine; says what to do."""
+    """Something works, but slower, in another type or with less of its input than it could; says what to do."""
 
 
 class DoubtWarning(UserWarning):

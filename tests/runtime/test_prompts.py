@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -221,11 +223,19 @@ def test_a_model_of_classes_or_arrays_takes_no_prompts(
 
 
 def test_prompts_without_the_library_say_what_to_install(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(
         InputError, match=r"prompts need the package tokenizers; install it with: pip install 'ditc\[te"
     ):
         pipe.latents(prompt="a cat")
+
+
+def test_prompts_are_read_without_torch_and_transformers(compiled: Callable[[str], Bundle]) -> None:
+    absent = ("torch", "onnx", "onnx_ir", "transformers", "sentencepiece", "diffusers", "sklearn")
+    code = f"import sys\nfor name in {absent!r}: sys.modules[name] = None\nimport ditc\n"
+    code += f"with ditc.load({str(compiled('int8').path)!r}, check=True) as pipe: print(pipe.images(prompt='a').shape)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "(1, 3, 4, 4)"), done.stderr
 
 
 def test_a_deployment_may_leave_the_encoders_out(compiled: Callable[[str], Bundle], tmp_path: Path) -> None:
