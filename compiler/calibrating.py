@@ -121,7 +121,7 @@ def calibration_feeds(
     """
     for points in points_together(calib, points_at_once):
         tables = condition_tables(condition, points.t[:1], images.rows(points))
-        yield {"x": images.guidance.rows(points.x), **of_step(tables, 0)}
+        yield {"x": images.guidance.rows(points.x), **of_step(tables, 0), **images.step_rows(points)}
 
 
 def points_together(calib: CalibSet, at_once: int) -> Iterator[CalibSet]:

@@ -25,7 +25,7 @@ from ditc.compiler.planning import make_plan, plan_to_watch
 from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
 from ditc.compiler.sealing import seal
-from ditc.compiler.smoothing import smooth
+from ditc.compiler.smoothing import smooth, smoothed_plan
 from ditc.compiler.teaching import TAUGHT, Teacher, check_teachable, needs_teacher, teach
 from ditc.compiler.text import NO_TEXT, Text, export_text, text_of
 from ditc.compiler.verifying import verify
@@ -276,7 +276,9 @@ class _Compile:
         if options.smooth == "none":
             return segments
         settings = [options.smooth, options.ranges, options.bits]
-        return self._replaced("smooth", segments, settings, lambda folder: smooth(plan, segments, calib, folder))
+        smoothed = self._replaced("smooth", segments, settings, lambda folder: smooth(plan, segments, calib, folder))
+        self.plan = smoothed_plan(plan, self.folders["smooth"])
+        return smoothed
 
     def teach(self, segments: Segments, calib: Path, teacher: Teacher) -> Path | None:
         """Return the file of ranges by gradients, None where no setting needs any."""

@@ -109,9 +109,11 @@ class _Target:
         guidance, t = self.plan.guidance, self.plan.columns["t"][step : step + 1]
         request, _, _ = purposed_request(self.plan, part, REUSE_NOISE)
         tables = condition_tables(self.condition, t, at_step(self.plan.spec, guidance.row_conditions(request), step))
-        feeds = {"x": guidance.rows(x), **of_step(tables, 0)}
-        for name in (name for name in tables if not is_of_request(name)):  # the next step's gates are this step's
-            feeds[f"{AHEAD}.{name}"] = np.repeat(tables[name], self.plan.program.segment(FULL).ahead, axis=0)
+        own = {name: table[step : step + 1] for name, table in self.plan.step_tables.items()}
+        feeds = {"x": guidance.rows(x), **of_step({**tables, **own}, 0)}
+        for name, table in {**tables, **own}.items():
+            if not is_of_request(name):  # the next step's gates are this step's
+                feeds[f"{AHEAD}.{name}"] = np.repeat(table, self.plan.program.segment(FULL).ahead, axis=0)
         inputs = {port.name: feeds[port.name] for port in self.full.get_inputs()}
         return np.asarray(self.full.run([f"cache.{AHEAD}.1"], inputs)[0])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from ditc.quantize.scale_binding import BINDINGS, Groups
 from ditc.requests import Examples, Request
 from ditc.runtime.approximation import first_rows
 from ditc.spec import ModelSpec
-from ditc.tables import DYNAMIC
+from ditc.tables import DYNAMIC, sampler_tables
 
 __all__ = ["LARGEST_BATCH", "Plan", "Segments"]
 
@@ -34,7 +35,8 @@ class Plan:
     """The decisions before anything runs. `threads` are those of what runs on the way; 0 lets ONNX Runtime choose.
 
     `cached_program` is `program` with nothing quantized: what is exported, and what records the pool. `columns` are the
-    sampler's, each (steps,). `examples` are the conditions of all images on the way.
+    sampler's, each (steps,). `examples` are the conditions of all images on the way. `step_tables` are those that the
+    model makes of the timesteps alone, by the inputs that take a row of each, (steps, ...).
     """
 
     spec: ModelSpec
@@ -46,6 +48,7 @@ class Plan:
     progress: Progress
     examples: Examples
     threads: int = 0
+    step_tables: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def guidance(self) -> Guidance:
@@ -64,6 +67,11 @@ class Plan:
     def served_at_once(self) -> int:
         """Images of a request of the compiled program on the way: one where a scale is that of all images together."""
         return 1 if self.options.scales == DYNAMIC else LARGEST_BATCH
+
+    @property
+    def tables(self) -> dict[str, NDArray[Any]]:
+        """The tables of a bundle that nothing has to run for: the sampler's, and what hangs on the timestep alone."""
+        return {**sampler_tables(self.columns), **self.step_tables}
 
     @property
     def reuse_tables(self) -> dict[str, NDArray[np.float32]]:

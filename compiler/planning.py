@@ -9,6 +9,7 @@ for a model are refused before anything is lost.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ditc.compiler.plan import Plan
 from ditc.errors import AdviceWarning, InputError
 from ditc.passes import NoSumsError, ends_in_float, program_from_schedule
 from ditc.policies import Watching, no_reuse, schedule_for, watching_of
-from ditc.program import AHEAD, FULL, Program
+from ditc.program import AHEAD, FULL, OF_STEP, Program
 from ditc.progress import Progress, silent
 from ditc.requests import Examples
 from ditc.runtime.samplers import adds_noise, sampler_table
@@ -78,7 +79,8 @@ def make_plan(
     cached = program(_with_reuse(schedule, options.reuse), caches)
     deployed = cached if options.float_ends is None else ends_in_float(cached, *options.float_ends)
     uncached = program(no_reuse(spec, options.steps), "branches")
-    plan = Plan(spec, options, deployed, cached, uncached, columns, progress, examples)
+    tables = tables_of_timesteps(model, columns)
+    plan = Plan(spec, options, deployed, cached, uncached, columns, progress, examples, step_tables=tables)
     check_pool_suffices(plan)
     check_selector_sees(plan)
     return plan
@@ -107,7 +109,20 @@ def plan_to_watch(
         )
     t = [float(value) for value in columns["t"]]
     uncached = program_from_schedule(schedule, t, spec.branches, streams=spec.streams)
-    return Plan(spec, options, uncached, uncached, uncached, columns, progress, examples), wanted.within(options.steps)
+    tables = tables_of_timesteps(model, columns)
+    plan = Plan(spec, options, uncached, uncached, uncached, columns, progress, examples, step_tables=tables)
+    return plan, wanted.within(options.steps)
+
+
+def tables_of_timesteps(model: Any, columns: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float32]]:
+    """Return what the model makes of the timesteps alone, by the inputs of segments: (steps, ...) each."""
+    import torch
+
+    from ditc.exporter.protocol import timestep_tables
+
+    with torch.no_grad():
+        tables = timestep_tables(model, torch.from_numpy(np.asarray(columns["t"], np.float32)))
+    return {f"{OF_STEP}{name}": np.ascontiguousarray(table.numpy(), np.float32) for name, table in tables.items()}
 
 
 def own_columns(spec: ModelSpec, options: CompileOptions) -> dict[str, NDArray[np.float64]]:

@@ -1,4 +1,7 @@
-"""The conditions of calibration points: those of the images of the pool that the points were taken from."""
+"""The conditions of calibration points: those of the images of the pool that the points were taken from.
+
+With them goes what depends on a point's timestep alone.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +19,36 @@ from ditc.guidance import Guidance
 from ditc.requests import Examples
 from ditc.runtime.conditioning import at_step
 from ditc.runtime.executor import streamed_request
+from ditc.tables import Tables, tables_of_steps
 
 __all__ = ["PointConditions"]
 
 
 @dataclass(frozen=True)
 class PointConditions:
-    """The images of a pool: their examples, the seed of their noise, and how many steps they took."""
+    """The images of a pool: their examples, the seed of their noise, and how many steps they took.
+
+    `step_tables` are what segments take a row of that depends on the timestep alone, by input, (steps, ...).
+    """
 
     examples: Examples
     guidance: Guidance
     seed: int
     steps: int
+    step_tables: Tables
 
     @staticmethod
     def of_plan(plan: Plan) -> PointConditions:
-        return PointConditions(plan.examples, plan.guidance, plan.options.seed, len(plan.program.steps))
+        steps = len(plan.program.steps)
+        return PointConditions(plan.examples, plan.guidance, plan.options.seed, steps, plan.step_tables)
 
     @staticmethod
     def of_bundle(bundle: Bundle) -> PointConditions:
         """Those of the pool that a bundle was calibrated from."""
         manifest = bundle.manifest
         guidance = Guidance.of(manifest.model, manifest.guidance)
-        return PointConditions(bundle.examples(), guidance, manifest.asked.seed or 0, len(manifest.program.steps))
+        steps, tables = len(manifest.program.steps), tables_of_steps(bundle.tables())
+        return PointConditions(bundle.examples(), guidance, manifest.asked.seed or 0, steps, tables)
 
     def rows(self, points: CalibSet) -> dict[str, NDArray[Any]]:
         """Return what `condition` takes at points of one step, for all rows of the network: (rows, *shape) each."""
@@ -48,3 +58,7 @@ class PointConditions:
         images = [(self.seed + POOL_NOISE, int(sample)) for sample in points.sample]
         request, _, _ = streamed_request(spec, request, images, self.steps)
         return at_step(spec, self.guidance.row_conditions(request), int(points.step[0]))
+
+    def step_rows(self, points: CalibSet) -> dict[str, NDArray[Any]]:
+        """Return what segments take at points of one step that depends on the timestep alone, (...) each."""
+        return {name: table[points.step[0]] for name, table in self.step_tables.items()}

@@ -20,7 +20,7 @@ from ditc.machine import package_versions
 from ditc.manifest import EXAMPLES, PROMPTS
 from ditc.prompt_lists import PromptOrigin, written_prompts
 from ditc.runtime.compensation import TableCompensation
-from ditc.tables import Tables, sampler_tables
+from ditc.tables import Tables
 from ditc.text_spec import TEXT
 
 __all__ = ["seal"]
@@ -52,11 +52,11 @@ def seal(
     target: Path,
     text: Text = NO_TEXT,
 ) -> None:
-    """Write the bundle `target` whole: `segments` are the FP ones, `tables` those beside the sampler's."""
+    """Write the bundle `target` whole: `segments` are the FP ones, `tables` those beside the plan's own."""
     plan.progress("seal", 0, 1)
     with atomic_folder(target) as folder:
         _copy_files(plan, segments, compiled, folders, folder)
-        write_tables(folder / TABLES, {**sampler_tables(plan.columns), **tables})
+        write_tables(folder / TABLES, {**plan.tables, **tables})
         if plan.examples.arrays:
             write_tables(folder / EXAMPLES, plan.examples.arrays)
         if plan.examples.prompts:

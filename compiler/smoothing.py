@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ from ditc.compiler.work import write_json
 from ditc.errors import CheckError
 from ditc.host_memory import return_free_memory
 from ditc.precision import INT8
-from ditc.program import AHEAD, CONDITION, REUSE_ROWS
-from ditc.quantize.element_places import row_shape
-from ditc.quantize.fold_sites import Site, common_sites, condition_table_factors, fold_into_segment
+from ditc.program import AHEAD, CONDITION, OF_STEP, REUSE_ROWS
+from ditc.quantize.fold_sites import Site, common_sites, fold_into_segment, shapes_of_rows, table_factors
 from ditc.quantize.linears import linears_of
 from ditc.quantize.output_factors import multiply_output
 from ditc.quantize.transforms import ChannelStatistics, Choice, choose_factors
 from ditc.runtime.closeness import relative_error
-from ditc.tables import write_tables
+from ditc.tables import read_tables, write_tables
 
-__all__ = ["FACTORS", "smooth"]
+__all__ = ["FACTORS", "smooth", "smoothed_plan"]
 
-FACTORS = "factors.safetensors"  # of the stage's folder
+# of the stage's folder
+FACTORS = "factors.safetensors"
+STEP_TABLES = "steps.safetensors"  # tables of timesteps, where a model has any
+Side = tuple[Plan, Segments]  # segments, and the plan that has the tables of timesteps for them
 
 Shape = tuple[int, ...]  # of a cached value, without the batch axis
 
@@ -52,7 +55,11 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
     sites = common_sites(models)
     choices = choose(plan, models["full"], statistics_of(plan, segments, calib, sites))
     factors = {site: choice.factors for site, choice in choices.items() if choice.alpha is not None}
-    folded = write_folded(models, segments[CONDITION], factors, folder)
+    by_table = table_factors(factors, shapes_of_rows(models["full"]))
+    folded = write_folded(models, segments[CONDITION], factors, by_table, folder)
+    after = replace(plan, step_tables=multiplied(plan.step_tables, by_table))
+    if after.step_tables:
+        write_tables(folder / STEP_TABLES, after.step_tables)
     write_tables(folder / FACTORS, {site.activation: factor for site, factor in factors.items()})
     smoothing = Smoothing(
         method=plan.options.smooth,
@@ -60,23 +67,39 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
         smoothed=sum(len(site.layers) for site in factors),
         layers={layer: smoothed_layer(choice) for site, choice in choices.items() for layer in site.layers},
         left=tuple(path for path in paths if not any(path in site.layers for site in choices)),
-        parity=parity_of(plan, segments, {**segments, **folded}, calib),
+        parity=parity_of((plan, segments), (after, {**segments, **folded}), calib),
     )
     write_json(folder / "smooth.json", smoothing.model_dump(mode="json"))
 
 
+def smoothed_plan(plan: Plan, folder: Path) -> Plan:
+    """Return a plan with the tables of timesteps that `smooth` left in its folder."""
+    path = folder / STEP_TABLES
+    return replace(plan, step_tables=read_tables(path)) if path.is_file() else plan
+
+
+def multiplied(
+    tables: Mapping[str, NDArray[np.float32]], factors: Mapping[str, NDArray[np.float64]]
+) -> dict[str, NDArray[np.float32]]:
+    """Return tables (steps, ...) with each row times its factors, where it has any."""
+    return {name: np.float32(table * factors[name]) if name in factors else table for name, table in tables.items()}
+
+
 def write_folded(
-    models: Mapping[str, ir.Model], condition: Path, factors: Mapping[Site, NDArray[np.float64]], folder: Path
+    models: Mapping[str, ir.Model],
+    condition: Path,
+    factors: Mapping[Site, NDArray[np.float64]],
+    by_table: Mapping[str, NDArray[np.float64]],
+    folder: Path,
 ) -> dict[str, Path]:
-    """Write the segments that factors change, and `condition` with the tables to match; changes `models` in place."""
+    """Write the segments that factors change, and `condition` with its tables to match; changes `models` in place."""
     from ditc.exporter.onnx_files import load_graph, save_graph
 
-    shapes = {str(value.name): (row_shape(value) or ())[1:] for value in models["full"].graph.inputs}
     changed = {name: model for name, model in models.items() if fold_into_segment(model, factors)}
-    if tables := condition_table_factors(factors, shapes):
+    if own := [name for name in by_table if not name.startswith(OF_STEP)]:
         changed[CONDITION] = load_graph(condition)
-        for table, factor in tables.items():
-            multiply_output(changed[CONDITION], table, factor)
+        for table in own:
+            multiply_output(changed[CONDITION], table, by_table[table])
     for name, model in changed.items():
         save_graph(model, folder / f"{name}.onnx")
     return {name: folder / f"{name}.onnx" for name in changed}
@@ -122,13 +145,13 @@ def choose(plan: Plan, full: ir.Model, seen: Mapping[Site, ChannelStatistics]) -
     return chosen
 
 
-def parity_of(plan: Plan, exact: Segments, folded: Segments, calib: CalibSet) -> dict[str, float]:
-    """Return the largest relative error of any output of each segment, with the tables of its side's `condition`."""
+def parity_of(exact: Side, folded: Side, calib: CalibSet) -> dict[str, float]:
+    """Return the largest relative error of any output of each segment, with the tables of its own side."""
     every = np.linspace(0, len(calib) - 1, min(PARITY_POINTS, len(calib))).round().astype(np.int64)
     points = calib.take(every[np.argsort(calib.step[every], kind="stable")])
     worst = {}
-    for part in plan.cached_program.segments:
-        before, after = (_outputs(plan, side, part.name, points) for side in (exact, folded))
+    for part in exact[0].cached_program.segments:
+        before, after = (_outputs(*side, part.name, points) for side in (exact, folded))
         worst[part.name] = max(_change(after[name], before[name]) for name in before)
         if not worst[part.name] < PARITY_TOLERANCE:
             raise CheckError(

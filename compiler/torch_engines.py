@@ -13,7 +13,7 @@ from torch import Tensor
 from ditc.engines.backend import Buffer, Port
 from ditc.exporter.protocol import TrajectoryModel
 from ditc.exporter.seams import seams_of
-from ditc.exporter.segments import Segment, segments_of
+from ditc.exporter.segments import Segment, own_names, segments_of
 from ditc.program import CONDITION, FULL, REQUEST, Program
 from ditc.streams import IMAGE
 
@@ -110,7 +110,7 @@ def sum_of(model: TrajectoryModel, outputs: Mapping[str, Buffer], tables: Tensor
 
     (rows, *branch_shape), for a model whose branches add. Of `tables` others than the step's are passed over.
     """
-    parts = model.unpack({name.removeprefix(REQUEST): table for name, table in tables.items() if name != "x"})
+    parts = model.unpack(own_names({name: table for name, table in tables.items() if name != "x"}))
     total = torch.zeros(())
     for seam in seams_of(model):
         for name, output in model.spec.wiring.outputs(seam.name).items():

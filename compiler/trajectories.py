@@ -14,7 +14,7 @@ from ditc.requests import Request
 from ditc.runtime.executor import Correction, NoiseSource, Samples, StepEvent, seeded_request
 from ditc.runtime.host_executor import HostExecutor
 from ditc.runtime.pipeline import open_engines
-from ditc.tables import Tables, sampler_tables
+from ditc.tables import Tables
 
 __all__ = [
     "FIT_NOISE",
@@ -45,7 +45,7 @@ def executor(
     backend: Backend | None = None,
     correction: Correction | None = None,
 ) -> Iterator[HostExecutor]:
-    """Yield an executor over segment files, and close its engines. `tables` are a bundle's beside the sampler's.
+    """Yield an executor over segment files, and close its engines. `tables` are a bundle's beside the plan's own.
 
     With a `correction` of its own it is for one request of any size, whose images go through the engines in batches.
     """
@@ -53,7 +53,7 @@ def executor(
     together = None if correction is None else plan.batch_size(plan.served_at_once)
     with ExitStack() as stack:
         engines = open_engines(stack, backend or plan.backend, {name: segments[name] for name in names})
-        every = {**sampler_tables(plan.columns), **tables}
+        every: Tables = {**plan.tables, **tables}
         yield HostExecutor(
             plan.spec, program, every, engines, plan.options.cfg, correction=correction, together=together
         )

@@ -24,7 +24,6 @@ from ditc.policies import Watching
 from ditc.runtime.host_executor import HostExecutor
 from ditc.step_statistics import StepStatistics, SumStatistics, steps_exist
 from ditc.streams import Wiring
-from ditc.tables import sampler_tables
 
 if TYPE_CHECKING:
     from ditc.compiler.torch_engines import Tensors
@@ -54,7 +53,7 @@ def watch(plan: Plan, model: Any, wanted: Watching, folder: Path) -> None:
     observer = StepObserver(wiring, len(plan.program.steps), plan.spec.branch_shape[-1], wanted)
     shown: list[tuple[Tensors, Tensors]] = []
     engines = watching_engines(model, plan.program, lambda *run: shown.append(run))
-    runner = HostExecutor(plan.spec, plan.program, sampler_tables(plan.columns), engines, plan.options.cfg)
+    runner = HostExecutor(plan.spec, plan.program, plan.tables, engines, plan.options.cfg)
     for part, request in start_requests(plan, runner, count, WATCH_NOISE, at_most):
         for event in request:
             plan.progress("watch", part.start * event.steps + event.index * len(part), count * event.steps)

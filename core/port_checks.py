@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ditc.manifest import REFERENCE, SEGMENTS, Manifest
 from ditc.onnx_ports import Ports, Shape
-from ditc.program import AHEAD, CONDITION, DECODE, REQUEST, REUSE_ROWS, TIMESTEPS, UPDATE, SegmentPlan
+from ditc.program import AHEAD, CONDITION, DECODE, OF_STEP, REQUEST, REUSE_ROWS, TIMESTEPS, UPDATE, SegmentPlan
 from ditc.tables import SAMPLER, STEP_INPUTS, Tables, history_columns, memory_of, sampler_columns
 from ditc.text_spec import ATTENTION_MASK, INPUT_IDS, TEXT
 from ditc.update_form import PREDICTED
@@ -67,7 +67,8 @@ def _condition(graphs: Graphs, ports: Ports) -> Iterator[str]:
         each.name: (*(("steps",) if each.fresh else ()), "batch", *each.shape)
         for each in graphs.manifest.model.network_inputs
     }
-    yield from _differences("takes", ports.inputs, {TIMESTEPS: ("steps",), **conditions})
+    timed = any(not name.startswith(REQUEST) for name in ports.outputs)
+    yield from _differences("takes", ports.inputs, {**({TIMESTEPS: ("steps",)} if timed else {}), **conditions})
     for name, shape in ports.outputs.items():
         once = name.startswith(REQUEST)
         if shape[0 if once else 1 :][:1] != ("batch",):
@@ -137,9 +138,10 @@ def _reference(graphs: Graphs, ports: Ports) -> Iterator[str]:
 
 
 def _tables_of_steps(graphs: Graphs, ahead: int | None) -> dict[str, Shape]:
-    """A step's rows of the conditioning, and those of so many later ones; None for any number of them."""
+    """A step's rows of the conditioning and of tables of timesteps, and those of so many later ones; None for any."""
     once = {name: shape for name, shape in graphs.conditioning.items() if name.startswith(REQUEST)}
     own = {name: shape[1:] for name, shape in graphs.conditioning.items() if name not in once}
+    own |= {name: table.shape[1:] for name, table in graphs.tables.items() if name.startswith(OF_STEP)}
     later = {f"{AHEAD}.{name}": ("ahead" if ahead is None else ahead, *rest) for name, rest in own.items()}
     return own | once | ({} if ahead == 0 else later)
 

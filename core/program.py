@@ -24,6 +24,7 @@ __all__ = [
     "EXTRAPOLATE",
     "FLOAT",
     "FULL",
+    "OF_STEP",
     "PATH_KEY",
     "REQUEST",
     "REUSE",
@@ -43,6 +44,8 @@ CONDITION, DECODE = "condition", "decode"
 TIMESTEPS = "t"  # what CONDITION takes beside the conditions of each row: float32 (steps,)
 # in front of a table's name: it depends on no timestep, so a request has it once and not for each step
 REQUEST = "request."
+# in front of one that depends on the timestep alone: the bundle has it, a row for each step and none for a batch
+OF_STEP = "step."
 UPDATE = "update"  # guidance, sampler and compensation of a step, for devices
 FULL, REUSE, EXTRAPOLATE = "full", "reuse", "extrapolate"
 FLOAT = "float"  # `full` as it was before its linear layers became INT8

@@ -8,7 +8,7 @@ import numpy as np
 
 from ditc.manifest import TABLES, Manifest
 from ditc.precision import quantized
-from ditc.program import REUSE_ROWS
+from ditc.program import OF_STEP, REUSE_ROWS
 from ditc.sampler_checks import sampler_contradictions
 from ditc.tables import (
     COMPENSATION,
@@ -36,7 +36,7 @@ def table_contradictions(manifest: Manifest, tables: Tables) -> Iterator[str]:
 
 
 def forms(manifest: Manifest) -> dict[str, Form]:
-    """The type and shape of every table that a bundle may have, but for further columns of the sampler."""
+    """The type and shape of every table that a bundle may have, but for the sampler's further columns and OF_STEP's."""
     steps, spec = len(manifest.program.steps), manifest.model
     rows = max(plan.rows for plan in manifest.program.segments)
     return {
@@ -53,7 +53,8 @@ def tables_have_their_form(manifest: Manifest, tables: Tables) -> Iterator[str]:
     known = forms(manifest)
     for name, table in tables.items():
         column = known[f"{SAMPLER}t"] if name.startswith(SAMPLER) else None
-        form = known.get(name, column)
+        rows = ("float32", (len(manifest.program.steps), *[None] * (table.ndim - 1)))
+        form = known.get(name, rows if name.startswith(OF_STEP) else column)
         if form is None:
             yield f"{name!r} is none of the tables: {', '.join(known)}"
         elif str(table.dtype) != form[0] or not _fits(table.shape, form[1]):

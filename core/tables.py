@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ditc.errors import BundleError
 from ditc.files import atomic_write
-from ditc.program import REUSE_ROWS
+from ditc.program import OF_STEP, REUSE_ROWS
 
 __all__ = [
     "COMPENSATION",
@@ -31,6 +31,7 @@ __all__ = [
     "sampler_columns",
     "sampler_tables",
     "step_inputs",
+    "tables_of_steps",
     "write_tables",
 ]
 
@@ -94,4 +95,10 @@ def sampler_tables(columns: Mapping[str, NDArray[np.float64]]) -> dict[str, NDAr
 
 def step_inputs(tables: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """Return those of a bundle's tables that segments take a row of at each step: name of the input -> (steps, ...)."""
-    return {name: tables[table].astype(np.float32) for name, table in STEP_INPUTS.items() if table in tables}
+    own = {name: tables[table].astype(np.float32) for name, table in STEP_INPUTS.items() if table in tables}
+    return own | tables_of_steps(tables)
+
+
+def tables_of_steps(tables: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    """Return those of a bundle's tables that the model makes of timesteps alone, by their inputs: (steps, ...)."""
+    return {name: table.astype(np.float32, copy=False) for name, table in tables.items() if name.startswith(OF_STEP)}

@@ -24,13 +24,13 @@ from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.errors import InputError
 from ditc.files import atomic_folder
 from ditc.guidance import Guidance
-from ditc.program import CONDITION, REUSE_ROWS, TIMESTEPS, Program
+from ditc.program import CONDITION, TIMESTEPS, Program
 from ditc.requests import Request
 from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import seeded_request
 from ditc.runtime.pipeline import Pipeline
 from ditc.spec import Record
-from ditc.tables import step_inputs
+from ditc.tables import MIDPOINTS_INPUT, SCALES_INPUT
 
 __all__ = ["PolygraphyExport", "RecordedSegment", "export_polygraphy", "recorded_calls", "recorded_runs"]
 
@@ -129,7 +129,7 @@ def with_every_row(bundle: Bundle, request: Request, run: RecordedRun) -> Record
     drawn, _, _ = seeded_request(spec, request, 0, 0, steps)
     rows = Guidance.of(spec, bundle.manifest.guidance).row_conditions(drawn)
     session = OnnxRuntimeBackend().session(bundle.segment_path(CONDITION))
-    tables = condition_tables(session, run.inputs[TIMESTEPS], rows)
+    tables = condition_tables(session, run.inputs.get(TIMESTEPS, np.empty(0)), rows)
     return RecordedRun(run.call, {**run.inputs, **rows}, tables)
 
 
@@ -156,7 +156,7 @@ def segment_facts(bundle: Bundle, name: str, runs: Sequence[RecordedRun]) -> Seg
         shapes={key: value.shape for key, value in runs[0].inputs.items()},
         rms={key: max(_rms(run.outputs[key]) for run in runs) for key in runs[0].outputs},
         cut=str(list(graph)[len(graph) // 2].outputs[0].name),
-        quantized_inputs=(step_inputs(bundle.tables()).keys() - {REUSE_ROWS}) & runs[0].inputs.keys(),
+        quantized_inputs={SCALES_INPUT, MIDPOINTS_INPUT} & runs[0].inputs.keys(),
         typed_only=[] if typed is None else tensors_with(bundle.path / typed, OVER_MAGNITUDE),
     )
 

@@ -11,10 +11,12 @@ import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ditc.bundle import Bundle, open_bundle
 from ditc.calibset import CalibSet
@@ -27,6 +29,7 @@ from ditc.files import atomic_write
 from ditc.guidance import Guidance
 from ditc.program import AHEAD, CONDITION, REQUEST, TIMESTEPS
 from ditc.spec import Record
+from ditc.tables import tables_of_steps
 
 __all__ = [
     "CALIBRATORS",
@@ -128,6 +131,32 @@ def open_calibrator(trt: Any, method: str, request: CalibrationRequest, sizes: M
     del scratch
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """Rows of a bundle's tables of timesteps on the device, by input: a step's own, and in place of later ones too."""
+
+    tables: Mapping[str, NDArray[np.float32]]
+    tensors: Mapping[str, DeviceTensor]
+    ahead: int
+
+    @staticmethod
+    def of(device: Device, tables: Mapping[str, NDArray[np.float32]], ahead: int) -> StepRows:
+        own = {name: device.empty(table.shape[1:], "float32") for name, table in tables.items()}
+        later = {
+            f"{AHEAD}.{name}": device.empty((ahead, *table.shape[1:]), "float32")
+            for name, table in tables.items()
+            if ahead
+        }
+        return StepRows(tables, {**own, **later}, ahead)
+
+    def upload(self, device: Device, step: int) -> None:
+        """Put the rows of a step into their places."""
+        for name, table in self.tables.items():
+            device.upload(table[step], self.tensors[name])
+            if self.ahead:
+                device.upload(np.stack([table[step]] * self.ahead), self.tensors[f"{AHEAD}.{name}"])
+
+
 def calibration_batches(
     points: CalibSet, condition: TensorRTEngine, device: Device, rows: int, request: CalibrationRequest
 ) -> Iterator[Batch]:
@@ -138,7 +167,12 @@ def calibration_batches(
     bundle = open_bundle(request.bundle)
     guidance, examples = Guidance.of(bundle.manifest.model, bundle.manifest.guidance), bundle.examples()
     images = rows // guidance.halves
-    t = device.empty(condition.inputs[TIMESTEPS].fixed_shape, condition.inputs[TIMESTEPS].dtype)
+    timesteps = {
+        name: device.empty(port.fixed_shape, port.dtype)
+        for name, port in condition.inputs.items()
+        if name == TIMESTEPS  # a model whose tables of steps depend on them alone takes none
+    }
+    alone = StepRows.of(device, tables_of_steps(bundle.tables()), request.ahead)
     conditions = {each.name: device.empty((rows, *each.shape), each.dtype) for each in guidance.conditions}
     tables = {name: device.empty(port.fixed_shape, port.dtype) for name, port in condition.outputs.items()}
     of_steps = {name: table for name, table in tables.items() if not name.startswith(REQUEST)}
@@ -146,11 +180,13 @@ def calibration_batches(
     row = {name: device.empty(table.shape[1:], table.dtype) for name, table in of_steps.items()}
     later = {f"{AHEAD}.{name}": table.rows(0, request.ahead) for name, table in of_steps.items() if request.ahead}
     x = device.empty((rows, *points.x.shape[1:]), "float32")
-    for name, tensor in ((TIMESTEPS, t), *conditions.items(), *tables.items()):
+    for name, tensor in (*timesteps.items(), *conditions.items(), *tables.items()):
         condition.bind(name, tensor)
     for step in np.unique(points.step):
         at_step = np.flatnonzero(points.step == step)
-        device.upload(np.full(t.shape, points.t[at_step[0]], np.float32), t)
+        for t in timesteps.values():
+            device.upload(np.full(t.shape, points.t[at_step[0]], np.float32), t)
+        alone.upload(device, int(step))
         for start in range(0, len(at_step), images):
             part = np.resize(at_step[start : start + images], images)
             asked = examples.of(points.sample[part], points.label[part].tolist())
@@ -161,7 +197,7 @@ def calibration_batches(
             for name, table in of_steps.items():
                 device.copy(table.row(0), row[name])  # every step of this table is the same timestep
             device.synchronize()
-            yield {"x": x, **row, **later, **once}  # TensorRT asks for those that the network has
+            yield {"x": x, **row, **later, **once, **alone.tensors}  # TensorRT asks for those that the network has
 
 
 def calibration_caches(bundle: Bundle) -> list[Path]:

@@ -11,7 +11,7 @@ from ditc.engines.store import EXPLICIT
 from ditc.engines.trt_runtime import profile_sizes
 from ditc.errors import BundleError, InputError
 from ditc.footprint import Footprint, PortShape
-from ditc.program import CONDITION, DECODE
+from ditc.program import AHEAD, CONDITION, DECODE, OF_STEP
 from ditc.spec import Record
 
 __all__ = ["MemoryNeeds", "footprints", "memory_needs"]
@@ -95,10 +95,17 @@ def memory_needs(bundle: Bundle, calibration: str = EXPLICIT) -> MemoryNeeds:
         weights={name: need.weight_bytes for name, need in needs.items()},
         scratch=max(need.activation_bytes for need in needs.values()),
         caches=factor * sum(slots.values()),
-        tables=factor * sum(_with_copies(port, profile_sizes(bundle, CONDITION)) for port in condition),
+        tables=factor * sum(_with_copies(port, profile_sizes(bundle, CONDITION)) for port in condition)
+        + sum(_rows_of_steps(needs[step.segment]) for step in manifest.program.steps),
         samples=(3 * rows + steps * manifest.batch) * latent + rows * prediction + sum(images),
         batch=manifest.batch,
     )
+
+
+def _rows_of_steps(need: Footprint) -> int:
+    """Bytes of what a segment takes at a step that depends on the timestep alone, in full precision."""
+    ports = (port for name, port in need.inputs.items() if name.removeprefix(f"{AHEAD}.").startswith(OF_STEP))
+    return sum(port.size_bytes({}) for port in ports)
 
 
 def _with_copies(port: PortShape, sizes: Mapping[str, int]) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ditc.errors import CheckpointError
-from ditc.exporter.protocol import TrajectoryModel, step_tables
+from ditc.exporter.protocol import TrajectoryModel, step_tables, timestep_tables
 from ditc.exporter.seams import Seam, Streams, first_streams, seams_of
 from ditc.streams import IMAGE
 
@@ -83,7 +83,9 @@ class Walk:
         tables = step_tables(self.model, t, conditions)
         if self.model.spec.inputs:
             return tables
-        return {name: table.expand(len(x), *table.shape[1:]) for name, table in tables.items()}
+        alone = timestep_tables(self.model, t)
+        rows = {name: table.expand(len(x), *table.shape[1:]) for name, table in tables.items() if name not in alone}
+        return tables | rows
 
     def _streams(self, x: Tensor, parts: Any) -> list[Streams]:
         """The streams in front of every branch, and behind the last; copies, as a merge may write in place."""

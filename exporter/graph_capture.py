@@ -42,7 +42,7 @@ def captured(
         }
         for key in inputs
     )
-    dynamic: Any = (shapes[0], shapes[1:]) if variadic else shapes
+    dynamic: Any = (shapes[0], shapes[1:]) if variadic and len(shapes) > 1 else shapes
     with _quiet():
         program = torch.onnx.export(
             module.eval(),

@@ -37,8 +37,8 @@ class Text(NamedTuple):
 class Parts(NamedTuple):
     """Tables of one step as the branches take them.
 
-    `rows` are those of the modulation, (batch, 1, width) each; `bias` is added to the scores of a text's tokens,
-    (batch, 1, 1, text tokens).
+    `rows` are those of the modulation, (1, width) each, the same for every image; `bias` is added to the scores of a
+    text's tokens, (batch, 1, 1, text tokens).
     """
 
     rows: tuple[Tensor, ...]
@@ -229,12 +229,11 @@ class PixArt(nn.Module):
             branches.append(ModulatedBranch(f"{name}.ff", block.norm2, block.ff, 6 * i + 3))
         return tuple(branches)
 
-    def condition(self, t: Tensor, *conditions: Tensor) -> dict[str, Tensor]:
-        """The modulation of every step, the same for every text: (steps, batch, 6 * blocks + 2, width)."""
-        table = self.modulation(t)
-        return {"modulation": table[:, None].expand(-1, conditions[0].shape[0], -1, -1)}
+    def condition(self, t: Tensor, *conditions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 # part of the protocol
+        """Nothing: what depends on a text depends on no timestep, and the other way round."""
+        return {}
 
-    def modulation(self, t: Tensor) -> Tensor:
+    def timestep_tables(self, t: Tensor) -> dict[str, Tensor]:
         """Every adaLN row: (steps,) timesteps -> (steps, 6 * blocks + 2, width).
 
         Rows of block i, from 6 i on: shift, 1 + scale, gate of self-attention, then of the MLP. The last two rows are
@@ -247,7 +246,7 @@ class PixArt(nn.Module):
         rows = shared.unflatten(-1, (6, self.width))  # (steps, 6, width)
         tables = [rows + block.scale_shift_table + offset for block in self.transformer_blocks]
         last = embedded[:, None] + self.scale_shift_table + offset[:2]
-        return torch.cat([*tables, last], dim=1)
+        return {"modulation": torch.cat([*tables, last], dim=1)}
 
     def size_conditions(self, rows: int) -> dict[str, Tensor] | None:
         """Size and ratio of the picture, as models that take them want them; None for others."""
@@ -279,7 +278,7 @@ class PixArt(nn.Module):
         """The tables of one step in the form that the branches want."""
         blocks = range(len(self.transformer_blocks))
         return Parts(
-            rows=torch.split(step["modulation"], 1, dim=1),
+            rows=torch.split(step["modulation"], 1, dim=0),
             texts=tuple(Text(step[f"text_keys.{i}"], step[f"text_values.{i}"]) for i in blocks),
             bias=step["text_bias"],
         )

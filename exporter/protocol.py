@@ -16,7 +16,13 @@ values of a text, a model may compute apart, once for a request, in a method of 
 
     def request_tables(self, *conditions) -> dict[str, Tensor]      # (batch, ...) each
 
-`unpack` gets these beside the step's. A model of conditions other than a class may say what typical ones are:
+`unpack` gets these beside the step's. What depends on the timestep alone, as the modulation of most models of texts, is
+computed when a model is compiled: the tables lie in the bundle, and the weights that make them don't.
+
+    def timestep_tables(self, t) -> dict[str, Tensor]               # (steps, ...) each
+
+`unpack` gets a row of each without a batch axis, to be broadcast. A model of conditions other than a class may say what
+typical ones are:
 
     def example_conditions(self, count) -> dict[str, Tensor]        # (count, *shape) each, but for classes
 
@@ -45,7 +51,7 @@ from torch import Tensor, nn
 from ditc.errors import CheckpointError
 from ditc.exporter.seams import first_streams, seams_of
 from ditc.exporter.stream_checks import check_context, checked_merge, checked_outputs
-from ditc.program import AHEAD, REQUEST, TIMESTEPS
+from ditc.program import AHEAD, OF_STEP, REQUEST, TIMESTEPS
 from ditc.spec import Condition, ModelSpec
 from ditc.streams import IMAGE
 from ditc.tables import STEP_INPUTS
@@ -61,6 +67,7 @@ __all__ = [
     "request_tables",
     "spread_over_steps",
     "step_tables",
+    "timestep_tables",
 ]
 
 
@@ -158,7 +165,7 @@ def branches_add(model: TrajectoryModel, tolerance: float = 1e-4) -> bool:
 
 # names of ports, and how those of some begin
 PORTS = (TIMESTEPS, "x", "out", *STEP_INPUTS)
-PREFIXES = (f"{AHEAD}.", "cache.", REQUEST)
+PREFIXES = (f"{AHEAD}.", "cache.", REQUEST, OF_STEP)
 MEMBERS = ("spec", "branches", "decoder", "condition", "unpack", "embed", "head")
 
 
@@ -197,9 +204,18 @@ def request_tables(model: Any, conditions: Sequence[Tensor]) -> dict[str, Tensor
     return {} if own is None else dict(own(*fixed))
 
 
+def timestep_tables(model: Any, t: Tensor) -> dict[str, Tensor]:
+    """Return the tables (steps, ...) that depend on the timesteps (steps,) alone; many models have none."""
+    own = getattr(model, "timestep_tables", None)
+    return {} if own is None else dict(own(t))
+
+
 def step_tables(model: Any, t: Tensor, conditions: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return what `unpack` takes at one timestep (1,) of conditions (batch, *shape): tables (batch, ...)."""
-    tables = model.condition(t, *spread_over_steps(model.spec, conditions, 1))
+    """Return what `unpack` takes at one timestep (1,) of conditions (batch, *shape): tables (batch, ...).
+
+    Those that depend on the timestep alone have no batch axis.
+    """
+    tables = model.condition(t, *spread_over_steps(model.spec, conditions, 1)) | timestep_tables(model, t)
     return {name: table[0] for name, table in tables.items()} | request_tables(model, conditions)
 
 
@@ -220,7 +236,8 @@ def _checked_tables(model: Any, rows: int, conditions: Sequence[Tensor]) -> dict
     """Return what `unpack` takes at one step. Raises CheckpointError where shapes or names of tables can't be."""
     spec: ModelSpec = model.spec
     own = rows if spec.inputs else 1
-    tables = model.condition(torch.linspace(900, 1, 3), *spread_over_steps(spec, conditions, 3))
+    t = torch.linspace(900, 1, 3)
+    tables = model.condition(t, *spread_over_steps(spec, conditions, 3))
     wrong = {name: tuple(table.shape) for name, table in tables.items() if table.shape[:2] != (3, own)}
     if wrong:
         raise CheckpointError(f"condition() must give tables (steps, batch, ...) = (3, {own}, ...), found {wrong}")
@@ -228,12 +245,21 @@ def _checked_tables(model: Any, rows: int, conditions: Sequence[Tensor]) -> dict
     wrong = {name: tuple(table.shape) for name, table in once.items() if table.shape[:1] != (rows,)}
     if wrong:
         raise CheckpointError(f"request_tables() must give tables (batch, ...) = ({rows}, ...), found {wrong}")
-    if shared := tables.keys() & once.keys():
-        raise CheckpointError(f"condition() and request_tables() both give {', '.join(sorted(shared))}; rename one")
-    for name in tables:  # those of a request have a name of their own as ports, REQUEST in front
+    alone = timestep_tables(model, t)
+    wrong = {name: tuple(table.shape) for name, table in alone.items() if table.shape[:1] != (3,)}
+    if wrong:
+        raise CheckpointError(f"timestep_tables() must give tables (steps, ...) = (3, ...), found {wrong}")
+    if not tables and not once:
+        raise CheckpointError("condition() and request_tables() give no table; give those of timesteps in condition()")
+    names = [*tables, *once, *alone]
+    if shared := {name for name in names if names.count(name) > 1}:
+        givers = (("condition", tables), ("request_tables", once), ("timestep_tables", alone))
+        both = " and ".join(f"{giver}()" for giver, given in givers if given.keys() & shared)
+        raise CheckpointError(f"{both} both give {', '.join(sorted(shared))}; rename one")
+    for name in tables:  # the others have a name of their own as ports, REQUEST or OF_STEP in front
         if name in {*PORTS, *(each.name for each in spec.network_inputs)} or name.startswith(PREFIXES):
             raise CheckpointError(f"a table is called {name!r}, as a port of segments is or may be; rename it")
-    return {name: table[0] for name, table in tables.items()} | once
+    return {name: table[0] for name, table in {**tables, **alone}.items()} | once
 
 
 def _check_shapes(model: Any, x: Tensor, conditions: Sequence[Tensor]) -> None:

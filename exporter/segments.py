@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ditc.exporter.protocol import TrajectoryModel, example_inputs, request_tables, spread_over_steps
+from ditc.exporter.protocol import (
+    TrajectoryModel,
+    example_inputs,
+    request_tables,
+    spread_over_steps,
+    timestep_tables,
+)
 from ditc.exporter.seams import Seam, Streams, first_streams, seams_of
-from ditc.program import AHEAD, CONDITION, DECODE, REQUEST, REUSE_ROWS, TIMESTEPS, Program, SegmentPlan
+from ditc.program import AHEAD, CONDITION, DECODE, OF_STEP, REQUEST, REUSE_ROWS, TIMESTEPS, Program, SegmentPlan
 from ditc.streams import IMAGE
 
-__all__ = ["Excerpt", "Passing", "Segment", "Trunk", "segments_of"]
+__all__ = ["Excerpt", "Passing", "Segment", "Trunk", "own_names", "segments_of"]
 
 Passed = tuple[Tensor, ...]  # from branch to branch: the streams, IMAGE first, and the sums for later steps
 Parts = tuple[Any, ...]  # what branches take from the tables, of this step and of later ones
@@ -97,6 +103,13 @@ class Condition(nn.Module):
         return (*self.model.condition(t, *conditions).values(), *once.values())
 
 
+class TimelessCondition(Condition):
+    """The conditions of a batch to REQUEST's tables, of a model whose other tables depend on the timestep alone."""
+
+    def forward(self, first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        return tuple(request_tables(self.model, (first, *others)).values())
+
+
 class Trunk(nn.Module):
     """One pass through the network with some branches computed and the others taken from a cache.
 
@@ -130,9 +143,9 @@ class Trunk(nn.Module):
         tables, rest = _split_off(self.tables, rest)
         of_steps = [name for name in self.tables if not name.startswith(REQUEST)]
         ahead, rest = _split_off(of_steps, rest) if self.plan.ahead else ({}, rest)
-        parts = self.model.unpack(_own_names(tables))
+        parts = self.model.unpack(own_names(tables))
         later = [
-            self.model.unpack(_own_names(tables | {name: table[k] for name, table in ahead.items()}))
+            self.model.unpack(own_names(tables | {name: table[k] for name, table in ahead.items()}))
             for k in range(self.plan.ahead)
         ]
         begun = first_streams(self.model, x, parts)
@@ -165,9 +178,9 @@ def _split_off(names: Sequence[str], rest: tuple[Tensor, ...]) -> tuple[dict[str
     return dict(zip(names, rest[: len(names)], strict=True)), rest[len(names) :]
 
 
-def _own_names(tables: dict[str, Tensor]) -> dict[str, Tensor]:
+def own_names(tables: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tables under the names that the model gave them."""
-    return {name.removeprefix(REQUEST): table for name, table in tables.items()}
+    return {name.removeprefix(REQUEST).removeprefix(OF_STEP): table for name, table in tables.items()}
 
 
 class Excerpt(nn.Module):
@@ -239,7 +252,8 @@ def segments_of(model: TrajectoryModel, program: Program) -> Iterator[Segment]:
     yield condition
     conditioned = dict(zip(condition.outputs, condition.module(*condition.inputs.values()), strict=True))
     once = {name: table for name, table in conditioned.items() if name.startswith(REQUEST)}
-    conditioned = {name: table for name, table in conditioned.items() if name not in once}
+    alone = {f"{OF_STEP}{name}": table for name, table in timestep_tables(model, t[:3]).items()}
+    conditioned = {name: table for name, table in conditioned.items() if name not in once} | alone
     step = {name: table[1].contiguous() for name, table in conditioned.items()} | once
     for plan in program.segments:
         generator = torch.Generator().manual_seed(1)
@@ -255,7 +269,8 @@ def segments_of(model: TrajectoryModel, program: Program) -> Iterator[Segment]:
             module=Trunk(model, plan, tuple(step)),
             inputs=inputs,
             outputs=("out", *(f"cache.{name}" for name in plan.writes)),
-            open_dims={name: {1 if name in later else 0: "batch"} for name in inputs} | {name: {} for name in rows},
+            open_dims={name: {1 if name in later else 0: "batch"} for name in inputs}
+            | {name: {} for name in inputs if name in rows or name.removeprefix(f"{AHEAD}.") in alone},
         )
     if DECODE in program.epilogue and model.decoder is not None:
         yield Segment(DECODE, Decode(model.decoder), {"latent": x[:2]}, ("image",), {"latent": {0: "batch"}})
@@ -269,12 +284,13 @@ def _condition_segment(model: TrajectoryModel, t: Tensor, conditions: Sequence[T
     fresh = {condition.name for condition in spec.network_inputs if condition.fresh}
     tables = [*model.condition(t, *(own if spec.inputs else ()))]
     once = [f"{REQUEST}{name}" for name in (request_tables(model, conditions) if spec.inputs else ())]
+    timesteps = {TIMESTEPS: t} if tables else {}  # nothing else asks for them
     return Segment(
         name=CONDITION,
-        module=Condition(model),
-        inputs={TIMESTEPS: t, **{name: given.contiguous() for name, given in zip(names, own, strict=True)}},
+        module=Condition(model) if tables else TimelessCondition(model),
+        inputs={**timesteps, **{name: given.contiguous() for name, given in zip(names, own, strict=True)}},
         outputs=(*tables, *once),
-        open_dims={TIMESTEPS: {0: "steps"}}
+        open_dims={name: {0: "steps"} for name in timesteps}
         | {name: {0: "steps", 1: "batch"} if name in fresh else {0: "batch"} for name in names},
     )
 

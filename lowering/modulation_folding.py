@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from ditc.program import OF_STEP
 from ditc.quantize.activation_pairs import activation_pairs, add_constant, bypass, new_node
 from ditc.quantize.scale_sources import is_of_the_step
 from ditc.tables import SCALES_INPUT
@@ -69,7 +70,7 @@ def _only_reader_is(value: ir.Value, reader: ir.Node, kind: str) -> ir.Node | No
 
 
 def _is_own_row(value: ir.Value) -> bool:
-    """Is this a part of a table of the step, along an axis behind the batch, that has one reader?"""
+    """Is this a part of a table of the step, along an axis behind the batch if it has one, that has one reader?"""
     split = value.producer()
     if split is None or split.op_type != "Split" or len(value.uses()) != 1:
         return False
@@ -78,7 +79,7 @@ def _is_own_row(value: ir.Value) -> bool:
         table is not None
         and table.is_graph_input()
         and table.shape is not None
-        and _axis(split) > 0
+        and (_axis(split) > 0 or str(table.name).startswith(OF_STEP))
         and isinstance(table.shape[_axis(split)], int)
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ditc.program import REUSE_ROWS, TIMESTEPS
+from ditc.program import AHEAD, OF_STEP, REUSE_ROWS
 from ditc.tables import MIDPOINTS_INPUT, SCALES_INPUT
 
 __all__ = ["FP32_OPERATORS", "FULL_PRECISION_PORTS", "half_precision"]
@@ -24,6 +24,7 @@ FP32_OPERATORS = frozenset(
     }
 )
 FULL_PRECISION_PORTS = frozenset({"x", "out", "latent", "image", SCALES_INPUT, MIDPOINTS_INPUT, REUSE_ROWS})
+SAMPLES = frozenset({"x", "latent"})  # every segment but `condition` takes one of them
 LEAST_SCALE = 2.0**-14  # the smallest FP16 number with full precision
 
 
@@ -34,7 +35,7 @@ def half_precision(model: ir.Model) -> bool:
     """
     if any(HALF in (value.dtype for value in node.outputs) for node in model.graph):
         return False
-    if TIMESTEPS in {value.name for value in model.graph.inputs}:  # `condition` alone takes them
+    if not SAMPLES & {value.name for value in model.graph.inputs}:  # `condition`
         for place, value in enumerate(list(model.graph.outputs)):
             _cast_before_output(model, place, value, HALF)
         return True
@@ -44,7 +45,7 @@ def half_precision(model: ir.Model) -> bool:
     for value in [*graph.initializers.values()]:
         _halve_constant(model, value)
     for value in graph.inputs:
-        if value.dtype == FLOAT and value.name in FULL_PRECISION_PORTS:
+        if value.dtype == FLOAT and _stays_float(str(value.name)):
             _cast_after_input(model, value)
         elif value.dtype == FLOAT:
             value.dtype = HALF
@@ -58,6 +59,11 @@ def half_precision(model: ir.Model) -> bool:
         if value.dtype == HALF and value.name in FULL_PRECISION_PORTS:
             _cast_before_output(model, place, value, FLOAT)
     return True
+
+
+def _stays_float(port: str) -> bool:
+    """Is this an input of full precision: a sample, or a row of a bundle's tables?"""
+    return port in FULL_PRECISION_PORTS or port.removeprefix(f"{AHEAD}.").startswith(OF_STEP)
 
 
 def _requantize_small_scales(model: ir.Model) -> None:

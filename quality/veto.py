@@ -37,6 +37,7 @@ from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import Samples, seeded_request
 from ditc.runtime.pipeline import Pipeline, load
 from ditc.runtime.reference_run import GuidedRun
+from ditc.tables import tables_of_steps
 
 __all__ = ["Veto", "check_has_noise", "reuse_sources", "veto_of"]
 
@@ -110,7 +111,10 @@ class _Sides:
         spec = bundle.manifest.model
         exact, int8 = (
             stack.enter_context(open_branch_probe(path, spec.branches, tables, spec.streams))
-            for path, tables in ((bundle.reference_path(FULL), {}), (bundle.segment_path(FULL), bundle.tables()))
+            for path, tables in (
+                (bundle.reference_path(FULL), tables_of_steps(bundle.tables())),
+                (bundle.segment_path(FULL), bundle.tables()),
+            )
         )
         conditions = bundle.reference_path(CONDITION), bundle.segment_path(CONDITION)
         return _Sides(pipe, GuidedRun.of(bundle), exact, int8, conditions, bundle.manifest.program.unquantized)

@@ -1,9 +1,10 @@
 """Sites where a factor per channel folds in front of linear layers, so that dividing their input costs nothing.
 
 A linear layer computes the same from x / s with its weight's rows times s. The division has to vanish into constants,
-and two places allow it: the rows of a `condition` table that modulate the input, and the layer whose outputs attention
-mixes over tokens but not over channels. Both are recognised in the graph by what it computes. In front of a
-nonlinearity, as between GELU and the second layer of an MLP, nothing can vanish, and such layers are left alone.
+and two places allow it: the rows of a table that modulate the input, of `condition` or of the timesteps, and the layer
+whose outputs attention mixes over tokens but not over channels. Both are recognised in the graph by what it computes.
+In front of a nonlinearity, as between GELU and the second layer of an MLP, nothing can vanish, and such layers are left
+alone.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ditc.program import AHEAD
+from ditc.program import AHEAD, OF_STEP
 from ditc.quantize.element_places import Places, moved_from, origin_of, readings, row_shape
 from ditc.quantize.linears import Linear, linears_of
 from ditc.quantize.output_factors import scaled_tensor
 
-__all__ = ["Fold", "Site", "TableFold", "WeightFold", "common_sites", "condition_table_factors", "fold_into_segment"]
+__all__ = [
+    "Fold",
+    "Site",
+    "TableFold",
+    "WeightFold",
+    "common_sites",
+    "fold_into_segment",
+    "shapes_of_rows",
+    "table_factors",
+]
 
 Factors = NDArray[np.float64]
 
@@ -30,7 +40,7 @@ LATER = f"{AHEAD}."  # before a table's name: that of the next steps
 
 @dataclass(frozen=True)
 class TableFold:
-    """1/s goes into a table of `condition`: at places of one row of it, flattened, for the scale and for the shift."""
+    """1/s goes into a table: at places of one row of it, flattened, for the scale and for the shift."""
 
     table: str
     scale: tuple[int, ...]
@@ -94,12 +104,25 @@ class _Graph:
 
 
 def _rows_from(table: ir.Value) -> dict[ir.Value, Places]:
-    """`moved_from` with places in one row of a table, (batch, ...) of one step or (steps, batch, ...) of several."""
+    """`moved_from` with places in one row of a table.
+
+    A table is (batch, ...) of one step or (steps, batch, ...) of several; without the batch where it is of OF_STEP.
+    """
     shape = row_shape(table)
     if shape is None:
         return {}
-    places = np.arange(int(np.prod(shape))) % int(np.prod(shape[1:]))
+    places = np.arange(int(np.prod(shape))) % int(np.prod(shape[_leading(str(table.name)) :]))
     return moved_from(table, places.reshape(shape))
+
+
+def _leading(name: str) -> int:
+    """Return the number of axes in front of a row of a table that a segment takes, its batch counted as 1."""
+    return 0 if name.startswith(OF_STEP) else 1
+
+
+def shapes_of_rows(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Return the shape of one row of each table that a segment takes, by name."""
+    return {str(value.name): (row_shape(value) or ())[_leading(str(value.name)) :] for value in model.graph.inputs}
 
 
 def _reads(moved: Mapping[ir.Value, Places]) -> NDArray[np.int64] | None:
@@ -117,7 +140,7 @@ def _is_own(constant: ir.Value) -> bool:
 
 
 def modulated(graph: _Graph, activation: ir.Value) -> TableFold | None:
-    """x = n * scale + shift, with both rows taken from one table of `condition` (adaLN)."""
+    """x = n * scale + shift, with both rows taken from one table (adaLN)."""
     for product, shift in _operands(activation, "Add"):
         if len(product.uses()) != 1:
             continue
@@ -287,10 +310,11 @@ def _multiply(constant: ir.Value, factor: Factors) -> None:
     constant.const_value = scaled_tensor(constant.const_value, factor, str(constant.name))
 
 
-def condition_table_factors(
-    factors: Mapping[Site, Factors], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Factors]:
-    """Return the factors of each table of `condition`, one row's shape each; tables that stay are left out."""
+def table_factors(factors: Mapping[Site, Factors], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
+    """Return the factors of each table, one row's shape each, by its name; tables that stay are left out.
+
+    `shapes` are those of the rows.
+    """
     by_table: dict[str, Factors] = {}
     for site, factor in factors.items():
         if isinstance(site.fold, TableFold):

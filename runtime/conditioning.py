@@ -2,7 +2,8 @@
 
 With guidance the unconditional half is one row of nulls, and a batch may ask for a class several times. So the tables
 hold a row for each distinct row of conditions, and a step's rows are taken from them when it runs. What depends on no
-timestep, as the keys and values of a text, is a table of the request (REQUEST): without a row for each step.
+timestep, as the keys and values of a text, is a table of the request (REQUEST): without a row for each step. What
+depends on the timestep alone is a table of the bundle (OF_STEP): without a row for each of the conditions.
 """
 
 from __future__ import annotations
@@ -15,11 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.engines.backend import Buffer, DeviceEngine, Engine, Port
-from ditc.program import AHEAD, REQUEST, TIMESTEPS
+from ditc.program import AHEAD, OF_STEP, REQUEST, TIMESTEPS
 from ditc.requests import Arrays
 from ditc.spec import ModelSpec
 
-__all__ = ["Conditioning", "at_step", "condition_tables", "is_of_request", "most_ahead", "of_step", "steps_ahead"]
+__all__ = [
+    "Conditioning",
+    "at_step",
+    "condition_tables",
+    "is_of_request",
+    "most_ahead",
+    "of_step",
+    "rows_at",
+    "steps_ahead",
+    "with_later_rows",
+]
 
 Index = NDArray[np.int64]  # (rows,), of each the place of its conditions among the distinct ones
 
@@ -40,19 +51,22 @@ class Conditioning:
         fresh: frozenset[str] = frozenset(),
     ) -> None:
         self._t, self._most_ahead, self._fresh = t, most_ahead, fresh
-        self._outputs, self._binding = engine.outputs, engine.binding()
+        self._inputs, self._outputs, self._binding = engine.inputs, engine.outputs, engine.binding()
         self._memory = {
             port.name: np.zeros(prod(self._shape(port, rows)), port.dtype) for port in engine.outputs.values()
         }
         self._tables: dict[str, Buffer] = {}
         self._index: Index | None = None
         self._gathered: dict[str, Buffer] = {}
+        self._once: dict[str, Buffer] = {}  # those of the request that are gathered already
 
     def compute(self, conditions: Arrays) -> None:
         """Run the conditioning for the conditions of all rows, each (rows, ...), or (steps, rows, ...) of noise."""
         conditions, self._index = _distinct(conditions, self._fresh)
+        self._once.clear()
         count = _row_count(conditions, self._fresh)
-        self._binding.bind(TIMESTEPS, self._t)
+        if TIMESTEPS in self._inputs:
+            self._binding.bind(TIMESTEPS, self._t)
         for name, rows in conditions.items():
             self._binding.bind(name, rows)
         for port in self._outputs.values():
@@ -72,8 +86,12 @@ class Conditioning:
         """
         rows = {}
         for name, table in self._tables.items():
-            if name in ports:
-                rows[name] = self._rows(name, table if is_of_request(name) else table[step], 0)
+            if name in ports and is_of_request(name):
+                if name not in self._once:
+                    self._once[name] = self._rows(name, table, 0)
+                rows[name] = self._once[name]
+            elif name in ports:
+                rows[name] = self._rows(name, table[step], 0)
             if (later := ports.get(f"{AHEAD}.{name}")) is not None:
                 rows[later.name] = self._rows(later.name, table[step + 1 : step + 1 + steps_ahead(later)], 1)
         return rows
@@ -106,6 +124,28 @@ def of_step(tables: Mapping[str, Buffer], step: int) -> dict[str, Buffer]:
     return {name: table if is_of_request(name) else table[step] for name, table in tables.items()}
 
 
+def rows_at(tables: Mapping[str, Buffer], step: int, ports: Mapping[str, Port]) -> dict[str, Buffer]:
+    """Return the rows of a bundle's tables (steps, ...) that inputs `ports` take at a step: its own, and later steps'.
+
+    (...) each, or (n, ...) for the rows of n later steps: `with_later_rows` has enough of them.
+    """
+    rows = {name: table[step] for name, table in tables.items() if name in ports}
+    for name, table in tables.items():
+        if (later := ports.get(f"{AHEAD}.{name}")) is not None:
+            rows[later.name] = table[step + 1 : step + 1 + steps_ahead(later)]
+    return rows
+
+
+def with_later_rows(tables: Mapping[str, Buffer], most: int) -> dict[str, Buffer]:
+    """Return tables (steps, ...) with zeros for `most` steps past the last in those that later rows are taken of."""
+    return {
+        name: np.concatenate([table, np.zeros((most, *table.shape[1:]), table.dtype)])
+        if most and name.startswith(OF_STEP)
+        else table
+        for name, table in tables.items()
+    }
+
+
 def at_step(spec: ModelSpec, conditions: Arrays, step: int) -> dict[str, NDArray[Any]]:
     """Return conditions of all rows as `condition` takes them at one step alone: fresh noise is that step's."""
     fresh = {condition.name for condition in spec.conditions if condition.fresh}
@@ -117,8 +157,9 @@ def condition_tables(session: Any, t: NDArray[Any], conditions: Arrays) -> dict[
 
     Those of the request are (rows, ...). `session` is ONNX Runtime's of that segment.
     """
-    names = [port.name for port in session.get_outputs()]
-    return dict(zip(names, session.run(names, {TIMESTEPS: np.asarray(t, np.float32), **conditions}), strict=True))
+    names, inputs = ([port.name for port in ports] for ports in (session.get_outputs(), session.get_inputs()))
+    timesteps = {TIMESTEPS: np.asarray(t, np.float32)} if TIMESTEPS in inputs else {}
+    return dict(zip(names, session.run(names, {**timesteps, **conditions}), strict=True))
 
 
 def _row_count(conditions: Arrays, fresh: frozenset[str]) -> int:

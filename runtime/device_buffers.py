@@ -17,7 +17,7 @@ from ditc.engines.backend import DeviceEngine, Port
 from ditc.engines.device import ALIGNMENT, Device, DeviceTensor
 from ditc.program import AHEAD, CONDITION, DECODE, UPDATE, Program
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.conditioning import is_of_request, most_ahead, steps_ahead
+from ditc.runtime.conditioning import is_of_request, most_ahead, rows_at, steps_ahead, with_later_rows
 from ditc.runtime.executor import slot_shapes, slot_type
 from ditc.tables import Tables, memory_of, sampler_columns, step_inputs
 from ditc.update_form import row_columns
@@ -48,10 +48,10 @@ class DeviceBuffers:
     """Buffers for a bundle's batch of images; the network's have a row for each image and guidance half.
 
     `conditions` are those of all rows, by name. What a step takes a row of lies here for all steps: `t`, `update_rows`,
-    `step_inputs` by name, and fresh noise `z`, by step, for those at which the sampler adds any. `tables` are what the
-    conditioning returns, and `table_parts` what of them each step binds, by port; a part in `copied_parts` is bound as
-    a copy, made when the tables are there. `latent` and `image` are a decoder's, where there is one. `memory` is how
-    many steps the sampler looks back.
+    `step_rows` by step and port, and fresh noise `z`, by step, for those at which the sampler adds any. `tables` are
+    what the conditioning returns, and `table_parts` what of them each step binds, by port; a part in `copied_parts` is
+    bound as a copy, made when the tables are there. `latent` and `image` are a decoder's, where there is one. `memory`
+    is how many steps the sampler looks back.
     """
 
     def __init__(self, manifest: Manifest, tables: Tables, engines: Mapping[str, DeviceEngine], device: Device) -> None:
@@ -75,7 +75,7 @@ class DeviceBuffers:
         }
         self.t = self._uploaded(sampler_columns(tables)["t"].astype(np.float32))
         self.update_rows = [self._uploaded(row) for row in update_rows(tables, spec.in_channels)]
-        self.step_inputs = {name: [self._uploaded(row) for row in table] for name, table in step_inputs(tables).items()}
+        self.step_rows = self._step_rows(program, engines, step_inputs(tables))
         noisy = np.flatnonzero(sampler_columns(tables)["sigma"] > 0) if "z" in engines[UPDATE].inputs else ()
         self.z = {int(step): device.empty((batch, *spec.latent_shape), "float32") for step in noisy}
         if self.z:
@@ -124,6 +124,17 @@ class DeviceBuffers:
         tensor = self._device.empty(array.shape, str(array.dtype))
         self._device.upload(array, tensor)
         return tensor
+
+    def _step_rows(
+        self, program: Program, engines: Mapping[str, DeviceEngine], tables: Mapping[str, NDArray[np.float32]]
+    ) -> list[dict[str, DeviceTensor]]:
+        """Upload what each step's segment takes of the bundle's tables, by port."""
+        padded = with_later_rows(tables, most_ahead(engines))
+        steps = []
+        for step in program.steps:
+            rows = rows_at(padded, step.index, engines[step.segment].inputs)
+            steps.append({port: self._uploaded(np.ascontiguousarray(row)) for port, row in rows.items()})
+        return steps
 
     def _place_tables(self, program: Program, engines: Mapping[str, DeviceEngine]) -> None:
         """Allocate what `condition` returns, with zeros for steps past the last, and the parts that each step binds."""

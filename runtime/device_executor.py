@@ -247,7 +247,8 @@ class DeviceExecutor:
     def _queue_condition(self, first: int = 0) -> None:
         """All steps' tables in one call, and the samples in front of the first step in their place."""
         engine, buffers = self._engines[CONDITION], self._buffers
-        engine.bind(TIMESTEPS, buffers.t)
+        if TIMESTEPS in engine.inputs:
+            engine.bind(TIMESTEPS, buffers.t)
         for name, tensor in buffers.conditions.items():
             engine.bind(name, tensor)
         for name, table in buffers.tables.items():
@@ -268,8 +269,8 @@ class DeviceExecutor:
         engine.bind("out", buffers.out)
         for name, part in buffers.table_parts[step.index].items():
             engine.bind(name, part)
-        for name in buffers.step_inputs.keys() & engine.inputs.keys():
-            engine.bind(name, buffers.step_inputs[name][step.index])
+        for name, row in buffers.step_rows[step.index].items():
+            engine.bind(name, row)
         for port_name, slot in self.program.cache_ports(step):
             engine.bind(port_name, buffers.slots[slot])
         engine.enqueue()

@@ -24,7 +24,7 @@ from ditc.guidance import Guidance
 from ditc.program import CONDITION, DECODE, UPDATE, Program, Step
 from ditc.requests import Request
 from ditc.runtime.compensation import TableCompensation
-from ditc.runtime.conditioning import Conditioning, most_ahead
+from ditc.runtime.conditioning import Conditioning, most_ahead, rows_at, with_later_rows
 from ditc.runtime.executor import (
     Correction,
     NoiseSource,
@@ -74,8 +74,8 @@ class HostExecutor:
     `engines` maps segment names to engines; `guidance` is the weight of classifier-free guidance, at 1 the
     unconditional half is not computed at all. `tables` are a bundle's: the sampler's columns, the compensation where
     there is one, and what segments take a row of at each step. `step_inputs` holds the latter, name of the input ->
-    (steps, ...); each row is read when its step begins. A `correction` stands in for the tables' compensation; it is
-    called with the samples of a whole request.
+    (steps, ...), some with zeros for steps past the last; each row is read when its step begins. A `correction` stands
+    in for the tables' compensation; it is called with the samples of a whole request.
 
     `batch` is how many images the bundle was compiled for: a request should hold no fewer, and a decoder takes no more.
     `together` is how many images a call of an engine may hold at most, None for any number: scales measured as a tensor
@@ -97,7 +97,7 @@ class HostExecutor:
         self.spec = spec
         self.program = program
         self.guidance = Guidance.of(spec, guidance)
-        self.step_inputs = step_inputs(tables)
+        self.step_inputs = with_later_rows(step_inputs(tables), most_ahead(engines))
         self._correction = TableCompensation.from_tables(tables) if correction is None else correction
         self._batch = batch
         self._together = together
@@ -262,8 +262,8 @@ class HostExecutor:
         binding.bind("out", buffers.out)
         for name, rows in buffers.conditioning.inputs(step.index, engine.inputs).items():
             binding.bind(name, rows)
-        for name in self.step_inputs.keys() & engine.inputs.keys():
-            binding.bind(name, self.step_inputs[name][step.index])
+        for name, row in rows_at(self.step_inputs, step.index, engine.inputs).items():
+            binding.bind(name, row)
         for port, slot in self.program.cache_ports(step):
             binding.bind(port, buffers.slots[slot])
         return binding

@@ -28,6 +28,7 @@ from ditc.runtime.conditioning import condition_tables, of_step
 from ditc.runtime.executor import Samples, seeded_request
 from ditc.runtime.pipeline import Pipeline
 from ditc.runtime.reference_run import GuidedRun
+from ditc.tables import tables_of_steps
 
 if TYPE_CHECKING:
     from ditc.exporter.model_facts import ModelFacts
@@ -54,7 +55,8 @@ class PeerTask:
 
     `reference` is the FP segment of a computing step, with nothing but the prediction as output. `expected` is what it
     gives for the samples `x` at step `index`, (rows, channels, *space), `bundle_output` what the bundle gives.
-    `conditions` are those of all rows, `tables` the bundle's conditioning, each (steps, rows, ...). `points` are (step,
+    `conditions` are those of all rows, `tables` the bundle's conditioning, each (steps, rows, ...), and its
+    tables of timesteps alone, (steps, ...). `points` are (step,
     samples) to calibrate with. Peers write files to `scratch`.
     """
 
@@ -106,7 +108,7 @@ def peer_task_of(bundle: Bundle, choice: ModelChoice, scratch: Path) -> PeerTask
     reference = _bare_reference(bundle, scratch)
     session = OnnxRuntimeBackend().session(reference)
     ports = {port.name for port in session.get_inputs()}
-    tables = condition_tables(condition, run.columns["t"], conditions)
+    tables = condition_tables(condition, run.columns["t"], conditions) | tables_of_steps(bundle.tables())
     tables = {name: table for name, table in tables.items() if name in ports}
     feeds = _feeds(tables, index, run.guidance.rows(before[index]))
     expected = session.run(["out"], feeds)[0]

@@ -181,7 +181,9 @@ def test_points_in_other_batches_give_the_same_ranges(hard: Taught, monkeypatch:
         assert alone[name].high == pytest.approx(ends.high, rel=0.02)  # a candidate further at most
 
 
-@pytest.mark.parametrize("make", [build, *(MODELS[name] for name in ("video", "styled", "prompted", "iterated"))])
+@pytest.mark.parametrize(
+    "make", [build, *(MODELS[name] for name in ("video", "styled", "prompted", "clocked", "iterated"))]
+)
 def test_a_model_of_a_users_own_is_taught_and_stays_as_it_is(
     tmp_path: Path, quick_options: CompileOptions, make: Callable[[], Any]
 ) -> None:

@@ -28,6 +28,7 @@ from ditc.runtime.executor import seeded_noise
 from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
 from ditc.step_statistics import StepStatistics
+from tests.models.token_mixer import MODELS
 
 STEPS, IMAGES, WINDOW = 5, 3, 2
 SEEN: list[StepStatistics] = []  # by the policy of these tests
@@ -121,6 +122,17 @@ def test_distances_are_those_of_the_outputs_in_torchs_own_loop(
         change = (now - before).abs()
         assert seen[0] == pytest.approx(change.mean().item(), rel=1e-4)
         assert seen[1] == pytest.approx((change.sum(1) / now.abs().sum(1)).mean().item(), rel=1e-4)
+
+
+def test_tables_of_timesteps_are_watched_as_a_row_for_each_image_is(tmp_path: Path) -> None:
+    model = MODELS["clocked"]()
+    alone = watched(model, tmp_path)
+    model.by_condition = True
+    by_row = watched(model, tmp_path)
+    assert alone.sums is not None
+    assert by_row.sums is not None
+    np.testing.assert_allclose(alone.relative, by_row.relative, rtol=1e-4)
+    np.testing.assert_allclose(alone.sums.gram, by_row.sums.gram, rtol=1e-3, atol=1e-5)
 
 
 def gated_sum(model: Any, outputs: dict[str, torch.Tensor], parts: Any) -> torch.Tensor:

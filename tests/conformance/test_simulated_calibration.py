@@ -100,6 +100,20 @@ def test_a_calibrated_bundle_builds_runs_and_its_scales_can_be_compared(
 
 @with_calibrators
 @pytest.mark.any_version
+@pytest.mark.parametrize("name", ["text", "pixart"])
+def test_a_calibrator_is_fed_a_point_s_own_texts_and_tables(
+    name: str, unbuilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(unbuilt / name, tmp_path / name))
+    assert run(["build", str(bundle), "--calibration", "minmax"]) == 0
+    capsys.readouterr()
+    assert run(["inspect", str(bundle), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["calibrations"]
+    assert all(ratio == pytest.approx(1, rel=1e-3) for ratio in row["ratios"].values())
+
+
+@with_calibrators
+@pytest.mark.any_version
 def test_the_cache_is_taken_up_by_the_next_build_and_belongs_to_its_method(bundle: Path) -> None:
     assert run(["build", str(bundle), "--calibration", "entropy"]) == 0
     (first,) = caches(bundle)

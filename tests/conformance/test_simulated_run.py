@@ -57,7 +57,7 @@ def test_a_gpu_makes_the_images_of_the_cpu(name: str, graphs: str, built: Any) -
 
 
 @pytest.mark.any_version
-@pytest.mark.parametrize("name", ["text", "fresh-condition", "video", "two-streams"])
+@pytest.mark.parametrize("name", ["text", "fresh-condition", "video", "two-streams", "pixart"])
 @pytest.mark.parametrize("graphs", ["none", "trajectory"])
 def test_a_gpu_takes_what_models_of_a_users_own_are_given(name: str, graphs: str, built: Any) -> None:
     """Texts once per request, noise at every step, five axes, a text's stream; the last images fill no whole batch."""

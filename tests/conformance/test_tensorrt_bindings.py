@@ -23,6 +23,7 @@ from ditc.compiler.options import CompileOptions
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import with_vae
 from ditc.files import atomic_folder, in_turn
+from tests.models import pixart
 from tests.models.token_mixer import MODELS
 from tests.models.two_streams import dual
 
@@ -51,6 +52,7 @@ OWN_MODELS: dict[str, Callable[[], Any]] = {
     "fresh-condition": MODELS["iterated"],
     "video": MODELS["video"],
     "two-streams": dual,
+    "pixart": lambda: pixart.model("sigma"),  # tables of timesteps alone
 }
 
 
@@ -76,7 +78,7 @@ def compiled(
         yield "odd-addresses", compiled_once(narrow, quick.model_copy(update={"batch": 1}))
         for name, own in OWN_MODELS.items():
             guided = {"cfg": 1.5 if own().spec.can_be_guided else 1.0}
-            yield name, compiled_once(own(), quick.model_copy(update=guided))
+            yield name, compiled_once(own(), quick.model_copy(update={**guided, "ranges": "max"}))
         latent = with_vae(make_small_model(in_channels=4), tiny_vae(tmp_path_factory.mktemp("vae")))
         yield "decoded", compiled_once(latent, quick)
 

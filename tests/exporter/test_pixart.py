@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import ditc
 from ditc.bundle import Bundle
 from ditc.compiler.options import CompileOptions
 from ditc.exporter.models import load_model
+from ditc.exporter.onnx_files import load_graph
 from ditc.exporter.pixart import PixArt
-from ditc.exporter.protocol import branches_add, check_decomposition, relative_error
+from ditc.exporter.protocol import branches_add, check_decomposition, relative_error, step_tables
+from ditc.quantize.linears import linears_of
 from ditc.runtime.closeness import relative_error as numbers_error
 from tests.models import pixart
 
@@ -84,8 +88,7 @@ def test_a_text_of_nothing_but_padding_is_what_diffusers_makes_of_it() -> None:
     given["text_mask"] = torch.tensor([[0] * 7, [1] * 7, [0] * 7])
     x, t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([800.0])
     expected = theirs(pixart.transformer("sigma"), x, t.expand(3), given)
-    step = {name: table[0] for name, table in own.condition(t, given["text"], given["text_mask"]).items()}
-    parts = own.unpack(step | own.request_tables(given["text"], given["text_mask"]))
+    parts = own.unpack(step_tables(own, t, [given["text"], given["text_mask"]]))
     h = own.embed(x)
     for branch in own.branches:
         h = branch.merge(h, branch.compute(h, parts), parts)
@@ -165,3 +168,128 @@ def test_a_bundle_makes_the_pictures_of_diffusers_pipeline(kind: str, compiled: 
         ours = pipe.images(conditions={name: each.numpy() for name, each in given.items()}, latents=noise.numpy())
     assert max(bundle.manifest.measured().parity.values()) < 1e-4
     assert numbers_error(ours, np.clip(expected, -1, 1)) < 1e-3
+
+
+class Held:
+    """Holds the outputs of some layers of diffusers' transformer at the steps that reuse them, by forward hooks."""
+
+    def __init__(self, model: Any, computes: Callable[[int, str], bool]) -> None:
+        self.step, self.outputs = -1, dict[str, Tensor]()
+        model.register_forward_pre_hook(lambda *_: self.begin())
+        for number, block in enumerate(model.transformer_blocks):
+            for name in ("attn1", "attn2", "ff"):
+                path = f"transformer_blocks.{number}.{name}"
+                block.get_submodule(name).register_forward_hook(partial(self.hold, path, computes))
+
+    def begin(self) -> None:
+        self.step += 1
+
+    def hold(self, path: str, computes: Callable[[int, str], bool], layer: Any, given: Any, out: Tensor) -> Tensor:
+        if computes(self.step, path):
+            self.outputs[path] = out
+        return self.outputs[path]
+
+
+def held_and_ours(kind: str, bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
+    """(latents of diffusers' pipeline with the outputs of branches held as the bundle's program says, the bundle's)."""
+    program, given = bundle.manifest.program, pixart.texts(3)
+    masks = [dict(zip(program.branches, program.segment(step.segment).compute, strict=True)) for step in program.steps]
+    pipe = pixart.pipeline(kind)
+    held = Held(pipe.transformer, lambda step, path: masks[step][path])
+    noise = torch.randn(3, *bundle.manifest.model.latent_shape, generator=torch.Generator().manual_seed(4))
+    pipe.vae = None  # latents are compared
+    pipe.vae_scale_factor = 1
+    expected = pictures(kind, noise, given, pipe)
+    assert held.step == STEPS - 1
+    with ditc.load(bundle.path) as ours:
+        arrays = {name: each.numpy() for name, each in given.items()}
+        return expected, ours.latents(conditions=arrays, latents=noise.numpy())
+
+
+@pytest.mark.parametrize("caches", ["sums", "branches"])
+@pytest.mark.parametrize("kind", ["sigma", "pixels"])
+def test_a_reuse_is_diffusers_with_the_outputs_of_all_branches_held(
+    kind: str, caches: str, compiled: Callable[..., Bundle]
+) -> None:
+    """Gates are those of the step that reuses; cross-attention has none."""
+    bundle = compiled(kind, policy="fora:2", reuse="hold", caches=caches)
+    expected, ours = held_and_ours(kind, bundle)
+    assert numbers_error(ours, expected) < 1e-4
+
+
+def test_each_kind_of_branch_can_be_held_by_itself(compiled: Callable[..., Bundle], tmp_path: Path) -> None:
+    """Attention to the text at one step in three, self-attention at one in two, the MLP at two in three."""
+    periods = {
+        "attn1": lambda step: step % 2 == 0,
+        "attn2": lambda step: step % 3 == 0,
+        "ff": lambda step: step % 3 < 2,
+    }
+    branches = pixart.model("sigma").spec.branches
+    rows = [[step == 0 or periods[name.rpartition(".")[2]](step) for name in branches] for step in range(STEPS)]
+    (tmp_path / "rows.json").write_text(json.dumps({"compute": rows}))
+    bundle = compiled("sigma", policy=str(tmp_path / "rows.json"))
+    expected, ours = held_and_ours("sigma", bundle)
+    assert numbers_error(ours, expected) < 1e-4
+
+
+LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj")
+LINEARS += ("ff.net.2",)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": "fora:2", "smooth": "smooth"},
+        {"precision": "w7a8", "policy": "fora:2"},
+        {"scales": "per-step", "midpoint": "bounded", "smooth": "smooth"},
+        {"scales": "dynamic"},
+    ],
+    ids=["static", "w7a8", "per-step", "dynamic"],
+)
+def test_every_linear_layer_of_a_computing_step_is_integer(
+    settings: dict[str, Any], compiled: Callable[..., Bundle]
+) -> None:
+    """Those that read the text alone run once for a request, and stay float."""
+    bundle = compiled("sigma", **{"precision": "w8a8", "smooth": "none"} | settings)
+    full = load_graph(bundle.segment_path("full"))
+    expected = [f"transformer_blocks.{i}.{name}" for i in range(2) for name in LINEARS]
+    assert sorted(linear.path for linear in linears_of(load_graph(bundle.reference_path("full")))) == sorted(expected)
+    kernels = bundle.manifest.checks["kernels"]["full"]  # counted in the graph that ONNX Runtime runs
+    assert kernels == {"linears": len(expected), "integer": len(expected)}
+    assert not any(bundle.manifest.checks["tensorrt"].values())  # no rule of TensorRT's is broken
+    read = {value.name for value in full.graph.inputs}
+    assert read >= {"step.modulation", "request.text_bias", "request.text_keys.1", "request.text_values.1"}
+    assert "t" not in {value.name for value in load_graph(bundle.segment_path("condition")).graph.inputs}
+
+
+def test_int8_pictures_are_close_to_those_in_floating_point(compiled: Callable[..., Bundle]) -> None:
+    given, images = {name: each.numpy() for name, each in pixart.texts(3).items()}, []
+    for settings in ({}, {"precision": "w8a8", "policy": "none", "smooth": "smooth", "scales": "per-step"}):
+        with ditc.load(compiled("sigma", **settings).path, check=True) as pipe:
+            images.append(pipe.latents(conditions=given, seed=5))
+    assert 0 < numbers_error(images[1], images[0]) < 0.1
+
+
+def test_factors_fold_into_the_tables_of_timesteps(compiled: Callable[..., Bundle]) -> None:
+    """In front of self-attention and the MLP; what reads the residual stream itself has no place to fold into."""
+    bundle = compiled("sigma", precision="w8a8", policy="fora:2", smooth="smooth")
+    plain = compiled("sigma", precision="w8a8", policy="fora:2", smooth="none")
+    smoothing = bundle.manifest.checks["smooth"]
+    assert max(smoothing["parity"].values()) < 1e-6
+    assert {path.partition(".1.")[2] for path in smoothing["left"]} >= {"attn2.to_q", "ff.net.2"}
+    smoothed, before = (each.tables()["step.modulation"] for each in (bundle, plain))
+    changed = (smoothed != before).any(axis=(0, 2))
+    assert changed.tolist() == [True, True, False] * 4 + [False, False]  # shifts and scales, no gate, not the head
+    ratio = smoothed[:, 1] / before[:, 1]
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), rtol=1e-5)  # of a channel at every step
+
+
+def test_scales_per_step_divide_the_tables_of_timesteps_in_the_typed_form(compiled: Callable[..., Bundle]) -> None:
+    bundle = compiled("sigma", precision="w8a8", scales="per-step", midpoint="bounded", smooth="smooth")
+    typed = load_graph(bundle.segment_path("full").with_name("full.trt.onnx"))
+    divided = [str(node.name) for node in typed.graph if node.op_type == "Div" and "over_magnitude" in str(node.name)]
+    assert divided == ["step.modulation/over_magnitude/Div"]
+    on_tokens = [
+        node for node in typed.graph if node.op_type == "Div" and list(node.outputs[0].shape or ())[-2:] == [16, 48]
+    ]
+    assert len(on_tokens) == 2 * 3  # attention's mixtures, and what cross-attention's queries read

@@ -18,6 +18,7 @@ from ditc.errors import CheckpointError
 from ditc.exporter.models import load_model
 from ditc.exporter.protocol import TrajectoryModel, branches_add, check_decomposition, example_inputs, relative_error
 from ditc.spec import DiffusionSpec, ModelSpec
+from tests.models.token_mixer import MODELS
 
 OWN_FILE = Path(__file__).parents[1] / "models" / "separate_qkv.py"
 
@@ -153,6 +154,31 @@ def test_tables_with_steps_and_batch_swapped_are_refused(own: ModuleType, monkey
 
     monkeypatch.setattr(model, "condition", swapped)
     assert "condition" in refusal(model)
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> Any:
+    model = MODELS["clocked"]()
+    check_decomposition(model)
+    for name, method in methods.items():
+        monkeypatch.setattr(model, name, method)
+    return model
+
+
+def test_tables_of_timesteps_have_a_row_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = clocked(monkeypatch, timestep_tables=lambda t: {"modulation": torch.zeros(1, len(t), 9, 64)})
+    assert "timestep_tables() must give tables (steps, ...) = (3, ...), found {'modulation': (1, 3, 9, 64)}" in refusal(
+        wrong
+    )
+
+
+def test_a_table_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = clocked(monkeypatch, timestep_tables=lambda t: {"text": t})
+    assert "request_tables() and timestep_tables() both give text; rename one" in refusal(twice)
+
+
+def test_a_model_of_nothing_but_tables_of_timesteps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = clocked(monkeypatch, request_tables=lambda text: {})
+    assert "condition() and request_tables() give no table" in refusal(empty)
 
 
 def test_a_branch_shape_that_is_not_the_branches_is_refused(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

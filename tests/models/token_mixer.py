@@ -186,6 +186,39 @@ class Prompted(TokenMixer):
         return self.head(h, parts)
 
 
+class Clocked(Prompted):
+    """A text, and modulation by the timestep alone: what makes that never gets into a bundle.
+
+    With `by_condition` its tables are those of any model, a row for each image.
+    """
+
+    by_condition = False
+
+    def request_tables(self, text: Tensor) -> dict[str, Tensor]:
+        return {"text": self.text(text)}
+
+    def rows(self, t: Tensor) -> Tensor:
+        return self.modulation(nn.functional.silu(self.embedded_time(t))).unflatten(-1, (-1, DIM))
+
+    def condition(self, t: Tensor, *conditions: Tensor) -> dict[str, Tensor]:
+        if not self.by_condition:
+            return {}
+        return {"modulation": self.rows(t)[:, None].expand(-1, conditions[0].shape[0], -1, -1)}
+
+    def timestep_tables(self, t: Tensor) -> dict[str, Tensor]:
+        return {} if self.by_condition else {"modulation": self.rows(t)}
+
+    def unpack(self, step: dict[str, Tensor]) -> dict[str, Tensor]:
+        return step if self.by_condition else step | {"modulation": step["modulation"][None]}  # the same for all images
+
+    def forward(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        parts = {"modulation": self.rows(t), **self.request_tables(*conditions)}
+        h = self.embed(x)
+        for branch in self.branches:
+            h = branch.merge(h, branch.compute(h, parts), parts)
+        return self.head(h, parts)
+
+
 def seeded(make: Any, *args: Any, **kwargs: Any) -> Any:
     """What `make` makes, with seeded random weights."""
     with torch.random.fork_rng():
@@ -228,4 +261,10 @@ def prompted() -> TokenMixer:
     return seeded(Prompted)
 
 
-MODELS = {make.__name__: make for make in (video, vector, styled, unconditional, without_branches, iterated, prompted)}
+def clocked() -> TokenMixer:
+    """A text, and tables of the timestep alone."""
+    return seeded(Clocked)
+
+
+EVERY = (video, vector, styled, unconditional, without_branches, iterated, prompted, clocked)
+MODELS = {make.__name__: make for make in EVERY}

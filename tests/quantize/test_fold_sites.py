@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from ditc.program import BRANCH_KEY, PATH_KEY
-from ditc.quantize.fold_sites import TableFold, WeightFold, common_sites, condition_table_factors, fold_into_segment
+from ditc.quantize.fold_sites import TableFold, WeightFold, common_sites, fold_into_segment, table_factors
 
 Make = Callable[..., ir.Model]
 Run = Callable[..., dict[str, np.ndarray]]
@@ -123,7 +123,7 @@ def test_folding_changes_nothing_however_it_is_written(name: str, make_graph: Ma
     factors = {site: rng.uniform(0.1, 10, DIM) for site in common_sites({"full": after})}
     assert len(factors) == 2
     assert fold_into_segment(after, factors)
-    table = condition_table_factors(factors, {"rows": (3, DIM)})["rows"]
+    table = table_factors(factors, {"rows": (3, DIM)})["rows"]
     feeds = {"x": rng.standard_normal((2, TOKENS, DIM)), "rows": rng.standard_normal((2, 3, DIM))}
     expected = run_model(before, {key: np.float32(value) for key, value in feeds.items()})["out"]
     feeds["rows"] = feeds["rows"] * table
@@ -141,7 +141,7 @@ def test_the_layers_read_the_divided_input(
     before = run_model(with_output(attention(make_graph), read), {"x": x, "rows": rows})[read]
     chosen = {site: factors for site in common_sites({"full": model}) if site.layers == layers}
     fold_into_segment(model, chosen)
-    rows = np.float32(rows * condition_table_factors(chosen, {"rows": (3, DIM)}).get("rows", np.float64(1)))
+    rows = np.float32(rows * table_factors(chosen, {"rows": (3, DIM)}).get("rows", np.float64(1)))
     divided = run_model(with_output(model, read), {"x": x, "rows": rows})[read]
     np.testing.assert_allclose(divided, before / factors, rtol=1e-4, atol=1e-6)
 

@@ -9,7 +9,7 @@ import pytest
 
 from ditc.engines.backend import Buffer, Port
 from ditc.engines.fake import FakeBinding, FakeEngine
-from ditc.runtime.conditioning import Conditioning
+from ditc.runtime.conditioning import Conditioning, rows_at, with_later_rows
 from ditc.runtime.pipeline import Pipeline
 
 T = np.array([9, 5, 1], np.float32)
@@ -68,6 +68,38 @@ def test_rows_past_the_last_step_are_zero_after_a_request_of_more_labels_too(eng
     conditioning.compute({"y": np.array([1, 2, 2, 2])})
     _, later = rows_of(conditioning, 1)
     assert later == [[[1, label] for label in (1, 2, 2, 2)], [[0, 0]] * 4]
+
+
+def test_tables_of_the_request_are_gathered_once() -> None:
+    ports = {"y": Port("y", "int64", ("batch",))}
+    tables = {"request.text": Port("request.text", "float32", ("batch", 2))}
+    engine = LookedAt(
+        lambda given: {"request.text": np.stack([given["y"]] * 2, axis=1).astype(np.float32)}, ports, tables
+    )
+    conditioning = Conditioning(engine, T, rows=4, most_ahead=2)
+    for labels in ([7, 3, 7, 7], [5, 5, 5, 5], [1, 2, 3, 4]):
+        conditioning.compute({"y": np.array(labels)})
+        assert "t" not in engine.last.bound  # the engine takes none
+        first, second = (conditioning.inputs(step, tables)["request.text"] for step in (0, 1))
+        assert first.tolist() == [[label] * 2 for label in labels]
+        assert np.shares_memory(first, second)
+        first[:] = -1  # what a step sees later is what was gathered, not gathered again
+        assert (conditioning.inputs(2, tables)["request.text"] == -1).all()
+
+
+def test_rows_of_a_bundles_tables_are_the_step_s_own_and_later_ones() -> None:
+    tables = {"step.rows": np.arange(6, dtype=np.float32).reshape(3, 2), "scales": np.ones((3, 4), np.float32)}
+    ports = {
+        "step.rows": Port("step.rows", "float32", (2,)),
+        "ahead.step.rows": Port("ahead.step.rows", "float32", (2, 2)),
+    }
+    padded = with_later_rows(tables, 2)
+    assert padded["scales"] is tables["scales"]
+    rows = rows_at(padded, 1, ports)
+    assert rows.keys() == ports.keys()
+    assert rows["step.rows"].tolist() == [2, 3]
+    assert rows["ahead.step.rows"].tolist() == [[4, 5], [0, 0]]
+    assert rows_at(padded, 2, {}) == {}
 
 
 def test_a_request_whose_labels_all_differ_copies_nothing(engine: LookedAt) -> None:

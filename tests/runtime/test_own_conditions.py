@@ -18,6 +18,7 @@ from ditc.compiler.examples import examples_of
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import BundleError, CheckpointError, InputError
+from ditc.exporter.onnx_files import load_graph
 from ditc.exporter.protocol import check_decomposition
 from ditc.quality.generating import fp_digest
 from ditc.requests import Request
@@ -32,7 +33,7 @@ from tests.models.token_mixer import MODELS
 from tests.runtime.test_executors import IN_HOST_MEMORY, PlayedDevice
 
 STEPS = 6
-GUIDED = {"video", "vector", "styled", "prompted"}
+GUIDED = {"video", "vector", "styled", "prompted", "clocked"}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "int8": {"policy": "fora:2", "vc": "std"},
     "fp32": {"policy": "fora:2", "precision": "fp32", "vc": "none"},
@@ -71,7 +72,7 @@ def test_a_bundle_gives_what_torch_gives_on_the_same_noise(model: str, compiled:
         assert relative_error(pipe.latents(first_images(bundle), seed=3), guided.last(forward, noise, fresh)) < 1e-4
 
 
-@pytest.mark.parametrize("model", ["video", "prompted"])
+@pytest.mark.parametrize("model", ["video", "prompted", "clocked"])
 def test_a_schedule_with_no_reuse_gives_the_uncached_result(model: str, compiled: Callable[..., Bundle]) -> None:
     samples = []
     for settings in ("none", "fora1"):
@@ -80,7 +81,7 @@ def test_a_schedule_with_no_reuse_gives_the_uncached_result(model: str, compiled
     assert np.array_equal(*samples)
 
 
-@pytest.mark.parametrize("model", ["vector", "prompted", "iterated"])
+@pytest.mark.parametrize("model", ["vector", "prompted", "iterated", "clocked"])
 def test_sums_made_ahead_give_what_the_branches_give(model: str, compiled: Callable[..., Bundle]) -> None:
     samples = []
     for settings in ("fp32", "branches"):
@@ -142,6 +143,39 @@ def test_a_text_is_read_once_for_a_request_and_its_tables_have_no_steps(compiled
     full = OnnxRuntimeBackend().session(bundle.segment_path("full")).get_inputs()
     assert {port.name for port in full} >= {"request.text", "ahead.modulation"}
     assert "ahead.request.text" not in {port.name for port in full}
+
+
+def test_what_depends_on_the_timestep_alone_is_a_table_and_no_weight(compiled: Callable[..., Bundle]) -> None:
+    bundle, model = compiled("clocked", "int8"), MODELS["clocked"]()
+    session = OnnxRuntimeBackend().session
+    condition = session(bundle.segment_path("condition"))
+    assert [port.name for port in condition.get_inputs()] == ["text"]
+    assert [port.name for port in condition.get_outputs()] == ["request.text"]
+    shapes = {port.name: port.shape for port in session(bundle.segment_path("full")).get_inputs()}
+    assert shapes["step.modulation"] == [9, 64]
+    assert shapes["ahead.step.modulation"] == [1, 9, 64]
+    table = bundle.tables()["step.modulation"]
+    expected = model.rows(torch.from_numpy(sampler_columns(bundle.tables())["t"]).float())
+    np.testing.assert_allclose(table[:, [2, 5, 8]], expected.detach()[:, [2, 5, 8]], atol=1e-6)  # gates: not smoothed
+    names = {name for file in bundle.path.glob("**/*.onnx") for name in load_graph(file).graph.initializers}
+    assert not [name for name in names if name.startswith(("time.", "modulation."))]
+
+
+def test_tables_of_timesteps_give_what_a_row_for_each_image_gives(
+    compiled: Callable[..., Bundle], quick_options: CompileOptions, tmp_path: Path
+) -> None:
+    own = MODELS["clocked"]()
+    own.by_condition = True
+    for settings in ("fp32", "int8"):
+        bundle = compiled("clocked", settings)
+        options = quick_options.model_copy(update={**SETTINGS[settings], "cfg": 1.5})
+        other = ditc.compile_model(own, tmp_path / settings, options)
+        assert "modulation" in {p.name for p in OnnxRuntimeBackend().session(other.segment_path("full")).get_inputs()}
+        samples = []
+        for each in (bundle, other):
+            with ditc.load(each.path) as pipe:
+                samples.append(pipe.latents(first_images(each), seed=3))
+        assert relative_error(*samples) < (1e-2 if settings == "int8" else 1e-5)
 
 
 def test_equal_conditions_are_computed_once(compiled: Callable[..., Bundle]) -> None:
@@ -239,7 +273,7 @@ def test_conditions_come_from_a_file_on_the_command_line(
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify --images 2", "evaluate --images 4 --seeds 0", "doctor"])
-@pytest.mark.parametrize("model", ["prompted", "iterated", "without_branches", "vector"])
+@pytest.mark.parametrize("model", ["prompted", "clocked", "iterated", "without_branches", "vector"])
 def test_every_command_takes_such_a_bundle(
     model: str, command: str, compiled: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,7 +281,11 @@ def test_every_command_takes_such_a_bundle(
     assert run([name, str(compiled(model, "int8" if model in CACHING else "none").path), *rest]) == 0
     told = capsys.readouterr().out
     if name == "inspect" and model != "vector":
-        conditions = {"prompted": "text (6, 8), null given", "iterated": "jitter (64), fresh at every step"}
+        conditions = {
+            "prompted": "text (6, 8), null given",
+            "clocked": "text (6, 8), null given",
+            "iterated": "jitter (64), fresh at every step",
+        }
         assert conditions.get(model, "model") in told
 
 
@@ -266,7 +304,10 @@ def test_what_typical_conditions_hold_is_assumed_aloud_or_given(
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("name", ["t", "x", "out", "y", "scales", "reuse.rows", "ahead.c", "cache.c", "request.c"])
+PORTS = ["t", "x", "out", "y", "scales", "reuse.rows", "ahead.c", "cache.c", "request.c", "step.c"]
+
+
+@pytest.mark.parametrize("name", PORTS)
 def test_a_table_that_is_called_as_a_port_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS["video"]()
     condition = model.condition
