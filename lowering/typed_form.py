@@ -25,6 +25,7 @@ FP32_OPERATORS = frozenset(
 )
 FULL_PRECISION_PORTS = frozenset({"x", "out", "latent", "image", SCALES_INPUT, MIDPOINTS_INPUT, REUSE_ROWS})
 SAMPLES = frozenset({"x", "latent"})  # every segment but `condition` takes one of them
+FLOAT_OPERANDS = {"Resize": (1, 2)}  # inputs of an operator that are FP32 whatever it works on
 LEAST_SCALE = 2.0**-14  # the smallest FP16 number with full precision
 
 
@@ -87,9 +88,11 @@ def _requantize_small_scales(model: ir.Model) -> None:
 
 
 def _halve_constant(model: ir.Model, value: ir.Value) -> None:
-    """Make a float constant FP16, unless every reader is an FP32 island."""
+    """Make a float constant FP16, unless every reader is an FP32 island, or takes it in FP32 all the same."""
     readers = {use.node.op_type for use in value.uses()}
     if value.dtype != FLOAT or value.const_value is None or (readers and readers <= FP32_OPERATORS):
+        return
+    if any(use.idx in FLOAT_OPERANDS.get(use.node.op_type, ()) for use in value.uses()):
         return
     with np.errstate(over="ignore"):
         array = value.const_value.numpy().astype(np.float16)

@@ -44,6 +44,29 @@ def test_typed_segments_break_no_rule_of_tensorrt(bundles: dict[str, Bundle], na
     assert [str(violation) for violation in violations_of(load_graph(path))] == []
 
 
+RESIZE = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[batch, 1, 2, 2] latent) => (float[batch, 1, 4, 4] image)
+<float[4] scales = {1, 1, 2, 2}, float[1] half = {0.5}> {
+    scaled = Mul (latent, half)
+    image = Resize <mode = "nearest"> (scaled, , scales)
+}
+"""
+
+
+def test_the_scales_of_a_resize_stay_in_full_precision(tmp_path: Path) -> None:
+    """As a VAE's decoder of several levels has them: ONNX knows no others."""
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(RESIZE)))
+    assert half_precision(model)
+    kinds = {name: value.dtype for name, value in model.graph.initializers.items()}
+    assert kinds == {"scales": ir.DataType.FLOAT, "half": ir.DataType.FLOAT16}
+    save_graph(model, tmp_path / "decode.onnx")
+    onnx.checker.check_model(str(tmp_path / "decode.onnx"), full_check=True)
+    latent = np.ones((1, 1, 2, 2), np.float32)
+    (image,) = OnnxRuntimeBackend().session(tmp_path / "decode.onnx").run(["image"], {"latent": latent})
+    assert (image == 0.5).all()
+
+
 def test_the_manifest_says_which_rules_are_broken(bundles: dict[str, Bundle]) -> None:
     assert bundles["cached"].manifest.checks["tensorrt"] == {
         name: [] for name in ("condition", "full", "reuse", "update")
