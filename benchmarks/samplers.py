@@ -83,7 +83,8 @@ def variants() -> Iterator[Variant]:
         yield f"`{name}`", betas, [SamplerSpec(name=name, spacing=spacing) for spacing in names_of(Spacing)]
         for sigmas in names_of(Sigmas):
             yield f"`{name}`, `--sigmas {sigmas}`", betas, [SamplerSpec(name=name, sigmas=sigmas)]
-        yield f"`{name}`, a flow", flow, [SamplerSpec(name=name, shift=shift) for shift in (None, 3.0)]
+        shifted = [SamplerSpec(name=name, shift=shift) for shift in (None, 3.0)]
+        yield f"`{name}`, a flow", flow, [*shifted, SamplerSpec(name=name, spacing="trailing")]
     for kind, config in OWN:
         scheduler = SchedulerSpec(kind=kind, config=config)
         spacing = "leading" if kind == "PNDMScheduler" else "linspace"
@@ -186,8 +187,8 @@ a diffusers folder's own scheduler needs none.
 
 The error is the largest difference at the end of a whole run of a nonlinear function in float32, relative to the
 largest value, against the scheduler's own `step()` on the same noise: {STEPS} steps, linear betas, noise prediction,
-the worst of the three spacings; of a flow the worse of no shift and 3. `host` is NumPy, as on a processor; `update` is
-the graph of devices in ONNX Runtime, {{broken}} TensorRT. For TensorRT that
+the worst of the three spacings; of a flow the worst of no shift, 3, and `--spacing trailing`. `host` is NumPy, as on a
+processor; `update` is the graph of devices in ONNX Runtime, {{broken}} TensorRT. For TensorRT that
 graph is float32 in the strongly typed form too, and takes the network's prediction in float32. Above 1e-5 on the host a
 compile refuses the sampler, as it does one that is inexact even with exact predictions.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 from pydantic import Field, model_validator
 
-from ditc.choices import Prediction
+from ditc.choices import FlowTimes, ProcessPrediction
 from ditc.errors import InputError
 from ditc.loras import loras_from
 from ditc.settings import Option, Settings
@@ -70,7 +70,11 @@ class ModelOptions(Settings):
         bool, Option("The checkpoint has no class for none: it was trained without; needs --cfg 1.", group=READING)
     ] = False
     prediction: Annotated[
-        Prediction | None, Option("What a checkpoint predicts; noise if not given.", group=READING)
+        ProcessPrediction | None, Option("What a checkpoint predicts; noise if not given.", group=READING)
+    ] = None
+    flow_times: Annotated[
+        FlowTimes | None,
+        Option("Times that a flow's checkpoint takes at the noise and at the data; 0:1 if not given.", group=READING),
     ] = None
     beta_schedule: Annotated[
         str | None,
@@ -121,6 +125,7 @@ class ModelOptions(Settings):
             classes=self.classes,
             null_class=False if self.no_null else None,
             prediction=self.prediction,
+            flow_times=self.flow_times,
             train_steps=self.train_steps,
             text_tokens=self.text_tokens,
             **beta_schedule_facts(self.beta_schedule),

@@ -19,6 +19,7 @@ from ditc.exporter.model_facts import ModelFacts, check_asked_for_no_text, given
 from ditc.exporter.original_checkpoint import process_from_facts
 from ditc.exporter.pipeline_index import INDEX_FILE, class_in_index
 from ditc.exporter.schedulers import process_from_scheduler
+from ditc.exporter.sit import FLOW_SAMPLER
 from ditc.exporter.state_dicts import about_prefix, fitting_prefix, without_prefix
 from ditc.exporter.training_args import TrainingArgs
 from ditc.exporter.vae import check_decodes, decoder_from_vae
@@ -325,7 +326,14 @@ def process_of(
             raise InputError(f"{path} states the noise process; leave out {' and '.join(given)}")
         loaded_as = class_in_index(folder, "scheduler")
         return process_from_scheduler(path, learned_sigma=learned_sigma, loaded_as=loaded_as, tokens=tokens)
+    if facts.flow_times is not None:
+        raise InputError(
+            f"a folder's model takes timesteps of 1000 at the noise to 0 at the data, found {facts.flow_times}; leave "
+            "out --flow-times"
+        )
     diffusion, assumed = process_from_facts(facts, TrainingArgs(), learned_sigma=learned_sigma)
+    if diffusion.prediction == "flow":
+        return diffusion, FLOW_SAMPLER, ()
     beside = folder.parent / "scheduler" / "scheduler_config.json"
     if assumed and beside.is_file():
         assumed = tuple(f"{line}; {folder.parent} has a scheduler that states it" for line in assumed)

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +200,8 @@ class DiTBranch:
 class DiT(nn.Module):
     """A diffusion transformer, taken apart at the seams of a trajectory. Fits `exporter.protocol.TrajectoryModel`."""
 
+    family: ClassVar[str] = "dit"
+
     def __init__(self, config: DiTConfig, name: str = "dit", diffusion: DiffusionSpec | None = None) -> None:
         super().__init__()
         self.config = config
@@ -226,7 +228,7 @@ class DiT(nn.Module):
         size = self.config.input_size
         return ModelSpec(
             name=self.name,
-            family="dit",
+            family=self.family,
             in_channels=self.config.in_channels,
             space=(size, size),
             num_classes=self.config.num_classes,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ditc.choices import BetaSchedule, Prediction, names_of
+from ditc.choices import BetaSchedule, FlowTimes, ProcessPrediction, names_of
 from ditc.errors import InputError, unknown_name
 from ditc.exporter.config_files import LARGEST
 
@@ -17,6 +17,7 @@ OPTIONS = {
     "classes": "--classes",
     "null_class": "--no-null",
     "prediction": "--prediction",
+    "flow_times": "--flow-times",
     "beta_schedule": "--beta-schedule",
     "beta_range": "--beta-schedule",
     "train_steps": "--train-steps",
@@ -29,14 +30,15 @@ FACT_OPTIONS = tuple(dict.fromkeys(OPTIONS.values()))
 class ModelFacts:
     """Facts of a model that its file does not state; None leaves one to the training script's record, or to a guess.
 
-    `null_class` says whether the last row of the label table is for "no class". `beta_range` are the first and last
-    beta of `beta_schedule`. `text_tokens` is how long the texts are that a model will be asked with. Raises InputError
-    for one that can't be.
+    `null_class` says whether the last row of the label table is for "no class". `flow_times` are those of a flow at its
+    noise and at its data, as the network is given them. `beta_range` are the first and last beta of `beta_schedule`.
+    `text_tokens` is how long the texts are that a model will be asked with. Raises InputError for one that can't be.
     """
 
     classes: int | None = None
     null_class: bool | None = None
-    prediction: Prediction | None = None
+    prediction: ProcessPrediction | None = None
+    flow_times: FlowTimes | None = None
     beta_schedule: BetaSchedule | None = None
     beta_range: tuple[float, float] | None = None
     train_steps: int | None = None
@@ -44,7 +46,8 @@ class ModelFacts:
 
     def __post_init__(self) -> None:
         for kind, name, known in (
-            ("prediction", self.prediction, names_of(Prediction)),
+            ("prediction", self.prediction, names_of(ProcessPrediction)),
+            ("flow times", self.flow_times, names_of(FlowTimes)),
             ("beta schedule", self.beta_schedule, names_of(BetaSchedule)),
         ):
             if name is not None and name not in known:

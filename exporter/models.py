@@ -31,6 +31,7 @@ from ditc.spec import SamplerSpec
 __all__ = ["builtin_digits", "load_model", "random_dit", "random_model", "with_vae"]
 
 BUILTIN = "digits"
+SAID_IN_SCHEDULER = "prediction_type in scheduler_config.json"
 # what its card says (exporter/digits.md)
 DIGITS = ModelFacts(
     classes=10,
@@ -72,7 +73,8 @@ def load_model(
         _check_useful(stated, name, "--heads", *FACT_OPTIONS)
         return with_vae(with_loras(_users_own(name), stated.loras), vae)
     model = with_loras(dit_from_checkpoint(path, num_heads=num_heads, facts=facts), stated.loras)
-    model.doubts += doubts_about(model, "--prediction")
+    flow = model.diffusion.prediction == "flow"
+    model.doubts += doubts_about(model, "--prediction, --flow-times" if flow else "--prediction")
     return with_vae(model, vae)
 
 
@@ -104,8 +106,8 @@ def _from_folder(path: Path, stated: Stated) -> Any:
     if stated.num_heads is not None:
         raise InputError(f"the config.json in {path} states num_attention_heads; leave out --heads")
     model = with_loras(_reader_of(path)(path, stated.facts), stated.loras)
-    has_scheduler = (path / "scheduler").is_dir()
-    model.doubts += doubts_about(model, "prediction_type in scheduler_config.json" if has_scheduler else "--prediction")
+    said_in = "scheduler_config.json" if model.diffusion.prediction == "flow" else SAID_IN_SCHEDULER
+    model.doubts += doubts_about(model, said_in if (path / "scheduler").is_dir() else "--prediction")
     return with_vae(model, stated.vae)
 
 

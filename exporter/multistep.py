@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.choices import ProcessPrediction, Sigmas, names_of
+from ditc.choices import ProcessPrediction, Sigmas, Spacing, names_of
 from ditc.diffusion import alphas_cumprod
 from ditc.errors import InputError
 from ditc.exporter.recurrence import MakeScheduler, Recurrence, read_recurrence
@@ -46,6 +46,8 @@ CLEAN_SAMPLE: dict[ProcessPrediction, Callable[[Array, Array], tuple[Array, Arra
 FLOW_FORMS = {"EulerDiscreteScheduler": "FlowMatchEulerDiscreteScheduler"}
 # how often a class calls the network beside its steps; those of ditc are calls
 FURTHER_CALLS = {"PNDMScheduler": 1}
+# classes that spread the levels of a flow over both ends; the others take equal strides from the noise by themselves
+OVER_BOTH_ENDS = {"FlowMatchEulerDiscreteScheduler"}
 # classes that can't even be driven -> why
 NOT_DRIVEN = {
     "DPMSolverSDEScheduler": "it calls the network more often than it has steps, and draws noise from a tree of its own"
@@ -83,8 +85,7 @@ def scheduler_maker(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) 
     wanted, flow = scheduler_of(sampler, diffusion.prediction), diffusion.prediction == "flow"
     kind = _class_of(sampler, wanted)
     known = inspect.signature(kind.__init__).parameters.keys()
-    picks = "timestep_spacing" not in known or flow
-    if picks and sampler.spacing != "linspace":
+    if sampler.spacing not in _spacings(known, flow):
         raise InputError(f"{wanted.kind} picks its timesteps itself, found --spacing {sampler.spacing}; leave it out")
     settings = {
         "num_train_timesteps": diffusion.train_steps,
@@ -95,14 +96,24 @@ def scheduler_maker(diffusion: DiffusionSpec, sampler: SamplerSpec, steps: int) 
         **(_of_flow if flow else _of_betas)(diffusion, sampler, wanted.kind, known),
     }
 
+    trails = sampler.spacing == "trailing" and wanted.kind in OVER_BOTH_ENDS
+    levels = {"sigmas": np.linspace(1, 1 / steps, steps)} if trails else {}
+
     def scheduler() -> Any:
         ready = kind(**{key: value for key, value in settings.items() if key in known})
-        ready.set_timesteps(steps - FURTHER_CALLS.get(wanted.kind, 0), **_dynamic(settings))
+        ready.set_timesteps(steps - FURTHER_CALLS.get(wanted.kind, 0), **levels, **_dynamic(settings))
         if hasattr(ready, "set_begin_index"):
             ready.set_begin_index(0)  # else it looks the first timestep up, which rounding may have made the second too
         return ready
 
     return scheduler
+
+
+def _spacings(known: Collection[str], flow: bool) -> tuple[str, ...]:
+    """Return the spacings that a class with these settings may be asked for; "linspace" is what it does unasked."""
+    if flow:
+        return "linspace", "trailing"
+    return names_of(Spacing) if "timestep_spacing" in known else ("linspace",)
 
 
 def _of_betas(diffusion: DiffusionSpec, sampler: SamplerSpec, kind: str, known: Collection[str]) -> dict[str, Any]:

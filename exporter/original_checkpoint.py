@@ -13,10 +13,11 @@ from torch import Tensor
 from ditc.choices import BetaSchedule
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DIT_SIZES, DiT, DiTConfig
-from ditc.exporter.model_facts import ModelFacts, check_asked_for_no_text
+from ditc.exporter.model_facts import ModelFacts, check_asked_for_no_text, given_options
+from ditc.exporter.sit import SIT_TIMES, sit_from_weights
 from ditc.exporter.state_dicts import read_checkpoint
 from ditc.exporter.training_args import TrainingArgs, training_args
-from ditc.exporter.weight_files import load_weights
+from ditc.exporter.weight_files import StateDict, load_weights
 from ditc.spec import DiffusionSpec, SamplerSpec
 
 __all__ = ["dit_from_checkpoint", "process_from_facts"]
@@ -28,10 +29,13 @@ RELEASED_BETAS = (1e-4, 2e-2)  # of 1,000 steps; fewer steps have larger ones
 LATENT_DIFFUSION_BETAS = (8.5e-4, 1.2e-2)
 
 Assumed = tuple[str, ...]
+ABOUT_TIMES = (
+    "a flow as SiT has it: the model is given t from 0 at the noise to 1 at the data, and returns dx/dt (--flow-times)"
+)
 
 
 def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: ModelFacts | None = None) -> DiT:
-    """A DiT from a checkpoint file; the configuration is read off the shapes.
+    """A DiT from a checkpoint file, or a SiT where it predicts a flow; the configuration is read off the shapes.
 
     What shapes don't tell is stated by `num_heads` and `facts`, or by the training script's arguments where the file
     has them, or assumed as in the release; then `spec.assumptions` has a line about it. As in the original release,
@@ -57,13 +61,24 @@ def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: Mode
         learn_sigma=shapes.learn_sigma,
         qkv_bias=shapes.qkv_bias,
     )
-    diffusion, about_process = process_from_facts(facts, told, learned_sigma=config.learn_sigma)
-    model = DiT(config, name=path.stem, diffusion=diffusion)
-    load_weights(model, checkpoint.tensors, path)
+    model, about_process = _with_process(config, path, checkpoint.tensors, facts, told)
     model.assumptions = (*checkpoint.assumptions, *about_heads, *about_classes, *about_process, *_about_args(told))
     model.cfg_channels = min(3, config.in_channels)  # the release's choice "for exact reproducibility"
-    model.sampler = SamplerSpec(variance="learned" if config.learn_sigma else "fixed-small")
     return model.eval()
+
+
+def _with_process(
+    config: DiTConfig, path: Path, tensors: StateDict, facts: ModelFacts, told: TrainingArgs
+) -> tuple[DiT, Assumed]:
+    """(the model of the process that is stated or told, with its weights; what was assumed of that process)."""
+    diffusion, about = process_from_facts(facts, told, learned_sigma=config.learn_sigma)
+    if diffusion.prediction == "flow":
+        times = facts.flow_times or told.flow_times
+        return sit_from_weights(config, path, tensors, times or SIT_TIMES), about if times else (*about, ABOUT_TIMES)
+    model = DiT(config, name=path.stem, diffusion=diffusion)
+    load_weights(model, tensors, path)
+    model.sampler = SamplerSpec(variance="learned" if config.learn_sigma else "fixed-small")
+    return model, about
 
 
 @dataclass(frozen=True)
@@ -197,9 +212,14 @@ NULL_WORDS = {None: ", with a null class or without", True: " and a null class",
 def process_from_facts(facts: ModelFacts, told: TrainingArgs, *, learned_sigma: bool) -> tuple[DiffusionSpec, Assumed]:
     """The diffusion process as stated, else as the training script tells, else the release's; and what was assumed.
 
-    Raises InputError for betas that can't be.
+    Raises InputError for betas that can't be, and for facts of another kind of process than the model's.
     """
     prediction = facts.prediction or told.prediction
+    if prediction == "flow":
+        _check_no_betas(facts)
+        return DiffusionSpec(prediction="flow", learned_sigma=learned_sigma), ()
+    if facts.flow_times is not None:
+        raise InputError(f"--flow-times {facts.flow_times} is of a model that predicts a flow; add --prediction flow")
     schedule = facts.beta_schedule or told.beta_schedule
     steps = facts.train_steps or told.train_steps
     stated_range = facts.beta_range or told.beta_range
@@ -224,6 +244,15 @@ def process_from_facts(facts: ModelFacts, told: TrainingArgs, *, learned_sigma: 
             "NAME:START:END"
         ) from e
     return diffusion, (f"a process as usual: {', '.join(assumed)}",) if assumed else ()
+
+
+def _check_no_betas(facts: ModelFacts) -> None:
+    useless = [option for option in given_options(facts) if option in ("--beta-schedule", "--train-steps")]
+    if useless:
+        raise InputError(
+            f"a flow has neither betas nor training steps; leave out {' and '.join(useless)} (its times are those of "
+            "--flow-times)"
+        )
 
 
 def _usual_betas(schedule: BetaSchedule, steps: int) -> tuple[float, float]:

@@ -116,7 +116,7 @@ def pixart_from_diffusers(folder: Path, facts: ModelFacts | None = None) -> PixA
     tokens, about_tokens = _text_tokens(folder, facts)
     model = PixArt(transformer, name=name_of(folder), text_tokens=tokens)
     model.diffusion, model.sampler, about_process = process_of(folder, facts, learned_sigma=False, tokens=model.tokens)
-    if not (folder / "scheduler").is_dir():
+    if not (folder / "scheduler").is_dir() and model.diffusion.prediction != "flow":
         model.sampler = SamplerSpec(name="dpm++2m")  # as the pipelines have it
     model.assumptions = (*about_weights, *about_prefix(prefix), *about_process, *about_tokens)
     give_decoder(model, folder)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ditc.choices import BetaSchedule, Prediction
+from ditc.choices import BetaSchedule, FlowTimes, Prediction, ProcessPrediction
 from ditc.errors import CheckpointError, one_line
 from ditc.exporter.config_files import LARGEST, spelled
 from ditc.exporter.model_facts import ModelFacts, given_options
@@ -32,7 +32,8 @@ PREDICTIONS: dict[str, Prediction] = {
     **dict.fromkeys(("v", "v_prediction", "v_pred", "pred_v"), "v"),
     **dict.fromkeys(("sample", "x0", "x_0", "xstart", "x_start", "start_x", "pred_x0", "pred_xstart"), "sample"),
 }
-FLOWS = ("velocity", "score", "flow", "flow_prediction", "flow_matching", "rectified_flow")  # predictions of others
+FLOWS = ("velocity", "flow", "flow_prediction", "flow_matching", "rectified_flow")
+NO_FLOWS = ("score",)  # of the same scripts, and not known here
 
 PREDICTION_NAMES = ("prediction", "prediction_type", "objective", "parameterization", "pred_type", "model_mean_type")
 # flags -> what is predicted where they are set
@@ -45,6 +46,9 @@ SCHEDULE_NAMES = ("noise_schedule", "beta_schedule")
 RANGE_NAMES = (("beta_start", "beta_end"), ("linear_start", "linear_end"))
 STEP_NAMES = ("diffusion_steps", "num_train_timesteps", "num_diffusion_steps", "num_diffusion_timesteps")
 FLOW_FLAGS = ("flow_matching", "rectified_flow", "use_flow", "flow")
+PATH = "path_type"  # of a flow; a straight one is linear
+# (path, prediction) as a script spells them -> the times of its flow: SiT's own, and those of REPA's scripts
+TIMES: dict[tuple[str, str], FlowTimes] = {("Linear", "velocity"): "0:1", ("linear", "v"): "1:0"}
 ZERO_SNR = ("rescale_betas_zero_snr", "zero_terminal_snr", "enforce_zero_terminal_snr", "zero_snr")
 RESCALED = "rescale_timesteps"  # of guided-diffusion: models see timesteps as if there were 1,000
 RESCALED_STEPS = 1000
@@ -59,7 +63,7 @@ READ = {
         *ZERO_SNR,
         *FLOW_FLAGS,
         RESCALED,
-        "path_type",
+        PATH,
     ),
     *(name for names in RANGE_NAMES for name in names),
 }
@@ -78,7 +82,8 @@ LOOKS_SO = re.compile(
 class TrainingArgs:
     """Facts of a model in its training script's arguments, None for those not there. `size` is a key of DIT_SIZES.
 
-    `unread` are those that speak of the process, or of the model's shapes, and are not understood, each with its value.
+    `flow_times` are those of a flow at noise and at data. `unread` are those that speak of the process, or of the
+    model's shapes, and are not understood, each with its value.
     """
 
     size: str | None = None
@@ -87,7 +92,8 @@ class TrainingArgs:
     classes: int | None = None
     label_dropout: float | None = None
     learn_sigma: bool | None = None
-    prediction: Prediction | None = None
+    prediction: ProcessPrediction | None = None
+    flow_times: FlowTimes | None = None
     beta_schedule: BetaSchedule | None = None
     beta_range: tuple[float, float] | None = None
     train_steps: int | None = None
@@ -103,8 +109,11 @@ def training_args(args: Mapping[str, Any], source: object, facts: ModelFacts | N
     facts = facts or ModelFacts()
     said = _Said({name: value for name, value in args.items() if value is not None}, source, given_options(facts))
     model = args["model"] if isinstance(args.get("model"), str) else ""
-    _check_diffusion(model, said)
-    size = re.fullmatch(r"DiT-(S|B|L|XL)/(\d+)", model)
+    _check_betas(said)
+    flow = _tells_of_a_flow(model, said)
+    if flow:
+        _check_flow(said, facts.prediction)
+    size = re.fullmatch(r"[DS]iT-(S|B|L|XL)/(\d+)", model)
     steps = said.agreed(dict.fromkeys(STEP_NAMES, _steps), "--train-steps", f"a whole number from 2 to {LARGEST}")
     _check_timesteps(said, facts.train_steps or steps or RESCALED_STEPS)
     return TrainingArgs(
@@ -114,7 +123,8 @@ def training_args(args: Mapping[str, Any], source: object, facts: ModelFacts | N
         classes=said.perhaps("num_classes", _whole),
         label_dropout=said.perhaps("class_dropout_prob", _share),
         learn_sigma=said.perhaps("learn_sigma", _flag),
-        prediction=_prediction(said),
+        prediction="flow" if flow else _prediction(said),
+        flow_times=_flow_times(args) if flow else None,
         beta_schedule=said.agreed(
             dict.fromkeys(SCHEDULE_NAMES, _schedule_named),
             "--beta-schedule",
@@ -233,22 +243,42 @@ def _beta_range(said: _Said) -> tuple[float, float] | None:
     return first, last
 
 
-def _check_diffusion(model: str, said: _Said) -> None:
-    """Raise CheckpointError for arguments that tell of no diffusion over betas as it is known here."""
-    words = [
-        name for name in PREDICTION_NAMES if said.perhaps(name, lambda value: _named(value, dict.fromkeys(FLOWS, 1)))
-    ]
+def _tells_of_a_flow(model: str, said: _Said) -> bool:
+    """Do arguments tell that the model was trained for flow matching: its name, a path, a velocity, or a flag?"""
+    words = dict.fromkeys((*FLOWS, *NO_FLOWS), 1)
     flags = [name for name in FLOW_FLAGS if name in said.args and said.perhaps(name, _flag) is not False]
-    flows = ["path_type"] * ("path_type" in said.args) + words + flags
-    if flows or model.startswith("SiT"):
-        values = {name: said.args[name] for name in ("model", *flows) if name in said.args}
-        told = ", ".join(
-            f"{name} {value if isinstance(value, str) else spelled(value)}" for name, value in values.items()
-        )
-        raise CheckpointError(
-            f"{said.source} was trained for flow matching, its training script's arguments say: {told}; ditc knows "
-            "diffusion over betas, not flows"
-        )
+    velocities = [name for name in PREDICTION_NAMES if said.perhaps(name, lambda value: _named(value, words))]
+    return PATH in said.args or model.startswith("SiT") or bool(flags or velocities)
+
+
+def _check_flow(said: _Said, stated: ProcessPrediction | None) -> None:
+    """Raise CheckpointError for a flow along another path than a straight one, or that predicts no velocity."""
+    named = [name for name in PREDICTION_NAMES if name in said.args]
+    flags = [name for name in FLOW_FLAGS if name in said.args]
+    velocities = {**dict.fromkeys(FLOWS, True), "v": True}
+    straight = PATH not in said.args or said.perhaps(PATH, lambda value: _named(value, {"linear": True}))
+    understood = stated == "flow" or (
+        all(said.perhaps(name, lambda value: _named(value, velocities)) for name in named)
+        and all(said.perhaps(name, _flag) is not None for name in flags)
+    )
+    if straight and understood and stated in (None, "flow"):
+        return
+    values = {name: said.args[name] for name in ("model", PATH, *named, *flags) if name in said.args}
+    told = ", ".join(f"{name} {value if isinstance(value, str) else spelled(value)}" for name, value in values.items())
+    known = "ditc knows velocities along a linear path (--prediction flow)"
+    raise CheckpointError(
+        f"{said.source} was trained for flow matching, its training script's arguments say: {told}; "
+        f"{f'--prediction {stated} contradicts that' if straight and understood else known}"
+    )
+
+
+def _flow_times(args: Mapping[str, Any]) -> FlowTimes | None:
+    path, prediction = args.get(PATH), args.get("prediction")
+    return TIMES.get((path, prediction)) if isinstance(path, str) and isinstance(prediction, str) else None
+
+
+def _check_betas(said: _Said) -> None:
+    """Raise CheckpointError for betas that are rescaled to end in noise alone."""
     rescaled = [name for name in ZERO_SNR if name in said.args and said.perhaps(name, _flag) is not False]
     if rescaled:
         raise said.error(rescaled[:1], "expected False; ditc knows no betas that are rescaled to end in noise alone")

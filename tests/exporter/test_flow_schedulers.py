@@ -20,6 +20,8 @@ from ditc.compiler.options import CompileOptions
 from ditc.compiler.planning import trajectory_table
 from ditc.errors import InputError
 from ditc.exporter.diffusers_folder import dit_from_diffusers
+from ditc.exporter.model_facts import ModelFacts
+from ditc.exporter.models import load_model
 from ditc.exporter.schedulers import FLOWS, SCHEDULERS, process_from_scheduler
 from ditc.runtime.pipeline import load
 from ditc.runtime.samplers import adds_noise, no_pairs, update
@@ -249,6 +251,20 @@ def test_a_bundle_of_a_folder_of_a_flow_walks_as_its_transformer_and_scheduler_d
         latents = pipe.executor.last(pipe.request(labels), noise, lambda step: fresh[step])
     expected = walked_by_diffusers(folder, noise, fresh, labels, options.steps)
     assert np.abs(latents - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_folder_s_doubt_names_the_file_that_says_otherwise(tmp_path: Path) -> None:
+    (line,) = load_model(str(folder_of(tmp_path, "euler"))).spec.doubts  # of random weights
+    assert line.endswith("(scheduler_config.json)")
+
+
+def test_a_folder_without_a_scheduler_may_be_said_to_predict_a_flow(tmp_path: Path) -> None:
+    transformer().save_pretrained(tmp_path / "transformer")
+    spec = dit_from_diffusers(tmp_path, ModelFacts(prediction="flow")).spec
+    assert (spec.family, spec.diffusion.prediction) == ("dit", "flow")
+    assert spec.sampler == SamplerSpec(name="euler", spacing="trailing")
+    with pytest.raises(InputError, match="takes timesteps of 1000 at the noise to 0 at the data, found 1:0"):
+        dit_from_diffusers(tmp_path, ModelFacts(prediction="flow", flow_times="1:0"))
 
 
 @torch.no_grad()

@@ -14,13 +14,14 @@ from diffusers_folders import error_against, saved, share_embedders, transformer
 from refusals import refusal_of
 from torch import Tensor, nn
 
-from ditc.errors import InputError
+from ditc.errors import CheckpointError, InputError
 from ditc.exporter.diffusers_folder import dit_from_diffusers
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.loras import module_layers, with_loras
 from ditc.exporter.model_facts import ModelFacts
 from ditc.exporter.models import load_model, random_dit
 from ditc.exporter.protocol import relative_error
+from ditc.exporter.sit import SiT
 from ditc.loras import Lora, MergedLora
 from ditc.spec import ModelSpec
 from tests.models import pixart as pixarts
@@ -424,3 +425,12 @@ def test_a_pixart_of_a_folder_takes_loras_by_the_names_of_diffusers(tmp_path: Pa
         out = unmerged(x, encoder_hidden_states=given["text"], timestep=t, encoder_attention_mask=given["text_mask"])
     assert relative_error(own(x, t, given["text"], given["text_mask"]), out.sample[:, :4]) < 1e-6
     assert [lora.layers for lora in own.spec.loras] == [len(pairs)]
+
+
+def test_a_flow_s_last_layer_takes_no_lora_since_its_weights_are_not_those_of_the_file(tmp_path: Path) -> None:
+    model = SiT(CONFIG)
+    file = write(tmp_path / "last.safetensors", peft(pairs_for(model, ["final_layer.linear"]), ""))
+    with pytest.raises(CheckpointError, match=r"final_layer\.linear"):
+        with_loras(model, (Lora(file),))
+    assert {"final_layer.linear", "proj_out_2"}.isdisjoint(model.lora_layers())
+    assert "blocks.0.attn.qkv" in model.lora_layers()

@@ -122,7 +122,7 @@ def test_betas_that_the_release_would_stretch_too_far_are_refused(tmp_path: Path
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"prediction": "noise"}, "unknown prediction 'noise'; choose one of: epsilon, sample, v"),
+        ({"prediction": "noise"}, "unknown prediction 'noise'; choose one of: epsilon, flow, sample, v"),
         ({"beta_schedule": "cosine"}, "unknown beta schedule 'cosine'"),
         ({"classes": 0}, "--classes must be a whole number from 1 to 65536, found 0"),
         ({"classes": 2.5}, "--classes must be a whole number"),
@@ -153,7 +153,8 @@ def test_a_beta_schedule_is_a_name_and_perhaps_its_ends() -> None:
 
 def test_given_facts_are_named_by_their_options() -> None:
     assert given_options(ModelFacts()) == []
-    assert given_options(replace(COMPLETE, text_tokens=9)) == list(FACT_OPTIONS)
+    assert given_options(COMPLETE) == [each for each in FACT_OPTIONS if each not in ("--flow-times", "--text-tokens")]
+    assert given_options(replace(COMPLETE, flow_times="0:1", text_tokens=9)) == list(FACT_OPTIONS)
     assert given_options(ModelFacts(null_class=False)) == ["--no-null"]
 
 
@@ -261,15 +262,13 @@ def test_arguments_that_contradict_the_shapes_are_refused(args: dict[str, Any], 
 @pytest.mark.parametrize(
     "args",
     [
-        {"model": "SiT-S/2"},
-        {"path_type": "Linear", "prediction": "velocity"},
-        {"prediction": "velocity"},
         {"prediction": "score"},
         {"path_type": "VP"},
+        {"model": "SiT-S/2", "prediction": "noise"},
     ],
 )
 @pytest.mark.usefixtures("shallow")
-def test_arguments_of_a_flow_matching_model_are_refused_by_name(args: dict[str, Any], tmp_path: Path) -> None:
+def test_arguments_of_a_flow_that_is_not_known_are_refused_by_name(args: dict[str, Any], tmp_path: Path) -> None:
     message = refusal(s_2(tmp_path, **args))
     assert "was trained for flow matching" in message
     assert all(f"{name} {value}" in message for name, value in args.items())

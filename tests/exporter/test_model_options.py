@@ -100,6 +100,7 @@ OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "--classes": lambda _: {"facts": ModelFacts(classes=5)},
     "--no-null": lambda _: {"facts": ModelFacts(null_class=False)},
     "--prediction": lambda _: {"facts": ModelFacts(prediction="v")},
+    "--flow-times": lambda _: {"facts": ModelFacts(prediction="flow", flow_times="1:0")},
     "--beta-schedule": lambda _: {"facts": ModelFacts(beta_schedule="squared-cosine")},
     "--train-steps": lambda _: {"facts": ModelFacts(train_steps=400)},
     "--text-tokens": lambda _: {"facts": ModelFacts(text_tokens=5)},
@@ -168,7 +169,7 @@ def test_an_option_changes_what_is_read_or_is_refused(
     with pytest.raises(InputError) as caught:
         load_model(names[kind], **stated[option])
     message = str(caught.value)
-    assert f"leave out {option}" in message
+    assert option in message.partition("leave out ")[2]
     assert "\n" not in message
 
 

@@ -168,17 +168,57 @@ def test_rescaled_betas_are_refused(name: str) -> None:
     assert told(**{name: False}) == TrainingArgs()
 
 
-@pytest.mark.parametrize("args", [*({name: word} for name in PREDICTION_NAMES for word in FLOWS)])
-def test_a_prediction_of_a_flow_is_refused_under_every_name(args: dict[str, str]) -> None:
-    assert "was trained for flow matching" in refusal(args, STATED)
+@pytest.mark.parametrize(("name", "word"), list(product(PREDICTION_NAMES, FLOWS)))
+def test_a_velocity_is_a_flow_under_every_name_and_spelling_unless_something_else_is_stated(
+    name: str, word: str
+) -> None:
+    for spelling in (word, word.upper(), word.replace("_", "-")):
+        assert told(**{name: spelling}) == TrainingArgs(prediction="flow")
+    message = refusal({name: word}, STATED)
+    assert (
+        f"was trained for flow matching, its training script's arguments say: {name} {word}; --prediction v" in message
+    )
 
 
 @pytest.mark.parametrize("name", FLOW_FLAGS)
-def test_a_flag_of_flow_matching_is_refused(name: str) -> None:
+def test_a_flag_of_flow_matching_tells_of_a_flow(name: str) -> None:
+    for value in (True, "true", 1):
+        assert told(**{name: value}) == TrainingArgs(prediction="flow")
     for value in ODD[:3]:
         assert "was trained for flow matching" in refusal({"path_type": value, name: value})
-    assert f"was trained for flow matching, its training script's arguments say: {name} true" in refusal({name: True})
+        assert f"say: {name} " in refusal({name: value})
+        assert training_args({name: value}, SOURCE, ModelFacts(prediction="flow")).prediction == "flow"
     assert told(**{name: False}) == TrainingArgs()
+
+
+@pytest.mark.parametrize("word", ["score", "noise", "epsilon", "x0", "odd", 7, [CYCLE]])
+def test_a_path_of_which_no_velocity_is_predicted_is_refused_unless_one_is_stated(word: Any) -> None:
+    for args in ({"path_type": "Linear"}, {"model": "SiT-XL/2"}):
+        message = refusal({**args, "prediction": word})
+        assert message.endswith("; ditc knows velocities along a linear path (--prediction flow)")
+        stated = training_args({**args, "prediction": word}, SOURCE, ModelFacts(prediction="flow"))
+        assert (stated.prediction, stated.flow_times) == ("flow", None)
+
+
+@pytest.mark.parametrize("path", ["GVP", "VP", "cosine", "", 1, None])
+def test_a_path_that_is_not_straight_is_refused_whatever_is_stated(path: Any) -> None:
+    args = {"model": "SiT-XL/2", "path_type": path, "prediction": "velocity"}
+    if path is None:
+        assert told(**args) == TrainingArgs(size="xl", patch=2, prediction="flow")
+        return
+    for facts in (None, ModelFacts(prediction="flow"), STATED):
+        assert "path_type" in refusal(args, facts)
+
+
+def test_scripts_that_are_known_tell_the_times_of_their_flow() -> None:
+    """SiT's own counts from the noise, REPA's from the data."""
+    of_sit = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity", "loss_weight": None}
+    of_sit |= {"sample_eps": 1e-3, "train_eps": 1e-5, "cfg_scale": 4.0, "wandb": False, "ckpt": None}
+    assert told(**of_sit) == TrainingArgs(size="xl", patch=2, prediction="flow", flow_times="0:1")
+    of_repa = {"model": "SiT-L/2", "path_type": "linear", "prediction": "v", "weighting": "uniform", "cfg_prob": 0.1}
+    assert told(**of_repa) == TrainingArgs(size="l", patch=2, prediction="flow", flow_times="1:0")
+    assert told(model="SiT-B/4") == TrainingArgs(size="b", patch=4, prediction="flow")
+    assert told(path_type="Linear", prediction="v").flow_times is None
 
 
 def test_rescaled_timesteps_are_refused_where_they_differ() -> None:
