@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["APPROXIMATORS", "Approximator", "canonical"]
 
+RIDGE = 0.1  # of Spectrum, arXiv 2603.01623
+
 # (t of a step, those of the steps that made its sums, the latest first) -> a weight for each of them
 Weights = Callable[[float, Sequence[float]], list[float]]
 # moments per channel of the sums that a step reads, the latest first, and last of the exact one: means (sums + 1,
@@ -79,6 +81,22 @@ def _polynomial(t: float, times: Sequence[float]) -> list[float]:
     return [1 - sum(others), *others]
 
 
+def _chebyshev(t: float, times: Sequence[float]) -> list[float]:
+    """A parabola nearest to the sums, read at `t`: a ridge on its Chebyshev coefficients keeps their noise down.
+
+    Spectrum's forecast (arXiv 2603.01623) over a window: the earliest sum lies at -1 and `t` at 1, where all of its
+    polynomials are 1. The constant bears no ridge, so that what does not move is forecast exactly.
+    """
+    import numpy as np
+
+    span = (t - times[-1]) or 1.0  # some samplers visit a timestep twice
+    places = [1 - 2 * (t - own) / span for own in times]
+    basis = np.polynomial.chebyshev.chebvander(places, min(2, len(times) - 1))  # (sums, coefficients)
+    ridge = RIDGE * np.diag([0.0, *(1.0 for _ in basis[0, 1:])])
+    others = (basis @ np.linalg.solve(basis.T @ basis + ridge, np.ones(basis.shape[1])))[1:].tolist()
+    return [1 - sum(others), *others]
+
+
 APPROXIMATORS: dict[str, Approximator] = {
     "hold": Approximator(),  # FORA, arXiv 2407.01425
     "affine": Approximator(shift=True, fit=_affine),  # arXiv 2503.01323
@@ -86,6 +104,7 @@ APPROXIMATORS: dict[str, Approximator] = {
     "taylor": Approximator(looks_back=2, weights=_polynomial),  # TaylorSeer, arXiv 2503.06923
     "taylor:2": Approximator(looks_back=3, weights=_polynomial),
     "taylor:3": Approximator(looks_back=4, weights=_polynomial),
+    "chebyshev": Approximator(looks_back=4, weights=_chebyshev),
 }
 SPELLINGS = {"taylor:1": "taylor"}
 

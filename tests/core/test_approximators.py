@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditc import approximators
 from ditc.approximators import APPROXIMATORS, Approximator, canonical
 from ditc.compiler.options import CompileOptions
 from ditc.passes import program_from_schedule
@@ -19,6 +20,7 @@ from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
 
 EXTRAPOLATING = sorted(name for name, row in APPROXIMATORS.items() if row.weights is not None)
+LATER = [(name, APPROXIMATORS[name]) for name in ("taylor:2", "taylor:3", "chebyshev")]
 # distances to a step from the one that computed last, and between those before it
 DISTANCES = st.lists(st.floats(1, 60), min_size=2, max_size=5)
 
@@ -60,6 +62,48 @@ def test_the_weights_of_order_one_are_those_of_its_formula_to_the_bit(t: float, 
 def test_equal_distances_give_the_binomial_weights() -> None:
     assert weights_of("taylor:3", 0, [1, 2, 3, 4]) == pytest.approx([4, -6, 4, -1])
     assert weights_of("taylor:2", 0, [1, 2, 3]) == pytest.approx([3, -3, 1])
+
+
+@given(DISTANCES, st.floats(0, 3))
+def test_chebyshev_is_the_parabola_nearest_to_the_sums_under_a_ridge(distances: list[float], ridge: float) -> None:
+    """Against least squares of the sums and, as rows of their own, of the coefficients beside the constant."""
+    times, sums = np.array(times_of(distances)), np.random.default_rng(len(distances)).standard_normal(len(distances))
+    degree = min(2, len(times) - 1)
+    places = np.interp(times, [10.0, times[-1]], [1.0, -1.0])
+    polynomials = np.stack([np.cos(k * np.arccos(places)) for k in range(degree + 1)], axis=1)
+    damped = np.sqrt(ridge) * np.eye(degree + 1)[1:]
+    rows, wanted = np.concatenate([polynomials, damped]), np.concatenate([sums, np.zeros(degree)])
+    coefficients = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(approximators, "RIDGE", ridge)
+        weights = weights_of("chebyshev", 10.0, times.tolist())
+    assert weights @ sums == pytest.approx(coefficients.sum(), rel=1e-5, abs=1e-5)
+
+
+def test_chebyshev_forecasts_parabolas_without_its_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = np.array([12.0, 17, 19, 30])
+    parabola = np.polynomial.Polynomial([2, -1, 0.25])
+    assert abs(weights_of("chebyshev", 10, [*times]) @ parabola(times) - parabola(10)) > 0.1
+    monkeypatch.setattr(approximators, "RIDGE", 0.0)
+    assert weights_of("chebyshev", 10, [*times]) @ parabola(times) == pytest.approx(parabola(10))
+
+
+@given(DISTANCES, st.floats(0.01, 100))
+def test_chebyshev_weights_don_t_depend_on_the_unit_of_time(distances: list[float], unit: float) -> None:
+    times = times_of(distances)
+    scaled = weights_of("chebyshev", 10 * unit, [unit * time for time in times])
+    assert scaled == pytest.approx(weights_of("chebyshev", 10.0, times), rel=1e-6, abs=1e-9)
+
+
+def test_chebyshev_weighs_less_noise_than_the_polynomials_of_taylor() -> None:
+    for times in ([1.0, 2, 3, 4], [2.0, 5, 8, 11], [1.0, 6, 11, 16]):
+        noise = {name: float(np.square(weights_of(name, 0, times[: row.looks_back])).sum()) for name, row in LATER}
+        assert noise["chebyshev"] < noise["taylor:2"] < noise["taylor:3"]
+
+
+def test_chebyshev_of_one_sum_holds_it() -> None:
+    assert weights_of("chebyshev", 10.0, [20.0]).tolist() == [1.0]
+    assert weights_of("chebyshev", 10.0, [10.0]).tolist() == [1.0]  # of a sampler that visits a timestep twice
 
 
 def test_an_order_looks_back_at_one_sum_more() -> None:
