@@ -20,7 +20,8 @@ from ditc.quality.trials import Changes, Trial
 
 __all__ = ["REUSE_SHARE", "WORTH", "Pace", "PairWalk", "computed_steps"]
 
-REUSE_SHARE = 0.2  # of a computing step, until one was measured: the reference model's (benchmarks/reuse_cost.json)
+REUSE_SHARE = 0.2  # of a computing step, before one was measured: the reference model's (benchmarks/reuse_cost.json)
+PRIOR = 4  # trials that it counts for: those of one pair may all be disturbed
 WORTH = 1.1  # a cache has to be this much faster than no cache
 # (stage, changes beside the policy, policy) -> trials, one for each correction that the schedule allows
 TryCorrections = Callable[[str, Changes, str], list[Trial]]
@@ -45,7 +46,7 @@ class Pace:
     @property
     def share(self) -> float:
         """The share of a computing step that a reuse takes."""
-        return median(self.shares) if self.shares else REUSE_SHARE
+        return median([*[REUSE_SHARE] * PRIOR, *self.shares])
 
     def seconds(self, steps: int, policy: str) -> float:
         """Return the seconds per image that so many steps are to take."""

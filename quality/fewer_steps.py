@@ -1,8 +1,8 @@
 """The stage "solver" of a search: with how few steps each solver, in floating point, keeps to the budget.
 
 The first solver walks down its numbers of steps, until PATIENCE of them in a row are beyond the budget. Every other one
-begins below the fewest so far: with more steps it could not be faster. Where numbers between may be tried, the best two
-then halve the gap that is left, so that what a cache is held against is no coarser than need be.
+begins below the fewest so far: with more steps it could not be faster. Where numbers between may be tried, the two that
+promise most then halve the gap that is left, so that what a cache is held against is no coarser than need be.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ditc.quality.trials import Trial
 __all__ = ["PATIENCE", "Reach", "fewest_steps", "halve"]
 
 PATIENCE = 2  # numbers of steps, or intervals, beyond the budget before others are given up
-REFINED = 2  # solvers whose fewest steps are found to one step
+REFINED = 2  # solvers whose fewest steps are looked for to one step
 Judge = Callable[[Solver, int], Trial]
 
 
@@ -51,10 +51,17 @@ class Reach:
         return max((steps for steps, trial in self.trials.items() if not trial.within and steps < most), default=0)
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """The order of solvers, the best one least: by the fewest steps, then by quality at those."""
-        fewest = self.fewest
-        return math.inf if fewest is None else fewest, -self.trials[self.start].quality
+    def promise(self) -> tuple[float, float]:
+        """The order of solvers, the best one least: by the fewest steps that may do, then by quality just below those.
+
+        One that began below another's fewest steps was tried at few numbers, and perhaps at none within the budget.
+        """
+        return (self.floor + 1, -self.trials[self.floor].quality) if self.floor else (self.start, -self.best_quality)
+
+    @property
+    def best_quality(self) -> float:
+        """The quality at the steps to go on from."""
+        return self.trials[self.start].quality
 
 
 def fewest_steps(solvers: Solvers, judge: Judge) -> list[Reach]:
@@ -65,12 +72,12 @@ def fewest_steps(solvers: Solvers, judge: Judge) -> list[Reach]:
         reach = Reach(solver)
         _descend(reach, [s for s in solvers.counts if s < below and solvers.takes(solver, s)], judge)
         reaches += [reach] if reach.trials else []
-    reaches.sort(key=lambda reach: reach.rank)
+    reaches.sort(key=lambda reach: reach.promise)
     if solvers.between:
         for reach in reaches[:REFINED]:
             _refine(reach, _fewest(reaches), solvers, judge)
-        reaches.sort(key=lambda reach: reach.rank)
-    return reaches
+        reaches.sort(key=lambda reach: reach.promise)
+    return sorted(reaches, key=lambda reach: reach.fewest != _fewest(reaches))  # the fastest, then those that promise
 
 
 def _fewest(reaches: Sequence[Reach]) -> float:

@@ -72,6 +72,7 @@ class Search:
     where quantization noise exceeds what a cache saves. `seven_bits` says whether such weights may pay here. `solvers`
     are those to choose from, None for the base's own at its steps. `again` measures what won on other noise, None for a
     budget that other noise hardly moves; `confirmed` are its trials, `rival` the fastest without a cache among them.
+    `pace` is that of candidates by their steps, where those differ: of all with the arithmetic of `paced`.
     """
 
     base: CompileOptions
@@ -86,6 +87,8 @@ class Search:
     again: Again | None = None
     confirmed: list[Trial] = field(default_factory=list)
     rival: Trial | None = None
+    pace: Pace | None = None
+    paced: Trial | None = None
 
     @property
     def candidates(self) -> list[Trial]:
@@ -182,13 +185,22 @@ class Search:
 
     def _first_confirmed(self, again: Again, trials: Sequence[Trial]) -> Trial | None:
         """Return the fastest that is within the budget on other noise too, None where none is."""
-        for trial in sorted(trials, key=lambda trial: trial.seconds):
+        for trial in sorted(trials, key=self._order):
             confirmed = again.confirm(trial)
             self.confirmed.append(confirmed)
             if confirmed.within:
                 return trial
             self._note(f"beyond the budget on other noise, so not chosen: {described(confirmed)}")
         return None
+
+    def _order(self, trial: Trial) -> tuple[float, float]:
+        """Return the order in which candidates are confirmed: by pace, then by quality.
+
+        Those of equal steps are as fast but for a few percent, which is less than trials minutes apart tell.
+        """
+        if self.pace is None or self.paced is None or _arithmetic(trial) != _arithmetic(self.paced):
+            return trial.seconds, -trial.quality
+        return self.pace.seconds(self._steps(trial), str(trial.changes["policy"])), -trial.quality
 
     @property
     def _quantizers(self) -> Sequence[dict[str, str]]:
@@ -263,13 +275,13 @@ class Search:
                 break
         # of all that are as fast by the step: a median leaves out what disturbed one of them
         alike = [trial for trial in self.candidates if not trial.cached and _arithmetic(trial) == _arithmetic(best)]
-        pace = Pace(median(trial.seconds / self._steps(trial) for trial in alike))
+        self.pace, self.paced = Pace(median(trial.seconds / self._steps(trial) for trial in alike)), best
         walk = PairWalk(
             base=self.base,
             solvers=solvers,
             intervals=self.options.intervals,
-            pace=pace,
-            fastest=pace.seconds(self._steps(best), "none") if best.within else None,
+            pace=self.pace,
+            fastest=self.pace.seconds(self._steps(best), "none") if best.within else None,
             corrected=self._corrected,
             ends=self._ends,
             note=self._note,

@@ -29,16 +29,17 @@ def test_the_steps_that_compute_are_those_of_the_schedule(steps: int, interval: 
         assert computed_steps(policy, steps) == sum(map(any, schedule.compute))
 
 
-def test_a_reuses_share_is_learnt_from_trials() -> None:
+def test_a_reuses_share_is_learnt_from_more_trials_than_one_pair_has() -> None:
     pace = Pace(2.0)
     assert pace.seconds(10, "fora:2") == 2 * (5 + REUSE_SHARE * 5)
-    pace.learn(played("fora:2", 10, 12.0, True), 10, "fora:2")  # 5 computed are 10 s, 5 reuses the other 2
-    assert pace.share == pytest.approx(0.2)
-    pace.learn(played("fora:2", 10, 9.0, True), 10, "fora:2")
-    pace.learn(played("fora:2", 10, 9.0, True), 10, "fora:2")
-    assert pace.share == 0  # faster than its computed steps alone: nothing is left for a reuse
+    for seconds in (20.0, 30.0, 9.0, 20.0):  # all disturbed: as if reuses took as long as computing, or nothing
+        pace.learn(played("fora:2", 10, seconds, True), 10, "fora:2")
+    assert pace.share == REUSE_SHARE
+    for _ in range(12):
+        pace.learn(played("fora:2", 10, 10.5, True), 10, "fora:2")  # 5 computed are 10 s, 5 reuses the other 0.5
+    assert pace.share == pytest.approx(0.05)
     pace.learn(played("none", 10, 20.0, True), 10, "none")
-    assert len(pace.shares) == 3
+    assert len(pace.shares) == 16
 
 
 def played(policy: str, steps: int, seconds: float, within: bool) -> Trial:
@@ -143,8 +144,8 @@ def test_a_pair_takes_the_solver_and_what_was_settled_before_it() -> None:
 
 
 def test_the_cheaper_a_reuse_is_the_more_steps_a_cache_is_tried_over() -> None:
-    cheap, dear = Machine(lambda *_: False, 0.03), Machine(lambda *_: False, 0.2)
-    walk(cheap, 10.0)
-    walk(dear, 10.0)
-    assert cheap.tried[0] == dear.tried[0]  # before anything was measured
-    assert cheap.tried[1][0] > dear.tried[1][0]
+    cheap, dear = Pace(1.0, [0.03] * 9), Pace(1.0, [0.4] * 9)
+    most = [
+        max(steps for steps in range(2, 50) if pace.seconds(steps, "fora:2") * WORTH <= 10) for pace in (cheap, dear)
+    ]
+    assert most == [16, 12]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from hypothesis import given
@@ -90,10 +89,22 @@ def test_where_none_is_within_the_budget_the_nearest_is_gone_on_from() -> None:
     assert len(player.tried) == 4
 
 
-def test_solvers_rank_by_steps_and_then_by_quality() -> None:
-    twenty, better, beyond = (
-        Reach(solver, {steps: trial(solver, steps, worse_by)})
-        for solver, steps, worse_by in ((OWN, 20, 0.0), (FIRST, 20, -0.1), (SECOND, 10, 0.1))
-    )
-    assert sorted([beyond, twenty, better], key=lambda reach: reach.rank) == [better, twenty, beyond]
-    assert beyond.rank[0] == math.inf
+def test_a_solver_promises_by_the_steps_that_may_do_and_then_by_quality_just_below() -> None:
+    def reach(solver: Solver, **worse_by: float) -> Reach:
+        return Reach(
+            solver, {int(steps[1:]): trial(solver, int(steps[1:]), worse) for steps, worse in worse_by.items()}
+        )
+
+    slow = reach(OWN, s20=0.0, s15=0.1)  # within at 20, maybe at 16
+    fast = reach(FIRST, s8=0.0, s6=0.2)
+    faster = reach(SECOND, s6=0.1)  # began below 8, and misses by less
+    assert sorted([slow, fast, faster], key=lambda each: each.promise) == [faster, fast, slow]
+    everywhere = reach(OWN, s8=-0.2, s6=-0.1)
+    assert everywhere.promise[0] == 6
+
+
+def test_a_solver_that_began_below_the_best_is_refined_where_it_misses_by_less() -> None:
+    ranked, player = reaches({FIRST: 8, OWN: 7.9, SECOND: 7})  # the last one begins at 6
+    assert (SECOND, 7) in player.tried
+    assert (ranked[0].solver, ranked[0].fewest) == (SECOND, 7)
+    assert ranked[1].solver in (OWN, FIRST)

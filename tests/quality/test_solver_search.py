@@ -10,7 +10,7 @@ import pytest
 
 from ditc.compiler.options import CompileOptions
 from ditc.errors import CheckError
-from ditc.quality.cached_steps import computed_steps
+from ditc.quality.cached_steps import Pace, computed_steps
 from ditc.quality.options import TuneOptions
 from ditc.quality.search import SOLVER, Again, Search
 from ditc.quality.solvers import Solver, Solvers
@@ -25,7 +25,7 @@ SLOW, FAST = 40, 6  # computed steps that the base's solver, and UniPC, need
 
 @dataclass
 class World:
-    """Images and times: distance falls with the steps that compute, a reuse costs `lost`, INT8 costs `rounding`.
+    """Images and times: distance falls with the steps, a reuse costs `lost`, holding `held`, INT8 `rounding`.
 
     On fresh noise the distance of each candidate is by `luck` of it worse. `share` is that of a reuse in time; `turns`
     are seconds per image of candidates in turn, by policy, where they are others.
@@ -33,6 +33,7 @@ class World:
 
     lost: float = 0.001
     rounding: float = 0.01
+    held: float = 0.02
     share: float = 0.2
     luck: Callable[[Changes], float] = lambda _: 0.0
     turns: Callable[[Trial], float] | None = None
@@ -43,7 +44,7 @@ class World:
         steps, policy = int(changes.get("steps") or BASE.steps), str(changes["policy"])
         needs = FAST if changes.get("sampler") == "unipc" else SLOW
         reused = steps - computed_steps(policy, steps)
-        held = 0.02 * (changes.get("reuse") == "hold") if reused else 0.0
+        held = self.held * (changes.get("reuse") == "hold") if reused else 0.0
         return 0.05 * needs / steps + self.lost * reused + held + (self.rounding if "precision" not in changes else 0)
 
     def seconds(self, changes: Changes) -> float:
@@ -190,6 +191,27 @@ def test_a_time_that_only_a_cache_keeps_to_is_not_given_to_the_solver_alone() ->
     fastest = min(trial.seconds for trial in World().search().candidates if trial.within)
     chosen = world.search(seconds=fastest).choose()
     assert chosen.cached
+
+
+def test_of_equal_steps_the_better_one_is_confirmed_whatever_disturbed_its_times() -> None:
+    world = World(rounding=0.0, held=0.01, turns=lambda trial: 1.0 if trial.cached else 1.5)
+    pair = {"sampler": "unipc", "steps": 12, "policy": "fora:2", "vc": "none"}
+    alone = world.judge("quantizer", {"sampler": "unipc", "steps": 8, "policy": "none"})
+    held, extrapolated = (world.judge("schedule", {**pair, "reuse": reuse}) for reuse in ("hold", "taylor"))
+    disturbed = extrapolated.model_copy(update={"seconds": 1.3 * extrapolated.seconds})
+    again = Again(world.confirm, world.in_turn)
+    search = Search(
+        BASE,
+        OPTIONS,
+        world.judge,
+        lambda _: 0.1,
+        measured=[alone, held, disturbed],
+        again=again,
+        pace=Pace(1.0),
+        paced=alone,
+    )
+    assert held.within
+    assert search.choose() == disturbed
 
 
 def test_the_same_search_finds_the_same() -> None:
