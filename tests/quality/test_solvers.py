@@ -85,10 +85,10 @@ def test_numbers_that_are_asked_for_are_tried_beside_the_bases_and_none_between(
     assert list(every.falling) == [*range(50, every.counts[-1] - 1, -1)]
 
 
-def test_a_model_that_predicts_a_flow_gets_the_samplers_that_have_a_form_for_one_and_no_spacing() -> None:
+def test_a_model_that_predicts_a_flow_gets_the_samplers_and_spacings_that_have_a_form_for_one() -> None:
     every, note = solvers(model("flow", name="euler"))
-    assert names(every) == ["the base's own", "sampler dpm++2m", "sampler unipc"]
-    assert note.startswith("not tried, since this model does not take them: spacing leading; spacing trailing;")
+    assert names(every) == ["the base's own", "spacing trailing", "sampler dpm++2m", "sampler unipc"]
+    assert note.startswith("not tried, since this model does not take them: spacing leading; sampler dpm++2m, spacing")
 
 
 def test_a_models_own_scheduler_stays_and_others_stand_beside_it() -> None:
