@@ -39,7 +39,7 @@ __all__ = [
 
 ANCHOR = "pos_embed.proj.weight"  # a key that every such model has
 CLASS_OPTIONS = ("--classes", "--no-null")
-PROCESS_OPTIONS = ("--prediction", "--beta-schedule", "--train-steps")
+PROCESS_OPTIONS = ("--prediction", "--flow-times", "--beta-schedule", "--train-steps")
 LARGEST_SIDE = 1024  # of the latent; beyond it positions alone fill a memory
 
 UNUSED = {

@@ -144,7 +144,7 @@ def make():
         ("digits --step-counts 2000", "--step-counts 2000 can't be taken: steps must be 2 to 1000"),
         ("own_flow:make --samplers lms", "--samplers lms can't be tried: "),
         ("own_flow:make --samplers ddim", "--samplers ddim can't be tried: "),
-        ("own_flow:make --spacings trailing", "--spacings trailing can't be tried: "),
+        ("own_flow:make --spacings leading", "--spacings leading can't be tried: "),
     ],
 )
 def test_a_solver_that_can_not_be_tried_is_refused_before_anything_is_compiled(
