@@ -284,13 +284,13 @@ def test_a_model_that_says_nothing_of_layers_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["built in", "random", "user's own", "file", "folder"])
 def test_every_kind_of_model_takes_a_lora(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "lora_of_mine.py").write_text(
         "from ditc.exporter.dit import DiTConfig\nfrom ditc.exporter.models import random_dit\n\n\n"
         "def build():\n    return random_dit(DiTConfig(input_size=8, hidden_size=64, depth=1, num_heads=4), 'own')\n"
     )
     torch.save(random_dit(DiTConfig(input_size=8, hidden_size=384, depth=1), "file").state_dict(), "mine.pt")
     saved(transformer(), tmp_path / "tiny")
-    names = {"built in": "digits", "random": "random:dit-s-8-256", "user's own": "mine:build"}
+    names = {"built in": "digits", "random": "random:dit-s-8-256", "user's own": "lora_of_mine:build"}
     name = names.get(kind, "mine.pt" if kind == "file" else "tiny")
     before = load_model(name)
     pairs = pairs_for(before, ["blocks.0.attn.proj"])

@@ -164,11 +164,11 @@ def test_a_model_that_returns_no_numbers_does() -> None:
 def test_models_that_are_no_files_are_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_model("digits").spec.doubts == ()
     assert load_model("random:dit-s-8-256").spec.doubts == ()
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "noise_of_mine.py").write_text(
         "from ditc.exporter.models import random_model\ndef build():\n    return random_model('dit-s-8-256', depth=1)\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert load_model("mine:build").spec.doubts == ()
+    assert load_model("noise_of_mine:build").spec.doubts == ()
 
 
 class Counted(nn.Module):
