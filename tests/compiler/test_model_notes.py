@@ -182,7 +182,7 @@ def test_the_last_class_of_a_model_without_a_null_class_is_a_class(checkpoint: P
         ("digits --vae nowhere", "digits makes images itself; leave out --vae"),
         ("digits --no-null --prediction v", "leave out --no-null and --prediction"),
         ("--random dit-s-8-256 --classes 10", "leave out --classes"),
-        ("{file} --prediction noise", "unknown --prediction 'noise'; choose one of: epsilon, sample, v"),
+        ("{file} --prediction noise", "unknown --prediction 'noise'; choose one of: epsilon, flow, sample, v"),
         ("{file} --beta-schedule cosine", "unknown beta schedule 'cosine'"),
         ("{file} --beta-schedule linear:1", "NAME or NAME:START:END, found 'linear:1'"),
         ("{file} --beta-schedule linear:0.5:0.1", "0 < START <= END < 1, found 0.5 and 0.1"),
