@@ -21,7 +21,7 @@ from ditc.exporter.dit import DiTConfig
 from ditc.exporter.models import load_model, random_dit
 from ditc.files import sha256_of
 from ditc.loras import Lora
-from ditc.quality import tuning
+from ditc.quality import candidates, tuning
 from ditc.quality.options import TuneOptions
 from ditc.quality.search import Trial
 from tests.models.loras import RANK, kohya, pairs_for, peft, write
@@ -208,8 +208,8 @@ def test_tune_compiles_every_candidate_with_them_and_keeps_trials_apart(
         numbers = dict.fromkeys(("seconds", "psnr_db", "psnr_low"), 30.0)
         return Trial(stage=stage, changes=changes, worse_by=None, worse_high=None, size_bytes=1, within=True, **numbers)
 
-    monkeypatch.setattr(tuning, "compile_model", compiled)
-    monkeypatch.setattr(tuning, "trial_of", trial)
+    monkeypatch.setattr(candidates, "compile_model", compiled)
+    monkeypatch.setattr(candidates, "trial_of", trial)
     monkeypatch.setattr(tuning.shutil, "rmtree", lambda _: None)  # trials stay, as where a search is interrupted
     options, base_options = TuneOptions(least_psnr_db=1, intervals=(2, 3)), CompileOptions(precision="fp32")
     counts = []
