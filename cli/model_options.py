@@ -91,6 +91,14 @@ class ModelOptions(Settings):
         int | None,
         Option("Tokens of a text; default is what the model's pipeline takes. Fewer are cheaper.", group=READING),
     ] = None
+    size: Annotated[
+        str | None,
+        Option(
+            "Pixels of the pictures, 512 or 512x768, where the model may make others than its own.",
+            metavar="SIDE|HxW",
+            group=READING,
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _loras_have_weights(self) -> ModelOptions:
@@ -119,7 +127,7 @@ class ModelOptions(Settings):
     @property
     def facts(self) -> ModelFacts:
         """The stated facts of the model. Raises InputError for what can't be."""
-        from ditc.exporter.model_facts import ModelFacts, beta_schedule_facts
+        from ditc.exporter.model_facts import ModelFacts, beta_schedule_facts, size_fact
 
         return ModelFacts(
             classes=self.classes,
@@ -128,6 +136,7 @@ class ModelOptions(Settings):
             flow_times=self.flow_times,
             train_steps=self.train_steps,
             text_tokens=self.text_tokens,
+            size=size_fact(self.size),
             **beta_schedule_facts(self.beta_schedule),
         )
 

@@ -15,7 +15,7 @@ from ditc.exporter.config_files import Config, Keys, class_named, config_of, rea
 from ditc.exporter.diffusers_keys import diffusers_names
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.folder_weights import found_there, read_folder_weights
-from ditc.exporter.model_facts import ModelFacts, check_asked_for_no_text, given_options
+from ditc.exporter.model_facts import ModelFacts, check_of_dit, given_options
 from ditc.exporter.original_checkpoint import process_from_facts
 from ditc.exporter.pipeline_index import INDEX_FILE, class_in_index
 from ditc.exporter.schedulers import process_from_scheduler
@@ -114,7 +114,7 @@ def dit_from_diffusers(folder: Path, facts: ModelFacts | None = None) -> DiT:
     home = transformer_home(folder)
     facts = facts or ModelFacts()
     config_file = read_config(home, folder)
-    check_asked_for_no_text(facts, config_file.path)
+    check_of_dit(facts, config_file.path)
     _check_no_class_facts(facts, config_file)
     tensors, about_weights = read_folder_weights(home)
     prefix = fitting_prefix(tensors, ANCHOR) or ""

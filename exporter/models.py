@@ -105,10 +105,12 @@ def _check_useful(stated: Stated, name: str, *known: str) -> None:
 def _from_folder(path: Path, stated: Stated) -> Any:
     if stated.num_heads is not None:
         raise InputError(f"the config.json in {path} states num_attention_heads; leave out --heads")
-    model = with_loras(_reader_of(path)(path, stated.facts), stated.loras)
+    model = with_vae(with_loras(_reader_of(path)(path, stated.facts), stated.loras), stated.vae)
+    if stated.facts.size is not None:  # in pixels, which a decoder makes of latents
+        model.take_size(*stated.facts.size)
     said_in = "scheduler_config.json" if model.diffusion.prediction == "flow" else SAID_IN_SCHEDULER
     model.doubts += doubts_about(model, said_in if (path / "scheduler").is_dir() else "--prediction")
-    return with_vae(model, stated.vae)
+    return model
 
 
 def _reader_of(folder: Path) -> Callable[[Path, ModelFacts], Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ditc.choices import BetaSchedule
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DIT_SIZES, DiT, DiTConfig
-from ditc.exporter.model_facts import ModelFacts, check_asked_for_no_text, given_options
+from ditc.exporter.model_facts import ModelFacts, check_of_dit, given_options
 from ditc.exporter.sit import SIT_TIMES, sit_from_weights
 from ditc.exporter.state_dicts import read_checkpoint
 from ditc.exporter.training_args import TrainingArgs, training_args
@@ -42,7 +42,7 @@ def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: Mode
     guidance applies to the first three latent channels. Raises CheckpointError naming what doesn't fit.
     """
     facts = facts or ModelFacts()
-    check_asked_for_no_text(facts, path)
+    check_of_dit(facts, path)
     checkpoint = read_checkpoint(path, ANCHOR)
     shapes, told = shapes_of(checkpoint.tensors, path), training_args(checkpoint.args, path, facts)
     _check_told(told, shapes, path)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ditc.errors import InputError
 from ditc.exporter.loras import WeightRows, module_layers
 from ditc.exporter.text_encoders import TextEncoder, text_of_folder
 from ditc.loras import MergedLora
@@ -24,6 +25,7 @@ __all__ = ["PixArt", "place_tokens"]
 
 MASKED = -10000.0  # what diffusers adds to the scores of a token that is masked
 LATENT_PIXELS = 8  # sides of a latent's place in a picture where no decoder tells
+LARGEST_GRID = 512  # tokens on a side; beyond it attention fills a memory
 PIXEL_CHANNELS = (1, 3)  # of a model that makes pictures without a decoder
 
 
@@ -189,6 +191,23 @@ class PixArt(nn.Module):
             return int(2 ** (len(self.decoder.vae.config.block_out_channels) - 1))
         return 1 if self.config.in_channels in PIXEL_CHANNELS else LATENT_PIXELS
 
+    def take_size(self, height: int, width: int) -> None:
+        """Make pictures of so many pixels from here on. Raises InputError for sides that don't divide."""
+        unit = self.pixels_of_a_place * self.config.patch_size
+        if height % unit or width % unit or max(height, width) > unit * LARGEST_GRID:
+            places = (min(max(1, round(side / unit)), LARGEST_GRID) for side in (height, width))
+            near = "x".join(str(place * unit) for place in places)
+            raise InputError(
+                f"--size {height}x{width}: {self.name} makes pictures whose sides are multiples of {unit} pixels, "
+                f"up to {unit * LARGEST_GRID}; take {near}"
+            )
+        self.take_space((height // self.pixels_of_a_place, width // self.pixels_of_a_place))
+
+    def take_space(self, space: tuple[int, ...]) -> None:
+        """Work on samples of so many rows and columns from here on, which the patches divide."""
+        rows, columns = (side // self.config.patch_size for side in space)
+        place_tokens(self.pos_embed, rows, columns)
+
     @property
     def spec(self) -> ModelSpec:
         rows, columns = self.grid
@@ -209,7 +228,7 @@ class PixArt(nn.Module):
             sampler=self.sampler,
             latent_scale=self.latent_scale,
             latent_shift=self.latent_shift,
-            assumptions=self.assumptions,
+            assumptions=(*self.assumptions, *self.about_size()),
             doubts=self.doubts,
             loras=self.loras,
         )
@@ -247,6 +266,13 @@ class PixArt(nn.Module):
         tables = [rows + block.scale_shift_table + offset for block in self.transformer_blocks]
         last = embedded[:, None] + self.scale_shift_table + offset[:2]
         return {"modulation": torch.cat([*tables, last], dim=1)}
+
+    def about_size(self) -> tuple[str, ...]:
+        """The line about the size that the model is told of its pictures, where no decoder says what that is."""
+        if not self.transformer.use_additional_conditions or self.decoder is not None:
+            return ()
+        times = self.pixels_of_a_place
+        return (f"the model is told the size of pictures {times} times as wide as its samples (--vae)",)
 
     def size_conditions(self, rows: int) -> dict[str, Tensor] | None:
         """Size and ratio of the picture, as models that take them want them; None for others."""

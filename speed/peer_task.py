@@ -168,11 +168,15 @@ def known_model(manifest: Manifest) -> str:
     raise InputError(f"a torch model is needed, and the bundle tells only its name, {name}; give it with --model")
 
 
-def _class_facts(manifest: Manifest) -> ModelFacts:
-    """Return the classes that a bundle's checkpoint was read with; the rest of its facts changes no forward pass."""
+def _known_facts(manifest: Manifest, name: str) -> ModelFacts | None:
+    """Return the facts that a bundle's file or folder was read with, as far as they change a forward pass."""
     from ditc.exporter.model_facts import ModelFacts
 
-    return ModelFacts(classes=manifest.model.num_classes, null_class=manifest.model.null_label is not None)
+    spec = manifest.model
+    if Path(name).is_file():
+        return ModelFacts(classes=spec.num_classes, null_class=spec.null_label is not None)
+    texts = [condition.shape[0] for condition in spec.conditions if condition.name == "text"]
+    return ModelFacts(text_tokens=texts[0]) if texts and Path(name).is_dir() else None
 
 
 def _checked_model(task: PeerTask) -> Any:
@@ -181,8 +185,9 @@ def _checked_model(task: PeerTask) -> Any:
 
     manifest, choice = task.bundle.manifest, task.choice
     name = choice.name or known_model(manifest)
-    facts = _class_facts(manifest) if Path(name).is_file() else None
-    model = load_model(name, num_heads=choice.heads, facts=facts, loras=choice.loras)
+    model = load_model(name, num_heads=choice.heads, facts=_known_facts(manifest, name), loras=choice.loras)
+    if model.spec.space != manifest.model.space and hasattr(model, "take_space"):
+        model.take_space(manifest.model.space)
     advice = f"name the one that {task.bundle.path} was compiled from with --model"
     if manifest.model.loras and not choice.loras:
         advice += f", and with --lora {', '.join(lora.file for lora in manifest.model.loras)}"

@@ -14,7 +14,7 @@ from refusals import refusal_of
 
 from ditc.errors import CheckpointError, InputError
 from ditc.exporter.dit import DIT_SIZES, DiT, DiTConfig
-from ditc.exporter.model_facts import FACT_OPTIONS, ModelFacts, beta_schedule_facts, given_options
+from ditc.exporter.model_facts import FACT_OPTIONS, ModelFacts, beta_schedule_facts, given_options, size_fact
 from ditc.exporter.original_checkpoint import dit_from_checkpoint
 from ditc.spec import DiffusionSpec
 
@@ -128,6 +128,9 @@ def test_betas_that_the_release_would_stretch_too_far_are_refused(tmp_path: Path
         ({"classes": 2.5}, "--classes must be a whole number"),
         ({"train_steps": 1}, "--train-steps must be a whole number from 2 to 65536, found 1"),
         ({"train_steps": 10**9}, "--train-steps must be a whole number from 2 to 65536, found 1000000000"),
+        ({"text_tokens": 0}, "--text-tokens must be a whole number from 1 to 65536, found 0"),
+        ({"size": (0, 512)}, "--size must be a whole number from 1 to 65536, found 0"),
+        ({"size": 512}, "size must be (height, width) in pixels, found 512"),
         ({"beta_range": (0.1, 0.2)}, "belong to a schedule"),
         ({"beta_schedule": "squared-cosine", "beta_range": (0.1, 0.2)}, "belong to a schedule"),
         ({"beta_schedule": "linear", "beta_range": (0.2, 0.1)}, "0 < START <= END < 1, found 0.2 and 0.1"),
@@ -142,6 +145,17 @@ def test_facts_that_can_not_be_are_refused_when_they_are_made(facts: dict[str, A
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(("text", "size"), [(None, None), ("512", (512, 512)), ("512x768", (512, 768))])
+def test_a_size_is_a_side_or_height_and_width(text: str | None, size: tuple[int, int] | None) -> None:
+    assert size_fact(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "512x", "x512", "512X768", "512x768x3", "5.5", "-512", "512 x 768", "a"])
+def test_another_form_of_a_size_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--size needs pixels, as 512 for a square or 512x768"):
+        size_fact(text)
+
+
 def test_a_beta_schedule_is_a_name_and_perhaps_its_ends() -> None:
     assert beta_schedule_facts(None) == {}
     assert beta_schedule_facts("linear") == {"beta_schedule": "linear"}
@@ -153,8 +167,11 @@ def test_a_beta_schedule_is_a_name_and_perhaps_its_ends() -> None:
 
 def test_given_facts_are_named_by_their_options() -> None:
     assert given_options(ModelFacts()) == []
-    assert given_options(COMPLETE) == [each for each in FACT_OPTIONS if each not in ("--flow-times", "--text-tokens")]
-    assert given_options(replace(COMPLETE, flow_times="0:1", text_tokens=9)) == list(FACT_OPTIONS)
+    unusual = {"flow_times": "0:1", "text_tokens": 9, "size": (8, 8)}
+    assert given_options(COMPLETE) == [
+        each for each in FACT_OPTIONS if each not in ("--flow-times", "--text-tokens", "--size")
+    ]
+    assert given_options(replace(COMPLETE, **unusual)) == list(FACT_OPTIONS)
     assert given_options(ModelFacts(null_class=False)) == ["--no-null"]
 
 

@@ -104,6 +104,7 @@ OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "--beta-schedule": lambda _: {"facts": ModelFacts(beta_schedule="squared-cosine")},
     "--train-steps": lambda _: {"facts": ModelFacts(train_steps=400)},
     "--text-tokens": lambda _: {"facts": ModelFacts(text_tokens=5)},
+    "--size": lambda _: {"facts": ModelFacts(size=(96, 64))},
 }
 PROCESS = {"--prediction", "--beta-schedule", "--train-steps"}
 TAKEN = {
@@ -112,12 +113,12 @@ TAKEN = {
     "user's own": {"--vae"},
     "user's own with a decoder": set(),
     "user's own with a decoder that can't be set": set(),
-    "file": set(OPTIONS) - {"--text-tokens"},
+    "file": set(OPTIONS) - {"--text-tokens", "--size"},
     "folder": {"--vae", *PROCESS},
     "folder with a scheduler": {"--vae"},
     "folder with a VAE": set(),
-    "folder of a PixArt": {"--vae", "--text-tokens", *PROCESS},
-    "folder of a PixArt with a scheduler": {"--vae", "--text-tokens"},
+    "folder of a PixArt": {"--vae", "--text-tokens", "--size", *PROCESS},
+    "folder of a PixArt with a scheduler": {"--vae", "--text-tokens", "--size"},
 }
 
 

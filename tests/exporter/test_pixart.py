@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 import ditc
 from ditc.bundle import Bundle
+from ditc.cli.main import run
 from ditc.compiler.options import CompileOptions
 from ditc.exporter.models import load_model
 from ditc.exporter.onnx_files import load_graph
@@ -128,10 +130,10 @@ def compiled(
 ) -> Callable[..., Bundle]:
     """A folder's bundle in FP32, and the same conditions of typical images for all."""
 
-    def bundle_of(kind: str, **changes: Any) -> Bundle:
+    def bundle_of(kind: str, size: tuple[int, int] | None = None, **changes: Any) -> Bundle:
         settings = {"policy": "none", "precision": "fp32", "vc": "none", "cfg": CFG, "steps": STEPS} | changes
         given = {name: array.numpy() for name, array in pixart.texts(4, seed=9).items()}
-        facts = ditc.ModelFacts(text_tokens=pixart.TOKENS)
+        facts = ditc.ModelFacts(text_tokens=pixart.TOKENS, size=size)
         options = quick_options.model_copy(update=settings)
         return compiled_once(str(folders(kind)), options, conditions=given, facts=facts)
 
@@ -168,6 +170,55 @@ def test_a_bundle_makes_the_pictures_of_diffusers_pipeline(kind: str, compiled: 
         ours = pipe.images(conditions={name: each.numpy() for name, each in given.items()}, latents=noise.numpy())
     assert max(bundle.manifest.measured().parity.values()) < 1e-4
     assert numbers_error(ours, np.clip(expected, -1, 1)) < 1e-3
+
+
+@pytest.mark.parametrize(("kind", "size"), [("sigma", (24, 40)), ("alpha", (160, 96)), ("pixels", (16, 24))])
+def test_a_size_of_ones_own_makes_the_pictures_of_diffusers_pipeline_at_that_size(
+    kind: str, size: tuple[int, int], compiled: Callable[..., Bundle]
+) -> None:
+    """Positions stretch as diffusers has them; what alpha is told of size and ratio is that of these pictures."""
+    bundle, given = compiled(kind, size), pixart.texts(3)
+    spec = bundle.manifest.model
+    assert spec.space != compiled(kind).manifest.model.space
+    noise = torch.randn(3, *spec.latent_shape, generator=torch.Generator().manual_seed(4))
+    expected = pictures(kind, noise, given)
+    assert expected.shape[2:] == size
+    with ditc.load(bundle.path) as pipe:
+        ours = pipe.images(conditions={name: each.numpy() for name, each in given.items()}, latents=noise.numpy())
+    assert numbers_error(ours, np.clip(expected, -1, 1)) < 1e-3
+
+
+def test_the_size_that_a_model_is_told_changes_what_it_makes() -> None:
+    own, t = pixart.model("alpha"), torch.tensor([500.0])
+    before = own.timestep_tables(t)["modulation"]
+    own.take_size(1024, 512)  # a picture 8 times as wide where no decoder tells
+    assert (own.spec.space, own.size_conditions(1)["aspect_ratio"].item()) == ((128, 64), 2.0)
+    assert not torch.equal(own.timestep_tables(t)["modulation"], before)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert run(["compile", *arguments, "-o", "/nowhere/at/all"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+def test_a_size_that_can_not_be_is_one_line(
+    folders: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    own = str(folders("sigma"))
+    told = "--size 22x40: sigma makes pictures whose sides are multiples of 4 pixels, up to 2048; take 24x40"
+    assert told in refused(capsys, own, "--size", "22x40")
+    assert "take 2048x4" in refused(capsys, own, "--size", "9000x1")
+    assert "--size needs pixels, as 512 for a square" in refused(capsys, own, "--size", "big")
+    assert "--size must be a whole number from 1 to 65536, found 0" in refused(capsys, own, "--size", "0")
+    assert "digits states its heads, classes and process itself; leave out --size" in refused(
+        capsys, "digits", "--size", "16"
+    )
+    DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, norm_num_groups=4, sample_size=8
+    ).save_pretrained(tmp_path / "dit")
+    assert "is of a DiT, which was trained at one size" in refused(capsys, str(tmp_path / "dit"), "--size", "128")
 
 
 class Held:
