@@ -15,9 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ditc.program import REQUEST
+from ditc.quantize.activation_pairs import add_constant
+
 __all__ = ["fuse_attention", "fuse_integer_products"]
 
 CONTRIB = "com.microsoft"
+BIAS_PLACE = 5  # among the inputs of MultiHeadAttention
 TO_HEADS, TO_HEADS_TRANSPOSED, SWAP_LAST = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 
 
@@ -40,6 +44,7 @@ class _Fusion:
     fused: ir.Node
     last: ir.Node
     parts: tuple[ir.Node, ...]
+    bias: ir.Value | None = None  # of attention's scores, to be spread over the queries
 
 
 def _integer_product(node: ir.Node) -> _Fusion | None:
@@ -72,17 +77,46 @@ def _bias_of(product: ir.Node) -> tuple[ir.Node, ir.Value] | tuple[None, None]:
 
 
 def fuse_attention(model: ir.Model) -> bool:
-    """Fuse softmax attention over heads into one MultiHeadAttention: scores never leave the cache, no transposes."""
+    """Fuse softmax attention over heads into one MultiHeadAttention: scores never leave the cache, no transposes.
+
+    Keys and values are rows that are cut into heads, or tables of a request that are (batch, heads, tokens, width)
+    already; a bias of these tokens, (batch, 1, 1, tokens), is spread over the queries once for all.
+    """
     fusions = [attention for node in model.graph if (attention := _attention(node)) is not None]
+    spread: dict[ir.Value, ir.Value] = {}
     for attention in fusions:
+        bias = attention.bias
+        if bias is not None:
+            if bias not in spread:
+                spread[bias] = _spread(model, bias, attention.fused)
+            attention.fused.replace_input_with(BIAS_PLACE, spread[bias])
         _replace(model, attention.last, attention.fused)
         _drop_unused(model, attention.parts)
     return bool(fusions)
 
 
+def _spread(model: ir.Model, bias: ir.Value, attention: ir.Node) -> ir.Value:
+    """A bias of a text's tokens for every query, as the operator takes it."""
+    queries = attention.inputs[0]
+    assert queries is not None
+    assert queries.shape is not None
+    assert bias.shape is not None
+    tokens = queries.shape[1]
+    name = f"{bias.name}.spread"
+    shape = add_constant(model, f"{name}.shape", np.array([1, 1, tokens, 1], np.int64))
+    node = ir.node("Expand", [bias, shape], name=f"{name}/Expand")
+    node.outputs[0].name, node.outputs[0].type = name, bias.type
+    node.outputs[0].shape = ir.Shape([bias.shape[0], 1, tokens, bias.shape[3]])
+    model.graph.insert_before(model.graph[0], node)
+    return node.outputs[0]
+
+
 @dataclass(frozen=True)
 class _Heads:
-    """One of q, k and v: `rows` is (batch, tokens, width) before it was cut into heads; `parts` read it, last first."""
+    """One of q, k and v: `rows` is (batch, tokens, width) before it was cut into heads; `parts` read it, last first.
+
+    Of k and v it may be a table that is in heads, (batch, heads, tokens, width).
+    """
 
     rows: ir.Value
     heads: int
@@ -92,29 +126,72 @@ class _Heads:
 
 def _attention(softmax: ir.Node) -> _Fusion | None:
     """The fusion around a softmax, where everything is as in the canonical form; None where anything is not."""
-    scores = _producer(softmax.inputs[0], "MatMul") if softmax.op_type == "Softmax" and _on_last_axis(softmax) else None
+    scores, bias, added = _scores(softmax) if softmax.op_type == "Softmax" and _on_last_axis(softmax) else NO_SCORES
     mix = _only_reader(softmax, "MatMul")
     if scores is None or mix is None or mix.inputs[0] is not softmax.outputs[0] or not _private(scores):
         return None
     query = _heads(scores.inputs[0], (TO_HEADS,))
-    key = _heads(scores.inputs[1], (TO_HEADS_TRANSPOSED,))
-    value = _heads(mix.inputs[1], (TO_HEADS,))
+    key = _heads(scores.inputs[1], (TO_HEADS_TRANSPOSED,)) or _table(scores.inputs[1], turned=True)
+    value = _heads(mix.inputs[1], (TO_HEADS,)) or _table(mix.inputs[1], turned=False)
     turn = _only_reader(mix, "Transpose")
     join = None if turn is None or _permutation(turn) != TO_HEADS else _only_reader(turn, "Reshape")
     if query is None or key is None or value is None or join is None or value.scale != 1:
         return None
     if not query.heads == key.heads == value.heads or not _same_shape(join.outputs[0], query.rows):
         return None
+    if _rank(key.rows) != _rank(value.rows) or (bias is not None and not isinstance(_size(query.rows, 1), int)):
+        return None
     fused = ir.node(
         "MultiHeadAttention",
-        [query.rows, key.rows, value.rows],
+        [query.rows, key.rows, value.rows, *([] if bias is None else [None, None, bias])],
         attributes={"num_heads": query.heads, "scale": query.scale * key.scale},
         domain=CONTRIB,
         name=softmax.name,
     )
     assert turn is not None
-    parts = (join, turn, mix, softmax, scores, *query.parts, *key.parts, *value.parts)
-    return _Fusion(fused, join, parts)
+    parts = (join, turn, mix, softmax, *added, scores, *query.parts, *key.parts, *value.parts)
+    return _Fusion(fused, join, parts, bias)
+
+
+Scores = tuple["ir.Node | None", "ir.Value | None", tuple[ir.Node, ...]]  # (product, bias, the node that adds it)
+NO_SCORES: Scores = (None, None, ())
+
+
+def _scores(softmax: ir.Node) -> Scores:
+    """The product of queries and keys behind a softmax, and the bias of the keys' tokens if one is added."""
+    add = _producer(softmax.inputs[0], "Add")
+    if add is None:
+        return _producer(softmax.inputs[0], "MatMul"), None, ()
+    for product, bias in (add.inputs, add.inputs[::-1]):
+        scores = _producer(product, "MatMul")
+        if scores is not None and bias is not None and _is_of_request(bias) and _private(add):
+            own = [_size(bias, axis) for axis in (1, 2)] == [1, 1] and _rank(bias) == 4
+            return (scores, bias, (add,)) if own else NO_SCORES
+    return NO_SCORES
+
+
+def _table(value: ir.Value | None, *, turned: bool) -> _Heads | None:
+    """Keys, with their last axes swapped, or values as a table of a request has them, in heads."""
+    swap = _producer(value, "Transpose") if turned else None
+    if turned and (swap is None or _permutation(swap) != SWAP_LAST):
+        return None
+    table = value if swap is None else swap.inputs[0]
+    if table is None or not _is_of_request(table) or _rank(table) != 4:
+        return None
+    heads = _size(table, 1)
+    return _Heads(table, heads, 1.0, () if swap is None else (swap,)) if isinstance(heads, int) else None
+
+
+def _is_of_request(value: ir.Value) -> bool:
+    return value.is_graph_input() and str(value.name).startswith(REQUEST)
+
+
+def _rank(value: ir.Value) -> int:
+    return 0 if value.shape is None else len(value.shape)
+
+
+def _size(value: ir.Value, axis: int) -> object:
+    return None if value.shape is None or axis >= len(value.shape) else value.shape[axis]
 
 
 def _heads(value: ir.Value | None, permutations: Sequence[tuple[int, ...]]) -> _Heads | None:

@@ -18,6 +18,8 @@ import ditc
 from ditc.bundle import Bundle
 from ditc.cli.main import run
 from ditc.compiler.options import CompileOptions
+from ditc.engines.backend import runnable_path
+from ditc.engines.onnxrt import OnnxRuntimeBackend, kernel_census
 from ditc.exporter.models import load_model
 from ditc.exporter.onnx_files import load_graph
 from ditc.exporter.pixart import PixArt
@@ -308,6 +310,10 @@ def test_every_linear_layer_of_a_computing_step_is_integer(
     kernels = bundle.manifest.checks["kernels"]["full"]  # counted in the graph that ONNX Runtime runs
     assert kernels == {"linears": len(expected), "integer": len(expected)}
     assert not any(bundle.manifest.checks["tensorrt"].values())  # no rule of TensorRT's is broken
+    census = kernel_census(OnnxRuntimeBackend(), runnable_path(bundle.segment_path("full"), "onnxrt"))
+    assert census["MultiHeadAttention"] == 4  # to itself and to the text, in two blocks
+    assert census["Softmax"] == census["FusedMatMul"] == census["DequantizeLinear"] == 0
+    assert census["Transpose"] <= 2  # patches in and out
     read = {value.name for value in full.graph.inputs}
     assert read >= {"step.modulation", "request.text_bias", "request.text_keys.1", "request.text_values.1"}
     assert "t" not in {value.name for value in load_graph(bundle.segment_path("condition")).graph.inputs}

@@ -103,6 +103,66 @@ def test_attention_of_another_form_is_left_alone(case: str, old: str, new: str) 
     assert operators(model) == before
 
 
+TEXT = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[batch, 8, 24] q, float[batch, 4, 5, 6] request_k, float[batch, 4, 5, 6] request_v,
+   float[batch, 1, 1, 5] request_bias) => (float[batch, 8, 24] y)
+<int64[4] cut = {-1, 8, 4, 6}, int64[3] join = {-1, 8, 24}, float[batch, 8, 4, 6] qc> {
+    qc = Reshape (q, cut)
+    qh = Transpose <perm = [0, 2, 1, 3]> (qc)
+    kt = Transpose <perm = [0, 1, 3, 2]> (request_k)
+    scores = MatMul (qh, kt)
+    biased = Add (scores, request_bias)
+    p = Softmax <axis = -1> (biased)
+    mixed = MatMul (p, request_v)
+    turned = Transpose <perm = [0, 2, 1, 3]> (mixed)
+    y = Reshape (turned, join)
+}
+"""
+
+
+def attention_to_a_text(text: str = TEXT) -> ir.Model:
+    """A graph whose tables of a request have the names of such."""
+    model = ir.from_onnx_text(text)
+    for value in model.graph.inputs:
+        value.name = str(value.name).replace("request_", "request.")
+    return model
+
+
+def test_attention_to_a_text_becomes_one_operator_with_the_same_numbers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kept = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])  # the last text is nothing but padding
+    feeds = {f"request.{name}": rng.standard_normal((3, 4, 5, 6), dtype=np.float32) for name in "kv"}
+    feeds |= {"q": rng.standard_normal((3, 8, 24), dtype=np.float32)}
+    feeds |= {"request.bias": np.float32((1 - kept) * -10000.0)[:, None, None]}
+    before = outputs(attention_to_a_text(), tmp_path / "before.onnx", **feeds)
+    model = attention_to_a_text()
+    assert fuse_attention(model)
+    assert operators(model) == {"Expand": 1, "MultiHeadAttention": 1}
+    after = outputs(model, tmp_path / "after.onnx", **feeds)
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-3, atol=1e-3)  # scores near -10000 have few bits left
+    np.testing.assert_allclose(after[0][:2], before[0][:2], rtol=1e-5, atol=1e-6)
+    assert not fuse_attention(model)
+
+
+@pytest.mark.parametrize(
+    ("case", "old", "new"),
+    [
+        ("a bias of each query", "float[batch, 1, 1, 5] request_bias", "float[batch, 1, 8, 5] request_bias"),
+        ("a bias of no request", "request_bias", "bias"),
+        ("keys that are made here", "kt = Transpose", "k = Neg (request_k)\nkt = Transpose"),
+        ("keys turned otherwise", "kt = Transpose <perm = [0, 1, 3, 2]>", "kt = Transpose <perm = [1, 0, 3, 2]>"),
+    ],
+)
+def test_attention_to_a_text_of_another_form_is_left_alone(case: str, old: str, new: str) -> None:
+    assert old in TEXT
+    text = TEXT.replace(old, new)
+    model = attention_to_a_text(text.replace("(request_k)\n    scores", "(k)\n    scores") if "Neg" in new else text)
+    before = operators(model)
+    assert not fuse_attention(model), case
+    assert operators(model) == before
+
+
 def test_attention_whose_probabilities_are_asked_for_is_left_alone() -> None:
     model = attention()
     probabilities = next(node.outputs[0] for node in model.graph if node.op_type == "Softmax")
