@@ -2,7 +2,7 @@
 
 A linear layer computes the same from x / s with its weight's rows times s. The division has to vanish into constants,
 and two places allow it: the rows of a table that modulate the input, of `condition` or of the timesteps, and the layer
-whose outputs attention mixes over tokens but not over channels. Both are recognised in the graph by what it computes.
+or table of a text whose channels attention mixes over tokens. Both are recognised in the graph by what it computes.
 In front of a nonlinearity, as between GELU and the second layer of an MLP, nothing can vanish, and such layers are left
 alone.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ditc.program import AHEAD, OF_STEP
+from ditc.program import AHEAD, OF_STEP, REQUEST
 from ditc.quantize.element_places import Places, moved_from, origin_of, readings, row_shape
 from ditc.quantize.linears import Linear, linears_of
 from ditc.quantize.output_factors import scaled_tensor
@@ -26,6 +26,7 @@ __all__ = [
     "Fold",
     "Site",
     "TableFold",
+    "ValuesFold",
     "WeightFold",
     "common_sites",
     "fold_into_segment",
@@ -59,7 +60,18 @@ class WeightFold:
     columns: tuple[int, ...]
 
 
-Fold = TableFold | WeightFold
+@dataclass(frozen=True)
+class ValuesFold:
+    """1/s goes into a table of the request, (heads, tokens, width) of a row: values that attention mixes over tokens.
+
+    Its channel `columns[j]`, of heads * width, becomes channel j of the input.
+    """
+
+    table: str
+    columns: tuple[int, ...]
+
+
+Fold = TableFold | WeightFold | ValuesFold
 
 
 @dataclass(frozen=True)
@@ -191,6 +203,22 @@ def attended(graph: _Graph, activation: ir.Value) -> WeightFold | None:
     return WeightFold(source.name, tuple(arrived.tolist()))
 
 
+def attended_text(graph: _Graph, activation: ir.Value) -> ValuesFold | None:
+    """The same where v is a table of the request, in heads: (batch, heads, tokens, width)."""
+    mixed = origin_of(activation)
+    mix = mixed.producer()
+    values = mix.inputs[1] if mix is not None and mix.op_type == "MatMul" else None
+    shape = None if values is None else row_shape(values)
+    if mix is None or values is None or shape is None or len(shape) != 4:
+        return None
+    if not values.is_graph_input() or not str(values.name).startswith(REQUEST) or len(values.uses()) != 1:
+        return None
+    _, heads, _, width = shape
+    columns = np.arange(heads)[:, None, None] * width + np.arange(width)  # whatever the token
+    arrived = _columns_behind(mix, {values: np.broadcast_to(columns, shape)}, mixed, activation)
+    return None if arrived is None else ValuesFold(str(values.name), tuple(arrived.tolist()))
+
+
 def _layer_behind(graph: _Graph, projected: ir.Value) -> Linear | None:
     """The linear layer whose output, with its bias added, is this value."""
     node = projected.producer()
@@ -225,7 +253,7 @@ def _columns_behind(
     return rows[0] if distinct and (rows == rows[0]).all() else None
 
 
-FINDERS: tuple[Callable[[_Graph, ir.Value], Fold | None], ...] = (modulated, attended)
+FINDERS: tuple[Callable[[_Graph, ir.Value], Fold | None], ...] = (modulated, attended, attended_text)
 
 
 def common_sites(models: Mapping[str, ir.Model]) -> tuple[Site, ...]:
@@ -255,6 +283,8 @@ def _agrees(graph: _Graph, site: Site) -> bool:
     """Does a segment compute a site's layers in the same way, or not at all, and nothing else with what they share?"""
     present = [name for name in site.layers if name in graph.linears]
     if isinstance(site.fold, TableFold) and not _all_read(graph, site.fold, times=bool(present)):
+        return False
+    if isinstance(site.fold, ValuesFold) and not present and site.fold.table in graph.reads:
         return False
     if not present:
         return True
@@ -311,13 +341,17 @@ def _multiply(constant: ir.Value, factor: Factors) -> None:
 
 
 def table_factors(factors: Mapping[Site, Factors], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
-    """Return the factors of each table, one row's shape each, by its name; tables that stay are left out.
+    """Return the factors of each table by its name, in its row's shape or to be broadcast to it.
 
-    `shapes` are those of the rows.
+    Tables that stay are left out. `shapes` are those of the rows.
     """
     by_table: dict[str, Factors] = {}
     for site, factor in factors.items():
-        if isinstance(site.fold, TableFold):
+        if isinstance(site.fold, ValuesFold):
+            heads, _, width = shapes[site.fold.table]
+            values = by_table[site.fold.table] = np.ones((heads, 1, width))
+            values.reshape(-1)[list(site.fold.columns)] = 1 / factor
+        elif isinstance(site.fold, TableFold):
             table = by_table.setdefault(site.fold.table, np.ones(shapes[site.fold.table]))
             for places in (site.fold.scale, site.fold.shift):
                 table.reshape(-1)[list(places)] = 1 / factor

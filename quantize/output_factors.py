@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ditc.program import REQUEST
+
 __all__ = ["multiply_output", "scaled_tensor"]
 
 Factor = NDArray[np.float64]  # the trailing axes of a value: what is the same in every row of a batch
@@ -32,9 +34,12 @@ Rule = Callable[[ir.Node, Factor], "list[Share] | None"]
 
 
 def multiply_output(model: ir.Model, name: str, factor: Factor) -> None:
-    """Multiply output `name`, (steps, batch, *factor.shape), by a factor, in place."""
+    """Multiply output `name`, (steps, batch, *factor.shape), by a factor, in place.
+
+    One of the request has no steps; its factor is one Mul.
+    """
     place, value = next((i, value) for i, value in enumerate(model.graph.outputs) if value.name == name)
-    if not value.uses() and _carried(model, value, factor):
+    if not value.uses() and not name.startswith(REQUEST) and _carried(model, value, factor):
         return
     value.name = f"{name}.unscaled"
     node = _product(model, value, factor, name)

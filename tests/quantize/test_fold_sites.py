@@ -10,7 +10,15 @@ import onnx_ir as ir
 import pytest
 
 from ditc.program import BRANCH_KEY, PATH_KEY
-from ditc.quantize.fold_sites import TableFold, WeightFold, common_sites, fold_into_segment, table_factors
+from ditc.quantize.fold_sites import (
+    TableFold,
+    ValuesFold,
+    WeightFold,
+    common_sites,
+    fold_into_segment,
+    shapes_of_rows,
+    table_factors,
+)
 
 Make = Callable[..., ir.Model]
 Run = Callable[..., dict[str, np.ndarray]]
@@ -82,6 +90,71 @@ def test_modulation_and_values_are_found(make_graph: Make) -> None:
     assert folded[QKV] == TableFold("rows", scale, shift)
     assert folded[PROJ] == WeightFold("wqkv", tuple(range(2 * DIM, 3 * DIM)))
     assert len(folded) == 2
+
+
+TEXT_BODY = """
+    q4 = Reshape(x, heads)
+    q = Transpose<perm = [0, 2, 1, 3]>(q4)
+    kt = Transpose<perm = [0, 1, 3, 2]>(request_keys)
+    s = MatMul(q, kt)
+    p = Softmax<axis = -1>(s)
+    z = MatMul(p, request_values)
+    zt = Transpose<perm = [0, 2, 1, 3]>(z)
+    zr = Reshape(zt, flat)
+    out = MatMul(zr, wproj)
+"""
+WORDS = 3
+
+
+def attention_to_a_text(make: Make, *replaced: tuple[str, str], outputs: str = OUTPUTS) -> ir.Model:
+    table = f"[batch, {HEADS}, {WORDS}, {DIM // HEADS}]"
+    body = TEXT_BODY
+    for old, new in replaced:
+        assert old in body
+        body = body.replace(old, new)
+    used = {name: value for name, value in CONSTANTS.items() if name in ("heads", "flat", "wproj")}
+    inputs = f"float[batch, {TOKENS}, {DIM}] x, float{table} request_keys, float{table} request_values"
+    model = make(inputs, outputs, body, **used)
+    for value in model.graph.inputs:
+        value.name = str(value.name).replace("request_", "request.")
+    for node in model.graph:
+        node.metadata_props[BRANCH_KEY] = "attn2"
+        node.metadata_props[PATH_KEY] = str(node.inputs[-1].name) if node.op_type == "MatMul" else "attn2"
+    return model
+
+
+def test_what_mixes_a_text_folds_into_its_values(make_graph: Make, run_model: Run) -> None:
+    before, after = (attention_to_a_text(make_graph) for _ in range(2))
+    (site,) = common_sites({"full": after})
+    assert site.layers == PROJ
+    assert site.fold == ValuesFold("request.values", tuple(range(DIM)))
+    rng = np.random.default_rng(3)
+    factors = {site: rng.uniform(0.1, 10, DIM)}
+    assert fold_into_segment(after, factors)
+    tables = table_factors(factors, shapes_of_rows(after))
+    assert {name: factor.shape for name, factor in tables.items()} == {"request.values": (HEADS, 1, DIM // HEADS)}
+    feeds = {"x": rng.standard_normal((2, TOKENS, DIM))}
+    feeds |= {f"request.{name}": rng.standard_normal((2, HEADS, WORDS, DIM // HEADS)) for name in ("keys", "values")}
+    expected = run_model(before, {key: np.float32(value) for key, value in feeds.items()})["out"]
+    feeds["request.values"] = feeds["request.values"] * tables["request.values"]
+    output = run_model(after, {key: np.float32(value) for key, value in feeds.items()})["out"]
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("z = MatMul(p, request_values)", "extra = Relu(request_values) z = MatMul(p, request_values)"),
+        ("z = MatMul(p, request_values)", "extra = Relu(request_values) v = Neg(request_values) z = MatMul(p, v)"),
+    ],
+)
+def test_values_of_a_text_that_are_read_otherwise_take_no_factor(change: tuple[str, str], make_graph: Make) -> None:
+    outputs = f"{OUTPUTS}, float[batch, {HEADS}, {WORDS}, {DIM // HEADS}] extra"
+    assert folds(attention_to_a_text(make_graph, change, outputs=outputs)) == {}
+    whole = attention_to_a_text(make_graph)
+    other = attention_to_a_text(make_graph, ("out = MatMul(zr, wproj)", "out = Relu(zr)"))
+    assert folds(whole) != {}
+    assert common_sites({"full": whole, "row": other}) == ()
 
 
 WRITTEN_OTHERWISE: dict[str, tuple[list[tuple[str, str]], dict[str, np.ndarray]]] = {
