@@ -15,15 +15,22 @@ from diffusers import FluxPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, St
 from refusals import refusal_of
 from safetensors.torch import load_file, save_file
 from text_folders import flux_folder, sd3_folder, t5_folder, write_index, write_t5_tokenizer
-from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from ditc.exporter import text_tokenizers
 from ditc.exporter.protocol import relative_error
 from ditc.exporter.text_encoders import TextEncoder, check_text, text_of_folder
-from ditc.exporter.text_modules import module_of_folder
+from ditc.exporter.text_modules import EncoderModule, module_of_folder
 from ditc.spec import Condition
 from tests.core.test_conditions import spec_of
-from tests.models.captioned import CLIP_IDS, POOLED, TOKENS, WIDTH, captioned, clip_encoder, t5_encoder
+from tests.models.captioned import CLIP_IDS, POOLED, TOKENS, WIDTH, captioned, clip_config, clip_encoder, t5_encoder
+from tests.models.token_mixer import seeded
 
 PROMPTS = ["A small Cactus, wearing a straw hat ", "", "two dogs", "the sea and the wind " * 40]
 CLIP_PROMPTS = ["a cat in the rain", "", "an owl, reading", "the sea and the wind " * 40]
@@ -96,8 +103,6 @@ def test_prompts_are_cleaned_as_diffusers_cleans_them_here(folders: Path) -> Non
 
 @torch.no_grad()
 def test_three_encoders_of_an_sd3_give_what_diffusers_joins(folders: Path) -> None:
-    from transformers import CLIPTextModelWithProjection
-
     encoders = text_of_folder(folders / "sd3")
     assert [encoder.name for encoder in encoders] == ["clip_l", "clip_g", "t5"]
     parts: dict[str, Any] = {
@@ -118,8 +123,6 @@ def test_three_encoders_of_an_sd3_give_what_diffusers_joins(folders: Path) -> No
 
 @torch.no_grad()
 def test_two_encoders_of_a_flux_give_what_diffusers_gives(folders: Path) -> None:
-    from transformers import CLIPTextModel
-
     clip, t5 = text_of_folder(folders / "flux")
     pipeline = FluxPipeline(
         text_encoder=CLIPTextModel.from_pretrained(folders / "flux" / "text_encoder"),
@@ -131,6 +134,19 @@ def test_two_encoders_of_a_flux_give_what_diffusers_gives(folders: Path) -> None
     )
     assert relative_error(given(clip, CLIP_PROMPTS)["pooled"], pipeline._get_clip_prompt_embeds(CLIP_PROMPTS)) < 1e-6
     assert relative_error(given(t5, CLIP_PROMPTS)["text"], pipeline._get_t5_prompt_embeds(CLIP_PROMPTS)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
+@torch.no_grad()
+def test_the_penultimate_states_are_what_the_last_layer_reads(kind: Any) -> None:
+    model = seeded(kind, clip_config())
+    layers = (model.text_model if hasattr(model, "text_model") else model).encoder.layers
+    read: list[torch.Tensor] = []
+    layers[-1].register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    ids = torch.tensor([[0, 5, 6, 1, 1, 1, 1, 1, 1, 1]])
+    states, pooled = EncoderModule(model, ("penultimate", "pooled"), masked=False)(ids, torch.ones_like(ids))
+    assert torch.equal(states, read[0])
+    assert pooled.shape == (1, POOLED if kind is CLIPTextModelWithProjection else 16)
 
 
 def test_a_tokenizer_json_is_taken_as_it_is(folder: Path) -> None:
