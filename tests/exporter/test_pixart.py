@@ -26,6 +26,7 @@ from ditc.exporter.pixart import PixArt
 from ditc.exporter.protocol import branches_add, check_decomposition, relative_error, step_tables
 from ditc.quantize.linears import linears_of
 from ditc.runtime.closeness import relative_error as numbers_error
+from ditc.speed.peer_task import ModelChoice, peer_task_of
 from tests.models import pixart
 
 # diffusers' schedulers make NumPy warn
@@ -352,3 +353,33 @@ def test_scales_per_step_divide_the_tables_of_timesteps_in_the_typed_form(compil
         node for node in typed.graph if node.op_type == "Div" and list(node.outputs[0].shape or ())[-2:] == [16, 48]
     ]
     assert len(on_tokens) == 2 * 3  # attention's mixtures, and what cross-attention's queries read
+
+
+COMMANDS = [
+    "inspect",
+    "verify --images 2",
+    "evaluate --images 4 --seeds 0",
+    "doctor",
+    "bisect --points 2",
+    "report -o P",
+]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "bench --runs 1", "export-polygraphy -o P --points 1", "estimate"])
+def test_every_command_takes_such_a_bundle(
+    command: str, compiled: Callable[..., Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = compiled("sigma", precision="w8a8", policy="fora:2", smooth="smooth")
+    name, *rest = command.replace(" P", f" {tmp_path / 'out'}").split()
+    assert run([name, str(bundle.path), *rest]) == 0, capsys.readouterr().err
+    if name == "inspect":
+        assert "text (7, 32), null given; text_mask (7) of 2 classes, null given" in capsys.readouterr().out
+
+
+def test_peers_are_the_folder_s_model_at_the_bundle_s_size(
+    compiled: Callable[..., Bundle], folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Texts of a number of tokens that the folder doesn't state, and another height and width."""
+    task = peer_task_of(compiled("sigma", (24, 40)), ModelChoice(str(folders("sigma"))), tmp_path)
+    assert task.model.spec.space == (12, 20)
+    assert task.model.spec.conditions[0].shape == (pixart.TOKENS, pixart.CAPTION)
