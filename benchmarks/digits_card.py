@@ -38,9 +38,8 @@ def sample(sampler: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray,
     parts, start = [], time.perf_counter()
     for first in range(0, count, BATCH):
         noise, fresh = seeded_noise(seed, first, BATCH, model.spec.latent_shape)
-        parts.append(
-            eager_images(model, table, Request.of(model.spec, labels[first : first + BATCH]), noise, fresh, 1.5)
-        )
+        request = Request.of(model.spec, labels[first : first + BATCH].tolist())
+        parts.append(eager_images(model, table, request, noise, fresh, 1.5))
     return np.concatenate(parts), labels, time.perf_counter() - start
 
 

@@ -76,7 +76,7 @@ def sample(
     for first in range(0, len(captions), BATCH):
         x, texts = noise[first : first + BATCH], captions[first : first + BATCH]
         text = text_ids(tokenizer, [*texts, *[""] * len(texts)])
-        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(steps)
         for t, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
             flow, null = model(torch.cat([x, x]), sigma.expand(2 * len(x)), text).chunk(2)

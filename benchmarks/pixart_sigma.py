@@ -44,13 +44,16 @@ PEERS = "torch-f32,openvino-f32,openvino-int8"
 def write_folder(folder: Path, layers: int) -> None:
     """Write the transformer and the scheduler of a pipeline, all of its weights random."""
     torch.manual_seed(0)
-    PixArtTransformer2DModel(**RELEASED, num_layers=layers).save_pretrained(folder / "transformer")
-    DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
+    model: Any = PixArtTransformer2DModel(**RELEASED, num_layers=layers)
+    model.save_pretrained(folder / "transformer")
+    scheduler: Any = DPMSolverMultistepScheduler()
+    scheduler.save_pretrained(folder / "scheduler")
 
 
 def write_texts(path: Path) -> None:
     """Write random embeddings of some texts of different lengths, and of their negative ones."""
-    rng, arrays = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
     for name in ("text", "null_text"):
         arrays[name] = 0.2 * rng.standard_normal((TEXTS, TOKENS, CAPTION), np.float32)
         lengths = rng.integers(1, TOKENS, TEXTS)

@@ -64,7 +64,7 @@ OWN_OF_FLOWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("UniPCMultistepScheduler", {"shift_terminal": 0.1}),
     ("SASolverScheduler", {}),
 )
-REFUSED = (
+REFUSED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("HeunDiscreteScheduler", {}),
     ("KDPM2DiscreteScheduler", {}),
     ("KDPM2AncestralDiscreteScheduler", {}),
@@ -80,18 +80,22 @@ def variants() -> Iterator[Variant]:
     """Each scheduler by name over three spacings, with other noise levels and over a flow; and other ones by class."""
     betas, flow = DiffusionSpec(), DiffusionSpec(prediction="flow")
     for name in SCHEDULER_SAMPLERS:
-        yield f"`{name}`", betas, [SamplerSpec(name=name, spacing=spacing) for spacing in names_of(Spacing)]
+        yield f"`{name}`", betas, [sampler_spec(name=name, spacing=spacing) for spacing in names_of(Spacing)]
         for sigmas in names_of(Sigmas):
-            yield f"`{name}`, `--sigmas {sigmas}`", betas, [SamplerSpec(name=name, sigmas=sigmas)]
+            yield f"`{name}`, `--sigmas {sigmas}`", betas, [sampler_spec(name=name, sigmas=sigmas)]
         shifted = [SamplerSpec(name=name, shift=shift) for shift in (None, 3.0)]
         yield f"`{name}`, a flow", flow, [*shifted, SamplerSpec(name=name, spacing="trailing")]
     for kind, config in OWN:
         scheduler = SchedulerSpec(kind=kind, config=config)
         spacing = "leading" if kind == "PNDMScheduler" else "linspace"
-        yield "", betas, [SamplerSpec(name="scheduler", scheduler=scheduler, spacing=spacing)]
+        yield "", betas, [sampler_spec(name="scheduler", scheduler=scheduler, spacing=spacing)]
     for kind, config in OWN_OF_FLOWS:
         own = SchedulerSpec(kind=kind, config=config)
         yield "a flow", flow, [SamplerSpec(name="scheduler", scheduler=own, shift=shift) for shift in (None, 3.0)]
+
+
+def sampler_spec(**settings: Any) -> SamplerSpec:
+    return SamplerSpec(**settings)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -129,8 +133,7 @@ def model_spec(diffusion: DiffusionSpec) -> ModelSpec:
         name="samplers",
         family="dit",
         in_channels=4,
-        height=4,
-        width=4,
+        space=(4, 4),
         num_classes=1,
         cfg_channels=4,
         branches=("a",),
@@ -170,9 +173,9 @@ def refusals() -> list[dict[str, str]]:
     told = []
     for kind, config in REFUSED:
         sampler = SamplerSpec(name="scheduler", scheduler=SchedulerSpec(kind=kind, config=config))
-        prediction = "flow" if kind.startswith("FlowMatch") else "epsilon"
+        diffusion = DiffusionSpec(prediction="flow" if kind.startswith("FlowMatch") else "epsilon")
         try:
-            multistep_table(DiffusionSpec(prediction=prediction), sampler, STEPS)
+            multistep_table(diffusion, sampler, STEPS)
         except InputError as e:
             told.append({"scheduler": kind, "reason": str(e).split(": ", 1)[1].split(";")[0]})
     return told

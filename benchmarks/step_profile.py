@@ -33,7 +33,8 @@ Shape = tuple[int, int, int]
 
 def shapes_of(bundle: Bundle) -> dict[Shape, int]:
     """Return (rows, in, out) -> number of linear layers, of the FP `full` segment."""
-    manifest, counts = bundle.manifest, defaultdict(int)
+    manifest = bundle.manifest
+    counts: dict[Shape, int] = defaultdict(int)
     rows = manifest.batch * manifest.halves * manifest.model.branch_shape[0]
     for linear in linears_of(load_graph(bundle.reference_path("full"))):
         inside, outside = linear.weight_array().shape

@@ -115,14 +115,14 @@ class Subject:
     """The model that is tuned, and what is stated of it. `told` are the notes about it that were handed on."""
 
     model: Any
-    num_heads: int | None
-    vae: str | PathLike[str] | None
-    conditions: str | PathLike[str] | None
-    prompts: str | PathLike[str] | None
-    text: bool
-    facts: ModelFacts | None
-    loras: tuple[Lora, ...]
-    on_note: Callable[[str], None] | None
+    num_heads: int | None = None
+    vae: str | PathLike[str] | None = None
+    conditions: str | PathLike[str] | None = None
+    prompts: str | PathLike[str] | None = None
+    text: bool = True
+    facts: ModelFacts | None = None
+    loras: tuple[Lora, ...] = ()
+    on_note: Callable[[str], None] | None = None
     told: set[str] = field(default_factory=set)
 
     def compiled(

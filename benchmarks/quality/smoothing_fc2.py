@@ -42,7 +42,7 @@ def with_products(plan: Plan, segments: Segments, calib: Path, folder: Path) -> 
     for linear, choice in zip(layers, choices.values(), strict=True):
         share = ir.tensor(np.float32(1 / choice.factors), name=f"{linear.name}.share")
         constant = ir.Value(
-            name=share.name, shape=ir.Shape(share.shape), type=ir.TensorType(share.dtype), const_value=share
+            name=share.name, shape=ir.Shape(share.shape.numpy()), type=ir.TensorType(share.dtype), const_value=share
         )
         model.graph.register_initializer(constant)
         product = ir.node("Mul", [linear.activation, constant], name=f"{linear.name}/Mul")

@@ -116,7 +116,7 @@ def line_of(panel: Panel, cells: Mapping[int, StepTrials], colour: str, *, cache
     """Draw a line with a mark and an interval at each cell: full with a cache, dashed and hollow alone."""
     effects = [(panel.x(calls), trials.effect(panel.of)) for calls, trials in cells.items()]
     path = "M" + "L".join(f"{x:.1f} {panel.y(effect.mean):.1f}" for x, effect in effects)
-    stroke = {"stroke": colour, "stroke_width": 1.8, "fill": "none"}
+    stroke: dict[str, str | float | None] = {"stroke": colour, "stroke_width": 1.8, "fill": "none"}
     dashes = None if cached else "5 3"
     return joined(
         (
@@ -159,10 +159,10 @@ def axes(panel: Panel) -> Markup:
 def legend() -> Markup:
     """Draw the colours of the solvers, and what is full and what is dashed."""
     y, parts = HEIGHT - 16, []
-    keys = [(name, colour, None, True) for name, colour in COLOURS.items()]
+    keys: list[tuple[str, str, str | None, bool]] = [(name, colour, None, True) for name, colour in COLOURS.items()]
     keys += [("with a cache", INK, None, True), ("alone", INK, "5 3", False)]
     for x, (text, colour, dashes, cached) in zip((42, 122, 282, 410, 540), keys, strict=True):
-        stroke = {"stroke": colour, "stroke_width": 1.8}
+        stroke: dict[str, str | float | None] = {"stroke": colour, "stroke_width": 1.8}
         parts.append(element("line", x1=x, x2=x + 26, y1=y, y2=y, stroke_dasharray=dashes, **stroke))
         parts.append(mark(x + 13, y, colour, cached=cached))
         parts.append(element("text", text, x=x + 32, y=y, dy="0.35em"))

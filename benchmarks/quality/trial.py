@@ -26,7 +26,7 @@ from ditc.compiler.planning import make_plan
 from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
 from ditc.compiler.smoothing import smooth
-from ditc.compiler.trajectories import Tables, executor
+from ditc.compiler.trajectories import executor
 from ditc.compiler.work import replaced
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits
@@ -37,6 +37,7 @@ from ditc.quality.distributions import DistributionValues, Generated, RealSet, d
 from ditc.quality.features import DIGITS_SHAPE, open_extractor, real_digits
 from ditc.runtime.closeness import psnr_db, ssim, step_drift
 from ditc.runtime.executor import Samples, seeded_noise
+from ditc.tables import Tables
 
 __all__ = ["MODELS", "compiled_segments", "digest_of_trial", "exported", "trial"]
 
@@ -69,7 +70,7 @@ def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     with TemporaryDirectory(dir=work) as temporary:
         compiled, tables = compiled_segments(plan, segments, Path(temporary))
         own = seed_images(plan, plan.program, compiled, tables, seed, cell.images)
-    drift = step_drift(own.steps, exact.steps)
+    drift = step_drift(list(own.steps), list(exact.steps))
     return {
         "n": cell.images,
         "found": measures(own.images).model_dump(),

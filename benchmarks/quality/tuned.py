@@ -27,8 +27,16 @@ from ditc.quality.tuning import Tuning, tune_model
 
 SEED = 100  # no trial has it
 # of the sampler and the steps that the trials have: others are `tuned_steps.py`'s
-OWN = {"samplers": (), "spacings": (), "step_counts": (BASE["steps"],)}
-SEARCH = TuneOptions(worse_by=0.05, seeds=(SEED,), features="digits", real="digits", intervals=(3, 5), **OWN)
+SEARCH = TuneOptions(
+    worse_by=0.05,
+    seeds=(SEED,),
+    features="digits",
+    real="digits",
+    intervals=(3, 5),
+    samplers=(),
+    spacings=(),
+    step_counts=(int(BASE["steps"]),),
+)
 
 
 def searched(model: str, base: CompileOptions, out: Path) -> Tuning:

@@ -44,7 +44,7 @@ def counted(trial: Trial) -> Trial:
 
 def searched(options: TuneOptions, work: Path) -> dict[str, Any]:
     """Run one search, and return what it measured and chose."""
-    subject = Subject("digits", None, None, None, None, None)
+    subject = Subject("digits")
     candidates = Candidates(subject, BASE, options, work, silent)
     solvers, notes = solvers_of(subject.spec, BASE, options)
 
