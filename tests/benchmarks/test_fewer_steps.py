@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
@@ -214,3 +216,22 @@ def test_the_picture_is_well_formed_and_has_a_line_for_each_side(figures: Module
     picture = ElementTree.fromstring(results.step_picture(own))
     paths = [part for part in picture.iter() if part.tag.endswith("path")]
     assert [part.get("stroke-dasharray") for part in paths] == ["5 3", None] * 2  # of each panel, alone and cached
+
+
+def test_what_is_told_of_the_searches_is_in_their_record() -> None:
+    """What docs/tuning.md and ADR 0032 say of the cache against fewer steps."""
+    root = Path(__file__).parents[2]
+    searches = json.loads((root / "benchmarks/quality/tuned_steps.json").read_text())["searches"]
+    by_distance, by_both = searches["distance"], searches["distance and recall"]
+    cached = {"sampler": "unipc", "spacing": "leading", "steps": 10, "policy": "fora:2", "reuse": "taylor"}
+    for search, steps, times_as_fast in ((by_distance, 7, "1.17"), (by_both, 9, "1.50")):
+        rival, chosen = search["confirmed"]
+        assert (rival["changes"]["sampler"], rival["changes"]["steps"]) == ("unipc", steps)
+        assert cached.items() <= chosen["changes"].items()
+        assert f"{rival['seconds'] / chosen['seconds']:.2f}" == times_as_fast
+        assert chosen["worse_high"] < 0.05
+        assert chosen["recall_low"] > -0.05
+    assert f"{by_distance['confirmed'][0]['recall_by']:.3f}" == "-0.064"
+    told = "7 steps", "0.064", "9", "1.17", "1.5", "`fora:2`"
+    for page in ("docs/tuning.md", "docs/adr/0032-fewer-steps-and-the-default.md"):
+        assert all(each in (root / page).read_text() for each in told)

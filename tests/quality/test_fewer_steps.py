@@ -108,3 +108,16 @@ def test_a_solver_that_began_below_the_best_is_refined_where_it_misses_by_less()
     assert (SECOND, 7) in player.tried
     assert (ranked[0].solver, ranked[0].fewest) == (SECOND, 7)
     assert ranked[1].solver in (OWN, FIRST)
+
+
+def test_the_first_solver_is_one_that_is_within_the_budget_though_another_promises_more() -> None:
+    ranked, _ = reaches({FIRST: 8, SECOND: 7.5})  # the second one was tried at 6 and 7 alone, and misses by less
+    assert [(reach.solver, reach.fewest) for reach in ranked] == [(FIRST, 8), (SECOND, None)]
+
+
+def test_a_number_of_steps_within_the_budget_forgives_one_beyond_it() -> None:
+    lucky = {50: -1.0, 37: 1.0, 27: -1.0, 20: 1.0, 15: -1.0, 11: 1.0, 8: 1.0}
+    solvers = Solvers((OWN,), COUNTS, False, lambda *_: None)
+    (reach,) = fewest_steps(solvers, lambda solver, steps: trial(solver, steps, lucky[steps]))
+    assert reach.fewest == 15
+    assert reach.floor == 11
