@@ -39,7 +39,8 @@ def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: Mode
 
     What shapes don't tell is stated by `num_heads` and `facts`, or by the training script's arguments where the file
     has them, or assumed as in the release; then `spec.assumptions` has a line about it. As in the original release,
-    guidance applies to the first three latent channels. Raises CheckpointError naming what doesn't fit.
+    guidance applies to the first three latent channels; to all in files of REPA's training. Raises CheckpointError
+    naming what doesn't fit.
     """
     facts = facts or ModelFacts()
     check_of_dit(facts, path)
@@ -63,7 +64,8 @@ def dit_from_checkpoint(path: Path, *, num_heads: int | None = None, facts: Mode
     )
     model, about_process = _with_process(config, path, checkpoint.tensors, facts, told)
     model.assumptions = (*checkpoint.assumptions, *about_heads, *about_classes, *about_process, *_about_args(told))
-    model.cfg_channels = min(3, config.in_channels)  # the release's choice "for exact reproducibility"
+    # three are the release's choice "for exact reproducibility"; REPA's samplers guide all
+    model.cfg_channels = config.in_channels if checkpoint.is_aligned else min(3, config.in_channels)
     return model.eval()
 
 

@@ -22,16 +22,22 @@ AVERAGED = re.compile(r"(?:^|[._])ema(?:[._\d]|$)")
 # names under which training scripts keep their arguments, the one to believe first
 ARGUMENTS = ("args", "hparams", "hyper_parameters", "config", "cfg")
 OUTERMOST = ""  # the name of the tensors that lie in a file without any holder
+# heads that training alone reads: REPA (arXiv 2410.06940) aligns a block's output with an encoder's through them
+ALIGNING = "projectors."
 DEEPEST = 3  # levels of mappings that are looked into
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of one model under its own names, the training script's arguments, and what was assumed."""
+    """The tensors of one model under its own names, the training script's arguments, and what was assumed.
+
+    `is_aligned` says whether heads of REPA's training lay beside them, which no image needs.
+    """
 
     tensors: StateDict
     args: Mapping[str, Any] = field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
+    is_aligned: bool = False
 
 
 def read_checkpoint(path: Path, anchor: str) -> Checkpoint:
@@ -49,14 +55,18 @@ def read_checkpoint(path: Path, anchor: str) -> Checkpoint:
         raise CheckpointError(f"{path} is not an original DiT checkpoint: {_misfit(sets, anchor)}")
     chosen = _chosen(fits, path)
     check_floating(sets[chosen], path)
+    own = without_prefix(sets[chosen], fits[chosen])
+    tensors = {name: tensor for name, tensor in own.items() if not name.startswith(ALIGNING)}
     return Checkpoint(
-        tensors=without_prefix(sets[chosen], fits[chosen]),
+        tensors=tensors,
         args=_arguments(loaded),
         assumptions=(
             *_about_sets(sets, fits, chosen, loaded),
             *about_prefix(fits[chosen]),
             *about_counters(parted[chosen][1]),
+            *_about_heads(len(own) - len(tensors)),
         ),
+        is_aligned=len(tensors) < len(own),
     )
 
 
@@ -89,6 +99,13 @@ def without_prefix(tensors: StateDict, prefix: str) -> StateDict:
 def about_prefix(prefix: str) -> tuple[str, ...]:
     """The line about a prefix that was taken off, if any was."""
     return (f"the prefix {prefix!r} of every key belongs to a wrapper around the model",) if prefix else ()
+
+
+def _about_heads(count: int) -> tuple[str, ...]:
+    """The line about heads of REPA's training, if there are any."""
+    if not count:
+        return ()
+    return (f"{ALIGNING}* ({count} tensors) are REPA's, for its training alone; guidance is on all channels, as there",)
 
 
 def _rank(name: str) -> int | None:

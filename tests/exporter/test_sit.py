@@ -234,6 +234,19 @@ def test_a_training_script_s_arguments_tell_of_a_flow(
     assert stated.flow_times == (1000.0, 0.0)
 
 
+def test_heads_of_repa_s_training_are_left_out_and_all_channels_guided(tmp_path: Path) -> None:
+    """As its scripts save them: behind `ema`, beside its own arguments, in which time is 1 at the noise."""
+    weights, args = random_weights(ORIGINAL), argparse.Namespace(path_type="linear", prediction="v")
+    heads = {"projectors.0.0.weight": torch.ones(9, 8), "projectors.0.0.bias": torch.ones(9)}
+    torch.save({"ema": weights | heads, "args": args, "steps": 7}, tmp_path / "repa.pt")
+    torch.save({"ema": weights, "args": args}, tmp_path / "plain.pt")
+    model, plain = (read(tmp_path / name, facts=ModelFacts()) for name in ("repa.pt", "plain.pt"))
+    assert model.flow_times == (1.0, 0.0)
+    assert (model.spec.cfg_channels, plain.spec.cfg_channels) == (ORIGINAL.channels, 3)
+    assert "projectors.* (2 tensors) are REPA's, for its training alone" in " ".join(model.spec.assumptions)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("args", "facts", "said"),
     [
