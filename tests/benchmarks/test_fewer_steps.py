@@ -219,7 +219,7 @@ def test_the_picture_is_well_formed_and_has_a_line_for_each_side(figures: Module
 
 
 def test_what_is_told_of_the_searches_is_in_their_record() -> None:
-    """What docs/tuning.md and ADR 0032 say of the cache against fewer steps."""
+    """Figures of docs/tuning.md and ADR 0032 about the cache against fewer steps."""
     root = Path(__file__).parents[2]
     searches = json.loads((root / "benchmarks/quality/tuned_steps.json").read_text())["searches"]
     by_distance, by_both = searches["distance"], searches["distance and recall"]

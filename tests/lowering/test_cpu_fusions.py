@@ -131,10 +131,10 @@ def attention_to_a_text(text: str = TEXT) -> ir.Model:
 
 def test_attention_to_a_text_becomes_one_operator_with_the_same_numbers(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    kept = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])  # the last text is nothing but padding
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])  # the last text is nothing but padding
     feeds = {f"request.{name}": rng.standard_normal((3, 4, 5, 6), dtype=np.float32) for name in "kv"}
     feeds |= {"q": rng.standard_normal((3, 8, 24), dtype=np.float32)}
-    feeds |= {"request.bias": np.float32((1 - kept) * -10000.0)[:, None, None]}
+    feeds |= {"request.bias": np.float32((1 - mask) * -10000.0)[:, None, None]}
     before = outputs(attention_to_a_text(), tmp_path / "before.onnx", **feeds)
     model = attention_to_a_text()
     assert fuse_attention(model)
