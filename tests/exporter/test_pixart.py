@@ -361,11 +361,13 @@ COMMANDS = [
     "evaluate --images 4 --seeds 0",
     "doctor",
     "bisect --points 2",
-    "report -o P",
+    "report -o P.html",
 ]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench --runs 1", "export-polygraphy -o P --points 1", "estimate"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "bench --requests 1 --warmup 0", "export-polygraphy -o P --points 1", "estimate"]
+)
 def test_every_command_takes_such_a_bundle(
     command: str, compiled: Callable[..., Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
