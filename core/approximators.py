@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from ditc.hermite import hermite_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +26,7 @@ __all__ = ["APPROXIMATORS", "Approximator", "canonical"]
 
 RIDGE = 0.1  # of Spectrum, arXiv 2603.01623
 
-# (t of a step, those of the steps that made its sums, the latest first) -> a weight for each of them
+# (place of a step, those of the steps that made its sums, the latest first) -> a weight for each of them
 Weights = Callable[[float, Sequence[float]], list[float]]
 # moments per channel of the sums that a step reads, the latest first, and last of the exact one: means (sums + 1,
 # channels) and covariances (sums + 1, sums + 1, channels) -> a weight (channels,) for each sum, and perhaps a shift
@@ -37,12 +39,14 @@ class Approximator:
 
     Early steps have fewer of them. Where it has `weights` these are known from the schedule alone, and a `fit` takes
     them from moments of what was seen; one with neither holds the last sum. With `shift` it adds a number as well.
+    `along` is where `weights` have a step's place: at its timestep, or at its number.
     """
 
     looks_back: int = 1
     shift: bool = False
     weights: Weights | None = None
     fit: Fit | None = None
+    along: Literal["t", "index"] = "t"
 
     def __post_init__(self) -> None:
         assert self.looks_back > 0
@@ -105,6 +109,7 @@ APPROXIMATORS: dict[str, Approximator] = {
     "taylor:2": Approximator(looks_back=3, weights=_polynomial),
     "taylor:3": Approximator(looks_back=4, weights=_polynomial),
     "chebyshev": Approximator(looks_back=4, weights=_chebyshev),
+    "hermite": Approximator(looks_back=3, weights=hermite_weights, along="index"),  # HiCache, arXiv 2508.16984
 }
 SPELLINGS = {"taylor:1": "taylor"}
 

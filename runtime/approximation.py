@@ -98,12 +98,13 @@ def first_rows(program: Program, channels: int) -> Rows | None:
     if not rows:
         return None
     table = holding_rows(len(program.steps), rows, channels)
-    weights = APPROXIMATORS[program.reuse].weights
-    if weights is None:
+    approximator = APPROXIMATORS[program.reuse]
+    if approximator.weights is None:
         return table
+    places = [getattr(step, approximator.along) for step in program.steps]
     for step in program.steps:
         if program.segment(step.segment).rows:
-            own = weights(step.t, [program.steps[maker].t for maker in makers_of(step)])
+            own = approximator.weights(places[step.index], [places[maker] for maker in makers_of(step)])
             table[step.index, : len(own)] = np.array(own)[:, None]
     return table
 

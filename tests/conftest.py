@@ -59,6 +59,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "fp32-taylor-2": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "taylor:2", "steps": 8},
     "fp32-taylor-3": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "taylor:3", "steps": 8},
     "fp32-chebyshev": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "chebyshev", "steps": 8},
+    "fp32-hermite": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "hermite", "steps": 8},
     "fp32-affine": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "affine"},
     "memory": {"policy": "fora:2", "precision": "fp32", "vc": "std", "sampler": "unipc"},
     "memory-int8": {"policy": "fora:2", "sampler": "dpm++3m", "vc": "none"},

@@ -33,7 +33,9 @@ from ditc.runtime.pipeline import Pipeline
 LABELS = [0, 3, 1, 4]
 NAMES = ["fp32-affine", "fp32-taylor"]
 ORDERS = {"fp32-taylor": 1, "fp32-taylor-2": 2, "fp32-taylor-3": 3}
-UNKNOWN = "unknown --reuse {!r}; choose one of: affine, auto, chebyshev, hold, taylor, taylor:2, taylor:3, variance"
+UNKNOWN = (
+    "unknown --reuse {!r}; choose one of: affine, auto, chebyshev, hermite, hold, taylor, taylor:2, taylor:3, variance"
+)
 
 
 def trajectory(bundle: Bundle, *, reference: bool = False) -> list[StepEvent]:
@@ -144,10 +146,12 @@ def forecast_error(bundle: Bundle, step: Step, degree: int) -> float:
     return relative_error(ran(bundle, step.segment, feeds | caches), ran(bundle, "reuse", feeds | held))
 
 
-def test_chebyshev_adds_the_sums_of_four_steps_with_its_weights(bundles: dict[str, Bundle]) -> None:
-    bundle = bundles["fp32-chebyshev"]
-    program, weights = bundle.manifest.program, APPROXIMATORS["chebyshev"].weights
+@pytest.mark.parametrize("name", ["chebyshev", "hermite"])
+def test_a_forecast_adds_the_sums_of_earlier_steps_with_its_weights(bundles: dict[str, Bundle], name: str) -> None:
+    bundle, approximator = bundles[f"fp32-{name}"], APPROXIMATORS[name]
+    program, weights = bundle.manifest.program, approximator.weights
     assert weights is not None
+    places = [getattr(step, approximator.along) for step in program.steps]
     counts = []
     for step in (step for step in program.steps if step.segment == "extrapolate"):
         rng = np.random.default_rng(step.index)
@@ -158,12 +162,12 @@ def test_chebyshev_adds_the_sums_of_four_steps_with_its_weights(bundles: dict[st
         caches = {port: in_slots[slot] for port, slot in program.cache_ports(step)}
         sums = {makers[slot]: values for slot, values in in_slots.items()}
         latest_first = sorted(sums, reverse=True)
-        own = weights(step.t, [program.steps[maker].t for maker in latest_first])
+        own = weights(places[step.index], [places[maker] for maker in latest_first])
         total = sum(weight * sums[maker] for weight, maker in zip(own, latest_first, strict=True))
         held = ran(bundle, "reuse", feeds | {"cache.ahead": np.float32(total)})
         assert relative_error(ran(bundle, step.segment, feeds | caches), held) < 1e-5
         counts.append(len(sums))
-    assert counts == [2, 3, 4]
+    assert counts == [min(count, approximator.looks_back) for count in (2, 3, 4)]
 
 
 def step_feeds(bundle: Bundle, step: Step, x: np.ndarray) -> dict[str, np.ndarray]:
