@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -19,6 +20,7 @@ from ditc.compiler.device_forms import lower_for_devices
 from ditc.compiler.examples import examples_of
 from ditc.compiler.exporting import behaviour_digest, export, model_digest
 from ditc.compiler.fitting import approximate, fit
+from ditc.compiler.learning import LEARNED_ON, close_loop, learn, learned_plan, learns, sums_to_watch, watch_sums
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan, plan_to_watch
@@ -119,6 +121,7 @@ def compile_model(
         if to_watch is not None:
             statistics = compile_.watch(opened, to_watch[1], shared_exports)
             compile_.plan = make_plan(opened, options, progress, statistics, examples)
+        compile_.learn(opened, shared_exports)
         compile_.tables |= compile_.plan.reuse_tables
         segments = compile_.export(opened, shared_exports)
         if needs_teacher(compile_.plan.options):
@@ -235,16 +238,34 @@ class _Compile:
         What comes after hangs on the schedule that they make, not on them: it may be that of another policy.
         """
         plan, key = self.plan, self.key
-        columns = digest_of({name: column.tolist() for name, column in plan.columns.items()})
-        images = plan.options.watch_images or WATCH_IMAGES
-        settings = [columns, plan.options.cfg, plan.options.seed, images, asdict(wanted)]
 
         def make(folder: Path) -> None:
             watch(plan, model, wanted, folder)
 
-        folder = self._shared_stage("watch", settings, make, exports)
+        folder = self._shared_stage("watch", self._watch_settings(wanted), make, exports)
         self.key = key
         return StepStatistics.load(folder / STATISTICS)
+
+    def _watch_settings(self, wanted: Watching) -> list[Any]:
+        """Return the settings that decide what is watched."""
+        columns, options = {name: column.tolist() for name, column in self.plan.columns.items()}, self.plan.options
+        return [digest_of(columns), options.cfg, options.seed, options.watch_images or WATCH_IMAGES, asdict(wanted)]
+
+    def learn(self, model: Any, exports: Path | None) -> None:
+        """Learn the numbers with which steps combine what they reuse, where they are learned.
+
+        What is watched for it serves all schedules that reach as far back.
+        """
+        plan, key = self.plan, self.key
+        if not learns(plan):
+            return
+        settings, folders = self._watch_settings(sums_to_watch(plan)), []
+        for name, purpose in LEARNED_ON.items():
+            make = partial(watch_sums, plan, model, purpose)
+            self.key = key
+            folders.append(self._shared_stage(name, settings, make, exports))
+        folder = self.stage("learn", [self.run_settings], lambda folder: learn(plan, folders, folder))
+        self.plan = learned_plan(plan, folder)
 
     def export_text(self, exports: Path | None) -> None:
         """Export the text encoders, where the bundle gets any; nothing that comes after hangs on them."""
@@ -311,12 +332,11 @@ class _Compile:
     def approximate(self, segments: Segments, compiled: Segments) -> None:
         """Fit the numbers with which steps combine what they reuse, where a reuse has any to fit."""
         plan, options = self.plan, self.plan.options
-        if APPROXIMATORS[options.reuse].fit is None:
+        closes = learns(plan) and APPROXIMATORS[options.reuse].learned == "closed"
+        if APPROXIMATORS[options.reuse].fit is None and not closes:
             return
-        settings = [self.run_settings, options.vc_images]
-        folder = self.stage(
-            "approximate", settings, lambda folder: approximate(plan, segments, compiled, self.tables, folder)
-        )
+        settings, make = [self.run_settings, options.vc_images], close_loop if closes else approximate
+        folder = self.stage("approximate", settings, lambda folder: make(plan, segments, compiled, self.tables, folder))
         self.tables |= read_tables(folder / "approximate.safetensors")
 
     def fit(self, segments: Segments, compiled: Segments) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +26,15 @@ from ditc.compiler.trajectories import (
 )
 from ditc.compiler.work import write_json
 from ditc.engines.recording import RecordedRun, RecordingBackend
-from ditc.program import AHEAD, CONDITION, FULL, REUSE_ROWS, distance_of
+from ditc.program import AHEAD, CONDITION, FULL, REUSE_ROWS, Step, distance_of
 from ditc.runtime.approximation import Moments, Rows, fitted_rows
 from ditc.runtime.compensation import ClosedLoopFit
 from ditc.runtime.conditioning import at_step, condition_tables, is_of_request, of_step
-from ditc.runtime.executor import Samples
+from ditc.runtime.executor import Samples, StepEvent
 from ditc.runtime.host_executor import HostExecutor
 from ditc.tables import Tables
 
-__all__ = ["approximate", "fit"]
+__all__ = ["ReuseWalk", "approximate", "fit", "reuse_walk", "rows_summary", "write_rows"]
 
 
 def fit(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
@@ -53,41 +53,84 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
     The compiled requests are walked in lockstep. In front of a step that reuses, its numbers are fitted over all of
     them: from the sums that it will combine to the one that FP adds at that step of its own, uncached trajectory.
     """
-    count, steps = plan.options.vc_images, plan.program.steps
-    exact = exact_trajectory(plan, segments, count, REUSE_NOISE, "approximate")
-    target = _Target.of(plan, segments)
-    with _recorded(plan, compiled, {**tables, **plan.reuse_tables}) as (runner, runs):
-        rows = runner.step_inputs[REUSE_ROWS]  # read when a step begins, and filled in before
-        requests = start_requests(plan, runner, count, REUSE_NOISE, plan.served_at_once)
-        # of each request, the last ones that made sums, the latest first
-        computed: deque[list[RecordedRun]] = deque(maxlen=APPROXIMATORS[plan.options.reuse].looks_back)
-        for step in steps:
+    with reuse_walk(plan, segments, compiled, tables, (REUSE_NOISE,)) as walk:
+        for step in plan.program.steps:
             if plan.program.segment(step.segment).rows:
-                sums = sorted(step.reads, key=distance_of)
-                moments = Moments.empty(len(sums) + 1, rows.shape[-1])
-                for (part, _), *runs_of in zip(requests, *computed, strict=True):
-                    x = exact[step.index - 1][part.start : part.stop]
-                    seen = [run.outputs[f"cache.{value}"] for run, value in zip(runs_of, sums, strict=True)]
-                    moments = moments.add(*seen, target.sums(step.index, x, part))
-                rows[step.index] = fitted_rows(plan.options.reuse, moments, count)
-            for _, request in requests:
-                next(request)
-            if latest := [run for recorded in runs for run in recorded]:
-                computed.appendleft(latest)
-            for recorded in runs:
-                recorded.clear()
+                moments = walk.moments(step, REUSE_NOISE)
+                walk.rows[step.index] = fitted_rows(plan.options.reuse, moments, plan.options.vc_images)
+            walk.advance()
+    write_rows(folder, walk.rows, rows_summary(plan, walk.rows, plan.options.vc_images))
+
+
+def write_rows(folder: Path, rows: Rows, summary: Approximation) -> None:
+    """Write a table of numbers, and what the manifest says of it."""
     write_tables(folder / "approximate.safetensors", {REUSE_ROWS: rows})
-    summary = _summary(plan, rows).model_dump(mode="json")
-    write_json(folder / "approximation.json", summary)
+    write_json(folder / "approximation.json", summary.model_dump(mode="json", exclude_unset=True))
+
+
+@dataclass(frozen=True)
+class ReuseWalk:
+    """The requests of some purposes in lockstep, beside FP's trajectories on the same noise.
+
+    `rows` (steps, n, channels) are the numbers with which steps combine what they reuse; a row is read when its step
+    begins, and may be filled in before. `computed` has the runs of the last steps that computed, the latest first, each
+    with a run for every request.
+    """
+
+    target: _Target
+    rows: Rows
+    requests: Sequence[tuple[int, range, Iterator[StepEvent]]]  # purpose, images, events
+    exact: Mapping[int, Sequence[Samples]]  # by purpose, the samples after every step
+    runs: Sequence[list[RecordedRun]]
+    computed: deque[list[RecordedRun]]
+
+    def moments(self, step: Step, purpose: int) -> Moments:
+        """Return the moments of the sums that the next step reads, and of FP's own, over the images of a purpose."""
+        sums = sorted(step.reads, key=distance_of)
+        moments = Moments.empty(len(sums) + 1, self.rows.shape[-1])
+        for (own, part, _), *runs_of in zip(self.requests, *self.computed, strict=True):
+            if own == purpose:
+                x = self.exact[own][step.index - 1][part.start : part.stop]
+                seen = [run.outputs[f"cache.{value}"] for run, value in zip(runs_of, sums, strict=True)]
+                moments = moments.add(*seen, self.target.sums(step.index, x, part, purpose))
+        return moments
+
+    def advance(self) -> None:
+        """Run the next step of all requests."""
+        for *_, request in self.requests:
+            next(request)
+        if latest := [run for recorded in self.runs for run in recorded]:
+            self.computed.appendleft(latest)
+        for recorded in self.runs:
+            recorded.clear()
 
 
 @contextmanager
-def _recorded(plan: Plan, compiled: Segments, tables: Tables) -> Iterator[tuple[HostExecutor, list[list[RecordedRun]]]]:
-    """Yield the compiled program, and the runs that compute as they come."""
+def reuse_walk(
+    plan: Plan, segments: Segments, compiled: Segments, tables: Tables, purposes: Sequence[int]
+) -> Iterator[ReuseWalk]:
+    """Yield the compiled requests of some purposes, not yet begun, with numbers as they are known beforehand."""
+    count = plan.options.vc_images
+    exact = {purpose: exact_trajectory(plan, segments, count, purpose, "approximate") for purpose in purposes}
+    calls = count * len(purposes) * len(plan.program.steps)
+    with _recorded(plan, compiled, {**tables, **plan.reuse_tables}, calls) as (runner, runs):
+        requests = [
+            (purpose, *request)
+            for purpose in purposes
+            for request in start_requests(plan, runner, count, purpose, plan.served_at_once)
+        ]
+        computed: deque[list[RecordedRun]] = deque(maxlen=APPROXIMATORS[plan.options.reuse].looks_back)
+        target = _Target.of(plan, segments)
+        yield ReuseWalk(target, runner.step_inputs[REUSE_ROWS], requests, exact, runs, computed)
+
+
+@contextmanager
+def _recorded(
+    plan: Plan, compiled: Segments, tables: Tables, calls: int
+) -> Iterator[tuple[HostExecutor, list[list[RecordedRun]]]]:
+    """Yield the compiled program, and the runs that compute as they come, up to so many of a segment."""
     computing = [part.name for part in plan.program.segments if part.computes]
-    recorder = RecordingBackend(
-        plan.backend, dict.fromkeys(computing, range(plan.options.vc_images * len(plan.program.steps)))
-    )
+    recorder = RecordingBackend(plan.backend, dict.fromkeys(computing, range(calls)))
     with executor(plan, plan.program, compiled, tables, recorder) as runner:
         yield runner, [recorder.runs[name] for name in computing]
 
@@ -104,10 +147,10 @@ class _Target:
     def of(plan: Plan, segments: Segments) -> _Target:
         return _Target(plan, *(plan.backend.session(segments[name]) for name in (CONDITION, FULL)))
 
-    def sums(self, step: int, x: Samples, part: range) -> NDArray[np.float32]:
-        """Return (rows, *branch_shape) for samples (images, ...) that are images `part` of the plan's."""
+    def sums(self, step: int, x: Samples, part: range, purpose: int) -> NDArray[np.float32]:
+        """Return (rows, *branch_shape) for samples (images, ...) that are images `part` of a purpose."""
         guidance, t = self.plan.guidance, self.plan.columns["t"][step : step + 1]
-        request, _, _ = purposed_request(self.plan, part, REUSE_NOISE)
+        request, _, _ = purposed_request(self.plan, part, purpose)
         tables = condition_tables(self.condition, t, at_step(self.plan.spec, guidance.row_conditions(request), step))
         own = {name: table[step : step + 1] for name, table in self.plan.step_tables.items()}
         feeds = {"x": guidance.rows(x), **of_step({**tables, **own}, 0)}
@@ -118,15 +161,16 @@ class _Target:
         return np.asarray(self.full.run([f"cache.{AHEAD}.1"], inputs)[0])
 
 
-def _summary(plan: Plan, rows: Rows) -> Approximation:
+def rows_summary(plan: Plan, rows: Rows, images: int, **learned: Any) -> Approximation:
     """Return the range and the mean of weights and of shifts over the steps that reuse, for the manifest."""
     used = rows[[step.index for step in plan.program.steps if step.reads]]
     weights, shifts = np.split(used, [APPROXIMATORS[plan.options.reuse].looks_back], axis=1)
     return Approximation(
         method=plan.options.reuse,
-        images=plan.options.vc_images,
+        images=images,
         scale=_range_of(weights),
         shift=_range_of(shifts) if shifts.size else None,
+        **learned,
     )
 
 

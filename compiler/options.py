@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ditc.approximators import canonical
+from ditc.approximators import APPROXIMATORS, canonical
 from ditc.choices import (
     AUTO,
     AutoCaches,
@@ -62,7 +62,7 @@ class CompileOptions(PartialRecord, Settings):
     compensates what holds without such noise. `vc_images` pairs fit the compensation, and as many others the numbers of
     `reuse` where it has any to fit; `verify_images` others check the result. `float_steps` is "none", or "FIRST:LAST":
     so many steps at either end have linear layers in floating point. `watch_images` of None are those of the paper, and
-    is no setting of a bundle whose policy looks at no images.
+    is no setting of a bundle whose policy looks at no images, unless its reuse learns from as many.
     """
 
     LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"shift", "sigmas", "watch_images"})
@@ -162,7 +162,7 @@ class CompileOptions(PartialRecord, Settings):
     watch_images: Annotated[
         int | None,
         Field(ge=1),
-        Option("FP images that a policy looks at before it decides, where it does; default 10.", group=CACHE),
+        Option("FP images that a policy, or a reuse that learns, looks at first; default 10.", group=CACHE),
     ] = None
     verify_images: Annotated[int, Field(ge=1), Option("Images that check the result.", group=BUNDLE)] = 16
     target: Annotated[Target, Option("Where the bundle runs by default.")] = "cpu"
@@ -203,7 +203,8 @@ class CompileOptions(PartialRecord, Settings):
         return self
 
     def _check_watches(self) -> None:
-        if watching_of(self.policy) is None:
+        row = APPROXIMATORS.get(self.reuse)
+        if watching_of(self.policy) is None and (row is None or row.learned is None):
             watching = [name for name, policy in POLICIES.items() if policy.watches is not None]
             raise InputError(
                 f"--watch-images {self.watch_images} is for a policy that looks at FP images first, and --policy "

@@ -36,7 +36,8 @@ class Plan:
 
     `cached_program` is `program` with nothing quantized: what is exported, and what records the pool. `columns` are the
     sampler's, each (steps,). `examples` are the conditions of all images on the way. `step_tables` are those that the
-    model makes of the timesteps alone, by the inputs that take a row of each, (steps, ...).
+    model makes of the timesteps alone, by the inputs that take a row of each, (steps, ...). `learned_rows` are the
+    numbers of a reuse that has learned them, (steps, n, channels).
     """
 
     spec: ModelSpec
@@ -49,6 +50,7 @@ class Plan:
     examples: Examples
     threads: int = 0
     step_tables: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    learned_rows: NDArray[np.float32] | None = None
 
     @property
     def guidance(self) -> Guidance:
@@ -76,7 +78,9 @@ class Plan:
     @property
     def reuse_tables(self) -> dict[str, NDArray[np.float32]]:
         """The numbers with which steps combine what they reuse, as far as they are known before anything runs."""
-        rows = first_rows(self.program, self.spec.branch_shape[-1]) if self.program.slots else None
+        rows = self.learned_rows
+        if rows is None and self.program.slots:
+            rows = first_rows(self.program, self.spec.branch_shape[-1])
         return {} if rows is None else {REUSE_ROWS: rows}
 
     @property

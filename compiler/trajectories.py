@@ -18,6 +18,7 @@ from ditc.tables import Tables
 
 __all__ = [
     "FIT_NOISE",
+    "HELD_NOISE",
     "POOL_NOISE",
     "REUSE_NOISE",
     "VERIFY_NOISE",
@@ -34,6 +35,7 @@ NO_TABLES: Tables = {}
 # what fits the compensation has not been fitted by the reuse already, nor has it decided the schedule
 POOL_NOISE, FIT_NOISE, VERIFY_NOISE, REUSE_NOISE = 1_000_003, 2_000_003, 3_000_003, 4_000_003
 WATCH_NOISE = 5_000_003
+HELD_NOISE = 6_000_003  # held out from what a reuse learns on, to choose how far it is to be believed
 
 
 @contextmanager

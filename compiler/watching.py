@@ -39,8 +39,10 @@ AddUp = Callable[[Outputs], NDArray[np.float32]]  # outputs to their sum, with t
 Numbers = NDArray[np.float64]
 
 
-def watch(plan: Plan, model: Any, wanted: Watching, folder: Path) -> None:
+def watch(plan: Plan, model: Any, wanted: Watching, folder: Path, purpose: int = WATCH_NOISE) -> None:
     """Run some images uncached, and write the statistics of their steps: statistics.npz, and watch.json for people.
+
+    The program of `plan` is the uncached one, the images are those of a purpose's own noise.
 
     As many images at once as keep within bounds together: the outputs of all branches are held of the step that runs
     and of the last `wanted.window` ones, no others.
@@ -54,7 +56,7 @@ def watch(plan: Plan, model: Any, wanted: Watching, folder: Path) -> None:
     shown: list[tuple[Tensors, Tensors]] = []
     engines = watching_engines(model, plan.program, lambda *run: shown.append(run))
     runner = HostExecutor(plan.spec, plan.program, plan.tables, engines, plan.options.cfg)
-    for part, request in start_requests(plan, runner, count, WATCH_NOISE, at_most):
+    for part, request in start_requests(plan, runner, count, purpose, at_most):
         for event in request:
             plan.progress("watch", part.start * event.steps + event.index * len(part), count * event.steps)
             inputs, outputs = shown.pop()

@@ -39,7 +39,8 @@ class Approximator:
 
     Early steps have fewer of them. Where it has `weights` these are known from the schedule alone, and a `fit` takes
     them from moments of what was seen; one with neither holds the last sum. With `shift` it adds a number as well.
-    `along` is where `weights` have a step's place: at its timestep, or at its number.
+    `along` is where `weights` have a step's place: at its timestep, or at its number. Where it is `learned`, they are
+    what least squares is drawn to (compiler/learning.py): on FP's trajectories, or on those that it makes itself.
     """
 
     looks_back: int = 1
@@ -47,10 +48,12 @@ class Approximator:
     weights: Weights | None = None
     fit: Fit | None = None
     along: Literal["t", "index"] = "t"
+    learned: Literal["open", "closed"] | None = None
 
     def __post_init__(self) -> None:
         assert self.looks_back > 0
         assert self.weights is None or (self.fit is None and not self.shift)
+        assert self.learned is None or self.weights is not None
 
     @property
     def rows(self) -> int:
@@ -85,6 +88,11 @@ def _polynomial(t: float, times: Sequence[float]) -> list[float]:
     return [1 - sum(others), *others]
 
 
+def _line(t: float, times: Sequence[float]) -> list[float]:
+    """The line through the last two sums, however many there are: those before them weigh nothing."""
+    return _polynomial(t, times[:2])
+
+
 def _chebyshev(t: float, times: Sequence[float]) -> list[float]:
     """A parabola nearest to the sums, read at `t`: a ridge on its Chebyshev coefficients keeps their noise down.
 
@@ -110,8 +118,10 @@ APPROXIMATORS: dict[str, Approximator] = {
     "taylor:3": Approximator(looks_back=4, weights=_polynomial),
     "chebyshev": Approximator(looks_back=4, weights=_chebyshev),
     "hermite": Approximator(looks_back=3, weights=hermite_weights, along="index"),  # HiCache, arXiv 2508.16984
+    "learned": Approximator(looks_back=3, weights=_line, learned="open"),  # after L2P, arXiv 2604.26365
+    "learned:closed": Approximator(looks_back=3, weights=_line, learned="closed"),
 }
-SPELLINGS = {"taylor:1": "taylor"}
+SPELLINGS = {"taylor:1": "taylor", "learned:open": "learned"}
 
 
 def canonical(name: Any) -> Any:

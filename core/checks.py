@@ -84,12 +84,19 @@ class ValueRange(_Read):
 
 
 class Approximation(_Read):
-    """The numbers fitted for steps that reuse, over `images` pairs: the range of weights, and of shifts if any."""
+    """The numbers fitted for steps that reuse, over `images` pairs: the range of weights, and of shifts if any.
+
+    Where they are learned, `ridge` counts the steps by the strength that was chosen for them, and `rollout` is the
+    relative error of samples on the noise that they are learned on, mean over the steps: with each of the tables that
+    there was to choose from.
+    """
 
     method: str
     images: int
     scale: ValueRange
     shift: ValueRange | None = None
+    ridge: dict[str, int] = {}
+    rollout: dict[str, float] = {}
 
 
 class Verification(_Read):
