@@ -33,9 +33,8 @@ from ditc.runtime.pipeline import Pipeline
 LABELS = [0, 3, 1, 4]
 NAMES = ["fp32-affine", "fp32-taylor"]
 ORDERS = {"fp32-taylor": 1, "fp32-taylor-2": 2, "fp32-taylor-3": 3}
-UNKNOWN = (
-    "unknown --reuse {!r}; choose one of: affine, auto, chebyshev, hermite, hold, taylor, taylor:2, taylor:3, variance"
-)
+NAMED = "affine, auto, chebyshev, hermite, hold, learned, learned:closed, taylor, taylor:2, taylor:3, variance"
+UNKNOWN = f"unknown --reuse {{!r}}; choose one of: {NAMED}"
 
 
 def trajectory(bundle: Bundle, *, reference: bool = False) -> list[StepEvent]:
