@@ -18,6 +18,7 @@ from typing import Any
 
 from cells import CELLS
 from effects import GROUPS, Trials, TriedCell, tried_cells
+from forecast_tables import FORECASTS_MARK, forecast_page
 from other_tables import OTHERS
 from step_cells import FLOAT
 from step_picture import step_picture
@@ -84,12 +85,14 @@ def written(text: str, name: str, lines: Sequence[str]) -> str:
     return re.sub(f"{mark}.*?{end}", lambda _: "\n".join((mark, "", *lines, "", end)), text, flags=re.DOTALL)
 
 
-def renewed(page: str, cells: Mapping[str, Sequence[TriedCell]], steps: Mapping[str, StepResults]) -> str:
+def renewed(
+    page: str, cells: Mapping[str, Sequence[TriedCell]], steps: Mapping[str, StepResults], forecasts: Trials
+) -> str:
     """Return docs/results.md with the small tables of what has been found, and what follows for fewer steps."""
     figures = {key: values for group in cells.values() for key, values in in_short(group).items()}
     for name, rows in SUMMARIES.items():
         page = written(page, name, summary(rows, figures))
-    return written(page, MARK, step_page(steps))
+    return written(written(page, FORECASTS_MARK, forecast_page(forecasts)), MARK, step_page(steps))
 
 
 def tables_page(
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="what is printed")
     parser.add_argument("--results", type=Path, default=HERE / "experiment.json")
     parser.add_argument("--steps", type=Path, default=HERE / "steps.json")
+    parser.add_argument("--forecasts", type=Path, default=HERE / "forecasts.json")
     parser.add_argument("--write", action="store_true", help="renew docs/results.md and tables.md, all groups")
     parser.add_argument("--plots", action="store_true", help="draw the plots of docs/results.md again")
     options = parser.parse_args()
@@ -122,7 +126,8 @@ def main() -> None:
             print("\n".join(table(cells[group])))
     if options.write:
         page, steps = DOCS / "results.md", step_results(json.loads(options.steps.read_text())["trials"])
-        page.write_text(renewed(page.read_text(), cells, steps))
+        forecasts = json.loads(options.forecasts.read_text())["trials"]
+        page.write_text(renewed(page.read_text(), cells, steps, forecasts))
         TABLES.write_text(tables_page(experiment, cells, steps))
         PICTURE.write_text(step_picture(steps[FLOAT]))
     if options.plots:

@@ -20,6 +20,7 @@ from ditc.approximators import APPROXIMATORS
 from ditc.bundle import read_tables
 from ditc.compiler.exporting import export
 from ditc.compiler.fitting import approximate, fit
+from ditc.compiler.learning import LEARNED_ON, close_loop, learn, learned_plan, learns, watch_sums
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan
@@ -39,7 +40,7 @@ from ditc.runtime.closeness import psnr_db, ssim, step_drift
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.tables import Tables
 
-__all__ = ["MODELS", "compiled_segments", "digest_of_trial", "exported", "trial"]
+__all__ = ["MODELS", "compiled_segments", "digest_of_trial", "exported", "learned", "trial"]
 
 REVISION = 1  # goes up when something changes what a trial measures, and all of them are run again
 MODELS: dict[str, Callable[[], DiT]] = {"plain": builtin_digits, "stressed": lambda: stressed(builtin_digits())}
@@ -68,6 +69,7 @@ def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     segments = exported(cell.model, plan, work)
     exact = exact_side(cell, seed, work)
     with TemporaryDirectory(dir=work) as temporary:
+        plan = learned(plan, cell.model, Path(temporary))
         compiled, tables = compiled_segments(plan, segments, Path(temporary))
         own = seed_images(plan, plan.program, compiled, tables, seed, cell.images)
     drift = step_drift(list(own.steps), list(exact.steps))
@@ -96,6 +98,18 @@ def exported(model: str, plan: Plan, work: Path) -> Segments:
     return {call: folder / f"{call}.onnx" for call in plan.cached_program.calls}
 
 
+def learned(plan: Plan, model: str, folder: Path) -> Plan:
+    """Return the plan with the numbers that its reuse learns, where it does."""
+    if not learns(plan):
+        return plan
+    for name in (*LEARNED_ON, "learn"):
+        (folder / name).mkdir()
+    for name, purpose in LEARNED_ON.items():
+        watch_sums(plan, MODELS[model](), purpose, folder / name)
+    learn(plan, [folder / name for name in LEARNED_ON], folder / "learn")
+    return learned_plan(plan, folder / "learn")
+
+
 def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Segments, Tables]:
     """Return the segments as `ditc compile` makes them, and the tables beside them."""
     compiled, tables = segments, dict(plan.reuse_tables)
@@ -110,8 +124,10 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Seg
         quantize(plan, segments, calib, folder / "quantize")
         compiled = replaced(segments, folder / "quantize")
         tables |= read_tables(folder / "quantize" / "scales.safetensors")
-    if APPROXIMATORS[plan.options.reuse].fit is not None:
-        approximate(plan, segments, compiled, tables, folder)
+    approximator = APPROXIMATORS[plan.options.reuse]
+    closes = approximator.learned == "closed" and learns(plan)
+    if approximator.fit is not None or closes:
+        (close_loop if closes else approximate)(plan, segments, compiled, tables, folder)
         tables |= read_tables(folder / "approximate.safetensors")
     if plan.options.vc != "none":
         fit(plan, segments, compiled, tables, folder)

@@ -20,8 +20,9 @@ def test_the_pages_are_what_the_script_writes_from_the_committed_data(results: M
     experiment = json.loads((results.HERE / "experiment.json").read_text())
     steps = results.step_results(json.loads((results.HERE / "steps.json").read_text())["trials"])
     cells = {group: results.tried_cells(group, experiment["trials"]) for group in results.GROUPS}
+    forecasts = json.loads((results.HERE / "forecasts.json").read_text())["trials"]
     page = (results.DOCS / "results.md").read_text()
-    assert results.renewed(page, cells, steps) == page
+    assert results.renewed(page, cells, steps, forecasts) == page
     assert results.tables_page(experiment, cells, steps) == results.TABLES.read_text()
     assert results.step_picture(steps[results.FLOAT]) == results.PICTURE.read_text()
 
@@ -83,6 +84,30 @@ def test_a_table_holds_every_cell_to_fp_and_to_the_naive_one_of_its_seeds(result
     assert rows[0][4:7] == ["3 x 2,000", "+3.000 (+0.516 to +5.484)", ""]
     assert rows[1][4:9] == ["1 x 2,000", "+9.000", "+7.000", "-0.030", "40.0"]
     assert rows[2][5:7] == ["+3.033 (+0.400 to +5.666)", "+0.033 (-0.346 to +0.413)"]
+
+
+def test_a_forecast_is_held_against_taylor_of_its_own_precision_and_seeds(results: ModuleType) -> None:
+    cells = {(cell.group, cell.name): cell for cell in sys.modules["forecast_cells"].FORECAST_CELLS[:16]}
+    assert len(cells) == 16  # of one N
+    values = {
+        ("forecasts, FP", "taylor"): (40.0, 41.0),
+        ("forecasts, FP", "learned"): (41.0, 42.0),
+        ("forecasts, W8A8", "taylor"): (30.0,),
+        ("forecasts, W8A8", "learned"): (28.0,),
+    }
+    trials = {
+        results.digest_of_trial(cells[place], seed): {**trial(0.5), "psnr_db": value}
+        for place, own in values.items()
+        for seed, value in enumerate(own)
+    }
+    lines = [line.split(" | ") for line in results.forecast_page(trials)]
+    assert [line[:4] for line in lines[2:6]] == [
+        ["| 10", precision, f"`{reuse}`", str(len(values["forecasts, " + precision, reuse]))]
+        for precision in ("FP", "W8A8")
+        for reuse in ("taylor", "learned")
+    ]
+    assert [line[6] for line in lines[2:6]] == ["", "+1.00 (+1.00 to +1.00)", "", "-2.00"]
+    assert lines[-1] == ["Trials that have been run: 6 of 128; a row that isn't here is open."]
 
 
 def test_a_table_goes_between_its_marks_and_nowhere_else(results: ModuleType) -> None:
