@@ -123,7 +123,7 @@ def test_what_is_learned_on_has_noise_of_its_own() -> None:
 def test_a_compile_fits_to_one_noise_and_chooses_on_the_other(
     make_small_model: Callable[[], DiT], quick_options: CompileOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is watched on each is another sample of the same, and stays for another compile in `exports`."""
+    """Both are watched with noise of their own, and stay for another compile in `exports`."""
     seen: list[list[Path]] = []
     watches: list[int] = []
     monkeypatch.setattr(driver, "watch_sums", lambda *given: (watches.append(given[2]), watch_sums(*given)))
