@@ -22,7 +22,7 @@ from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import AdviceWarning, InputError
 from ditc.passes import NoSumsError, ends_in_float, program_from_schedule
-from ditc.policies import Watching, no_reuse, schedule_for, watching_of
+from ditc.policies import Watching, check_policy, no_reuse, schedule_for, watching_of
 from ditc.program import AHEAD, FULL, OF_STEP, Program
 from ditc.progress import Progress, silent
 from ditc.requests import Examples
@@ -99,6 +99,7 @@ def plan_to_watch(
     from ditc.exporter.protocol import branches_add
 
     spec = (examples := examples or examples_of(model)[0]).spec
+    check_policy(options.policy, spec, options.steps)
     columns = own_columns(spec, options)
     schedule = no_reuse(spec, options.steps).checked(spec)
     caches_for(model, options)  # what it refuses is refused before anything runs

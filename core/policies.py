@@ -18,11 +18,12 @@ from pydantic import ValidationError
 from ditc.errors import InputError, unknown_name
 from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
+from ditc.step_groups import cheapest_starts, noise_from_json
 
 if TYPE_CHECKING:
     from ditc.step_statistics import StepStatistics
 
-__all__ = ["POLICIES", "Policy", "Watching", "policy_forms", "schedule_for", "watching_of"]
+__all__ = ["POLICIES", "Policy", "Watching", "check_policy", "policy_forms", "schedule_for", "watching_of"]
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,17 @@ class Policy:
 
     `make` is the pure function; `argument` is the form of what stands behind the colon, "" for none, and `about` says
     what it does where the form doesn't. `watches` returns the statistics that `make` needs for an argument; None is a
-    policy that needs none. Both raise InputError for an argument that is not of the form.
+    policy that needs none. Both raise InputError for an argument that is not of the form, and `check` for one that
+    makes no sense for a model and its steps, before anything is watched. `takes_file` is of an argument that may end in
+    the name of a file.
     """
 
     make: Callable[[ModelSpec, int, str | None, StepStatistics | None], CacheSchedule]
     argument: str = ""
     about: str = ""
     watches: Callable[[str | None], Watching] | None = None
+    check: Callable[[ModelSpec, int, str | None], None] | None = None
+    takes_file: bool = False
 
 
 def no_reuse(
@@ -133,6 +138,47 @@ def _while_below(alpha: float, change: Sequence[Sequence[float]]) -> list[bool]:
     return computes
 
 
+def dps(spec: ModelSpec, steps: int, argument: str | None, statistics: StepStatistics | None) -> CacheSchedule:
+    """Compute as often as `fora:N`, at the steps from which the others lie nearest (CacheQuant, arXiv 2503.01323).
+
+    Near is the absolute L1 change, a mean over all branches, which do the same. With `N:FILE` a step that computes
+    counts its noise too: shares of that file times the size of outputs here, Euclidean ones taken for those of L1.
+    """
+    assert statistics is not None  # its row asks for them
+    interval, file = _interval_and_file(argument)
+    noise = None
+    if file is not None:
+        noise = (noise_from_json(file, spec, steps) * statistics.sizes()).mean(axis=-1).tolist()
+    starts = set(cheapest_starts(interval, statistics.absolute_over_branches().tolist(), noise))
+    return CacheSchedule(compute=tuple((step in starts,) * len(spec.branches) for step in range(steps)))
+
+
+def _group_changes(argument: str | None) -> Watching:
+    interval, _ = _interval_and_file(argument)
+    return Watching(distances=2 * interval - 1)  # from the last step of the longest group to its first
+
+
+def _check_dps(spec: ModelSpec, steps: int, argument: str | None) -> None:
+    interval, file = _interval_and_file(argument)
+    if interval >= steps:
+        raise InputError(
+            f"policy dps:{interval} puts all {steps} steps into one group, so there is nothing to choose; give an N "
+            f"below {steps}"
+        )
+    if file is not None:
+        noise_from_json(file, spec, steps)
+
+
+def _interval_and_file(argument: str | None) -> tuple[int, Path | None]:
+    interval, colon, file = (argument or "").partition(":")
+    if not re.fullmatch(r"[1-9]\d{0,3}", interval, re.ASCII) or (colon and not file):
+        raise InputError(
+            f"policy dps needs N or N:FILE, an interval N >= 1 and perhaps measured noise, found {argument!r}; write "
+            "for example --policy dps:3"
+        )
+    return int(interval), Path(file) if colon else None
+
+
 POLICIES: dict[str, Policy] = {
     "none": Policy(no_reuse),
     "fora": Policy(fora, "N"),
@@ -142,6 +188,14 @@ POLICIES: dict[str, Policy] = {
         "ALPHA",
         "reuse while outputs change by less",
         watches=_changes_to_compare,
+    ),
+    "dps": Policy(
+        dps,
+        "N[:FILE]",
+        "as many steps as fora, where least changes",
+        watches=_group_changes,
+        check=_check_dps,
+        takes_file=True,
     ),
 }
 
@@ -178,11 +232,12 @@ def schedule_for(policy: str, spec: ModelSpec, steps: int, statistics: StepStati
 
     Raises InputError for one that needs `statistics` and has none, or those of another trajectory.
     """
-    if policy.endswith(".json"):
+    if _is_file(policy):
         return schedule_from_json(Path(policy), steps).checked(spec)
     row, argument = _row_of(policy)
     if row.watches is not None:
         row.watches(argument)  # what is wrong with the argument is told before what is missing
+        check_policy(policy, spec, steps)
         if statistics is None:
             raise InputError(f"policy {policy} decides by statistics of FP images; compile a model with it")
         statistics.check_fits(spec, steps)
@@ -191,10 +246,26 @@ def schedule_for(policy: str, spec: ModelSpec, steps: int, statistics: StepStati
 
 def watching_of(policy: str) -> Watching | None:
     """Return the statistics that a policy needs, None where it needs none. Raises InputError for an unknown one."""
-    if policy.endswith(".json"):
+    if _is_file(policy):
         return None
     row, argument = _row_of(policy)
     return None if row.watches is None else row.watches(argument)
+
+
+def check_policy(policy: str, spec: ModelSpec, steps: int) -> None:
+    """Raise InputError where a policy makes no sense for a model and its steps, as far as that hangs on no statistics.
+
+    A schedule's file is checked when it is read, by `schedule_for`.
+    """
+    if not _is_file(policy):
+        row, argument = _row_of(policy)
+        if row.check is not None:
+            row.check(spec, steps, argument)
+
+
+def _is_file(policy: str) -> bool:
+    name, colon, _ = policy.partition(":")
+    return policy.endswith(".json") and not (colon and name in POLICIES and POLICIES[name].takes_file)
 
 
 def _row_of(policy: str) -> tuple[Policy, str | None]:

@@ -101,6 +101,19 @@ class StepStatistics:
         places = {kind: [own == kind for own in self.kinds] for kind in dict.fromkeys(self.kinds)}
         return {kind: self.relative[:, :, own].mean(axis=-1) for kind, own in places.items()}
 
+    def absolute_over_branches(self) -> Numbers:
+        """Return the mean absolute change of all branches, (steps, window)."""
+        return np.asarray(self.absolute.mean(axis=-1))
+
+    def sizes(self) -> Numbers:
+        """Return how large the outputs of branches are, mean |y| per element: (steps, branches), by both distances.
+
+        Step 0 changes from nothing and is taken to be as large as step 1; an output that stands still counts as 0.
+        """
+        absolute, relative = (np.nansum(each[1:], axis=1) for each in (self.absolute, self.relative))
+        sizes = np.divide(absolute, relative, out=np.zeros_like(absolute), where=relative > 0)
+        return np.concatenate([sizes[:1], sizes])
+
     def save(self, path: Path) -> None:
         """Write everything as one npz file."""
         arrays: dict[str, Any] = {name: getattr(self, name) for name in DISTANCES}

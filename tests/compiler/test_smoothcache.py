@@ -140,6 +140,6 @@ def test_images_to_watch_without_a_policy_that_looks_are_one_line(
     assert run(["compile", "digits", "-o", str(tmp_path / "b"), "--watch-images", "4"]) == 2
     assert capsys.readouterr().err == (
         "ditc: --watch-images 4 is for a policy that looks at FP images first, and --policy fora:3 looks at none; "
-        "leave it out, or choose one of: smoothcache\n"
+        "leave it out, or choose one of: smoothcache, dps\n"
     )
     assert not list(tmp_path.iterdir())

@@ -75,3 +75,13 @@ def test_statistics_of_another_trajectory_are_refused() -> None:
     for spec, steps in ((SPEC, 6), (SPEC.model_copy(update={"branches": BRANCHES[:3]}), STEPS)):
         with pytest.raises(InputError, match="these statistics are of 5 steps and 4 branches, and tiny takes"):
             statistics().check_fits(spec, steps)
+
+
+def test_sizes_are_what_absolute_changes_are_shares_of() -> None:
+    """The made up change is as large as the output, at every step by another factor."""
+    relative = statistics().relative
+    factor = np.arange(1.0, STEPS + 1)[:, None, None]
+    sizes = StepStatistics(BRANCHES, 3, absolute=factor * relative, relative=relative).sizes()
+    np.testing.assert_allclose(sizes, np.broadcast_to([[2], [2], [3], [4], [5]], (STEPS, len(BRANCHES))))
+    still = np.where(np.isnan(relative), np.nan, 0.0)
+    assert not StepStatistics(BRANCHES, 3, absolute=still, relative=still).sizes().any()
