@@ -1,4 +1,4 @@
-"""The stages that fit in a closed loop against the FP program: numbers of a reuse, and the compensation."""
+"""The stages that fit against the FP program, mostly in a closed loop: numbers of a reuse, and the compensation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ditc.compiler.trajectories import (
 from ditc.compiler.work import write_json
 from ditc.engines.recording import RecordedRun, RecordingBackend
 from ditc.program import AHEAD, CONDITION, FULL, REUSE_ROWS, Step, distance_of
-from ditc.runtime.approximation import Moments, Rows, fitted_rows
+from ditc.runtime.approximation import Moments, Rows, fitted_rows, makers_of
 from ditc.runtime.compensation import ClosedLoopFit
 from ditc.runtime.conditioning import at_step, condition_tables, is_of_request, of_step
 from ditc.runtime.executor import Samples, StepEvent
@@ -48,10 +48,19 @@ def fit(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, fold
 
 
 def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tables, folder: Path) -> None:
-    """Write approximate.safetensors with the rows of every step, and approximation.json with their range.
+    """Write approximate.safetensors with the rows of every step, and approximation.json with their range."""
+    if APPROXIMATORS[plan.options.reuse].open_loop:
+        rows = _rows_of_fp(plan, segments)
+    else:
+        rows = _rows_of_own_run(plan, segments, compiled, tables)
+    write_rows(folder, rows, rows_summary(plan, rows, plan.options.vc_images))
 
-    The compiled requests are walked in lockstep. In front of a step that reuses, its numbers are fitted over all of
-    them: from the sums that it will combine to the one that FP adds at that step of its own, uncached trajectory.
+
+def _rows_of_own_run(plan: Plan, segments: Segments, compiled: Segments, tables: Tables) -> Rows:
+    """Fit in a closed loop: the compiled requests are walked in lockstep.
+
+    In front of a step that reuses, its numbers are fitted over all of them: from the sums that it will combine to the
+    one that FP adds at that step of its own, uncached trajectory.
     """
     with reuse_walk(plan, segments, compiled, tables, (REUSE_NOISE,)) as walk:
         for step in plan.program.steps:
@@ -59,7 +68,28 @@ def approximate(plan: Plan, segments: Segments, compiled: Segments, tables: Tabl
                 moments = walk.moments(step, REUSE_NOISE)
                 walk.rows[step.index] = fitted_rows(plan.options.reuse, moments, plan.options.vc_images)
             walk.advance()
-    write_rows(folder, walk.rows, rows_summary(plan, walk.rows, plan.options.vc_images))
+        return walk.rows
+
+
+def _rows_of_fp(plan: Plan, segments: Segments) -> Rows:
+    """Fit in an open loop: from the sums that FP's own trajectory would have left for a step to the one that it adds.
+
+    Nothing of the compiled program is looked at, so errors of earlier steps are not corrected.
+    """
+    count, rows, target = plan.options.vc_images, plan.reuse_tables[REUSE_ROWS], _Target.of(plan, segments)
+    exact = exact_trajectory(plan, segments, count, REUSE_NOISE, "approximate")
+    for step in plan.program.steps:
+        if not plan.program.segment(step.segment).rows:
+            continue
+        makers = makers_of(step)
+        moments = Moments.empty(len(makers) + 1, rows.shape[-1])
+        for part in plan.batches(count):
+            _, noise, _ = purposed_request(plan, part, REUSE_NOISE)
+            before = [noise, *(x[part.start : part.stop] for x in exact)]  # the samples in front of every step
+            asked = (*makers, step.index)
+            moments = moments.add(*(target.sums(step.index, before[at], part, REUSE_NOISE, at) for at in asked))
+        rows[step.index] = fitted_rows(plan.options.reuse, moments, count)
+    return rows
 
 
 def write_rows(folder: Path, rows: Rows, summary: Approximation) -> None:
@@ -147,18 +177,25 @@ class _Target:
     def of(plan: Plan, segments: Segments) -> _Target:
         return _Target(plan, *(plan.backend.session(segments[name]) for name in (CONDITION, FULL)))
 
-    def sums(self, step: int, x: Samples, part: range, purpose: int) -> NDArray[np.float32]:
-        """Return (rows, *branch_shape) for samples (images, ...) that are images `part` of a purpose."""
-        guidance, t = self.plan.guidance, self.plan.columns["t"][step : step + 1]
-        request, _, _ = purposed_request(self.plan, part, purpose)
-        tables = condition_tables(self.condition, t, at_step(self.plan.spec, guidance.row_conditions(request), step))
-        own = {name: table[step : step + 1] for name, table in self.plan.step_tables.items()}
-        feeds = {"x": guidance.rows(x), **of_step({**tables, **own}, 0)}
-        for name, table in {**tables, **own}.items():
+    def sums(self, step: int, x: Samples, part: range, purpose: int, maker: int | None = None) -> NDArray[np.float32]:
+        """Return (rows, *branch_shape) for samples (images, ...) that are images `part` of a purpose.
+
+        With a `maker` it is what that step leaves for this one: its own outputs, for its own samples.
+        """
+        own = self._tables(step if maker is None else maker, part, purpose)
+        feeds = {"x": self.plan.guidance.rows(x), **of_step(own, 0)}
+        for name, table in (own if maker is None else self._tables(step, part, purpose)).items():
             if not is_of_request(name):  # the next step's gates are this step's
                 feeds[f"{AHEAD}.{name}"] = np.repeat(table, self.plan.program.segment(FULL).ahead, axis=0)
         inputs = {port.name: feeds[port.name] for port in self.full.get_inputs()}
         return np.asarray(self.full.run([f"cache.{AHEAD}.1"], inputs)[0])
+
+    def _tables(self, step: int, part: range, purpose: int) -> dict[str, NDArray[np.float32]]:
+        """Return what the model makes of the conditions and of one timestep, each (1, ...) or of the request."""
+        guidance, t = self.plan.guidance, self.plan.columns["t"][step : step + 1]
+        request, _, _ = purposed_request(self.plan, part, purpose)
+        tables = condition_tables(self.condition, t, at_step(self.plan.spec, guidance.row_conditions(request), step))
+        return {**tables, **{name: table[step : step + 1] for name, table in self.plan.step_tables.items()}}
 
 
 def rows_summary(plan: Plan, rows: Rows, images: int, **learned: Any) -> Approximation:

@@ -38,15 +38,18 @@ class Approximator:
     """A way to fill a reuse, by a combination of the sums of the last `looks_back` steps that computed.
 
     Early steps have fewer of them. Where it has `weights` these are known from the schedule alone, and a `fit` takes
-    them from moments of what was seen; one with neither holds the last sum. With `shift` it adds a number as well.
-    `along` is where `weights` have a step's place: at its timestep, or at its number. Where it is `learned`, they are
-    what least squares is drawn to (compiler/learning.py): on FP's trajectories, or on those that it makes itself.
+    them from moments of what was seen; one with neither holds the last sum. With `shift` it adds a number as well. Seen
+    are the sums of the compiled program, whose earlier steps carry the numbers fitted so far; those of FP's own
+    trajectory where a fit is in an `open_loop`. `along` is where `weights` have a step's place: at its timestep, or at
+    its number. Where it is `learned`, they are what least squares is drawn to (compiler/learning.py): on FP's
+    trajectories, or on those that it makes itself.
     """
 
     looks_back: int = 1
     shift: bool = False
     weights: Weights | None = None
     fit: Fit | None = None
+    open_loop: bool = False
     along: Literal["t", "index"] = "t"
     learned: Literal["open", "closed"] | None = None
 
@@ -54,6 +57,7 @@ class Approximator:
         assert self.looks_back > 0
         assert self.weights is None or (self.fit is None and not self.shift)
         assert self.learned is None or self.weights is not None
+        assert self.fit is not None or not self.open_loop
 
     @property
     def rows(self) -> int:
@@ -111,7 +115,8 @@ def _chebyshev(t: float, times: Sequence[float]) -> list[float]:
 
 APPROXIMATORS: dict[str, Approximator] = {
     "hold": Approximator(),  # FORA, arXiv 2407.01425
-    "affine": Approximator(shift=True, fit=_affine),  # arXiv 2503.01323
+    "affine": Approximator(shift=True, fit=_affine),
+    "affine:open": Approximator(shift=True, fit=_affine, open_loop=True),  # as in arXiv 2503.01323
     "variance": Approximator(shift=True, fit=_variance),
     "taylor": Approximator(looks_back=2, weights=_polynomial),  # TaylorSeer, arXiv 2503.06923
     "taylor:2": Approximator(looks_back=3, weights=_polynomial),
@@ -121,7 +126,7 @@ APPROXIMATORS: dict[str, Approximator] = {
     "learned": Approximator(looks_back=3, weights=_line, learned="open"),  # after L2P, arXiv 2604.26365
     "learned:closed": Approximator(looks_back=3, weights=_line, learned="closed"),
 }
-SPELLINGS = {"taylor:1": "taylor", "learned:open": "learned"}
+SPELLINGS = {"taylor:1": "taylor", "affine:closed": "affine", "learned:open": "learned"}
 
 
 def canonical(name: Any) -> Any:

@@ -61,6 +61,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "fp32-chebyshev": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "chebyshev", "steps": 8},
     "fp32-hermite": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "hermite", "steps": 8},
     "fp32-affine": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "affine"},
+    "fp32-affine-open": {"policy": "fora:2", "precision": "fp32", "vc": "none", "reuse": "affine:open"},
     "memory": {"policy": "fora:2", "precision": "fp32", "vc": "std", "sampler": "unipc"},
     "memory-int8": {"policy": "fora:2", "sampler": "dpm++3m", "vc": "none"},
     "memory-noise": {"policy": "fora:2", "precision": "fp32", "vc": "none", "sampler": "dpm++2m-sde"},

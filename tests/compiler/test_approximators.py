@@ -18,22 +18,26 @@ from ditc.cli.listing import bundle_facts
 from ditc.cli.main import run
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
+from ditc.compiler.trajectories import REUSE_NOISE
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.errors import BundleError
 from ditc.exporter.onnx_files import load_graph
 from ditc.program import CONDITION, REUSE_ROWS, Step, distance_of
 from ditc.quality.branch_probe import open_branch_probe
-from ditc.runtime.approximation import holding_rows
+from ditc.runtime.approximation import Moments, fitted_rows, holding_rows
 from ditc.runtime.closeness import relative_error
 from ditc.runtime.conditioning import condition_tables
 from ditc.runtime.executor import StepEvent
 from ditc.runtime.pipeline import Pipeline
+from tests.runtime.test_approximation import affine_error
 
 LABELS = [0, 3, 1, 4]
-NAMES = ["fp32-affine", "fp32-taylor"]
+NAMES = ["fp32-affine", "fp32-affine-open", "fp32-taylor"]
 ORDERS = {"fp32-taylor": 1, "fp32-taylor-2": 2, "fp32-taylor-3": 3}
-NAMED = "affine, auto, chebyshev, hermite, hold, learned, learned:closed, taylor, taylor:2, taylor:3, variance"
+NAMED = (
+    "affine, affine:open, auto, chebyshev, hermite, hold, learned, learned:closed, taylor, taylor:2, taylor:3, variance"
+)
 UNKNOWN = f"unknown --reuse {{!r}}; choose one of: {NAMED}"
 
 
@@ -60,7 +64,9 @@ def test_numbers_that_hold_change_no_bit(bundles: dict[str, Bundle], name: str, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundles_own_numbers_change_its_reuses_and_nothing_before(bundles: dict[str, Bundle], name: str) -> None:
-    first = {"fp32-affine": 1, "fp32-taylor": 3}[name]  # the first interval has nothing to extrapolate from
+    first = {"fp32-affine": 1, "fp32-affine-open": 1, "fp32-taylor": 3}[
+        name
+    ]  # the first interval has nothing to extrapolate from
     pairs = zip(trajectory(bundles[name]), trajectory(bundles["fp32-cached"]), strict=True)
     assert [np.array_equal(step.x, held.x) for step, held in pairs] == [True] * first + [False] * (6 - first)
 
@@ -90,6 +96,82 @@ def test_affine_is_nearer_to_fp_after_the_first_reuse(bundles: dict[str, Bundle]
     exact = trajectory(bundles["fp32-affine"], reference=True)[1].x
     held, corrected = (relative_error(trajectory(bundles[n])[1].x, exact) for n in ("fp32-cached", "fp32-affine"))
     assert corrected < held
+
+
+def test_in_an_open_loop_the_numbers_are_fps_own_and_nothing_of_int8_is_in_them(
+    make_small_model: Callable[[], Any], quick_options: CompileOptions, tmp_path: Path, exports: Path
+) -> None:
+    """Those of a program in INT8 are those in floating point; in a closed loop they are others."""
+    for reuse, differ in (("affine:open", False), ("affine", True)):
+        settings = quick_options.model_copy(update={"policy": "fora:2", "vc": "none", "reuse": reuse})
+        rows = [
+            compile_model(make_small_model(), tmp_path / reuse / name, each, exports=exports).tables()[REUSE_ROWS]
+            for name, each in (("int8", settings), ("fp32", settings.model_copy(update={"precision": "fp32"})))
+        ]
+        assert (np.abs(rows[0] - rows[1]).max() > 1e-4) == differ
+
+
+def test_an_open_loop_takes_the_sums_that_fps_own_steps_would_leave(bundles: dict[str, Bundle]) -> None:
+    """Least squares over what the FP segment makes at step 2 for step 3, on the trajectory without a cache."""
+    bundle = bundles["fp32-affine-open"]
+    spec, count = bundle.manifest.model, 8
+    labels = labels_of_the_fit(bundle, count)
+    with ditc.load(bundle.path, reference=True) as pipe:
+        exact = list(pipe.generate(labels, seed=REUSE_NOISE))
+    y = np.array([*labels, *[spec.null_label] * count], np.int64)
+    t = bundle.tables()["sampler.t"]
+    modulation = condition_tables(OnnxRuntimeBackend().session(bundle.segment_path(CONDITION)), t, {"y": y})
+    sums = []
+    for maker in (2, 3):
+        feeds = {"x": np.concatenate([exact[maker].before] * 2), "modulation": modulation["modulation"][maker]}
+        feeds["ahead.modulation"] = modulation["modulation"][3][None]
+        sums.append(ran(bundle, "full", feeds, "cache.ahead.1").reshape(-1, spec.branch_shape[-1]))
+    for channel in range(spec.branch_shape[-1]):
+        line = np.polyfit(sums[0][:, channel], sums[1][:, channel], 1)
+        drawn = (line - [1, 0]) * count / (count + 4) + [1, 0]
+        np.testing.assert_allclose(bundle.tables()[REUSE_ROWS][3, :, channel], drawn, rtol=1e-3, atol=1e-4)
+
+
+def labels_of_the_fit(bundle: Bundle, count: int) -> list[int]:
+    """The classes of the images that fit: as many of each, in an order that the compile's seed gives."""
+    rng, classes = np.random.default_rng(0), bundle.manifest.model.num_classes
+    return [int(label) for _ in range(-(-count // classes)) for label in rng.permutation(classes)][:count]
+
+
+def test_a_closed_loop_errs_less_than_an_open_one_where_it_is_fitted(
+    make_small_model: Callable[[], Any],
+    quick_options: CompileOptions,
+    tmp_path: Path,
+    exports: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the calibration noise, at every step that reuses: what its own run gives it, with its numbers and the other's.
+
+    The first interval's are the same: nothing has erred before it. What both minimise counts some equal pairs too.
+    """
+    settings = quick_options.model_copy(
+        update={"policy": "fora:3", "steps": 9, "precision": "fp32", "vc": "none", "reuse": "affine"}
+    )
+    seen: list[Moments] = []
+
+    def watched(method: str, moments: Moments, images: int) -> np.ndarray:
+        seen.append(moments)
+        return fitted_rows(method, moments, images)
+
+    monkeypatch.setattr("ditc.compiler.fitting.fitted_rows", watched)
+    closed = compile_model(make_small_model(), tmp_path / "closed", settings, exports=exports)
+    in_closed_loop = list(seen)
+    open_loop = compile_model(
+        make_small_model(), tmp_path / "open", settings.model_copy(update={"reuse": "affine:open"}), exports=exports
+    )
+    reusing = [step.index for step in closed.manifest.program.steps if step.segment == "reuse"]
+    assert len(in_closed_loop) == len(reusing) == 6
+    rows, others = (bundle.tables()[REUSE_ROWS] for bundle in (closed, open_loop))
+    np.testing.assert_allclose(rows[1:3], others[1:3], atol=1e-4)
+    for step, moments in zip(reusing, in_closed_loop, strict=True):
+        own, other = (affine_error(each[step], moments, 4, settings.vc_images) for each in (rows, others))
+        assert (own <= other + 1e-6).all()
+        assert step < 3 or own.sum() < other.sum()
 
 
 def test_a_bundle_says_what_it_reuses_and_what_was_fitted(bundles: dict[str, Bundle]) -> None:

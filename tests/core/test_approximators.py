@@ -123,6 +123,11 @@ def test_the_first_order_has_two_spellings_and_one_name(tmp_path: Path) -> None:
     assert [canonical(name) for name in ("taylor:2", "hold", "x", 3, [])] == ["taylor:2", "hold", "x", 3, []]
 
 
+def test_the_loop_that_affine_is_fitted_in_may_be_said() -> None:
+    assert CompileOptions(reuse="affine:closed") == CompileOptions(reuse="affine")
+    assert [name for name, row in APPROXIMATORS.items() if row.open_loop] == ["affine:open"]
+
+
 def test_a_new_row_is_all_that_a_program_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five sums and a shift, which no row of the table has."""
     monkeypatch.setitem(

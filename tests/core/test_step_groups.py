@@ -115,13 +115,17 @@ def noise_file(folder: Path, noise: object, branches: tuple[str, ...] = BRANCHES
 
 
 def test_dps_counts_the_noise_of_a_file_as_shares_of_what_branches_give(tmp_path: Path) -> None:
-    statistics = watched()
+    sizes = np.where(np.arange(STEPS) % 3 == 2, 20.0, 1.0)  # a noisy step is none where outputs are small
+    sizes[0] = sizes[1]
+    relative = watched().relative
+    statistics = StepStatistics(BRANCHES, 3, absolute=sizes[:, None, None] * relative, relative=relative)
     shares = np.random.default_rng(1).random((STEPS, len(BRANCHES)))
     schedule = schedule_for(f"dps:3:{noise_file(tmp_path, shares.tolist())}", SPEC, STEPS, statistics)
     starts = [step for step, row in enumerate(schedule.compute) if row == FULL]
     changes = np.nan_to_num(statistics.absolute.mean(axis=-1)).tolist()
-    noise = (2 * shares).mean(axis=-1).tolist()  # made up outputs are of size 2
-    assert starts == cheapest_starts(3, changes, noise) != cheapest_starts(3, changes)
+    noise = (sizes[:, None] * shares).mean(axis=-1).tolist()
+    assert starts == cheapest_starts(3, changes, noise)
+    assert starts not in (cheapest_starts(3, changes), cheapest_starts(3, changes, shares.mean(axis=-1).tolist()))
 
 
 def test_a_branch_of_zeros_has_no_noise(tmp_path: Path) -> None:

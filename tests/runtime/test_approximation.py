@@ -49,6 +49,27 @@ def test_variance_gives_the_exact_spread_and_keeps_the_mean() -> None:
     np.testing.assert_allclose(corrected.mean(axis=(0, 1)), seen.mean(axis=(0, 1)), atol=1e-4)
 
 
+def test_affine_has_the_least_error_of_all_lines_with_further_pairs_of_what_was_seen() -> None:
+    """What it fits: squared errors over the images, and as if some more had been exact."""
+    seen, prior = features(0), 3.0
+    moments = moments_of(seen, 0.7 * seen + features(1))
+    rows = fitted_rows("affine", moments, IMAGES, prior_images=prior)
+    least = affine_error(rows, moments, prior)
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        other = (rows + 0.02 * rng.standard_normal(rows.shape)).astype(np.float32)
+        assert (affine_error(other, moments, prior) > least - 1e-7).all()
+
+
+def affine_error(rows: np.ndarray, moments: Moments, prior: float, images: int = IMAGES) -> np.ndarray:
+    """Mean squared error of a S + b, (channels,), beside pairs that are equal: as many images as the prior counts."""
+    a, b = rows.astype(np.float64)
+    (mean, target), squares = moments.means, moments.products / moments.count
+    error = a**2 * squares[0, 0] + b**2 + squares[1, 1] + 2 * (a * b * mean - a * squares[0, 1] - b * target)
+    of_equal_pairs = (a - 1) ** 2 * squares[0, 0] + b**2 + 2 * (a - 1) * b * mean
+    return np.asarray((images * error + prior * of_equal_pairs) / (images + prior))
+
+
 @pytest.mark.parametrize("method", FITS)
 def test_equal_features_are_held(method: str) -> None:
     rows = fitted_rows(method, moments_of(features(0), features(0)), IMAGES)
