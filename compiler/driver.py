@@ -313,6 +313,7 @@ class _Compile:
         """Return the INT8 segments; those without a linear layer stay."""
         plan, options = self.plan, self.plan.options
         settings = [options.bits, options.ranges, options.scales, options.midpoint, options.float_steps]
+        settings += [] if options.correct is None else [options.correct]
         compiled = self._replaced(
             "quantize", segments, settings, lambda folder: quantize(plan, segments, calib, folder, taught)
         )

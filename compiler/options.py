@@ -17,6 +17,7 @@ from ditc.choices import (
     Midpoint,
     PoolSteps,
     Precision,
+    ProductCorrection,
     RangeMethod,
     SamplerName,
     ScaleBinding,
@@ -61,11 +62,12 @@ class CompileOptions(PartialRecord, Settings):
     under a sampler that adds noise few steps in a row reuse, else holds. `vc` is "none" or a row of ESTIMATORS; "auto"
     compensates what holds without such noise. `vc_images` pairs fit the compensation, and as many others the numbers of
     `reuse` where it has any to fit; `verify_images` others check the result. `float_steps` is "none", or "FIRST:LAST":
-    so many steps at either end have linear layers in floating point. `watch_images` of None are those of the paper, and
-    is no setting of a bundle whose policy looks at no images, unless its reuse learns from as many.
+    so many steps at either end have linear layers in floating point. `correct` is None or a row of CORRECTIONS, which
+    every product in integers gets. `watch_images` of None are those of the paper, and is no setting of a bundle whose
+    policy looks at no images, unless its reuse learns from as many.
     """
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"shift", "sigmas", "watch_images"})
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"shift", "sigmas", "watch_images", "correct"})
 
     steps: Annotated[int, Field(ge=2), Option("Denoising steps.")] = 50
     sampler: Annotated[SamplerName | None, Option("Sampler; default is the model's own.")] = None
@@ -154,6 +156,10 @@ class CompileOptions(PartialRecord, Settings):
             group=INTEGERS,
         ),
     ] = "auto"
+    correct: Annotated[
+        ProductCorrection | None,
+        Option("Correction of INT8 products per output channel: their least squares line to FP's.", group=INTEGERS),
+    ] = None
     vc: Annotated[
         Compensation,
         Option("Variance compensation; auto: std where a reuse holds and the sampler adds no noise.", group=CACHE),
@@ -190,6 +196,7 @@ class CompileOptions(PartialRecord, Settings):
                 "leave one of them out"
             )
         self._check_gradients_serve()
+        self._check_products_are_corrected()
         if self.smooth not in (AUTO, "none") and self.bits is None:
             raise InputError(
                 f"--smooth {self.smooth} needs --precision w8a8, found {self.precision}: without INT8 there is nothing "
@@ -223,6 +230,18 @@ class CompileOptions(PartialRecord, Settings):
             raise InputError(
                 f"--scales {self.scales} measures every tensor as it comes, so the gradients of --ranges {self.ranges} "
                 "have nothing to weigh; leave one of them out"
+            )
+
+    def _check_products_are_corrected(self) -> None:
+        if self.correct is not None and self.bits is None:
+            raise InputError(
+                f"--correct {self.correct} is for products of integers, and --precision {self.precision} has none; "
+                "leave it out, or compile with --precision w8a8"
+            )
+        if self.correct is not None and self.scales != "static":
+            raise InputError(
+                f"--correct {self.correct} is one line for all steps, folded into weights and biases, and --scales "
+                f"{self.scales} changes from step to step what it would correct; leave one of them out"
             )
 
     def _check_has_integers(self, flag: str, given: str, default: str) -> None:

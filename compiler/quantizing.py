@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ditc.bundle import write_tables
 from ditc.compiler.calibrating import activation_scales
+from ditc.compiler.correcting import product_corrections
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.teaching import taught_ranges
 from ditc.compiler.trajectories import VERIFY_NOISE, purposed_request
@@ -36,6 +37,9 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path, tau
     from ditc.exporter.onnx_files import load_graph, save_graph, save_sharing_data
 
     scales = activation_scales(plan, segments, calib_file, None if taught is None else taught_ranges(taught))
+    if plan.options.correct is not None:
+        corrections = product_corrections(plan, segments, calib_file, scales)
+        scales = scales.model_copy(update={"corrections": corrections})
     atomic_write(folder / "scales.json", scales.model_dump_json(indent=1).encode() + b"\n")
     write_tables(folder / "scales.safetensors", scales.bundle_tables())
     kernels = {}

@@ -38,6 +38,7 @@ __all__ = [
     "Precision",
     "Prediction",
     "ProcessPrediction",
+    "ProductCorrection",
     "PublishedDevice",
     "RangeMethod",
     "Reuse",
@@ -93,6 +94,7 @@ GradientRanges = Literal["fisher"]  # those that need gradients
 RangeMethod = Literal["max", "percentile", "mse", "entropy", GradientRanges]
 ScaleBinding = Literal["static", "per-step", "dynamic"]
 Midpoint = Literal["zero", "bounded"]
+ProductCorrection = Literal["dec-quant"]
 Transform = Literal["smooth", "balance"]
 Smoothing = Literal["auto", "none", Transform]
 Selector = Literal["tap", "random", "uniform-time", "kmeans", "tap-activations"]

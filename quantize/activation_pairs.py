@@ -18,6 +18,7 @@ from ditc.quantize.linears import Linear
 
 __all__ = [
     "CENTRES",
+    "CORRECTS",
     "DIVIDES",
     "MEASURES",
     "RECENTRES",
@@ -35,6 +36,7 @@ __all__ = [
 
 ROLE_KEY = "ditc.role"
 MEASURES, DIVIDES, CENTRES, RECENTRES, RESTORES = "measures", "divides", "centres", "recentres", "restores"
+CORRECTS = "corrects"
 
 
 @dataclass(frozen=True)

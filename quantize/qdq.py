@@ -4,7 +4,8 @@ This is the portable artifact: symmetric, zero-point 0, constant scales, what Te
 Runtime turns into integer kernels. The bias stays a float Add after the MatMul. Q/DQ anywhere else would land where no
 integer kernel takes it, and cost time for nothing. Where a scale is not the same at every step, the activation is
 divided by its magnitude in front of the pair and the product multiplied behind it (`scale_binding`); where a range does
-not lie about zero, its middle is taken from the activation and its product added behind (`midpoints`).
+not lie about zero, its middle is taken from the activation and its product added behind (`midpoints`). Corrections of
+products go into constants that are there anyway (`product_correction`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ditc.errors import DitcError
 from ditc.precision import INT8, LEVELS, WEIGHT_BITS_KEY, levels_of
 from ditc.quantize.activation_pairs import (
     CENTRES,
+    CORRECTS,
     DIVIDES,
     MEASURES,
     RECENTRES,
@@ -30,6 +32,7 @@ from ditc.quantize.activation_pairs import (
     preceded_by,
 )
 from ditc.quantize.linears import Linear, linears_of
+from ditc.quantize.product_correction import LayerCorrection
 from ditc.quantize.scale_binding import BINDINGS
 from ditc.quantize.scale_sources import step_centre
 from ditc.quantize.scale_table import ScaleTable
@@ -83,6 +86,8 @@ def insert_qdq(model: ir.Model, table: ScaleTable, layers: Container[str] | None
         pair = pairs[name]
         linear.node.replace_input_with(0, pair.output)
         weight = quantize_weight(linear.weight_array(), table.bits.weights)
+        if table.corrections is not None:
+            weight = _corrected(model, linear, weight, table.corrections[linear.path])
         linear.node.replace_input_with(1, _weight_dequantizer(model, linear, weight))
         if pair.magnitude is not None:
             followed_by(model, linear, "Mul", pair.magnitude, RESTORES)
@@ -91,6 +96,23 @@ def insert_qdq(model: ir.Model, table: ScaleTable, layers: Container[str] | None
     if linears:
         _say_weight_bits(model, table.bits.weights)
     return bool(linears)
+
+
+def _corrected(
+    model: ir.Model, linear: Linear, weight: QuantizedWeight, correction: LayerCorrection
+) -> QuantizedWeight:
+    """Return the weight whose scales have the slopes, and add the shifts to the layer's bias."""
+    shift, product = np.array(correction.shift, np.float32), linear.node.outputs[0]
+    readers = product.consumers()
+    bias = readers[0].inputs[1] if len(readers) == 1 and readers[0].op_type == "Add" else None
+    if bias is None or bias.const_value is None or tuple(bias.shape or ()) != shift.shape:
+        followed_by(model, linear, "Add", add_constant(model, f"{linear.name}.shift", shift), CORRECTS)
+    else:
+        total = np.asarray(bias.const_value.numpy() + shift)
+        readers[0].replace_input_with(1, add_constant(model, f"{linear.name}.bias_corrected", total))
+        if not bias.uses():
+            model.graph.initializers.pop(str(bias.name))
+    return QuantizedWeight(weight.values, weight.scale * np.array(correction.slope, np.float32))
 
 
 def _say_weight_bits(model: ir.Model, bits: int) -> None:

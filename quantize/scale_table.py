@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
 from ditc.precision import INT8, LEVELS, Bits, levels_of
-from ditc.spec import Record
+from ditc.quantize.product_correction import LayerCorrection
+from ditc.spec import PartialRecord
 from ditc.tables import MIDPOINTS_TABLE, SCALES_TABLE
 
 __all__ = [
@@ -18,7 +21,7 @@ __all__ = [
 LEAST_MAGNITUDE = 2.0**-14  # FP16 divides by it with full precision; what is smaller rounds to zero
 
 
-class ScaleTable(Record):
+class ScaleTable(PartialRecord):
     """Activation scales by linear layer (torch module path), with the range method and the digests they came from.
 
     `binding` is a row of `scale_binding.BINDINGS`. With "per-step", `steps` has each layer's scale at every step,
@@ -26,8 +29,11 @@ class ScaleTable(Record):
     input share a column. With "dynamic" there are no scales. `midpoints` are the middles of ranges that do not lie
     about zero, in steps of the scale: one number, or one for every step. `bits` are those of weights and activations.
     `tensors` names the activation that a layer
-    reads in the FP segment, so that other calibrators can be compared.
+    reads in the FP segment, so that other calibrators can be compared. `corrections` are of the products, by layer,
+    where there are any.
     """
+
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"corrections"})
 
     method: str
     segment_sha256: str
@@ -39,6 +45,7 @@ class ScaleTable(Record):
     steps: dict[str, tuple[float, ...]] = {}
     columns: dict[str, int] = {}
     midpoints: dict[str, tuple[int, ...]] = {}
+    corrections: dict[str, LayerCorrection] | None = None
 
     @model_validator(mode="after")
     def _positive(self) -> ScaleTable:

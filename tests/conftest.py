@@ -43,6 +43,8 @@ QUICK = CompileOptions(
 BUNDLES: dict[str, dict[str, Any]] = {
     "cached": {"policy": "fora:2"},
     "per-step": {"policy": "fora:2", "scales": "per-step", "midpoint": "bounded", "vc": "none"},
+    "w4a8": {"policy": "fora:2", "precision": "w4a8", "vc": "none"},
+    "w4a8-corrected": {"policy": "fora:2", "precision": "w4a8", "vc": "none", "correct": "dec-quant"},
     "float-ends": {
         "policy": "fora:2",
         "float_steps": "1:2",

@@ -18,6 +18,7 @@ from ditc.precision import PRECISIONS
 from ditc.quality.features import FEATURES
 from ditc.quantize.layer_groups import GROUPINGS
 from ditc.quantize.midpoints import MIDPOINTS
+from ditc.quantize.product_correction import CORRECTIONS
 from ditc.quantize.ranges import RANGES
 from ditc.quantize.scale_binding import BINDINGS
 from ditc.quantize.transforms import TRANSFORMS
@@ -47,6 +48,7 @@ TABLES: dict[str, Collection[str]] = {
     "Midpoint": MIDPOINTS,
     "Peer": PEERS,
     "Precision": PRECISIONS,
+    "ProductCorrection": CORRECTIONS,
     "PublishedDevice": DEVICES,
     "RangeMethod": RANGES,
     "Reuse": APPROXIMATORS,
