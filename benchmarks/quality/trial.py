@@ -23,11 +23,12 @@ from ditc.compiler.fitting import approximate, fit
 from ditc.compiler.learning import LEARNED_ON, close_loop, learn, learned_plan, learns, watch_sums
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
-from ditc.compiler.planning import make_plan
+from ditc.compiler.planning import make_plan, plan_to_watch
 from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
 from ditc.compiler.smoothing import smooth
 from ditc.compiler.trajectories import executor
+from ditc.compiler.watching import STATISTICS, watch
 from ditc.compiler.work import replaced
 from ditc.exporter.dit import DiT
 from ditc.exporter.models import builtin_digits
@@ -38,6 +39,7 @@ from ditc.quality.distributions import DistributionValues, Generated, RealSet, d
 from ditc.quality.features import DIGITS_SHAPE, open_extractor, real_digits
 from ditc.runtime.closeness import psnr_db, ssim, step_drift
 from ditc.runtime.executor import Samples, seeded_noise
+from ditc.step_statistics import StepStatistics
 from ditc.tables import Tables
 
 __all__ = ["MODELS", "compiled_segments", "digest_of_trial", "exported", "learned", "trial"]
@@ -65,7 +67,8 @@ def digest_of_trial(cell: Cell, seed: int) -> str:
 def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     """Return the measures of one trial and of FP on the same noise."""
     options = CompileOptions(**cell.every_setting, seed=seed)
-    plan = replace(make_plan(MODELS[cell.model](), options), threads=THREADS)
+    model = MODELS[cell.model]()
+    plan = replace(make_plan(model, options, statistics=watched(model, options, work)), threads=THREADS)
     segments = exported(cell.model, plan, work)
     exact = exact_side(cell, seed, work)
     with TemporaryDirectory(dir=work) as temporary:
@@ -85,6 +88,16 @@ def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
             "variance_drift": np.round(np.ravel(drift.variance_drift), 5).tolist(),
         },
     }
+
+
+def watched(model: DiT, options: CompileOptions, work: Path) -> StepStatistics | None:
+    """Return the statistics that the policy asks for, None where it asks for none."""
+    to_watch = plan_to_watch(model, options)
+    if to_watch is None:
+        return None
+    with TemporaryDirectory(dir=work) as folder:
+        watch(to_watch[0], model, to_watch[1], Path(folder))
+        return StepStatistics.load(Path(folder) / STATISTICS)
 
 
 def exported(model: str, plan: Plan, work: Path) -> Segments:
