@@ -50,7 +50,7 @@ def test_variance_gives_the_exact_spread_and_keeps_the_mean() -> None:
 
 
 def test_affine_has_the_least_error_of_all_lines_with_further_pairs_of_what_was_seen() -> None:
-    """What it fits: squared errors over the images, and as if some more had been exact."""
+    """Squared errors over the images, and as if some more had been exact: that is minimised."""
     seen, prior = features(0), 3.0
     moments = moments_of(seen, 0.7 * seen + features(1))
     rows = fitted_rows("affine", moments, IMAGES, prior_images=prior)
