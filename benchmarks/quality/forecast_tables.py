@@ -39,7 +39,7 @@ def in_order() -> Iterator[Place]:
 
 def line_of(place: Place, tried: Mapping[Place, Rows]) -> str | None:
     """Return the line of a cell; None where it has not been run."""
-    rows, beside = tried[place], tried[(*place[:2], TAYLOR)]
+    rows, beside = tried[place], tried[(place[0], place[1], TAYLOR)]
     if not rows:
         return None
     change = less(rows, beside) if place[2] != TAYLOR else None
