@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
@@ -235,3 +236,28 @@ def test_what_is_told_of_the_searches_is_in_their_record() -> None:
     told = "7 steps", "0.064", "9", "1.17", "1.5", "`fora:2`"
     for page in ("docs/tuning.md", "docs/adr/0032-fewer-steps-and-the-default.md"):
         assert all(each in (root / page).read_text() for each in told)
+
+
+def test_what_is_told_of_the_solver_in_full_and_cached_is_in_the_trials() -> None:
+    """UniPC in 34 steps, in docs/results.md: alone, and with N = 5 and order 3."""
+    root = Path(__file__).parents[2]
+    trials = json.loads((root / "benchmarks/quality/steps.json").read_text())["trials"].values()
+    solver = {"sampler": "unipc", "steps": 34, "precision": "fp32"}
+    cells = ({"policy": "none"}, {"policy": "fora:5", "reuse": "taylor:3"})
+    rows = [
+        [
+            trial
+            for trial in trials
+            if {**solver, **cell}.items() <= trial["settings"].items() and not trial["settings"].get("spacing")
+        ]
+        for cell in cells
+    ]
+    assert [len(each) for each in rows] == [5, 5]
+    alone, cached = (
+        {name: fmean(trial[name] for trial in each) for name in ("frechet_distance", "recall", "precision")}
+        for each in rows
+    )
+    page = (root / "docs/results.md").read_text()
+    assert f"{alone['frechet_distance']:.3f} alone, {cached['frechet_distance']:.3f} with N = 5" in page
+    assert f"recall rises ({alone['recall']:.3f} to {cached['recall']:.3f})" in page
+    assert f"precision falls ({alone['precision']:.3f} to {cached['precision']:.3f})" in page
