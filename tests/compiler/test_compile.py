@@ -359,6 +359,7 @@ def test_the_compiled_program_stays_near_the_fp_program(bundles: dict[str, Bundl
 def test_settings_in_the_manifest_are_complete(bundles: dict[str, Bundle]) -> None:
     settings = bundles["cached"].manifest.settings
     assert set(settings) == set(CompileOptions.model_fields) - {
+        "correct",
         "shift",
         "sigmas",
         "watch_images",

@@ -24,8 +24,7 @@ from ditc.engines.integer_form import (
 )
 from ditc.errors import AdviceWarning, BundleError
 from ditc.exporter.onnx_files import save_graph
-from ditc.precision import Bits
-from ditc.precision import quantized as quantized_precision
+from ditc.precision import PRECISIONS, Bits
 from ditc.program import BRANCH_KEY, PATH_KEY
 from ditc.quantize.qdq import insert_qdq
 from ditc.quantize.scale_table import ScaleTable
@@ -158,11 +157,12 @@ def test_the_segments_of_a_bundle_say_what_they_hold(bundles: dict[str, Bundle])
     bits_of = {}
     for name, bundle in bundles.items():
         for part in bundle.manifest.program.segments:
-            expected = 8 if quantized_precision(bundle.manifest.precision) and part.quantizes else None
+            bits = PRECISIONS[bundle.manifest.precision]
+            expected = bits.weights if bits and part.quantizes else None
             for path in {bundle.segment_path(part.name), runnable_path(bundle.segment_path(part.name), "onnxrt")}:
                 bits_of[name, path.name] = weight_bits(path), expected
     assert all(bits == expected for bits, expected in bits_of.values()), bits_of
-    assert {bits for bits, _ in bits_of.values()} == {8, None}
+    assert {bits for bits, _ in bits_of.values()} == {8, 4, None}
 
 
 def test_no_integers_are_where_graphs_are_not_optimized(bundles: dict[str, Bundle]) -> None:

@@ -358,7 +358,7 @@ def test_scales_per_step_divide_the_tables_of_timesteps_in_the_typed_form(compil
 COMMANDS = [
     "inspect",
     "verify --images 2",
-    "evaluate --images 4 --seeds 0",
+    pytest.param("evaluate --images 4 --seeds 0", marks=pytest.mark.slow),  # resamples pixels
     "doctor",
     "bisect --points 2",
     "report -o P.html",
