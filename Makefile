@@ -48,7 +48,7 @@ train: $(STAMP)
 # the text-to-image model's weights, from Noto's emoji, which npm fetches (half a day on one core; goes on where it was)
 train-emoji: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m ditc.exporter.train_emoji --work out/emoji --steps $(STEPS) --decay $(DECAY) \
-		--out exporter/emoji.safetensors
+		$(if $(BEGIN),--begin $(BEGIN)) --out exporter/emoji.safetensors
 
 # torch is pinned in constraints.txt: without the pin pip may pull gigabytes of CUDA packages
 $(STAMP): pyproject.toml setup.py core/folders.py constraints.txt

@@ -5,7 +5,7 @@ A training is a value that can be written down and taken up again: what follows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from ditc.exporter.emoji_model import (
     TextIds,
     build_emoji_model,
     initialize_weights,
+    load_float16,
     text_ids,
 )
 
@@ -50,9 +51,9 @@ class Recipe:
         if not 0 <= self.decay <= self.steps:
             raise InputError(f"--decay takes from 0 to the {self.steps} steps, found {self.decay}")
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        rising = min(1.0, (step + 1) / self.warmup)
+    def rate(self, step: int, began: int = 0) -> float:
+        """Return the learning rate of a step, counted from 0; the optimizer `began` at another."""
+        rising = min(1.0, (step - began + 1) / self.warmup)
         falling = min(1.0, (self.steps - step) / (self.decay + 1))
         return self.peak_rate * min(rising, falling)
 
@@ -155,7 +156,7 @@ class Training:
 
     def __init__(self, recipe: Recipe, bfloat16: bool) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.bfloat16, self.step = recipe, bfloat16, 0
+        self.recipe, self.bfloat16, self.step, self.began = recipe, bfloat16, 0, 0
         self.model = build_emoji_model(recipe.transformer, recipe.text_encoder)
         initialize_weights(self.model)
         self.optimizer = torch.optim.AdamW(
@@ -170,7 +171,7 @@ class Training:
         """Take one step and return its loss."""
         batch = draw_batch(pictures, self.recipe.batch, self.generator)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.step)
+            group["lr"] = self.recipe.rate(self.step, self.began)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
             loss = flow_loss(self.model, batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -178,10 +179,26 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        decay = min(AVERAGE, (1 + self.step) / (10 + self.step))
+        done = self.step - self.began
+        decay = min(AVERAGE, (1 + done) / (10 + done))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - decay)
         return loss.detach()
+
+    def begin_with(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Go on from the average of an earlier training, `tensors` in float16, and its `record` of what it did.
+
+        Its optimizer begins anew, with the warm-up; the draws are others than that training's. Raises InputError where
+        it is of another recipe.
+        """
+        own = self.recipe.unchanging()
+        if {name: record.get(name) for name in own} != own:
+            raise InputError("the weights to begin with are of another recipe; take the options that they began with")
+        load_float16(self.model, tensors)
+        self.average = [p.detach().clone() for p in self.model.parameters()]
+        self.step = self.began = record["steps"]
+        self.log, self.runs = list(record["log"]), list(record["runs"])
+        self.generator.manual_seed(self.recipe.seed + self.step)
 
     def averaged(self) -> EmojiModel:
         """Return a model with the averaged weights, to be measured or drawn from."""
@@ -196,6 +213,7 @@ class Training:
         return {
             "recipe": self.recipe.unchanging(),
             "step": self.step,
+            "began": self.began,
             "model": self.model.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
@@ -209,6 +227,7 @@ class Training:
         if state["recipe"] != self.recipe.unchanging():
             raise InputError("the checkpoint is of another recipe; take another --work, or the options it began with")
         self.step, self.log, self.runs = state["step"], state["log"], state["runs"]
+        self.began = state["began"]
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])

@@ -9,7 +9,8 @@ starting it again with other numbers. The text encoder is trained with the trans
 
 FOLDER gets the archive of the pictures, `tokenizer.json`, and every few minutes and on SIGTERM `checkpoint.pt`, from
 which the same command goes on with the numbers that it would have had. At the end the average of the weights, rounded
-to float16, is the model: `--out` with its tokenizer and a record of the training beside it; emoji.md is its card.
+to float16, is the model: `--out` with its tokenizer and a record of the training beside it; emoji.md is its card. A
+training that is to go on elsewhere, or after its end, begins with these (`--begin`), at a rate that rises once more.
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ class Checkpoints:
         torch.save(training.state(), buffer)
         atomic_write(self.path, buffer.getvalue())
 
-    def resume(self, training: Training) -> None:
-        """Take over the checkpoint where there is one."""
+    def resume(self, training: Training, begin: Path | None = None) -> None:
+        """Take over the checkpoint where there is one, else what an earlier training wrote, if that is to go on."""
         if self.path.is_file():
             training.restore(torch.load(self.path, map_location="cpu", weights_only=True))
+        elif begin is not None:
+            training.begin_with(load(begin.read_bytes()), json.loads(record_of(begin).read_text()))
 
     def keep_average(self, training: Training) -> None:
         """Write the averaged weights in float16 beside those of earlier steps."""
@@ -119,7 +122,7 @@ def write_result(training: Training, split: tuple[Pictures, Pictures], tokenizer
     """Write the averaged weights in float16, the tokenizer, and a record of the training with the losses of these."""
     weights = float16_bytes(training.averaged())
     atomic_write(path, weights)
-    atomic_write(path.with_name(f"{path.stem}_tokenizer.json"), tokenizer.to_str().encode())
+    atomic_write(tokenizer_beside(path), tokenizer.to_str().encode())
     model = build_emoji_model(training.recipe.transformer, training.recipe.text_encoder).eval()
     load_float16(model, load(weights))
     train_pictures, held_out = split
@@ -131,18 +134,30 @@ def write_result(training: Training, split: tuple[Pictures, Pictures], tokenizer
         "runs": training.runs,
         "log": [entry for entry in training.log if entry["step"] % RECORD_EVERY == 0],
     }
-    atomic_write(path.with_suffix(".training.json"), (json.dumps(record, indent=1) + "\n").encode())
+    atomic_write(record_of(path), (json.dumps(record, indent=1) + "\n").encode())
+
+
+def tokenizer_beside(weights: Path) -> Path:
+    """Return the place of the tokenizer of some weights."""
+    return weights.with_name(f"{weights.stem}_tokenizer.json")
+
+
+def record_of(weights: Path) -> Path:
+    """Return the place of the record of the training that wrote some weights."""
+    return weights.with_suffix(".training.json")
 
 
 def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def tokenizer_of(folder: Path, split: Split) -> Any:
-    """Return the tokenizer in `folder`, at the first start trained on the captions and written there."""
+def tokenizer_of(folder: Path, split: Split, begin: Path | None = None) -> Any:
+    """Return the tokenizer in `folder`; at the first start that of the weights to begin with, or one trained now."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
+    if not path.is_file() and begin is not None:
+        atomic_write(path, tokenizer_beside(begin).read_bytes())
     if not path.is_file():
         plain = [caption for one in split.train if not one.tone for caption in one.captions]
         tones = [tone_words(tone) for tone in TONES] * 50
@@ -176,6 +191,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=PEAK_RATE)
     parser.add_argument("--warmup", type=int, default=WARMUP)
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--begin", type=Path, help="weights of --out to go on from, where --work has no checkpoint")
     parser.add_argument("--out", type=Path, help="where the model goes when it is trained")
     parser.add_argument("--pictures", type=int, help="train on so many of the pictures, to see that it learns them")
     return parser.parse_args()
@@ -185,11 +201,11 @@ def main() -> None:
     """Train from the checkpoint in the folder, or from the beginning."""
     options = _options()
     split = split_of(read_emoji(emoji_archive(options.work)))
-    tokenizer = tokenizer_of(options.work, split)
+    tokenizer = tokenizer_of(options.work, split, options.begin)
     recipe = Recipe(options.steps, options.decay, options.batch, options.rate, options.warmup)
     training = Training(recipe, PRECISIONS[options.precision]())
     checkpoints = Checkpoints(options.work)
-    checkpoints.resume(training)
+    checkpoints.resume(training, options.begin)
     about = {
         "from": training.step,
         "precision": "bfloat16" if training.bfloat16 else "float32",

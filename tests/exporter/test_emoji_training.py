@@ -116,10 +116,34 @@ def test_a_training_goes_on_to_another_length_but_not_with_another_recipe(tmp_pa
         Checkpoints(tmp_path).resume(Training(recipe(peak_rate=1.0), bfloat16=False))
 
 
+def test_a_training_goes_on_from_the_weights_that_another_ended_with(tmp_path: Path) -> None:
+    path = tmp_path / "emoji.safetensors"
+    first = Training(recipe(steps=4, decay=0), bfloat16=False)
+    first.runs.append({"from": 0})
+    run(first, 4)
+    write_result(first, (pictures(), pictures(3)), train_tokenizer(CAPTIONS, size=60), path)
+    second = Training(recipe(), bfloat16=False)
+    Checkpoints(tmp_path).resume(second, path)
+    assert (second.step, second.began, second.runs) == (4, 4, [{"from": 0}])
+    for p, average, given in zip(second.model.parameters(), second.average, first.average, strict=True):
+        assert torch.equal(p, given.half().float())
+        assert torch.equal(average, p)
+    run(second, 2)
+    assert second.optimizer.param_groups[0]["lr"] == pytest.approx(recipe().peak_rate * 2 / 3)  # of its own warm-up
+    Checkpoints(tmp_path).save(second)
+    third = Training(recipe(), bfloat16=False)
+    Checkpoints(tmp_path).resume(third, path)  # the checkpoint comes first
+    assert (third.step, third.began) == (6, 4)
+    assert torch.equal(run(third, 2), run(second, 2))
+    with pytest.raises(InputError, match="weights to begin with are of another recipe"):
+        Checkpoints(tmp_path / "new").resume(Training(recipe(peak_rate=1.0), bfloat16=False), path)
+
+
 def test_the_rate_rises_stays_and_falls_over_the_last_steps() -> None:
     rates = [recipe(steps=10, decay=4, peak_rate=1.0).rate(step) for step in range(10)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
     assert recipe(steps=10, decay=0, peak_rate=1.0).rate(9) == 1
+    assert recipe(steps=10, decay=2, peak_rate=1.0).rate(5, began=5) == pytest.approx(1 / 3)
     with pytest.raises(InputError, match="from 0 to the 10 steps, found 11"):
         recipe(steps=10, decay=11)
 
