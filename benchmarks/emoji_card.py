@@ -77,7 +77,7 @@ def sample(
         x, texts = noise[first : first + BATCH], captions[first : first + BATCH]
         text = text_ids(tokenizer, [*texts, *[""] * len(texts)])
         scheduler: Any = FlowMatchEulerDiscreteScheduler()
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))  # equal strides, none of them of no length
         for t, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
             flow, null = model(torch.cat([x, x]), sigma.expand(2 * len(x)), text).chunk(2)
             x = scheduler.step(null + guidance * (flow - null), t, x, return_dict=False)[0]

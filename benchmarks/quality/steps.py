@@ -75,7 +75,7 @@ def step_trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     options = CompileOptions(**cell.every_setting, seed=seed)
     plan = replace(make_plan(MODELS[cell.model](), options), threads=THREADS)
     with TemporaryDirectory(dir=work) as temporary:
-        segments, tables = compiled_segments(plan, exported(cell.model, plan, work), Path(temporary))
+        plan, segments, tables = compiled_segments(plan, exported(cell.model, plan, work), Path(temporary))
         images = seed_images(plan, plan.program, segments, tables, seed, cell.images).images
     return {
         "settings": dict(cell.settings),

@@ -7,8 +7,9 @@ sealing into a bundle is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,8 @@ from cells import Cell
 
 from ditc.approximators import APPROXIMATORS
 from ditc.bundle import read_tables
-from ditc.compiler.exporting import export
+from ditc.compiler.examples import examples_of
+from ditc.compiler.exporting import export, model_digest
 from ditc.compiler.fitting import approximate, fit
 from ditc.compiler.learning import LEARNED_ON, close_loop, learn, learned_plan, learns, watch_sums
 from ditc.compiler.options import CompileOptions
@@ -26,17 +28,20 @@ from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan, plan_to_watch
 from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
-from ditc.compiler.smoothing import smooth
+from ditc.compiler.smoothing import smooth, smoothed_plan
+from ditc.compiler.text import text_of
 from ditc.compiler.trajectories import executor
 from ditc.compiler.watching import STATISTICS, watch
 from ditc.compiler.work import replaced
-from ditc.exporter.dit import DiT
+from ditc.exporter.emoji import EMOJI, builtin_emoji
 from ditc.exporter.models import builtin_digits
 from ditc.exporter.stress import stressed
 from ditc.files import digest_of, in_turn
 from ditc.program import Program
+from ditc.progress import silent
 from ditc.quality.distributions import DistributionValues, Generated, RealSet, distribution_values
-from ditc.quality.features import DIGITS_SHAPE, open_extractor, real_digits
+from ditc.quality.features import DIGITS, open_extractor, real_features
+from ditc.requests import Examples
 from ditc.runtime.closeness import psnr_db, ssim, step_drift
 from ditc.runtime.executor import Samples, seeded_noise
 from ditc.step_statistics import StepStatistics
@@ -45,7 +50,14 @@ from ditc.tables import Tables
 __all__ = ["MODELS", "compiled_segments", "digest_of_trial", "exported", "learned", "trial"]
 
 REVISION = 1  # goes up when something changes what a trial measures, and all of them are run again
-MODELS: dict[str, Callable[[], DiT]] = {"plain": builtin_digits, "stressed": lambda: stressed(builtin_digits())}
+MODELS: dict[str, Callable[[], Any]] = {
+    "plain": builtin_digits,
+    "stressed": lambda: stressed(builtin_digits()),
+    EMOJI: builtin_emoji,
+}
+EXACT: Mapping[str, str] = {"stressed": "plain"}  # models whose FP images are another's: stress changes nothing there
+# settings of FP's side beside no cache and no integers, where they are not the cell's
+EXACT_SETTINGS: Mapping[str, Mapping[str, Any]] = {EMOJI: {"steps": 25, "sampler": "euler"}}
 BATCH = 50
 THREADS = 1  # a worker for each core: small products gain nothing from more
 WATCHED = 100  # images whose samples are kept after every step
@@ -53,7 +65,7 @@ WATCHED = 100  # images whose samples are kept after every step
 
 @dataclass(frozen=True)
 class SeedImages:
-    """Finished images, (n, 1, 8, 8), and the first WATCHED of them after every step, (steps, WATCHED, 1, 8, 8)."""
+    """Finished images, (n, *shape), and the first WATCHED of them after every step, (steps, WATCHED, *shape)."""
 
     images: Samples
     steps: Samples
@@ -61,36 +73,58 @@ class SeedImages:
 
 def digest_of_trial(cell: Cell, seed: int) -> str:
     """Return the name of a trial: a digest of everything that decides its result."""
-    return digest_of([REVISION, cell.model, cell.every_setting, cell.images, seed])
+    weights = [weights_of(cell.model)] if cell.model == EMOJI else []  # which are trained on and on
+    return digest_of([REVISION, cell.model, *weights, cell.every_setting, cell.images, seed])
+
+
+@cache
+def weights_of(model: str) -> str:
+    """Return a digest of a model's weights."""
+    return model_digest(MODELS[model]())
+
+
+@cache
+def examples(model: str) -> Examples:
+    """Return the conditions of a model's images: its classes in turn, or captions that its text encoder encodes."""
+    opened = MODELS[model]()
+    text = text_of(opened, None, None, wanted=True, progress=silent)
+    return examples_of(opened, None, text.encoded)[0]
 
 
 def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     """Return the measures of one trial and of FP on the same noise."""
     options = CompileOptions(**cell.every_setting, seed=seed)
     model = MODELS[cell.model]()
-    plan = replace(make_plan(model, options, statistics=watched(model, options, work)), threads=THREADS)
+    statistics = watched(model, options, work)
+    plan = make_plan(model, options, statistics=statistics, examples=examples(cell.model))
+    plan = replace(plan, threads=THREADS)
     segments = exported(cell.model, plan, work)
     exact = exact_side(cell, seed, work)
     with TemporaryDirectory(dir=work) as temporary:
         plan = learned(plan, cell.model, Path(temporary))
-        compiled, tables = compiled_segments(plan, segments, Path(temporary))
+        plan, compiled, tables = compiled_segments(plan, segments, Path(temporary))
         own = seed_images(plan, plan.program, compiled, tables, seed, cell.images)
-    drift = step_drift(list(own.steps), list(exact.steps))
     return {
         "n": cell.images,
-        "found": measures(own.images).model_dump(),
-        "fp": measures(exact.images).model_dump(),
+        "found": measures(cell.model, own.images).model_dump(),
+        "fp": measures(cell.model, exact.images).model_dump(),
         "psnr_db": float(psnr_db(own.images, exact.images).mean()),
         "ssim": float(ssim(own.images, exact.images).mean()),
         "variance_ratio": float(own.images.var() / exact.images.var()),
-        "steps": {
-            "relative_error": np.round(drift.relative_error, 5).tolist(),
-            "variance_drift": np.round(np.ravel(drift.variance_drift), 5).tolist(),
-        },
+        **({"steps": drift_of(own, exact)} if len(own.steps) == len(exact.steps) else {}),
     }
 
 
-def watched(model: DiT, options: CompileOptions, work: Path) -> StepStatistics | None:
+def drift_of(own: SeedImages, exact: SeedImages) -> dict[str, Any]:
+    """Return how far the samples are from FP's after every step, by measure."""
+    drift = step_drift(list(own.steps), list(exact.steps))
+    return {
+        "relative_error": np.round(drift.relative_error, 5).tolist(),
+        "variance_drift": np.round(np.ravel(drift.variance_drift), 5).tolist(),
+    }
+
+
+def watched(model: Any, options: CompileOptions, work: Path) -> StepStatistics | None:
     """Return the statistics that the policy asks for, None where it asks for none."""
     to_watch = plan_to_watch(model, options)
     if to_watch is None:
@@ -103,7 +137,8 @@ def watched(model: DiT, options: CompileOptions, work: Path) -> StepStatistics |
 def exported(model: str, plan: Plan, work: Path) -> Segments:
     """Return the FP segments of a model, exported once for all programs that call the same."""
     shapes = [part.model_dump() for part in plan.cached_program.segments]
-    folder = work / f"export-{digest_of([REVISION, model, shapes, plan.options.cfg])}"
+    weights = [weights_of(model)] if model == EMOJI else []
+    folder = work / f"export-{digest_of([REVISION, model, *weights, shapes, plan.options.cfg])}"
     with in_turn(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "parity.json").is_file():
             folder.mkdir(exist_ok=True)
@@ -123,8 +158,8 @@ def learned(plan: Plan, model: str, folder: Path) -> Plan:
     return learned_plan(plan, folder / "learn")
 
 
-def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Segments, Tables]:
-    """Return the segments as `ditc compile` makes them, and the tables beside them."""
+def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Plan, Segments, Tables]:
+    """Return the segments as `ditc compile` makes them, the plan that has their tables of timesteps, and the others."""
     compiled, tables = segments, dict(plan.reuse_tables)
     if plan.options.bits is not None:
         select(plan, segments, folder)
@@ -133,6 +168,7 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Seg
             (folder / "smooth").mkdir()
             smooth(plan, segments, calib, folder / "smooth")
             segments = replaced(segments, folder / "smooth")
+            plan = smoothed_plan(plan, folder / "smooth")
         (folder / "quantize").mkdir()
         quantize(plan, segments, calib, folder / "quantize")
         compiled = replaced(segments, folder / "quantize")
@@ -145,7 +181,7 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Seg
     if plan.options.vc != "none":
         fit(plan, segments, compiled, tables, folder)
         tables |= read_tables(folder / "compensation.safetensors")
-    return compiled, tables
+    return plan, compiled, tables
 
 
 def seed_images(plan: Plan, program: Program, segments: Segments, tables: Tables, seed: int, count: int) -> SeedImages:
@@ -164,27 +200,33 @@ def seed_images(plan: Plan, program: Program, segments: Segments, tables: Tables
 
 
 def exact_side(cell: Cell, seed: int, work: Path) -> SeedImages:
-    """Return FP without a cache, on the plain model: stress changes nothing there. Run once a sampler and seed."""
-    sampler = cell.every_setting["sampler"]
-    path = work / f"fp-{digest_of([REVISION, sampler, cell.images, seed])}.npz"
+    """Return FP without a cache. Run once a sampler and seed."""
+    model = EXACT.get(cell.model, cell.model)
+    settings = {**cell.every_setting, **EXACT_SETTINGS.get(model, {})}
+    weights = [weights_of(model)] if model == EMOJI else []
+    key = [REVISION, model, *weights, settings["sampler"], settings["steps"], settings["cfg"], cell.images, seed]
+    path = work / f"fp-{digest_of(key)}.npz"
     with in_turn(path.with_name(f".{path.name}.lock")):
         if not path.is_file():
             without = {"policy": "none", "precision": "fp32", "float_steps": "none", "smooth": "none", "reuse": "hold"}
-            options = CompileOptions(**{**cell.every_setting, **without})
-            plan = replace(make_plan(MODELS["plain"](), options), threads=THREADS)
-            exact = seed_images(plan, plan.program, exported("plain", plan, work), {}, seed, cell.images)
+            options = CompileOptions(**{**settings, **without})
+            plan = replace(make_plan(MODELS[model](), options, examples=examples(model)), threads=THREADS)
+            exact = seed_images(plan, plan.program, exported(model, plan, work), {}, seed, cell.images)
             np.savez(path, images=exact.images, steps=exact.steps)
     with np.load(path, allow_pickle=False) as arrays:
         return SeedImages(arrays["images"], arrays["steps"])
 
 
-def measures(images: Samples) -> DistributionValues:
-    """Measure images against the real digits, over the classifier's features."""
-    extractor = open_extractor("digits", DIGITS_SHAPE)
-    real, _ = real_digits()
-    features = extractor.features(images)
+def measures(model: str, images: Samples) -> DistributionValues:
+    """Measure images against the real ones of a model, over its classifier's features."""
+    own = examples(model)
+    shape = images.shape[1:]
+    extractor = open_extractor(EMOJI if model == EMOJI else DIGITS, shape)
     assert extractor.classes is not None
-    asked = builtin_digits().spec.labels_in_turn(0, len(images))
+    prompts = own.in_turn(0, len(images)).prompts
+    asked = np.array(own.spec.labels_in_turn(0, len(images))) if extractor.asked is None else extractor.asked(prompts)
+    features = extractor.features(images)
     return distribution_values(
-        Generated(features, extractor.classes(features) == np.array(asked)), RealSet(extractor.features(real))
+        Generated(features, extractor.classes(features) == asked),
+        RealSet(real_features(extractor.name, extractor, shape).features),
     )
