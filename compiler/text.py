@@ -117,7 +117,7 @@ def text_of(
     specs = tuple(encoder.spec for encoder in encoders)
     if both:
         return Text(encoders, specs)
-    return Text(encoders, specs, _encoded_prompts(model.spec, encoders, _prompt_list(prompts), progress))
+    return Text(encoders, specs, _encoded_prompts(model.spec, encoders, _prompt_list(prompts, model), progress))
 
 
 def _may_have_text(model: Any) -> bool:
@@ -131,17 +131,30 @@ def _encoders_of(model: Any) -> tuple[TextEncoder, ...]:
     return text_of_model(model)
 
 
-def _prompt_list(given: str | PathLike[str] | Sequence[str] | None) -> PromptList:
-    """Return the prompts of a file or a list, the shipped ones for None. Raises InputError where there are none."""
+def _prompt_list(given: str | PathLike[str] | Sequence[str] | None, model: Any = None) -> PromptList:
+    """Return the prompts of a file or a list; for None what a model is typically asked for, or the shipped ones.
+
+    Raises InputError where there are none, and CheckpointError for examples of a model's that are none.
+    """
+    if given is None and hasattr(model, "example_prompts"):
+        try:
+            return PromptList(f"captions of {model.spec.name}", _one_liners(model.example_prompts()))
+        except InputError as e:
+            raise CheckpointError(f"example_prompts() of {model.spec.name}: {e}") from e
     if given is None:
         from ditc.exporter.shipped_prompts import SHIPPED, shipped_prompts
 
         return PromptList(SHIPPED, shipped_prompts())
     if isinstance(given, (str, PathLike)):
         return PromptList(Path(given).name, read_prompts(Path(given)))
+    return PromptList("a list", _one_liners(given))
+
+
+def _one_liners(given: Any) -> tuple[str, ...]:
+    """Return prompts that a file can hold, a line each. Raises InputError for others."""
     prompts = tuple(checked_prompts("prompts", given))
-    written_prompts(prompts)  # refuses what a file can't hold
-    return PromptList("a list", prompts)
+    written_prompts(prompts)
+    return prompts
 
 
 def _given_by_text(spec: ModelSpec, encoders: Sequence[TextEncoder]) -> set[str]:

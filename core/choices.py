@@ -19,6 +19,7 @@ __all__ = [
     "BetaSchedule",
     "BisectMode",
     "BisectTarget",
+    "BuiltIn",
     "Caches",
     "Calibration",
     "Calibrator",
@@ -106,8 +107,11 @@ GraphScope = Literal["trajectory", "step", "none"]
 Calibrator = Literal["entropy", "minmax"]
 Calibration = Literal["explicit", Calibrator]
 
+# of models that come with ditc
+BuiltIn = Literal["digits", "emoji"]
+
 # of what is measured
-Features = Literal["digits", "pixels", "inception"]
+Features = Literal["digits", "emoji", "pixels", "inception"]
 Peer = Literal[
     "torch-f32",
     "torch-bf16",

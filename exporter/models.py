@@ -1,4 +1,4 @@
-"""From what a user names to a model: the built-in one, a checkpoint, a diffusers folder, a size, or their own code."""
+"""From what a user names to a model: a built-in one, a checkpoint, a diffusers folder, a size, or their own code."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ditc.errors import CheckpointError, InputError
 from ditc.exporter.config_files import class_named, read_json
 from ditc.exporter.diffusers_folder import TRANSFORMER_KEYS, dit_from_diffusers, transformer_home
 from ditc.exporter.dit import DIT_PATCHES, DIT_PIXELS, DIT_SIZES, DiT, DiTConfig, config_for_size
+from ditc.exporter.emoji import EMOJI, builtin_emoji
 from ditc.exporter.loras import with_loras
 from ditc.exporter.model_facts import FACT_OPTIONS, ModelFacts, given_options
 from ditc.exporter.noise_check import doubts_about
@@ -30,7 +31,6 @@ from ditc.spec import SamplerSpec
 
 __all__ = ["builtin_digits", "load_model", "random_dit", "random_model", "with_vae"]
 
-BUILTIN = "digits"
 SAID_IN_SCHEDULER = "prediction_type in scheduler_config.json"
 # what its card says (exporter/digits.md)
 DIGITS = ModelFacts(
@@ -53,17 +53,17 @@ def load_model(
 ) -> Any:
     """The model that `name` stands for, ready to export (fits `exporter.protocol.TrajectoryModel`).
 
-    `name` is "digits", a .pt or .safetensors file with original DiT keys, a diffusers folder, "random:SIZE" or
-    "random:SIZE:SEED" (see `random_model`), or "module:function" for a function of the user's that returns a
-    TrajectoryModel. `num_heads` and `facts` state what a file leaves open; `vae` is a local `AutoencoderKL` folder
-    whose decoder the model gets; `loras` are merged into its weights. Raises CheckpointError where something can't be
-    read, and InputError for an option that says what the model says itself.
+    `name` is "digits" or "emoji", a .pt or .safetensors file with original DiT keys, a diffusers folder,
+    "random:SIZE" or "random:SIZE:SEED" (see `random_model`), or "module:function" for a function of the user's that
+    returns a TrajectoryModel. `num_heads` and `facts` state what a file leaves open; `vae` is a local `AutoencoderKL`
+    folder whose decoder the model gets; `loras` are merged into its weights. Raises CheckpointError where something
+    can't be read, and InputError for an option that says what the model says itself.
     """
     stated = Stated(num_heads, vae, facts or ModelFacts(), tuple(loras))
     path = Path(name)
-    if name == BUILTIN:
+    if name in BUILT_IN:
         _check_useful(stated, name, "--heads", "--vae", *FACT_OPTIONS)
-        return with_loras(builtin_digits(), stated.loras)
+        return with_loras(BUILT_IN[name](), stated.loras)
     if random := re.fullmatch(r"random:([\w-]+)(?::(\d+))?", name):
         _check_useful(stated, name, "--heads", *FACT_OPTIONS)
         return with_vae(with_loras(random_model(random[1], seed=int(random[2] or 0)), stated.loras), vae)
@@ -148,6 +148,9 @@ def builtin_digits() -> DiT:
     """The reference model: a 1.8 M parameter DiT trained on scikit-learn's digits (see exporter/digits.md)."""
     with as_file(files("ditc.exporter") / "digits.safetensors") as path:
         return dit_from_checkpoint(path, num_heads=4, facts=DIGITS)
+
+
+BUILT_IN: dict[str, Callable[[], Any]] = {"digits": builtin_digits, EMOJI: builtin_emoji}  # `choices.BuiltIn`
 
 
 def random_model(size: str, *, seed: int = 0, depth: int | None = None) -> DiT:

@@ -36,7 +36,9 @@ image's:
     out = model.head(h["image"], parts)
 
 A model whose conditions are texts may bring its encoders beside its decoder, `text` (`exporter.text_encoders`): then a
-bundle takes prompts.
+bundle takes prompts. What it is typically asked for it may say as well; else prompts that come with ditc are taken:
+
+    def example_prompts(self) -> Sequence[str]
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Anchor:
             measure = paired_measures(pairs, options.rounds)["psnr_db"]
             assert isinstance(measure, PairedMeasure)
             psnr, features = measure, np.concatenate(pairs.ours)
-        images = generated([features], side.extractor, candidate.manifest.model, options)
+        images = generated([features], side.extractor, candidate, options)
         ours = measured_features("bundle", images, side.against, work)
         return Held(psnr.mean, psnr.low, compare_sets(ours, side.measured).difference)
 
@@ -102,7 +102,7 @@ class Anchor:
             work = self._work(options)
             exact = measure_exact(self.bundle().path, work)
             against = RealSet(exact.real.features)
-            images = generated([exact.features], exact.extractor, exact.bundle.manifest.model, options)
+            images = generated([exact.features], exact.extractor, exact.bundle, options)
             measured = measured_features("anchor", images, against, work)
             self.sides[options.seeds] = _Side(exact.extractor, exact.real, against, measured)
         return self.sides[options.seeds]

@@ -25,13 +25,14 @@ from ditc.speed.eager import eager_images
 from ditc.speed.side_by_side import RUN, take_turns
 from ditc.tables import sampler_columns
 
-__all__ = ["BatchSeconds", "BundleSide", "Demo", "TorchSide", "run_demo"]
+__all__ = ["BatchSeconds", "BundleSide", "Demo", "TorchSide", "run_demo", "side_by_side"]
 
 QUALITY_IMAGES = 1000
 QUALITY_BATCH = 50
 TIMED_BATCHES = (1, 32)
 ROUNDS = 5
 SEED = 7
+Draw = Callable[[], object]  # one side's turn
 Images = Callable[[list[int], int], Samples]  # those of some labels, counted from the first
 
 
@@ -122,7 +123,8 @@ def _speed(plain: Images, compiled: Images, spec: ModelSpec, progress: Progress)
     seconds = {}
     for place, batch in enumerate(TIMED_BATCHES):
         progress("time", place, len(TIMED_BATCHES))
-        seconds[str(batch)] = _side_by_side(plain, compiled, spec.labels_in_turn(0, batch))
+        labels = spec.labels_in_turn(0, batch)
+        seconds[str(batch)] = side_by_side(partial(plain, labels, 0), partial(compiled, labels, 0), batch, ROUNDS)
     progress("time", 1, 1)
     return seconds
 
@@ -139,14 +141,14 @@ def _images_of_both(plain: Images, compiled: Images, spec: ModelSpec, progress: 
     return np.concatenate(exact), np.concatenate(ours)
 
 
-def _side_by_side(plain: Images, compiled: Images, labels: list[int]) -> BatchSeconds:
-    """Return median seconds per image of both sides, run in turn after one turn each that warms up."""
+def side_by_side(plain: Draw, compiled: Draw, images: int, rounds: int) -> BatchSeconds:
+    """Return median seconds per image of both sides, which draw so many, run in turn after one turn that warms up."""
 
-    def turn(run: Images) -> Iterator[tuple[str, float]]:
+    def turn(draw: Draw) -> Iterator[tuple[str, float]]:
         start = perf_counter()
-        run(labels, 0)
-        yield RUN, (perf_counter() - start) / len(labels)
+        draw()
+        yield RUN, (perf_counter() - start) / images
 
-    times = take_turns([partial(turn, run) for run in (plain, compiled)], ROUNDS, 1, silent)
+    times = take_turns([partial(turn, draw) for draw in (plain, compiled)], rounds, 1, silent)
     torch, bundle = (float(np.median(side[RUN])) for side in times)
     return BatchSeconds(torch=torch, compiled=bundle, ratio=torch / bundle)

@@ -5,7 +5,7 @@ The pictures themselves stay out of the package; `ditc.exporter.train_emoji_clas
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import as_file, files
@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 
 from ditc.bundle import read_tables
 from ditc.exporter.emoji_kinds import KINDS
+from ditc.exporter.emoji_rows import emoji_rows
 from ditc.quality.classifier import Classifier
 from ditc.quality.distributions import FeatureArray
 
-__all__ = ["EmojiPictures", "emoji_classifier", "emoji_pictures"]
+__all__ = ["EMOJI_SHAPE", "EmojiPictures", "emoji_classifier", "emoji_pictures", "kinds_of_captions"]
+
+EMOJI_SHAPE = (3, 32, 32)
 
 HELD_OUT = "held out"
 
@@ -58,10 +61,15 @@ def emoji_classifier() -> Classifier:
 
 def emoji_pictures() -> EmojiPictures:
     """Read what the package holds of all 3,781 pictures."""
-    folder = files("ditc.exporter")
-    with (folder / "emoji_pictures.tsv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    with as_file(folder / "emoji_features.safetensors") as path:
+    with as_file(files("ditc.exporter") / "emoji_features.safetensors") as path:
         features = read_tables(path)["features"]
-    captions, kinds, sides = (tuple(row[name] for row in rows) for name in ("caption", "kind", "side"))
+    captions, kinds, sides = zip(*emoji_rows(), strict=True)
     return EmojiPictures(captions, kinds, sides, features)
+
+
+def kinds_of_captions(prompts: Sequence[str]) -> NDArray[np.int64] | None:
+    """Return the number of each prompt's kind, (n,); None where one of them is no caption of a picture."""
+    kinds = {row.caption: KINDS.index(row.kind) for row in emoji_rows()}
+    if not prompts or not kinds.keys() >= set(prompts):
+        return None
+    return np.array([kinds[prompt] for prompt in prompts])

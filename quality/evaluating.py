@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ditc.bundle import Manifest, open_bundle
+from ditc.bundle import Bundle, Manifest, open_bundle
 from ditc.errors import CheckError
 from ditc.files import atomic_write
 from ditc.machine import machine
@@ -46,7 +47,7 @@ from ditc.quality.options import EvaluateOptions, VetoOptions
 from ditc.quality.pairs import Pairs, Work, measure_pairs
 from ditc.runtime.closeness import ssim_window
 from ditc.runtime.options import HERE, Place
-from ditc.spec import ModelSpec, Skipped
+from ditc.spec import Skipped
 
 __all__ = ["check_not_worse", "evaluate_bundle", "generated", "measured_features", "paired_measures"]
 
@@ -150,9 +151,7 @@ def _distributions(pairs: Pairs, work: Work) -> Distributions | Skipped:
     extractor, real, options = pairs.judges.extractor, pairs.real, work.options
     if extractor is None or real is None:
         return Skipped(skipped=pairs.judges.no_extractor)
-    ours, exact = (
-        generated(parts, extractor, pairs.bundle.manifest.model, options) for parts in (pairs.ours, pairs.exact)
-    )
+    ours, exact = (generated(parts, extractor, pairs.bundle, options) for parts in (pairs.ours, pairs.exact))
     against = RealSet(real.features)
     comparison = compare_sets(
         measured_features("bundle", ours, against, work), measured_features("fp", exact, against, work)
@@ -181,14 +180,22 @@ def _rows_of_seeds(options: EvaluateOptions) -> Iterator[slice]:
 
 
 def generated(
-    parts: Sequence[FeatureArray], extractor: Extractor, model: ModelSpec, options: EvaluateOptions
+    parts: Sequence[FeatureArray], extractor: Extractor, bundle: Bundle, options: EvaluateOptions
 ) -> Generated:
     """Return the features of all images of all seeds, and whether each shows the class that was asked for."""
     features = np.concatenate(parts)
-    if extractor.classes is None:
+    asked = _asked(extractor, bundle, options.images)
+    if extractor.classes is None or asked is None:
         return Generated(features, None)
-    asked = np.tile(model.labels_in_turn(0, options.images), len(options.seeds))
-    return Generated(features, extractor.classes(features) == asked)
+    return Generated(features, extractor.classes(features) == np.tile(asked, len(options.seeds)))
+
+
+def _asked(extractor: Extractor, bundle: Bundle, count: int) -> NDArray[np.int64] | None:
+    """Return the classes that the images of one seed are asked to show, (count,); None where nobody can tell."""
+    model = bundle.manifest.model
+    if extractor.asked is None:
+        return None if model.num_classes is None else np.array(model.labels_in_turn(0, count))
+    return extractor.asked(bundle.examples().in_turn(0, count).prompts)
 
 
 def measured_features(stage: str, side: Generated, against: RealSet, work: Work) -> MeasuredSet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from math import prod
@@ -17,6 +17,7 @@ from ditc.bundle import read_tables
 from ditc.errors import InputError, unknown_name
 from ditc.quality.classifier import Classifier
 from ditc.quality.distributions import FeatureArray, frechet_distance
+from ditc.quality.emoji_pictures import EMOJI_SHAPE, emoji_classifier, emoji_pictures, kinds_of_captions
 from ditc.runtime.executor import Samples
 from ditc.spec import Record
 
@@ -36,8 +37,9 @@ __all__ = [
 
 Shape = tuple[int, ...]  # (channels, height, width)
 
-DIGITS = "digits"
+DIGITS, EMOJI = "digits", "emoji"
 DIGITS_SHAPE = (1, 8, 8)
+OWN_SHAPES: dict[str, Shape] = {DIGITS: DIGITS_SHAPE, EMOJI: EMOJI_SHAPE}  # of the models that have real images here
 MOST_PIXELS = 1024  # a Frechet distance over more pixels would need more images than anyone draws
 READ_AT_ONCE = 64
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -49,21 +51,34 @@ class Extractor:
     """Features of images in [-1, 1]: (n, channels, height, width) -> (n, features).
 
     `classes` names the class of each image from its features, (n,); None where the network knows no such classes.
+    `asked` names the classes of prompts, (n,), or None where one of them says of no class; for models of prompts.
     """
 
     name: str
     about: str
     features: Callable[[Samples], FeatureArray]
     classes: Callable[[FeatureArray], NDArray[np.int64]] | None = None
+    asked: Callable[[Sequence[str]], NDArray[np.int64] | None] | None = None
+
+
+def _check_own(name: str, shape: Shape) -> None:
+    if shape != OWN_SHAPES[name]:
+        raise InputError(f"features {name!r} take images of shape {OWN_SHAPES[name]}, found {shape}; choose others")
 
 
 def _digits(shape: Shape) -> Extractor:
-    if shape != DIGITS_SHAPE:
-        raise InputError(f"features 'digits' take images of shape {DIGITS_SHAPE}, found {shape}; choose others")
+    _check_own(DIGITS, shape)
     with as_file(files("ditc.exporter") / "digit_classifier.safetensors") as path:
         network = Classifier.from_tensors(read_tables(path))
     about = "last hidden layer of a classifier trained on the real digits (exporter/digit_classifier.md)"
     return Extractor(DIGITS, about, network.features, network.classes)
+
+
+def _emoji(shape: Shape) -> Extractor:
+    _check_own(EMOJI, shape)
+    network = emoji_classifier()
+    about = "last hidden layer of a classifier of sixteen kinds of emoji (exporter/emoji_classifier.md)"
+    return Extractor(EMOJI, about, network.features, network.classes, kinds_of_captions)
 
 
 def _pixels(shape: Shape) -> Extractor:
@@ -80,7 +95,8 @@ def _inception(shape: Shape) -> Extractor:
 
 
 FEATURES: dict[str, Callable[[Shape], Extractor]] = {
-    "digits": _digits,
+    DIGITS: _digits,
+    EMOJI: _emoji,
     "pixels": _pixels,
     "inception": _inception,
 }
@@ -104,20 +120,20 @@ def check_sources(features: str | None, real: str | None) -> None:
         from ditc.quality.pretrained import check_inception
 
         check_inception()
-    if real not in (None, DIGITS, "fp"):
+    if real is not None and real not in (*OWN_SHAPES, "fp"):
         _real_path(real)
 
 
 def default_extractor(model: str, shape: Shape) -> str:
-    """Name the extractor: the reference model has its own, small images are their own, others take Inception's."""
-    if default_real(model, shape) == DIGITS:
-        return DIGITS
+    """Name the extractor: a built-in model has its own, small images are their own, others take Inception's."""
+    if OWN_SHAPES.get(model) == shape:
+        return model
     return "pixels" if prod(shape) <= MOST_PIXELS else "inception"
 
 
 def default_real(model: str, shape: Shape) -> str:
-    """Name real images: the reference model's digits, else FP of other noise: no model says what it was trained on."""
-    return DIGITS if model == DIGITS and shape == DIGITS_SHAPE else "fp"
+    """Name real images: those of a built-in model, else FP of other noise: no model says what it was trained on."""
+    return model if OWN_SHAPES.get(model) == shape else "fp"
 
 
 @dataclass(frozen=True)
@@ -131,14 +147,24 @@ class RealFeatures:
 def real_features(source: str, extractor: Extractor, shape: Shape) -> RealFeatures:
     """Return features of the images that `source` names.
 
-    "digits", a folder of pictures of the model's size, or an .npz file: of images as `arr_0`, uint8 (n, height, width,
-    channels), or of `features` with the `extractor` that made them.
+    "digits", "emoji" (features of their own classifier), a folder of pictures of the model's size, or an .npz file: of
+    images as `arr_0`, uint8 (n, height, width, channels), or of `features` with the `extractor` that made them.
     """
+    if source in OWN_SHAPES and shape != OWN_SHAPES[source]:
+        raise InputError(
+            f"the real {source} have shape {OWN_SHAPES[source]}, this model makes {shape}; name other images"
+        )
     if source == DIGITS:
-        if shape != DIGITS_SHAPE:
-            raise InputError(f"the real digits have shape {DIGITS_SHAPE}, this model makes {shape}; name other images")
         images, _ = real_digits()
         return RealFeatures(f"scikit-learn's {len(images):,} digits", extractor.features(images))
+    if source == EMOJI:
+        if extractor.name != EMOJI:
+            raise InputError(
+                f"of the real emoji there are features of their classifier alone, found features {extractor.name!r}; "
+                "leave --features out, or name a folder of pictures with --real"
+            )
+        features = emoji_pictures().features
+        return RealFeatures(f"Noto's {len(features):,} emoji", features)
     path = _real_path(source)
     return (_features_of_folder if path.is_dir() else _features_of_npz)(path, extractor, shape)
 
@@ -151,7 +177,7 @@ def _real_path(source: str) -> Path:
     elif path.suffix == ".npz" and path.is_file():
         _open_npz(path).close()
     else:
-        raise InputError(f"--real takes fp, digits, a folder of pictures or an .npz file, found {source!r}")
+        raise InputError(f"--real takes fp, digits, emoji, a folder of pictures or an .npz file, found {source!r}")
     return path
 
 

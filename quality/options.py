@@ -23,7 +23,7 @@ SOLVERS = "Samplers and steps"  # heading in `--help`
 FEATURES = Option("What images are measured by; default the model's.")
 REAL = Option(
     "Real images: a folder of pictures, an .npz file, or FP images of other noise; default the model's.",
-    metavar="fp|digits|PATH",
+    metavar="fp|digits|emoji|PATH",
 )
 WorseGate = Annotated[
     float | None,

@@ -75,7 +75,10 @@ class BenchOptions(Settings):
     ] = ()
     model: Annotated[
         str | None,
-        Option("The model it was compiled from, for peers in torch; digits and random sizes are known.", group=PEERS),
+        Option(
+            "The model it was compiled from, for peers in torch; those built in and random sizes are known.",
+            group=PEERS,
+        ),
     ] = None
     heads: Annotated[
         int | None, Field(ge=1), Option("Attention heads of --model, where its width does not tell.", group=PEERS)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditc.bundle import Bundle, Manifest
+from ditc.choices import BuiltIn, names_of
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.engines.recording import RecordingBackend
 from ditc.errors import InputError
@@ -161,7 +162,7 @@ def _bare_reference(bundle: Bundle, scratch: Path) -> Path:
 def known_model(manifest: Manifest) -> str:
     """Return the model that a bundle was compiled from, by its manifest. Raises InputError where that doesn't tell."""
     name = manifest.model.name
-    if name == "digits":
+    if name in names_of(BuiltIn):
         return name
     if random := re.fullmatch(r"(dit-\w+-\d+-\d+)-random", name):
         return f"random:{random[1]}:{manifest.asked.seed or 0}"

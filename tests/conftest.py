@@ -25,7 +25,10 @@ from ditc.compiler.driver import compile_model
 from ditc.compiler.exporting import behaviour_digest, model_digest
 from ditc.compiler.options import CompileOptions
 from ditc.engines.onnxrt import import_onnxruntime
+from ditc.exporter import emoji
 from ditc.exporter.dit import DiT, DiTConfig
+from ditc.exporter.emoji_model import build_emoji_model, float16_bytes, train_tokenizer
+from ditc.exporter.emoji_rows import typical_captions
 from ditc.files import atomic_write, digest_of, in_turn
 from ditc.runtime.pipeline import Pipeline, load
 from tests.models.two_streams import dual
@@ -87,6 +90,8 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "streams-fp32-none": {"model": "two-streams", "policy": "none", "precision": "fp32", "vc": "none"},
     "streams-fp32-fora1": {"model": "two-streams", "policy": "fora:1", "precision": "fp32", "vc": "none"},
 }
+# the text-to-image model that comes with ditc, uncached in FP32
+EMOJI_EXACT = CompileOptions(steps=3, cfg=2.0, policy="none", precision="fp32", vc="none", verify_images=1)
 # of the constants of a graph that is written as text
 KINDS = {"float32": "float", "int64": "int64"}
 # the compiler as it is before a test plays a fault in it
@@ -171,6 +176,23 @@ def partial_schedule(run_folder: Path) -> Path:
     rows = [[True] * 4, [False] * 4, [False, True, False, True], [False] * 4, [True] * 4, [False] * 4]
     atomic_write(run_folder / "schedule.json", json.dumps({"compute": rows}).encode())
     return run_folder / "schedule.json"
+
+
+@pytest.fixture(scope="session")
+def emoji_files(run_folder: Path) -> Iterator[Path]:
+    """Files of the text-to-image model: random weights, the same every time, and the tokenizer of a few captions."""
+    folder = run_folder / "emoji"
+    with in_turn(run_folder / "emoji.lock"):
+        if not (folder / emoji.WEIGHTS).is_file():
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                weights = float16_bytes(build_emoji_model())
+            folder.mkdir(exist_ok=True)
+            atomic_write(folder / emoji.TOKENIZER, train_tokenizer(typical_captions(), size=600).to_str().encode())
+            atomic_write(folder / emoji.WEIGHTS, weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "FOLDER", folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ NAMED = re.compile(rf"`((?:{'|'.join(PLACES)})/[\w/.-]+\.(?:py|md|json|css|onnx|
 LINKED = re.compile(r"\]\((?!https?:)([^)#\s]+)(?:#[^)]*)?\)")
 ANCHORED = re.compile(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+?)\s*$", re.MULTILINE)
-MOST_WORDS = 33_000  # of README.md and docs/, as `wc -w` counts them: what is said is said once
+MOST_WORDS = 34_000  # of README.md and docs/, as `wc -w` counts them: what is said is said once
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -20,8 +20,9 @@ from ditc.exporter import onnx_files
 from ditc.exporter.text_activations import watched_activations
 from ditc.onnx_ports import read_ports
 from ditc.progress import silent
+from ditc.prompt_lists import PromptList
 from tests.models.captioned import POOLED, TOKENS, WIDTH, Captioned, captioned, t5_encoder
-from tests.models.token_mixer import MODELS
+from tests.models.token_mixer import MODELS, seeded
 
 
 def texts(model: Any, given: Any = None, prompts: Any = None, wanted: bool = True) -> Text:
@@ -53,6 +54,33 @@ def test_as_many_prompts_as_fit_the_bound_are_encoded(monkeypatch: pytest.Monkey
     assert len(own.prompts.prompts) == 5
     monkeypatch.setattr(text, "EXAMPLE_BYTES", 1)
     assert texts(captioned()).prompts.prompts == own.prompts.prompts[:1]  # type: ignore[union-attr]
+
+
+class Asked(Captioned):
+    """Says what it is typically asked for."""
+
+    typical: Any = ("a red apple", "a rocket")
+
+    def example_prompts(self) -> Any:
+        return self.typical
+
+
+def test_a_model_that_says_what_it_is_asked_for_is_compiled_on_that() -> None:
+    model = seeded(Asked)
+    own, others = texts(model).prompts, texts(model, prompts=["a cat"]).prompts
+    assert own == PromptList(f"captions of {model.spec.name}", ("a red apple", "a rocket"))
+    assert others == PromptList("a list", ("a cat",))
+
+
+@pytest.mark.parametrize(
+    ("typical", "message"),
+    [((), "is an empty list"), (("one", 2), "found 2 in it"), (("two\nlines",), "one line, found 'two")],
+)
+def test_examples_that_are_no_prompts_are_refused(typical: Any, message: str) -> None:
+    model = seeded(Asked)
+    model.typical = typical
+    with pytest.raises(CheckpointError, match=rf"^example_prompts\(\) of {model.spec.name}: .*{message}"):
+        texts(model)
 
 
 class Lazy(Captioned):

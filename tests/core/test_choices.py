@@ -13,6 +13,7 @@ from ditc.choices import names_of
 from ditc.diagnosis.bisecting import MODES
 from ditc.engines.calibrator import CALIBRATORS
 from ditc.engines.targets import TARGETS
+from ditc.exporter.models import BUILT_IN
 from ditc.passes import FOLDING
 from ditc.precision import PRECISIONS
 from ditc.quality.features import FEATURES
@@ -34,6 +35,7 @@ TABLES: dict[str, Collection[str]] = {
     "AutoCaches": ("auto", *FOLDING),
     "AutoReuse": ("auto", *APPROXIMATORS),
     "BisectMode": MODES,
+    "BuiltIn": BUILT_IN,
     "Caches": FOLDING,
     "Calibration": ("explicit", *CALIBRATORS),
     "Calibrator": CALIBRATORS,

@@ -20,7 +20,8 @@ from ditc.cli.main import cli, run
 from ditc.engines.building import BuiltSegment, PlannedBuild
 from ditc.engines.store import EngineRecord, Platform
 from ditc.engines.trt_worker import MachineDescription
-from ditc.quality import demo, search
+from ditc.quality import demo, prompt_demo, search
+from tests.conftest import EMOJI_EXACT
 
 MODEL = """
 import torch
@@ -60,6 +61,7 @@ LINES: Mapping[str, str] = {
     "build": "build {cached} --engines {out}",
     "build-dry-run": "build {cached} --engines {out} --dry-run",
     "demo": f"demo -o {{out}} {QUICK}",
+    "demo-emoji": "demo emoji -o {out} --steps 3 --policy none --precision fp32",
 }
 
 
@@ -94,11 +96,17 @@ def places(
 
 
 @pytest.fixture(autouse=True)
-def _few_images_and_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+def _few_images_and_candidates(
+    monkeypatch: pytest.MonkeyPatch,
+    compiled_once: Callable[..., Bundle],
+    emoji_files: Path,  # of the model that comes with ditc
+) -> None:
     monkeypatch.setattr(search, "CORRECTIONS", search.CORRECTIONS[:1])
     monkeypatch.setattr(demo, "QUALITY_IMAGES", 50)
     monkeypatch.setattr(demo, "TIMED_BATCHES", (1,))
     monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(prompt_demo, "ROUNDS", 1)
+    monkeypatch.setattr(prompt_demo, "compile_model", lambda model, *_, **__: compiled_once(model, EMOJI_EXACT))
 
 
 @pytest.fixture(autouse=True)

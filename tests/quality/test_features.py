@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from ditc.errors import InputError
+from ditc.exporter.emoji_kinds import KINDS
 from ditc.exporter.train_digits import digits_split
 from ditc.quality import pretrained
+from ditc.quality.emoji_pictures import EMOJI_SHAPE
 from ditc.quality.features import (
+    Extractor,
     check_sources,
     default_extractor,
     default_real,
@@ -68,15 +71,30 @@ def test_real_digits_are_at_no_distance_from_themselves_and_noise_is_far() -> No
 
 def test_every_model_has_features_of_its_own() -> None:
     assert (default_extractor("digits", (1, 8, 8)), default_real("digits", (1, 8, 8))) == ("digits", "digits")
+    assert (default_extractor("emoji", EMOJI_SHAPE), default_real("emoji", EMOJI_SHAPE)) == ("emoji", "emoji")
+    assert (default_extractor("emoji", (3, 64, 64)), default_real("emoji", (3, 64, 64))) == ("inception", "fp")
     assert (default_extractor("small", (3, 8, 8)), default_real("small", (3, 8, 8))) == ("pixels", "fp")
     assert default_extractor("dit", (3, 256, 256)) == "inception"
+
+
+def test_emoji_are_held_against_the_features_that_the_package_has() -> None:
+    extractor = open_extractor("emoji", EMOJI_SHAPE)
+    real = real_features("emoji", extractor, EMOJI_SHAPE)
+    assert (real.features.shape, real.about) == ((3781, 64), "Noto's 3,781 emoji")
+    assert extractor.asked is not None
+    assert extractor.asked(("red heart", "dog face", "red heart")) == pytest.approx(
+        [KINDS.index(kind) for kind in ("heart", "animal", "heart")]
+    )
+    assert extractor.asked(("red heart", "a dog on the moon")) is None
+    assert extractor.asked(()) is None
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("vgg", COLOUR, "unknown features 'vgg'; choose one of: digits, inception, pixels"),
+        ("vgg", COLOUR, "unknown features 'vgg'; choose one of: digits, emoji, inception, pixels"),
         ("digits", COLOUR, r"take images of shape \(1, 8, 8\), found \(3, 16, 16\)"),
+        ("emoji", COLOUR, r"take images of shape \(3, 32, 32\), found \(3, 16, 16\)"),
         ("pixels", (3, 64, 64), "up to 1024 numbers, found 12288"),
     ],
 )
@@ -124,7 +142,7 @@ def write_bad(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "--real takes fp, digits, a folder of pictures or an .npz file, found"),
+        ("nowhere", "--real takes fp, digits, emoji, a folder of pictures or an .npz file, found"),
         ("empty", "holds no pictures"),
         ("small", r"a.png has shape \(3, 8, 8\), this model makes \(3, 16, 16\)"),
         ("text", "a.png is not a picture"),
@@ -153,6 +171,14 @@ def test_what_is_no_source_at_all_is_refused_before_there_are_images(source: str
 def test_digits_are_no_real_images_of_another_model() -> None:
     with pytest.raises(InputError, match=r"this model makes \(3, 16, 16\)"):
         real_features("digits", open_extractor("pixels", COLOUR), COLOUR)
+    with pytest.raises(InputError, match=r"the real emoji have shape \(3, 32, 32\), this model makes \(3, 16, 16\)"):
+        real_features("emoji", open_extractor("pixels", COLOUR), COLOUR)
+
+
+def test_other_features_of_the_real_emoji_are_not_to_be_had() -> None:
+    other = Extractor("inception", "", lambda images: images)
+    with pytest.raises(InputError, match="features of their classifier alone, found features 'inception'"):
+        real_features("emoji", other, EMOJI_SHAPE)
 
 
 class PlayedInception(torch.nn.Module):
