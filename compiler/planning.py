@@ -22,7 +22,7 @@ from ditc.compiler.options import AUTO, CompileOptions
 from ditc.compiler.plan import Plan
 from ditc.errors import AdviceWarning, InputError
 from ditc.passes import NoSumsError, ends_in_float, program_from_schedule
-from ditc.policies import Watching, check_policy, no_reuse, schedule_for, watching_of
+from ditc.policies import Watching, check_policy, no_reuse, schedule_for, settled_policy, watching_of
 from ditc.program import AHEAD, FULL, OF_STEP, Program
 from ditc.progress import Progress, silent
 from ditc.requests import Examples
@@ -53,6 +53,8 @@ def make_plan(
     where nobody gives others. The plan's options hold no AUTO for `reuse`, `smooth` and `vc`. Raises InputError where
     settings make no sense for the model.
     """
+    from ditc.exporter.router_files import read_routers
+
     examples = examples_of(model)[0] if examples is None else examples
     spec = examples.spec
     columns = own_columns(spec, options)
@@ -63,7 +65,7 @@ def make_plan(
     def program(schedule: CacheSchedule, caches: Caches) -> Program:
         return program_from_schedule(schedule, t, spec.branches, streams=spec.streams, decode=decode, caches=caches)
 
-    schedule = schedule_for(options.policy, spec, options.steps, statistics)
+    schedule = schedule_for(options.policy, spec, options.steps, statistics, read_routers)
     caches = caches_for(model, options)
     holding = program(_with_reuse(schedule, "hold"), caches)
     if options.caches == "sums" and holding.slots and not makes_sums(holding):
@@ -71,6 +73,7 @@ def make_plan(
             f"--caches sums needs steps that compute everything or nothing, and fewer skips in a row than branches; "
             f"--policy {options.policy} has others: leave --caches out"
         )
+    options = options.model_copy(update={"policy": settled_policy(options.policy)})
     quiet = not adds_noise(columns)
     extrapolates = makes_sums(holding) and (quiet or holding.segment(FULL).ahead <= MOST_WITH_NOISE)
     options = decided(options, schedule, extrapolates=extrapolates, compensates=quiet and holding.slots > 0)

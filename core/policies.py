@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from ditc.errors import InputError, unknown_name
+from ditc.routed_policy import ReadRouters, l2c, settled_l2c
 from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
 from ditc.step_groups import cheapest_starts, noise_from_json
@@ -23,7 +24,16 @@ from ditc.step_groups import cheapest_starts, noise_from_json
 if TYPE_CHECKING:
     from ditc.step_statistics import StepStatistics
 
-__all__ = ["POLICIES", "Policy", "Watching", "check_policy", "policy_forms", "schedule_for", "watching_of"]
+__all__ = [
+    "POLICIES",
+    "Policy",
+    "Watching",
+    "check_policy",
+    "policy_forms",
+    "schedule_for",
+    "settled_policy",
+    "watching_of",
+]
 
 
 @dataclass(frozen=True)
@@ -55,15 +65,21 @@ class Policy:
     what it does where the form doesn't. `watches` returns the statistics that `make` needs for an argument; None is a
     policy that needs none. Both raise InputError for an argument that is not of the form, and `check` for one that
     makes no sense for a model and its steps, before anything is watched. `takes_file` is of an argument that may end in
-    the name of a file.
+    the name of a file. A policy of trained routers has `make_by_routers` in place of `make`. `settled` spells out what
+    an argument leaves open.
     """
 
-    make: Callable[[ModelSpec, int, str | None, StepStatistics | None], CacheSchedule]
+    make: Callable[[ModelSpec, int, str | None, StepStatistics | None], CacheSchedule] | None
     argument: str = ""
     about: str = ""
     watches: Callable[[str | None], Watching] | None = None
     check: Callable[[ModelSpec, int, str | None], None] | None = None
     takes_file: bool = False
+    make_by_routers: Callable[[ModelSpec, int, str | None, ReadRouters], CacheSchedule] | None = None
+    settled: Callable[[str | None], str] | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.make is None) != (self.make_by_routers is None)
 
 
 def no_reuse(
@@ -197,6 +213,14 @@ POLICIES: dict[str, Policy] = {
         check=_check_dps,
         takes_file=True,
     ),
+    "l2c": Policy(
+        None,
+        "FILE[:THETA[:SEGMENTS]]",
+        "by trained routers",
+        takes_file=True,
+        make_by_routers=l2c,
+        settled=settled_l2c,
+    ),
 }
 
 
@@ -227,10 +251,17 @@ def schedule_from_json(path: Path, steps: int) -> CacheSchedule:
     return schedule
 
 
-def schedule_for(policy: str, spec: ModelSpec, steps: int, statistics: StepStatistics | None = None) -> CacheSchedule:
+def schedule_for(
+    policy: str,
+    spec: ModelSpec,
+    steps: int,
+    statistics: StepStatistics | None = None,
+    read_routers: ReadRouters | None = None,
+) -> CacheSchedule:
     """The schedule that a policy (`none`, `fora:3`, or the path of a .json file) makes for a model.
 
-    Raises InputError for one that needs `statistics` and has none, or those of another trajectory.
+    Raises InputError for one that needs `statistics` and has none, or those of another trajectory; and for one of
+    trained routers without what reads their file.
     """
     if _is_file(policy):
         return schedule_from_json(Path(policy), steps).checked(spec)
@@ -241,7 +272,20 @@ def schedule_for(policy: str, spec: ModelSpec, steps: int, statistics: StepStati
         if statistics is None:
             raise InputError(f"policy {policy} decides by statistics of FP images; compile a model with it")
         statistics.check_fits(spec, steps)
+    if row.make_by_routers is not None:
+        if read_routers is None:
+            raise InputError(f"policy {policy} decides by routers that torch wrote; compile a model with it")
+        return row.make_by_routers(spec, steps, argument, read_routers).checked(spec)
+    assert row.make is not None  # it has one of both
     return row.make(spec, steps, argument, statistics).checked(spec)
+
+
+def settled_policy(policy: str) -> str:
+    """Return a policy as it is typed, with what its argument leaves open spelled out."""
+    if _is_file(policy):
+        return policy
+    row, argument = _row_of(policy)
+    return policy if row.settled is None else f"{policy.partition(':')[0]}:{row.settled(argument)}"
 
 
 def watching_of(policy: str) -> Watching | None:

@@ -29,7 +29,9 @@ from ditc.exporter import emoji
 from ditc.exporter.dit import DiT, DiTConfig
 from ditc.exporter.emoji_model import build_emoji_model, float16_bytes, train_tokenizer
 from ditc.exporter.emoji_rows import typical_captions
+from ditc.exporter.router_files import write_routers
 from ditc.files import atomic_write, digest_of, in_turn
+from ditc.routers import Routers
 from ditc.runtime.pipeline import Pipeline, load
 from tests.models.two_streams import dual
 
@@ -78,6 +80,11 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "fp32-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none"},
     # the same of a model of two streams, with two outputs and gates of its first branches' image
     "streams": {"model": "two-streams", "policy": "fora:2", "smooth": "smooth"},
+    # the file of routers lies in the folder of the run
+    "fp32-l2c": {"policy": "l2c:{routers}:0.5:3", "precision": "fp32", "vc": "none"},
+    "l2c": {"policy": "l2c:{routers}:0.5:3"},
+    "fp32-l2c-0": {"policy": "l2c:{routers}:0", "precision": "fp32", "vc": "none"},
+    "fp32-l2c-1": {"policy": "l2c:{routers}:1", "precision": "fp32", "vc": "none"},
     "streams-rows": {"model": "two-streams", "policy": str(Path(__file__).parent / "models" / "two_streams.json")},
     "streams-fp32-cached": {"model": "two-streams", "policy": "fora:2", "precision": "fp32", "vc": "none"},
     "streams-fp32-branches": {
@@ -196,6 +203,24 @@ def emoji_files(run_folder: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def small_routers(run_folder: Path) -> Path:
+    """Routers of the small model's six steps: at 0.5 each step that reuses has a row of its own, the last an empty one.
+
+    In the released form, the last step first; those of steps that compute everything say nothing.
+    """
+    rows = [
+        (-2.0, -3.0, -2.0, -1.0),
+        (0.3,) * 4,
+        (-2.0, 2.0, -1.0, 3.0),
+        (-0.3,) * 4,
+        (1.0, -1.0, -2.0, -2.0),
+        (0.0,) * 4,
+    ]
+    write_routers(run_folder / "routers.pt", Routers(tuple(rows)))
+    return run_folder / "routers.pt"
+
+
+@pytest.fixture(scope="session")
 def compiled_once(run_folder: Path, exports: Path) -> Callable[..., Bundle]:
     """Compiles a model for tests that share the bundle: it is not to be changed, only copied.
 
@@ -234,8 +259,11 @@ def _described(model: Any) -> list[Any]:
 class Bundles(Mapping[str, Bundle]):
     """The small models under each of some settings, by name, compiled when it is first asked for."""
 
-    def __init__(self, compiled_once: Callable[..., Bundle], settings: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, compiled_once: Callable[..., Bundle], settings: Mapping[str, Mapping[str, Any]], routers: Path
+    ) -> None:
         self._compiled_once = compiled_once
+        self._routers = routers
         self._settings = settings
         self._compiled: dict[str, Bundle] = {}
 
@@ -243,6 +271,7 @@ class Bundles(Mapping[str, Bundle]):
         if name not in self._compiled:
             settings = {"model": "small", **self._settings[name]}
             model = MODELS[settings.pop("model")]()
+            settings["policy"] = settings["policy"].format(routers=self._routers)
             self._compiled[name] = self._compiled_once(model, QUICK.model_copy(update=settings))
         return self._compiled[name]
 
@@ -254,9 +283,9 @@ class Bundles(Mapping[str, Bundle]):
 
 
 @pytest.fixture(scope="session")
-def bundles(compiled_once: Callable[..., Bundle]) -> Mapping[str, Bundle]:
+def bundles(compiled_once: Callable[..., Bundle], small_routers: Path) -> Mapping[str, Bundle]:
     """The small models compiled under several policies and precisions, by name; not to be changed."""
-    return Bundles(compiled_once, BUNDLES)
+    return Bundles(compiled_once, BUNDLES, small_routers)
 
 
 class Pipes(dict[str, Pipeline]):

@@ -103,7 +103,7 @@ def test_none_refuses_an_argument() -> None:
 
 def test_an_unknown_policy_lists_the_known_ones() -> None:
     with pytest.raises(
-        InputError, match=r"unknown policy 'forra:3'; choose one of: FILE\.json, dps, fora, none, smoothcache"
+        InputError, match=r"unknown policy 'forra:3'; choose one of: FILE\.json, dps, fora, l2c, none, smoothcache"
     ):
         schedule_for("forra:3", SPEC, 10)
 
@@ -165,7 +165,8 @@ def test_the_help_lists_every_policy_as_it_is_typed() -> None:
     assert policy_forms() == (
         "none, fora:N, window:N:FIRST:LAST (fora, but the ends compute), "
         "smoothcache:ALPHA (reuse while outputs change by less), "
-        "dps:N[:FILE] (as many steps as fora, where least changes)"
+        "dps:N[:FILE] (as many steps as fora, where least changes), "
+        "l2c:FILE[:THETA[:SEGMENTS]] (by trained routers)"
     )
 
 

@@ -21,7 +21,7 @@ from ditc.runtime.pipeline import Pipeline, load
 LABELS = [0, 3, 1, 4]
 MODELS = ["", "streams-"]  # what the names of a model's bundles begin with
 KINDS = ["cached", "per-step", "float-ends", "fp32-cached", "fp32-taylor", "fp32-taylor-3", "fp32-affine"]
-KINDS += ["streams", "streams-rows"]
+KINDS += ["streams", "streams-rows", "fp32-l2c", "l2c"]
 
 
 def noise_for(count: int, seed: int = 0) -> np.ndarray:
@@ -57,14 +57,14 @@ def test_an_image_does_not_depend_on_its_neighbours(pipes: dict[str, Pipeline], 
     np.testing.assert_allclose(alone, together[1:2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["cached", "streams-rows"])
+@pytest.mark.parametrize("name", ["cached", "streams-rows", "l2c"])
 def test_the_second_request_with_the_same_seed_equals_the_first(pipes: dict[str, Pipeline], name: str) -> None:
     first = pipes[name].images(LABELS, seed=5)
     pipes[name].images([1, 2], seed=6)
     assert np.array_equal(pipes[name].images(LABELS, seed=5), first)
 
 
-@pytest.mark.parametrize("name", ["cached", "streams-rows"])
+@pytest.mark.parametrize("name", ["cached", "streams-rows", "l2c"])
 def test_a_request_after_an_abandoned_one_equals_a_fresh_one(pipes: dict[str, Pipeline], name: str) -> None:
     first = pipes[name].images(LABELS, seed=5)
     abandoned = pipes[name].generate([4, 4, 4, 4], seed=9)
@@ -135,7 +135,7 @@ def guided(bundle: Bundle, guidance: float) -> list[np.ndarray]:
         return [event.x for event in executor.run(pipe.request([1, 2]), *seeded_noise(0, 0, 2, spec.latent_shape))]
 
 
-@pytest.mark.parametrize("name", ["fp32-cached", "streams-fp32-branches"])
+@pytest.mark.parametrize("name", ["fp32-cached", "streams-fp32-branches", "fp32-l2c"])
 def test_conditional_and_unconditional_halves_share_no_cache(bundles: dict[str, Bundle], name: str) -> None:
     """With weight close to 1 guidance nearly vanishes, so the image nears that of the conditional half alone."""
     bundle = bundles[name]
