@@ -16,7 +16,6 @@ import resource
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +25,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from dit_xl import in_turn, ratios
 
+import ditc
 from ditc.bundle import open_bundle
+from ditc.errors import InputError
 from ditc.machine import machine
 from ditc.speed.options import peer_names
 from ditc.speed.peer_task import ModelChoice, peer_task_of
@@ -38,6 +39,7 @@ RELEASED = {"sample_size": SIDE, "caption_channels": CAPTION, "use_additional_co
 SETTINGS = (
     "--steps 20 --cfg 4.5 --policy fora:3 --points 16 --pool 3 --reuse hold --smooth none --vc none --verify-images 1"
 ).split()
+TARGETS = ("openvino",)  # beside the processor's own
 PEERS = "torch-f32,openvino-f32,openvino-int8"
 
 
@@ -70,10 +72,19 @@ def compile_cost(folder: Path, texts: Path, bundle: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "peak_resident_bytes": peak}
 
 
+def refused_on(bundle: Path, target: str) -> str | None:
+    """Return why a bundle can't run on a target of this machine, None where it can."""
+    try:
+        with ditc.load(bundle, target=target):
+            return None
+    except InputError as e:
+        return str(e)
+
+
 def measured(bundle: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the times of a bundle and its peers, in turn."""
-    targets = ["ditc", *(["ditc@openvino"] if find_spec("openvino") else [])]
-    bundles = dict.fromkeys(targets, bundle)
+    refused = {f"ditc@{target}": refused_on(bundle, target) for target in TARGETS}
+    bundles = dict.fromkeys(["ditc", *(name for name, reason in refused.items() if reason is None)], bundle)
     with TemporaryDirectory() as scratch:
         task = peer_task_of(open_bundle(bundle), ModelChoice(str(folder)), Path(scratch).resolve())
         ready_or_reason = {name: ready_peer(name, task) for name in peer_names([options.against])}
@@ -81,7 +92,7 @@ def measured(bundle: Path, folder: Path, options: argparse.Namespace) -> dict[st
         times = in_turn(bundles, peers, task, options.rounds)
         return {
             "peers": {name: {"what": r.peer.what, "relative_error": r.relative_error} for name, r in peers.items()},
-            "skipped": {name: reason for name, reason in ready_or_reason.items() if isinstance(reason, str)},
+            "skipped": {n: why for n, why in {**refused, **ready_or_reason}.items() if isinstance(why, str)},
             "relative_error": task.error(task.bundle_output),
             "times": times,
             "ratio_step": ratios(times, bundles, "step"),
@@ -107,15 +118,17 @@ def main() -> None:
         write_texts(texts)
         cost = compile_cost(folder, texts, bundle)
     manifest = open_bundle(bundle).manifest
-    results = {
+    results: dict[str, Any] = {
         "machine": machine().model_dump(),
         "parameters": manifest.model.parameters,
         "settings": manifest.settings,
         "compile": cost,
         "deployed_bytes": manifest.size_bytes(reference=False),
         "reference_bytes": manifest.size_bytes(reference=True),
-        **({} if options.compile_only else measured(bundle, folder, options)),
     }
+    options.out.write_text(json.dumps(results, indent=1) + "\n")  # a compile is long, and measuring may fail
+    if not options.compile_only:
+        results |= measured(bundle, folder, options)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     shown = ("parameters", "compile", "deployed_bytes", "ratio_step", "ratio_run", "skipped")
     print(json.dumps({key: results[key] for key in shown if key in results}, indent=1))
