@@ -22,7 +22,7 @@ NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 @dataclass(frozen=True)
 class _Routed:
-    """The argument of `l2c`: a file of routers, the score above which a branch computes, how many rows may differ."""
+    """A file of routers, the score above which a branch computes, and how many different rows there may be."""
 
     file: Path
     theta: float
