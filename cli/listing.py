@@ -166,7 +166,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
 
 def _facts(bundle: Bundle) -> dict[str, str]:
     m = bundle.manifest
-    measured = m.measured("text", "watch", "smooth", "kernels", "tensorrt", "verify", "compensation")
+    measured = m.measured("text", "watch", "smooth", "rotate", "kernels", "tensorrt", "verify", "compensation")
     called = [m.program.segment(step.segment) for step in m.program.steps]
     computed, in_float = sum(segment.computes for segment in called), sum(segment.in_float for segment in called)
     unquantized = f" ({in_float} of them in floating point)" if in_float else ""
@@ -188,6 +188,11 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         facts["watched"] = f"{watched.images} FP images{_changes(watched)}"
     if (smooth := measured.smooth) is not None:
         facts["smoothing"] = f"{smooth.method}: {smooth.smoothed} of {smooth.linears} linear layers"
+    if (rotated := measured.rotate) is not None:
+        facts["rotation"] = (
+            f"groups of {rotated.size} channels: {len(rotated.folded)} of {rotated.linears} linear layers read it for "
+            f"nothing, {rotated.products} products in front of the others"
+        )
     if measured.kernels is not None:
         facts["integer kernels"] = ", ".join(
             f"{name}: {kernels.integer} of {kernels.linears} linear layers"

@@ -23,6 +23,7 @@ from ditc.compiler.observing import (
     histogram_bytes,
     show_activations,
 )
+from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.point_conditions import PointConditions
 from ditc.errors import BundleError, InputError
@@ -68,14 +69,14 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     """Return what watches the pool's own runs, for histograms to calibrate on or for the selector: backend, observer.
 
     None where nothing is calibrated on them, or their histograms would not fit. Every recorded step has to run the
-    `full` segment; smoothing changes what its layers read afterwards, and gradients come later. Raises InputError where
-    the selector has to see what can't be shown.
+    `full` segment; smoothing and rotation change what its layers read, and gradients come later. Raises InputError
+    where the selector has to see what can't be shown.
     """
     from ditc.exporter.onnx_files import load_graph, save_sharing_data
 
     options = plan.options
     needed = SELECTORS[options.select].needs_peaks
-    reads_alone = options.smooth == "none" and not RANGES[options.ranges].needs_gradients
+    reads_alone = _reads_what_the_pool_has(options) and not RANGES[options.ranges].needs_gradients
     calibrates = options.bits is not None and BINDINGS[options.scales].groups is not None and reads_alone
     if not computes_all(plan) or not (calibrates or needed):
         return None
@@ -94,6 +95,11 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     save_sharing_data(model, probe)
     observer = Observer(shown, bounds, plan.halves) if fits else PeakObserver(shown, plan.halves)
     return ObservingBackend(plan.backend, segments["full"], probe, shown, observer.watch), observer
+
+
+def _reads_what_the_pool_has(options: CompileOptions) -> bool:
+    """Do linear layers that are quantized read what those of the exported segments read?"""
+    return options.smooth == "none" and options.rotate is None
 
 
 def computes_all(plan: Plan) -> bool:
@@ -225,7 +231,7 @@ def activation_scales(
 def observed_pool(plan: Plan, calib_file: Path, bounds: Mapping[str, float]) -> ObservedPool | None:
     """Load what was observed of these segments, counted from these lower bounds; None where that is not there."""
     path = calib_file.with_name(OBSERVED)
-    if plan.options.smooth != "none" or not path.is_file():
+    if not _reads_what_the_pool_has(plan.options) or not path.is_file():
         return None
     pool = ObservedPool.load(path)
     return pool if pool.bounds == bounds else None

@@ -26,6 +26,7 @@ from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan, plan_to_watch
 from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
+from ditc.compiler.rotating import check_rotatable, rotate_segments
 from ditc.compiler.sealing import seal
 from ditc.compiler.smoothing import smooth, smoothed_plan
 from ditc.compiler.teaching import TAUGHT, Teacher, check_teachable, needs_teacher, teach
@@ -124,6 +125,7 @@ def compile_model(
         compile_.learn(opened, shared_exports)
         compile_.tables |= compile_.plan.reuse_tables
         segments = compile_.export(opened, shared_exports)
+        check_rotatable(compile_.plan, segments[FULL])
         if needs_teacher(compile_.plan.options):
             check_teachable(opened, segments[FULL])
         if is_ours:
@@ -301,6 +303,13 @@ class _Compile:
         self.plan = smoothed_plan(plan, self.folders["smooth"])
         return smoothed
 
+    def rotate(self, segments: Segments, calib: Path) -> Segments | None:
+        """Return the rotated forms of the FP segments, beside those that have none; None where no setting asks."""
+        plan, size = self.plan, self.plan.options.rotate
+        if size is None:
+            return None
+        return self._replaced("rotate", segments, [size], lambda folder: rotate_segments(plan, segments, calib, folder))
+
     def teach(self, segments: Segments, calib: Path, teacher: Teacher) -> Path | None:
         """Return the file of ranges by gradients, None where no setting needs any."""
         plan, options = self.plan, self.plan.options
@@ -314,8 +323,9 @@ class _Compile:
         plan, options = self.plan, self.plan.options
         settings = [options.bits, options.ranges, options.scales, options.midpoint, options.float_steps]
         settings += [] if options.correct is None else [options.correct]
+        rotated = self.rotate(segments, calib)
         compiled = self._replaced(
-            "quantize", segments, settings, lambda folder: quantize(plan, segments, calib, folder, taught)
+            "quantize", segments, settings, lambda folder: quantize(plan, segments, calib, folder, taught, rotated)
         )
         self.tables |= read_tables(self.folders["quantize"] / "scales.safetensors")
         return compiled

@@ -63,11 +63,12 @@ class CompileOptions(PartialRecord, Settings):
     compensates what holds without such noise. `vc_images` pairs fit the compensation, and as many others the numbers of
     `reuse` where it has any to fit; `verify_images` others check the result. `float_steps` is "none", or "FIRST:LAST":
     so many steps at either end have linear layers in floating point. `correct` is None or a row of CORRECTIONS, which
-    every product in integers gets. `watch_images` of None are those of the paper, and is no setting of a bundle whose
-    policy looks at no images, unless its reuse learns from as many.
+    every product in integers gets. `rotate` is None, or the channels of a group, a power of two. `watch_images` of None
+    are those of the paper, and is no setting of a bundle whose policy looks at no images, unless its reuse learns from
+    as many.
     """
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"shift", "sigmas", "watch_images", "correct"})
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"shift", "sigmas", "watch_images", "correct", "rotate"})
 
     steps: Annotated[int, Field(ge=2), Option("Denoising steps.")] = 50
     sampler: Annotated[SamplerName | None, Option("Sampler; default is the model's own.")] = None
@@ -156,6 +157,16 @@ class CompileOptions(PartialRecord, Settings):
             group=INTEGERS,
         ),
     ] = "auto"
+    rotate: Annotated[
+        int | None,
+        Field(ge=2, le=1 << 14),
+        Option(
+            "Hadamard rotation of what linear layers read, in groups of so many channels, against outliers.",
+            metavar="CHANNELS",
+            group=INTEGERS,
+            advice="it is a power of two that divides the channels",
+        ),
+    ] = None
     correct: Annotated[
         ProductCorrection | None,
         Option("Correction of INT8 products per output channel: their least squares line to FP's.", group=INTEGERS),
@@ -197,6 +208,7 @@ class CompileOptions(PartialRecord, Settings):
             )
         self._check_gradients_serve()
         self._check_products_are_corrected()
+        self._check_rotates()
         if self.smooth not in (AUTO, "none") and self.bits is None:
             raise InputError(
                 f"--smooth {self.smooth} needs --precision w8a8, found {self.precision}: without INT8 there is nothing "
@@ -242,6 +254,31 @@ class CompileOptions(PartialRecord, Settings):
             raise InputError(
                 f"--correct {self.correct} is one line for all steps, folded into weights and biases, and --scales "
                 f"{self.scales} changes from step to step what it would correct; leave one of them out"
+            )
+
+    def _check_rotates(self) -> None:
+        if self.rotate is None:
+            return
+        if self.rotate & (self.rotate - 1):
+            below = 1 << (self.rotate.bit_length() - 1)
+            raise InputError(
+                f"--rotate needs a power of two, found {self.rotate}: Hadamard matrices are made for those; give "
+                f"{below} or {2 * below}"
+            )
+        if self.bits is None:
+            raise InputError(
+                f"--rotate {self.rotate} is for activations in integers, and --precision {self.precision} has none; "
+                "leave it out, or compile with --precision w8a8"
+            )
+        if self.midpoint != "zero":
+            raise InputError(
+                f"--rotate {self.rotate} mixes channels, so nothing bounds what a layer reads, and --midpoint "
+                f"{self.midpoint} would do nothing; leave one of them out"
+            )
+        if self.ranges in names_of(GradientRanges):
+            raise InputError(
+                f"--ranges {self.ranges} weighs what layers of the model read, which --rotate {self.rotate} mixes; "
+                "leave one of them out"
             )
 
     def _check_has_integers(self, flag: str, given: str, default: str) -> None:

@@ -8,6 +8,7 @@ from ditc.bundle import write_tables
 from ditc.compiler.calibrating import activation_scales
 from ditc.compiler.correcting import product_corrections
 from ditc.compiler.plan import Plan, Segments
+from ditc.compiler.rotating import rotation_of
 from ditc.compiler.teaching import taught_ranges
 from ditc.compiler.trajectories import VERIFY_NOISE, purposed_request
 from ditc.compiler.work import write_json
@@ -28,17 +29,27 @@ __all__ = ["check_integer_kernels", "quantize", "store_condition"]
 IMAGES_COMPARED = 4
 
 
-def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path, taught: Path | None = None) -> None:
+def quantize(
+    plan: Plan,
+    segments: Segments,
+    calib_file: Path,
+    folder: Path,
+    taught: Path | None = None,
+    rotated: Segments | None = None,
+) -> None:
     """Write scales, INT8 segments, and their form for ONNX Runtime, whose linear layers must all run integer kernels.
 
     What runs in floating point is a copy of the FP segment. `condition` keeps FP32 arithmetic and stores its weights as
-    FP16; storage.json tells the error of its tables. `taught` is the file of ranges that `teach` leaves.
+    FP16; storage.json tells the error of its tables. `taught` is the file of ranges that `teach` leaves,
+    `rotated` are the forms to quantize that `rotate_segments` leaves.
     """
     from ditc.exporter.onnx_files import load_graph, save_graph, save_sharing_data
 
-    scales = activation_scales(plan, segments, calib_file, None if taught is None else taught_ranges(taught))
+    sources = segments if rotated is None else rotated
+    scales = activation_scales(plan, sources, calib_file, None if taught is None else taught_ranges(taught))
+    scales = scales.model_copy(update={"rotation": rotation_of(sources)})
     if plan.options.correct is not None:
-        corrections = product_corrections(plan, segments, calib_file, scales)
+        corrections = product_corrections(plan, sources, calib_file, scales)
         scales = scales.model_copy(update={"corrections": corrections})
     atomic_write(folder / "scales.json", scales.model_dump_json(indent=1).encode() + b"\n")
     write_tables(folder / "scales.safetensors", scales.bundle_tables())
@@ -48,7 +59,7 @@ def quantize(plan: Plan, segments: Segments, calib_file: Path, folder: Path, tau
             save_graph(load_graph(segments[FULL]), folder / f"{part.name}.onnx")
         if not part.quantizes:
             continue
-        model = load_graph(segments[part.name])
+        model = load_graph(sources[part.name])
         expected = linear_count(model)
         insert_qdq(model, scales)
         path = folder / f"{part.name}.onnx"

@@ -34,6 +34,7 @@ CHECK_FILES = (
     ("export", "parity"),
     ("select", "pool"),
     ("smooth", "smooth"),
+    ("rotate", "rotate"),
     ("quantize", "kernels"),
     ("quantize", "storage"),
     ("learn", "approximation"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,18 +13,16 @@ from numpy.typing import NDArray
 from ditc.calibset import CalibSet
 from ditc.checks import SmoothedLayer, Smoothing
 from ditc.compiler.calibrating import calibration_feeds, open_probe
+from ditc.compiler.changed_segments import parity_of
 from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.point_conditions import PointConditions
 from ditc.compiler.work import write_json
-from ditc.errors import CheckError
-from ditc.host_memory import return_free_memory
 from ditc.precision import INT8
-from ditc.program import AHEAD, CONDITION, OF_STEP, REUSE_ROWS
+from ditc.program import CONDITION, OF_STEP
 from ditc.quantize.fold_sites import Site, common_sites, fold_into_segment, shapes_of_rows, table_factors
 from ditc.quantize.linears import linears_of
 from ditc.quantize.output_factors import multiply_output
 from ditc.quantize.transforms import ChannelStatistics, Choice, choose_factors
-from ditc.runtime.closeness import relative_error
 from ditc.tables import read_tables, write_tables
 
 __all__ = ["FACTORS", "smooth", "smoothed_plan"]
@@ -33,12 +30,6 @@ __all__ = ["FACTORS", "smooth", "smoothed_plan"]
 # of the stage's folder
 FACTORS = "factors.safetensors"
 STEP_TABLES = "steps.safetensors"  # tables of timesteps, where a model has any
-Side = tuple[Plan, Segments]  # segments, and the plan that has the tables of timesteps for them
-
-Shape = tuple[int, ...]  # of a cached value, without the batch axis
-
-PARITY_POINTS = 8
-PARITY_TOLERANCE = 1e-4  # that of an exported segment against torch
 
 
 def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> None:
@@ -67,7 +58,7 @@ def smooth(plan: Plan, segments: Segments, calib_file: Path, folder: Path) -> No
         smoothed=sum(len(site.layers) for site in factors),
         layers={layer: smoothed_layer(choice) for site, choice in choices.items() for layer in site.layers},
         left=tuple(path for path in paths if not any(path in site.layers for site in choices)),
-        parity=parity_of((plan, segments), (after, {**segments, **folded}), calib),
+        parity=parity_of((plan, segments), (after, {**segments, **folded}), calib, ("smoothing", "--smooth none")),
     )
     write_json(folder / "smooth.json", smoothing.model_dump(mode="json"))
 
@@ -143,48 +134,3 @@ def choose(plan: Plan, full: ir.Model, seen: Mapping[Site, ChannelStatistics]) -
         weight = np.concatenate([linears[layer].weight_array() for layer in site.layers], axis=1)
         chosen[site] = choose_factors(options.smooth, statistics, weight, options.ranges, options.bits or INT8)
     return chosen
-
-
-def parity_of(exact: Side, folded: Side, calib: CalibSet) -> dict[str, float]:
-    """Return the largest relative error of any output of each segment, with the tables of its own side."""
-    every = np.linspace(0, len(calib) - 1, min(PARITY_POINTS, len(calib))).round().astype(np.int64)
-    points = calib.take(every[np.argsort(calib.step[every], kind="stable")])
-    worst = {}
-    for part in exact[0].cached_program.segments:
-        before, after = (_outputs(*side, part.name, points) for side in (exact, folded))
-        worst[part.name] = max(_change(after[name], before[name]) for name in before)
-        if not worst[part.name] < PARITY_TOLERANCE:
-            raise CheckError(
-                f"segment {part.name}: smoothing changes its outputs by {worst[part.name]:.2g}, expected below "
-                f"{PARITY_TOLERANCE:g}; compile with --smooth none, and report this"
-            )
-    return worst
-
-
-def _change(after: NDArray[np.float32], before: NDArray[np.float32]) -> float:
-    """Return the relative error, or the norm itself where there was nothing before."""
-    return relative_error(after, before) if before.any() else float(np.linalg.norm(after))
-
-
-def _input(port: Any, feed: Mapping[str, NDArray[Any]], cached: Mapping[Shape, NDArray[np.float32]]) -> NDArray[Any]:
-    """Return an input's own feed, for the next steps' tables those of this step, else what is cached of its shape."""
-    if port.name == REUSE_ROWS:
-        return np.ones(port.shape, np.float32)
-    if port.name.startswith(f"{AHEAD}."):
-        return np.stack([feed[port.name.removeprefix(f"{AHEAD}.")]] * port.shape[0])
-    return feed[port.name] if port.name in feed else cached[tuple(port.shape[1:])]
-
-
-def _outputs(plan: Plan, segments: Segments, name: str, points: CalibSet) -> dict[str, Any]:
-    """Run a segment at some points, one after the other, and return all outputs; its cache holds seeded noise."""
-    condition, session = (plan.backend.session(segments[each]) for each in (CONDITION, name))
-    names = [port.name for port in session.get_outputs()]
-    rng = np.random.default_rng(0)
-    shapes = dict.fromkeys([plan.spec.branch_shape, *plan.spec.wiring.shapes.values()])
-    runs = []
-    for feed in calibration_feeds(condition, points, PointConditions.of_plan(plan), 1):
-        noise = {shape: rng.standard_normal((len(feed["x"]), *shape), np.float32) for shape in shapes}
-        inputs = {port.name: _input(port, feed, noise) for port in session.get_inputs()}
-        runs.append(session.run(names, inputs))
-    return_free_memory()
-    return {each: np.concatenate(parts) for each, parts in zip(names, zip(*runs, strict=True), strict=True)}

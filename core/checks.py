@@ -17,6 +17,7 @@ __all__ = [
     "CompensationRange",
     "IntegerKernels",
     "PoolSize",
+    "Rotated",
     "SmoothedLayer",
     "Smoothing",
     "StorageError",
@@ -59,6 +60,20 @@ class Smoothing(_Read):
     smoothed: int
     layers: dict[str, SmoothedLayer] = {}
     left: tuple[str, ...] = ()
+    parity: dict[str, float] = {}
+
+
+class Rotated(_Read):
+    """The outcome of rotating: what `linears` layers read, in groups of `size` channels.
+
+    Of the layers in `folded` that costs nothing; `products` with a fixed matrix stand in front of the others in the
+    `full` segment. `parity` is the largest relative error that rotating causes in FP, by segment.
+    """
+
+    size: int
+    linears: int
+    folded: tuple[str, ...] = ()
+    products: int = 0
     parity: dict[str, float] = {}
 
 
@@ -152,6 +167,7 @@ class Checks(_Read):
     parity: dict[str, float] | None = None
     pool: PoolSize | None = None
     smooth: Smoothing | None = None
+    rotate: Rotated | None = None
     kernels: dict[str, IntegerKernels] | None = None
     storage: dict[str, StorageError] | None = None
     approximation: Approximation | None = None

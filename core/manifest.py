@@ -90,6 +90,7 @@ class AskedSettings(Record):
     points: int | None = None
     ranges: str | None = None
     smooth: str | None = None
+    rotate: int | None = None
     vc: str | None = None
     seed: int | None = None
 

@@ -29,7 +29,7 @@ from ditc.diagnosis.options import BisectOptions
 from ditc.engines.backend import Engine, runnable_path
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, InputError, unknown_name
-from ditc.exporter.onnx_files import data_path, load_graph, save_derived
+from ditc.exporter.onnx_files import data_path, load_graph, save_derived, save_graph
 from ditc.files import digest_of, writing
 from ditc.lowering.backend_forms import lower
 from ditc.precision import quantized
@@ -37,6 +37,7 @@ from ditc.program import CONDITION
 from ditc.progress import Progress, silent
 from ditc.quantize.layer_groups import LayerGroup, groups_of
 from ditc.quantize.qdq import insert_qdq
+from ditc.quantize.rotated_graphs import rotate
 from ditc.quantize.scale_table import ScaleTable
 from ditc.quantize.segment_outputs import keep_outputs
 from ditc.runtime.closeness import relative_error
@@ -184,6 +185,10 @@ def _variant_parts(bundle: Bundle, points: int, target: Target) -> Iterator[_Var
         with writing(segment):
             for file in filter(Path.is_file, (source, data_path(source))):
                 shutil.copyfile(file, segment.with_name(file.name))
+        if table.rotation is not None:
+            model = load_graph(source)
+            rotate(model, table.rotation)
+            save_graph(model, segment)
         yield _VariantParts(target, segment, table, feeds, calib, spec.in_channels)
 
 

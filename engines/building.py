@@ -159,6 +159,11 @@ def check_calibratable(bundle: Bundle) -> None:
             f"--calibration can't feed segment {partial[0]}, which computes only some branches; "
             "use the explicit form (leave --calibration out)"
         )
+    if bundle.manifest.asked.rotate is not None:
+        raise InputError(
+            f"--calibration starts from the FP form, which knows nothing of --rotate {bundle.manifest.asked.rotate}; "
+            "use the explicit form (leave --calibration out)"
+        )
     if not (bundle.path / CALIBRATION_SET).is_file():
         raise InputError(f"{bundle.path} has no calibration set; compile it with --precision w8a8")
 

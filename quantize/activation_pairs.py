@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ditc.quantize.linears import Linear
+from ditc.quantize.linears import ROLE_KEY, Linear
 
 __all__ = [
     "CENTRES",
@@ -34,7 +34,6 @@ __all__ = [
     "preceded_by",
 ]
 
-ROLE_KEY = "ditc.role"
 MEASURES, DIVIDES, CENTRES, RECENTRES, RESTORES = "measures", "divides", "centres", "recentres", "restores"
 CORRECTS = "corrects"
 

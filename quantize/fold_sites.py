@@ -30,6 +30,7 @@ __all__ = [
     "WeightFold",
     "common_sites",
     "fold_into_segment",
+    "layer_bias",
     "shapes_of_rows",
     "table_factors",
 ]
@@ -325,10 +326,15 @@ def _divide_columns(source: Linear, columns: Sequence[int], factor: Factors) -> 
     share = np.ones(source.weight.const_value.shape.numpy()[1])
     share[list(columns)] = 1 / factor
     _multiply(source.weight, share)
-    after = source.node.outputs[0].uses()
-    bias = next((value for node, _ in after if node.op_type == "Add" for value in node.inputs if _is_bias(value)), None)
+    bias = layer_bias(source)
     if bias is not None:
         _multiply(bias, share)
+
+
+def layer_bias(linear: Linear) -> ir.Value | None:
+    """Return the constant that is added to a layer's product, None where there is none."""
+    after = linear.node.outputs[0].uses()
+    return next((value for node, _ in after if node.op_type == "Add" for value in node.inputs if _is_bias(value)), None)
 
 
 def _is_bias(value: ir.Value | None) -> bool:

@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 
 from ditc.program import BRANCH_KEY, PATH_KEY
 
-__all__ = ["Linear", "linear_count", "linears_of"]
+__all__ = ["ROLE_KEY", "ROTATES", "Linear", "linear_count", "linears_of"]
+
+ROLE_KEY = "ditc.role"  # metadata of nodes that quantization puts around a layer
+ROTATES = "rotates"  # the role of a product with a fixed matrix in front of layers, which is no layer itself
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def linear_count(model: ir.Model) -> int:
     """Count the branches' layers with a constant float weight, in whatever operator they were traced."""
     return sum(
         node.op_type in ("MatMul", "Gemm")
-        and BRANCH_KEY in node.metadata_props
+        and _is_of_a_layer(node)
         and node.inputs[1] is not None
         and node.inputs[1].is_initializer()
         for node in model.graph
@@ -54,7 +57,7 @@ def linears_of(model: ir.Model) -> Iterator[Linear]:
     """
     met: dict[str, int] = {}
     for node in model.graph:
-        if node.op_type != "MatMul" or BRANCH_KEY not in node.metadata_props:
+        if node.op_type != "MatMul" or not _is_of_a_layer(node):
             continue
         activation, weight = node.inputs
         if activation is not None and weight is not None and weight.is_initializer():
@@ -62,3 +65,7 @@ def linears_of(model: ir.Model) -> Iterator[Linear]:
             met[path] = met.get(path, 0) + 1
             name = path if met[path] == 1 else f"{path}_{met[path]}"
             yield Linear(path, name, node, activation, weight)
+
+
+def _is_of_a_layer(node: ir.Node) -> bool:
+    return BRANCH_KEY in node.metadata_props and node.metadata_props.get(ROLE_KEY) != ROTATES

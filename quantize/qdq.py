@@ -33,6 +33,7 @@ from ditc.quantize.activation_pairs import (
 )
 from ditc.quantize.linears import Linear, linears_of
 from ditc.quantize.product_correction import LayerCorrection
+from ditc.quantize.rotated_graphs import check_rotated
 from ditc.quantize.scale_binding import BINDINGS
 from ditc.quantize.scale_sources import step_centre
 from ditc.quantize.scale_table import ScaleTable
@@ -72,8 +73,10 @@ def insert_qdq(model: ir.Model, table: ScaleTable, layers: Container[str] | None
     `layers` holds the names (`Linear.name`) of those to quantize, None is all of them.
 
     Layers that are quantized already are left alone, so doing it twice changes nothing. Layers that read the same
-    tensor share one Q/DQ pair. Raises DitcError naming a layer that the table has no scale for.
+    tensor share one Q/DQ pair. Raises DitcError naming a layer that the table has no scale for, and where the segment
+    is rotated otherwise than the one that scales were taken of.
     """
+    check_rotated(model, table.rotation)
     linears = [linear for linear in linears_of(model) if layers is None or linear.name in layers]
     missing = layers_without_scale(table, linears)
     if missing:

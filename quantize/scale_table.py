@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from ditc.precision import INT8, LEVELS, Bits, levels_of
 from ditc.quantize.product_correction import LayerCorrection
+from ditc.quantize.rotation import Rotation
 from ditc.spec import PartialRecord
 from ditc.tables import MIDPOINTS_TABLE, SCALES_TABLE
 
@@ -30,10 +31,10 @@ class ScaleTable(PartialRecord):
     about zero, in steps of the scale: one number, or one for every step. `bits` are those of weights and activations.
     `tensors` names the activation that a layer
     reads in the FP segment, so that other calibrators can be compared. `corrections` are of the products, by layer,
-    where there are any.
+    where there are any, and `rotation` the one of what all layers read.
     """
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"corrections"})
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"corrections", "rotation"})
 
     method: str
     segment_sha256: str
@@ -46,6 +47,7 @@ class ScaleTable(PartialRecord):
     columns: dict[str, int] = {}
     midpoints: dict[str, tuple[int, ...]] = {}
     corrections: dict[str, LayerCorrection] | None = None
+    rotation: Rotation | None = None
 
     @model_validator(mode="after")
     def _positive(self) -> ScaleTable:

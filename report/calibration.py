@@ -16,6 +16,7 @@ from ditc.calibset import CalibSet
 from ditc.errors import DitcError
 from ditc.precision import quantized
 from ditc.progress import Progress
+from ditc.quantize.rotation import Rotation
 from ditc.report.facts import Activation, Activations, Calibration, Cluster, Skipped
 
 __all__ = ["activations_of", "calibration_of"]
@@ -95,7 +96,7 @@ def _recorded(bundle: Bundle, progress: Progress) -> Activations:
     calib, table = chosen_points(bundle, POINTS_OF_A_STEP * len(steps)), scales_of(bundle)
     recorded = np.unique(calib.step).tolist()
     with TemporaryDirectory(prefix="ditc-report-") as folder:
-        readers, run = _probe(bundle, Path(folder).resolve())
+        readers, run = _probe(bundle, table.rotation, Path(folder).resolve())
         largest = []
         for done, step in enumerate(recorded):
             progress("activations", done, len(recorded))
@@ -118,7 +119,7 @@ def _recorded(bundle: Bundle, progress: Progress) -> Activations:
 
 
 def _probe(
-    bundle: Bundle, folder: Path
+    bundle: Bundle, rotation: Rotation | None, folder: Path
 ) -> tuple[Mapping[str, tuple[str, ...]], Callable[[CalibSet], dict[str, float]]]:
     """Return (layers that read each activation, what gives the largest magnitude of each at some points of one step).
 
@@ -130,9 +131,12 @@ def _probe(
     from ditc.engines.onnxrt import OnnxRuntimeBackend
     from ditc.exporter.onnx_files import load_graph, save_graph
     from ditc.program import CONDITION
+    from ditc.quantize.rotated_graphs import rotate
     from ditc.quantize.scales import activation_probe
 
     model, backend = load_graph(bundle.reference_path("full")), OnnxRuntimeBackend()
+    if rotation is not None:
+        rotate(model, rotation)
     readers = activation_probe(model)
     save_graph(model, folder / "probe.onnx")
     session = backend.session(folder / "probe.onnx")

@@ -50,6 +50,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "per-step": {"policy": "fora:2", "scales": "per-step", "midpoint": "bounded", "vc": "none"},
     "w4a8": {"policy": "fora:2", "precision": "w4a8", "vc": "none"},
     "w4a8-corrected": {"policy": "fora:2", "precision": "w4a8", "vc": "none", "correct": "dec-quant"},
+    "rotated": {"policy": "fora:2", "rotate": 16, "smooth": "smooth", "vc": "none"},
     "float-ends": {
         "policy": "fora:2",
         "float_steps": "1:2",

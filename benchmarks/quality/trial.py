@@ -28,6 +28,7 @@ from ditc.compiler.plan import Plan, Segments
 from ditc.compiler.planning import make_plan, plan_to_watch
 from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
+from ditc.compiler.rotating import rotate_segments
 from ditc.compiler.smoothing import smooth, smoothed_plan
 from ditc.compiler.text import text_of
 from ditc.compiler.trajectories import executor
@@ -169,8 +170,13 @@ def compiled_segments(plan: Plan, segments: Segments, folder: Path) -> tuple[Pla
             smooth(plan, segments, calib, folder / "smooth")
             segments = replaced(segments, folder / "smooth")
             plan = smoothed_plan(plan, folder / "smooth")
+        rotated = None
+        if plan.options.rotate is not None:
+            (folder / "rotate").mkdir()
+            rotate_segments(plan, segments, calib, folder / "rotate")
+            rotated = replaced(segments, folder / "rotate")
         (folder / "quantize").mkdir()
-        quantize(plan, segments, calib, folder / "quantize")
+        quantize(plan, segments, calib, folder / "quantize", rotated=rotated)
         compiled = replaced(segments, folder / "quantize")
         tables |= read_tables(folder / "quantize" / "scales.safetensors")
     approximator = APPROXIMATORS[plan.options.reuse]
@@ -209,6 +215,7 @@ def exact_side(cell: Cell, seed: int, work: Path) -> SeedImages:
     with in_turn(path.with_name(f".{path.name}.lock")):
         if not path.is_file():
             without = {"policy": "none", "precision": "fp32", "float_steps": "none", "smooth": "none", "reuse": "hold"}
+            without |= {"rotate": None}
             options = CompileOptions(**{**settings, **without})
             plan = replace(make_plan(MODELS[model](), options, examples=examples(model)), threads=THREADS)
             exact = seed_images(plan, plan.program, exported(model, plan, work), {}, seed, cell.images)

@@ -21,7 +21,7 @@ from ditc.runtime.pipeline import Pipeline, load
 LABELS = [0, 3, 1, 4]
 MODELS = ["", "streams-"]  # what the names of a model's bundles begin with
 KINDS = ["cached", "per-step", "float-ends", "fp32-cached", "fp32-taylor", "fp32-taylor-3", "fp32-affine"]
-KINDS += ["streams", "streams-rows", "fp32-l2c", "l2c"]
+KINDS += ["rotated", "streams", "streams-rows", "fp32-l2c", "l2c"]
 
 
 def noise_for(count: int, seed: int = 0) -> np.ndarray:
