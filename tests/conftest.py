@@ -79,6 +79,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "memory-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none", "sampler": "unipc"},
     "fp32-none": {"policy": "none", "precision": "fp32", "vc": "none"},
     "fp32-fora1": {"policy": "fora:1", "precision": "fp32", "vc": "none"},
+    "streams-rotated": {"model": "two-streams", "policy": "fora:2", "rotate": 16, "smooth": "smooth", "vc": "none"},
     # the same of a model of two streams, with two outputs and gates of its first branches' image
     "streams": {"model": "two-streams", "policy": "fora:2", "smooth": "smooth"},
     # the file of routers lies in the folder of the run

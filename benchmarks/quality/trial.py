@@ -214,8 +214,8 @@ def exact_side(cell: Cell, seed: int, work: Path) -> SeedImages:
     path = work / f"fp-{digest_of(key)}.npz"
     with in_turn(path.with_name(f".{path.name}.lock")):
         if not path.is_file():
-            without = {"policy": "none", "precision": "fp32", "float_steps": "none", "smooth": "none", "reuse": "hold"}
-            without |= {"rotate": None}
+            without: dict[str, Any] = {"policy": "none", "reuse": "hold", "precision": "fp32", "float_steps": "none"}
+            without |= {"smooth": "none", "rotate": None}
             options = CompileOptions(**{**settings, **without})
             plan = replace(make_plan(MODELS[model](), options, examples=examples(model)), threads=THREADS)
             exact = seed_images(plan, plan.program, exported(model, plan, work), {}, seed, cell.images)

@@ -24,12 +24,13 @@ from ditc.report.facts import Activations
 from tests.conftest import small_model
 
 
-def test_every_segment_computes_what_it_did(bundles: dict[str, Bundle]) -> None:
-    check = bundles["rotated"].manifest.measured("rotate").rotate
+@pytest.mark.parametrize(("kind", "products"), [("rotated", 6), ("streams-rotated", 23)])
+def test_every_segment_computes_what_it_did(kind: str, products: int, bundles: dict[str, Bundle]) -> None:
+    check = bundles[kind].manifest.measured("rotate").rotate
     assert check is not None
     assert 0 < check.parity["full"] < 1e-5
     assert max(check.parity.values()) < 1e-5
-    assert (check.products, bool(check.folded)) == (6, True)
+    assert (check.products, len(check.folded)) == (products, 2)
 
 
 @pytest.mark.slow
