@@ -387,7 +387,7 @@ def bad_files(tmp_path: Path) -> Path:
         ("compile -o {bad}/b", "name one model"),
         ("compile digits --random dit-s-2-256 -o {bad}/b", "name one model"),
         ("compile --random dit-xxl-2-256 -o {bad}/b", "unknown size"),
-        ("compile digits -o {bad}/b --policy toca", "unknown policy 'toca'; choose one of: FILE.json, dps, fora, none"),
+        ("compile digits -o {bad}/b --policy toca", "unknown policy 'toca'; choose one of: FILE.json, dps, fora, l2c"),
         ("compile digits -o {bad}/b --policy fora:0", "interval N >= 1"),
         ("compile digits -o {bad}/b --policy {bad}/broken.json", "is not a schedule"),
         ("compile digits -o {bad}/b --steps 1", "--steps must be at least 2"),
