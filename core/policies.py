@@ -1,7 +1,8 @@
 """The policies that make a cache schedule: each is one row of POLICIES, and everything that it takes stands here.
 
-A policy is a pure function of (model, steps, its own argument, statistics); it decides and does nothing else. Most of
-them see no statistics. One that does says which, and a stage in front of the plan takes them on a few FP images.
+A policy is a pure function of (model, steps, its own argument, sources); it decides and does nothing else. Most of them
+look at no source. One that looks at statistics says which, and a stage in front of the plan takes them on a few FP
+images.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from ditc.errors import InputError, unknown_name
-from ditc.routed_policy import ReadRouters, l2c, settled_l2c
+from ditc.policy_sources import NO_SOURCES, ReadRouters, Sources
+from ditc.routed_policy import l2c, settled_l2c
 from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
 from ditc.step_groups import cheapest_starts, noise_from_json
@@ -65,33 +67,26 @@ class Policy:
     what it does where the form doesn't. `watches` returns the statistics that `make` needs for an argument; None is a
     policy that needs none. Both raise InputError for an argument that is not of the form, and `check` for one that
     makes no sense for a model and its steps, before anything is watched. `takes_file` is of an argument that may end in
-    the name of a file. A policy of trained routers has `make_by_routers` in place of `make`. `settled` spells out what
-    an argument leaves open.
+    the name of a file. `settled` spells out what an argument leaves open.
     """
 
-    make: Callable[[ModelSpec, int, str | None, StepStatistics | None], CacheSchedule] | None
+    make: Callable[[ModelSpec, int, str | None, Sources], CacheSchedule]
     argument: str = ""
     about: str = ""
     watches: Callable[[str | None], Watching] | None = None
     check: Callable[[ModelSpec, int, str | None], None] | None = None
     takes_file: bool = False
-    make_by_routers: Callable[[ModelSpec, int, str | None, ReadRouters], CacheSchedule] | None = None
     settled: Callable[[str | None], str] | None = None
 
-    def __post_init__(self) -> None:
-        assert (self.make is None) != (self.make_by_routers is None)
 
-
-def no_reuse(
-    spec: ModelSpec, steps: int, argument: str | None = None, statistics: StepStatistics | None = None
-) -> CacheSchedule:
+def no_reuse(spec: ModelSpec, steps: int, argument: str | None = None, sources: Sources = NO_SOURCES) -> CacheSchedule:
     """Every branch computes at every step."""
     if argument is not None:
         raise InputError(f"policy none takes no argument, found {argument!r}; write --policy none")
     return CacheSchedule(compute=((True,) * len(spec.branches),) * steps)
 
 
-def fora(spec: ModelSpec, steps: int, argument: str | None, statistics: StepStatistics | None) -> CacheSchedule:
+def fora(spec: ModelSpec, steps: int, argument: str | None, sources: Sources) -> CacheSchedule:
     """Recompute everything at every N-th step, reuse everything in between (FORA, arXiv 2407.01425)."""
     if argument is None or not argument.isdecimal() or int(argument) < 1:
         raise InputError(
@@ -101,7 +96,7 @@ def fora(spec: ModelSpec, steps: int, argument: str | None, statistics: StepStat
     return CacheSchedule(compute=tuple((step % interval == 0,) * len(spec.branches) for step in range(steps)))
 
 
-def window(spec: ModelSpec, steps: int, argument: str | None, statistics: StepStatistics | None) -> CacheSchedule:
+def window(spec: ModelSpec, steps: int, argument: str | None, sources: Sources) -> CacheSchedule:
     """FORA, but the first and the last steps all compute: `N:FIRST:LAST`."""
     numbers = (argument or "").split(":")
     if len(numbers) != 3 or not all(number.isdecimal() for number in numbers) or int(numbers[0]) < 1:
@@ -119,12 +114,13 @@ MOST_IN_A_ROW = 3  # steps of a branch that reuse, one after the other, under sm
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
-def smoothcache(spec: ModelSpec, steps: int, argument: str | None, statistics: StepStatistics | None) -> CacheSchedule:
+def smoothcache(spec: ModelSpec, steps: int, argument: str | None, sources: Sources) -> CacheSchedule:
     """Reuse while the relative L1 change since the last computed step stays below ALPHA, at most 3 steps in a row.
 
     Branches of one kind, the last part of their names, do the same: their changes are averaged (SmoothCache,
     arXiv 2411.10510).
     """
+    statistics = sources.statistics
     assert statistics is not None  # its row asks for them
     changes, alpha = statistics.relative_by_kind(), _alpha(argument)
     computes = {kind: _while_below(alpha, change.tolist()) for kind, change in changes.items()}
@@ -154,12 +150,13 @@ def _while_below(alpha: float, change: Sequence[Sequence[float]]) -> list[bool]:
     return computes
 
 
-def dps(spec: ModelSpec, steps: int, argument: str | None, statistics: StepStatistics | None) -> CacheSchedule:
+def dps(spec: ModelSpec, steps: int, argument: str | None, sources: Sources) -> CacheSchedule:
     """Compute as often as `fora:N`, at the steps from which the others lie nearest (CacheQuant, arXiv 2503.01323).
 
     Near is the absolute L1 change, a mean over all branches, which do the same. With `N:FILE` a step that computes
     counts its noise too: shares of that file times the size of outputs here, Euclidean ones taken for those of L1.
     """
+    statistics = sources.statistics
     assert statistics is not None  # its row asks for them
     interval, file = _interval_and_file(argument)
     noise = None
@@ -214,11 +211,10 @@ POLICIES: dict[str, Policy] = {
         takes_file=True,
     ),
     "l2c": Policy(
-        None,
+        l2c,
         "FILE[:THETA[:SEGMENTS]]",
         "by trained routers",
         takes_file=True,
-        make_by_routers=l2c,
         settled=settled_l2c,
     ),
 }
@@ -272,12 +268,7 @@ def schedule_for(
         if statistics is None:
             raise InputError(f"policy {policy} decides by statistics of FP images; compile a model with it")
         statistics.check_fits(spec, steps)
-    if row.make_by_routers is not None:
-        if read_routers is None:
-            raise InputError(f"policy {policy} decides by routers that torch wrote; compile a model with it")
-        return row.make_by_routers(spec, steps, argument, read_routers).checked(spec)
-    assert row.make is not None  # it has one of both
-    return row.make(spec, steps, argument, statistics).checked(spec)
+    return row.make(spec, steps, argument, Sources(statistics, read_routers)).checked(spec)
 
 
 def settled_policy(policy: str) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ditc.errors import AdviceWarning, InputError
+from ditc.policy_sources import Sources
 from ditc.routers import MOST_SEGMENTS, THETA, Routers, computed_rows, merged_rows
 from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
 
-__all__ = ["ReadRouters", "l2c", "settled_l2c"]
+__all__ = ["l2c", "settled_l2c"]
 
-ReadRouters = Callable[[Path], Routers]
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 
@@ -32,14 +32,16 @@ class _Routed:
 ROUTED = re.compile(rf"(?P<file>.+?)(?::(?P<theta>{NUMBER})(?::(?P<segments>\d{{1,4}}))?)?", re.ASCII)
 
 
-def l2c(spec: ModelSpec, steps: int, argument: str | None, read: ReadRouters) -> CacheSchedule:
+def l2c(spec: ModelSpec, steps: int, argument: str | None, sources: Sources) -> CacheSchedule:
     """In every second step compute the branches whose trained score lies above theta (arXiv 2406.01733).
 
     Each distinct row that computes some branches is a segment, so rows are merged until `segments` of them differ,
     beside those that compute everything; one that stands for several computes what any of them does.
     """
     given = _routed(argument)
-    routers = read(given.file)
+    if sources.read_routers is None:
+        raise InputError(f"policy l2c:{argument} decides by routers that torch wrote; compile a model with it")
+    routers = sources.read_routers(given.file)
     if len(routers.logits) != steps:
         count = len(routers.logits)
         raise InputError(f"{given.file} has routers for {count} steps, the sampler takes {steps}; set --steps {count}")

@@ -24,6 +24,7 @@ from ditc.compiler.watching import StepObserver, watch
 from ditc.errors import InputError
 from ditc.exporter.dit import DiT
 from ditc.policies import POLICIES, Policy, Watching
+from ditc.policy_sources import Sources
 from ditc.runtime.executor import seeded_noise
 from ditc.schedule import CacheSchedule
 from ditc.spec import ModelSpec
@@ -34,8 +35,10 @@ STEPS, IMAGES, WINDOW = 5, 3, 2
 SEEN: list[StepStatistics] = []  # by the policy of these tests
 
 
-def by_first_change(spec: ModelSpec, steps: int, argument: str | None, statistics: Any) -> CacheSchedule:
+def by_first_change(spec: ModelSpec, steps: int, argument: str | None, sources: Sources) -> CacheSchedule:
     """Reuse at every step that changes less than `argument`, but the first."""
+    statistics = sources.statistics
+    assert statistics is not None
     SEEN.append(statistics)
     changes = np.nanmean(statistics.relative[1:, 0], axis=1)
     rows = [True, *(bool(change >= float(argument or 0)) for change in changes)]
