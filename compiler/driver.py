@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
 from os import PathLike
@@ -17,7 +17,7 @@ import ditc
 from ditc.approximators import APPROXIMATORS
 from ditc.bundle import Bundle, open_bundle, read_tables
 from ditc.compiler.device_forms import lower_for_devices
-from ditc.compiler.examples import examples_of
+from ditc.compiler.examples import conditions_of
 from ditc.compiler.exporting import behaviour_digest, export, model_digest
 from ditc.compiler.fitting import approximate, fit
 from ditc.compiler.learning import LEARNED_ON, close_loop, learn, learned_plan, learns, sums_to_watch, watch_sums
@@ -30,7 +30,7 @@ from ditc.compiler.rotating import check_rotatable, rotate_segments
 from ditc.compiler.sealing import seal
 from ditc.compiler.smoothing import smooth, smoothed_plan
 from ditc.compiler.teaching import TAUGHT, Teacher, check_teachable, needs_teacher, teach
-from ditc.compiler.text import NO_TEXT, Text, export_text, text_of
+from ditc.compiler.text import NO_TEXT, Text, export_text
 from ditc.compiler.verifying import verify
 from ditc.compiler.watching import STATISTICS, WATCH_IMAGES, watch
 from ditc.compiler.work import WorkFolder, replaced, shared, work_folder
@@ -100,11 +100,7 @@ def compile_model(
     named_loras = loras_from(loras)
     opened = _opened(model, num_heads, vae, facts, named_loras)
     given = read_conditions(Path(conditions)) if isinstance(conditions, (str, PathLike)) else conditions
-    own_text = text_of(opened, given, prompts, wanted=text, progress=progress)
-    examples, assumed = examples_of(opened, given, own_text.encoded)
-    if assumed := (*own_text.assumptions, *assumed):
-        spec = opened.spec.model_copy(update={"assumptions": (*opened.spec.assumptions, *assumed)})
-        examples = replace(examples, spec=spec)
+    own_text, examples = conditions_of(opened, given, prompts, wanted=text, progress=progress)
     _tell(examples.spec, on_note)
     to_watch = plan_to_watch(opened, options, progress, examples)
     plan = make_plan(opened, options, progress, examples=examples) if to_watch is None else to_watch[0]

@@ -7,22 +7,45 @@ meets calibrate it for what it never does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditc.compiler.text import EncodedPrompts
+from ditc.compiler.text import EncodedPrompts, Text, text_of
 from ditc.errors import CheckpointError, InputError
+from ditc.progress import Progress, silent
 from ditc.requests import Examples, example_names
 from ditc.spec import LABEL, ModelSpec
 
-__all__ = ["examples_of"]
+__all__ = ["conditions_of", "examples_of"]
 
 EXAMPLES_ASKED = 64  # of a model that states any
 EXAMPLES_DRAWN = 16
 SEED = 5_000_003
+
+
+def conditions_of(
+    model: Any,
+    given: Mapping[str, Any] | None = None,
+    prompts: str | PathLike[str] | Sequence[str] | None = None,
+    *,
+    wanted: bool = True,
+    progress: Progress = silent,
+) -> tuple[Text, Examples]:
+    """Return a model's text encoders, where wanted, and its examples, whose spec says what was assumed of both.
+
+    `given` are a user's conditions, `prompts` a file or a list. Raises InputError where they don't fit the model.
+    """
+    text = text_of(model, given, prompts, wanted=wanted, progress=progress)
+    examples, assumed = examples_of(model, given, text.encoded)
+    if assumed := (*text.assumptions, *assumed):
+        spec = model.spec.model_copy(update={"assumptions": (*model.spec.assumptions, *assumed)})
+        examples = replace(examples, spec=spec)
+    return text, examples
 
 
 def examples_of(

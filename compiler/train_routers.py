@@ -7,8 +7,9 @@ At every second step, m, branch i gives w f(h) + (1 - w) f_s with f_s its output
     loss = mean (prediction - exact prediction)^2 + penalty * sum_i w_i        w = sigmoid(logit), logit in [-5, 5]
 
 An iteration runs a batch of new images through the whole FP trajectory, guidance and all, and moves the router of each
-such step once. So no data set is needed, and any sampler serves; the paper noises pictures of ImageNet instead. Its
-penalty, 1e-6 there, is worth what the model's own errors are: the first line says how large those are.
+such step once; a model of prompts is asked for those that a compile takes. So no data set is needed, and any sampler
+serves; the paper noises pictures of ImageNet instead. Its penalty, 1e-6 there, is worth what the model's own errors
+are: the first line says how large those are.
 
 Held at a time are the branches' outputs at one step and the stream in front of each branch: gradients compute branches
 anew, one at a time. After every iteration FILE.progress is written, from which the same command goes on, with the
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ditc.compiler.examples import conditions_of
 from ditc.compiler.exporting import model_digest
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan
@@ -104,7 +106,9 @@ class RouterTraining:
     def __post_init__(self) -> None:
         recipe = self.recipe
         options = CompileOptions(policy="none", precision="fp32", steps=recipe.steps, cfg=recipe.cfg, seed=recipe.seed)
-        self.plan = make_plan(self.model, options.model_copy(update={"sampler": recipe.sampler}))
+        _, examples = conditions_of(self.model)
+        options = options.model_copy(update={"sampler": recipe.sampler})
+        self.plan = make_plan(self.model, options, examples=examples)
         branches = len(self.plan.spec.branches)
         if not branches:
             raise InputError(f"{self.plan.spec.name} has no branches, so there is nothing to route")
@@ -164,7 +168,7 @@ class RouterTraining:
 
     def key(self) -> str:
         """Return a digest of all that a training which goes on must agree with."""
-        return digest_of([model_digest(self.model), asdict(self.recipe)])
+        return digest_of([model_digest(self.model), asdict(self.recipe), self.plan.examples.digests])
 
     def save(self, path: Path) -> None:
         """Write down where the training is, whole or not at all."""
@@ -188,7 +192,15 @@ class RouterTraining:
 
 
 def train(training: RouterTraining, iterations: int, out: Path, say: Callable[[str], None]) -> Routers:
-    """Train until so many iterations are done, and write the routers; says how it goes, and how long it will take."""
+    """Train until so many iterations are done, and write the routers; says how it goes, and how long it will take.
+
+    Raises InputError for less than one iteration, whose routers nobody trained, and for the progress of another
+    training.
+    """
+    if iterations < 1:
+        raise InputError(f"--iterations takes 1 or more, found {iterations}")
+    for note in training.plan.spec.notes:
+        say(note)
     progress = out.with_name(f"{out.name}.progress")
     training.resume(progress)
     started, first = time.monotonic(), training.iteration

@@ -16,7 +16,10 @@ from ditc.errors import InputError
 from ditc.exporter.dit import DiT
 from ditc.exporter.protocol import composed, example_inputs, step_tables
 from ditc.exporter.router_files import read_routers
+from ditc.exporter.shipped_prompts import shipped_prompts
 from ditc.policies import schedule_for
+from tests.models import pixart
+from tests.models.captioned import captioned
 from tests.models.two_streams import dual
 
 QUICK = Recipe(steps=4, batch=2, rate=0.2, penalty=0.0)
@@ -49,6 +52,25 @@ def test_a_score_of_1_is_the_model_and_one_of_0_what_was_cached(
         assert not torch.allclose(blended(model, inputs, one, low), blended(model, inputs, other, low))
         half, whole = (blended(model, inputs, one, torch.cat([low[:1], rest])) for rest in (high[1:], low[1:]))
         assert not torch.allclose(half, whole)
+
+
+@pytest.mark.parametrize("kind", ["two streams", "prompts", "PixArt"])
+def test_every_kind_of_model_is_blended_from_its_own_trajectory(kind: str) -> None:
+    model: Any = {"two streams": dual, "prompts": captioned, "PixArt": lambda: pixart.model("pixels")}[kind]().eval()
+    training = RouterTraining(model, Recipe(steps=4, batch=2, penalty=0.0))
+    for value, small in ((200.0, True), (-200.0, False)):
+        with torch.no_grad():
+            for row in training.logits.values():
+                row.fill_(value)
+        assert (training.advance()["error"] < 1e-9) == small
+
+
+def test_a_model_of_prompts_is_asked_for_what_a_compile_asks(tmp_path: Path) -> None:
+    training = RouterTraining(captioned(), Recipe(steps=3, batch=1))
+    assert training.plan.examples.prompts == shipped_prompts()
+    lines: list[str] = []
+    train(RouterTraining(pixart.model("pixels"), Recipe(steps=3, batch=1)), 1, tmp_path / "r.pt", lines.append)
+    assert lines[0].startswith("assumed: what text, null_text")
 
 
 def test_the_loss_falls_and_the_weights_stay(make_small_model: Callable[[], DiT], tmp_path: Path) -> None:
@@ -100,6 +122,7 @@ def test_the_progress_of_another_training_is_refused(make_small_model: Callable[
     ("options", "said"),
     [
         (["nowhere.pt"], "no such checkpoint: nowhere.pt"),
+        (["digits", "--iterations", "0"], "--iterations takes 1 or more, found 0"),
         (["digits", "--batch", "0"], "--batch takes a number of 1 or more, found 0"),
         (["digits", "--penalty", "nan"], "--penalty takes a number of 0 or more, found nan"),
         (["digits", "--steps", "1"], "--steps must be at least 2, found 1"),
