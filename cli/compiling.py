@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -73,23 +74,23 @@ def compile_command(
 @out_option("Folder for the results.", default=Path("out/demo"), show_default=True)
 @takes(options=CompileOptions)
 @as_json
-def demo_command(model: str, out: Path, options: CompileOptions, json_: bool) -> None:
+def demo_command(model: BuiltIn, out: Path, options: CompileOptions, json_: bool) -> None:
     """Compile a built-in model and hold it against plain torch: a picture and a table.
 
     MODEL is digits unless given; emoji draws twelve prompts, at 25 steps, guidance 2 and 256 points unless you say
     otherwise.
     """
+    from ditc.quality.demo import run_demo
+    from ditc.quality.prompt_demo import run_prompt_demo
+
+    demos: dict[BuiltIn, tuple[Callable[..., Any], Callable[[Any], None]]] = {
+        "digits": (run_demo, print_demo),
+        "emoji": (run_prompt_demo, print_prompt_demo),
+    }
+    run, show = demos[model]
     with progress_on_stderr() as progress:
-        if model == "digits":
-            from ditc.quality.demo import run_demo
-
-            demo = run_demo(out, options, progress)
-            print_record(demo) if json_ else print_demo(demo)
-        else:
-            from ditc.quality.prompt_demo import run_prompt_demo
-
-            drawn = run_prompt_demo(out, options, progress)
-            print_record(drawn) if json_ else print_prompt_demo(drawn)
+        demo = run(out, options, progress)
+    print_record(demo) if json_ else show(demo)
 
 
 @click.command("build", cls=Command)

@@ -138,7 +138,7 @@ def _prompt_list(given: str | PathLike[str] | Sequence[str] | None, model: Any =
     """
     if given is None and hasattr(model, "example_prompts"):
         try:
-            return PromptList(f"captions of {model.spec.name}", _one_liners(model.example_prompts()))
+            return PromptList(f"examples of {model.spec.name}", _one_liners(model.example_prompts()))
         except InputError as e:
             raise CheckpointError(f"example_prompts() of {model.spec.name}: {e}") from e
     if given is None:

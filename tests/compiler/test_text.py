@@ -68,7 +68,7 @@ class Asked(Captioned):
 def test_a_model_that_says_what_it_is_asked_for_is_compiled_on_that() -> None:
     model = seeded(Asked)
     own, others = texts(model).prompts, texts(model, prompts=["a cat"]).prompts
-    assert own == PromptList(f"captions of {model.spec.name}", ("a red apple", "a rocket"))
+    assert own == PromptList(f"examples of {model.spec.name}", ("a red apple", "a rocket"))
     assert others == PromptList("a list", ("a cat",))
 
 

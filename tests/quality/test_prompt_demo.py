@@ -46,7 +46,7 @@ def test_a_bundle_draws_prompts_as_torch_draws_them(exact: Bundle) -> None:
 
 def test_it_was_compiled_with_captions_of_its_own(exact: Bundle) -> None:
     assert exact.manifest.prompts is not None
-    assert exact.manifest.prompts.source == "captions of emoji"
+    assert exact.manifest.prompts.source == "examples of emoji"
     assert exact.examples().prompts == typical_captions()
 
 
