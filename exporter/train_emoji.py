@@ -20,6 +20,7 @@ import io
 import json
 import platform
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,6 +31,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from ditc.errors import DitcError, InputError
 from ditc.exporter.emoji_captions import TONES, tone_words
 from ditc.exporter.emoji_data import Emoji, Split, emoji_archive, read_emoji, split_of
 from ditc.exporter.emoji_model import build_emoji_model, float16_bytes, load_float16, train_tokenizer
@@ -66,6 +68,7 @@ class Checkpoints:
         if self.path.is_file():
             training.restore(torch.load(self.path, map_location="cpu", weights_only=True))
         elif begin is not None:
+            check_begins(begin, self.folder)
             training.begin_with(load(begin.read_bytes()), json.loads(record_of(begin).read_text()))
 
     def keep_average(self, training: Training) -> None:
@@ -137,6 +140,18 @@ def write_result(training: Training, split: tuple[Pictures, Pictures], tokenizer
     atomic_write(record_of(path), (json.dumps(record, indent=1) + "\n").encode())
 
 
+def check_begins(begin: Path, folder: Path) -> None:
+    """Raise InputError where weights to begin with lack what lies beside them, or `folder` has another tokenizer."""
+    for path in (begin, record_of(begin), tokenizer_beside(begin)):
+        if not path.is_file():
+            raise InputError(
+                f"there is no {path}, which --begin {begin} needs; expected what --out of a training wrote"
+            )
+    own = folder / "tokenizer.json"
+    if own.is_file() and json.loads(own.read_bytes()) != json.loads(tokenizer_beside(begin).read_bytes()):
+        raise InputError(f"{own} is another tokenizer than that of {begin}; take another --work")
+
+
 def tokenizer_beside(weights: Path) -> Path:
     """Return the place of the tokenizer of some weights."""
     return weights.with_name(f"{weights.stem}_tokenizer.json")
@@ -157,6 +172,7 @@ def tokenizer_of(folder: Path, split: Split, begin: Path | None = None) -> Any:
 
     path = folder / "tokenizer.json"
     if not path.is_file() and begin is not None:
+        check_begins(begin, folder)
         atomic_write(path, tokenizer_beside(begin).read_bytes())
     if not path.is_file():
         plain = [caption for one in split.train if not one.tone for caption in one.captions]
@@ -198,8 +214,16 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train from the checkpoint in the folder, or from the beginning."""
-    options = _options()
+    """Train from the checkpoint in the folder, from weights that were trained before, or from the beginning."""
+    try:
+        run(_options())
+    except DitcError as e:
+        sys.stderr.write(f"{e}\n")
+        raise SystemExit(2) from e
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train as the command line says."""
     split = split_of(read_emoji(emoji_archive(options.work)))
     tokenizer = tokenizer_of(options.work, split, options.begin)
     recipe = Recipe(options.steps, options.decay, options.batch, options.rate, options.warmup)

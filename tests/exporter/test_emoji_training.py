@@ -135,6 +135,10 @@ def test_a_training_goes_on_from_the_weights_that_another_ended_with(tmp_path: P
     Checkpoints(tmp_path).resume(third, path)  # the checkpoint comes first
     assert (third.step, third.began) == (6, 4)
     assert torch.equal(run(third, 2), run(second, 2))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(InputError, match="is another tokenizer than that of"):
+        Checkpoints(tmp_path).resume(Training(recipe(), bfloat16=False), path)
     with pytest.raises(InputError, match="weights to begin with are of another recipe"):
         Checkpoints(tmp_path / "new").resume(Training(recipe(peak_rate=1.0), bfloat16=False), path)
 
@@ -252,6 +256,15 @@ def test_the_result_is_the_average_with_its_tokenizer_and_record(tmp_path: Path)
     assert record["loss_held_out"] == pytest.approx(measured_loss(model, pictures(3)))
     assert (record["steps"], record["decay"], record["pictures"]) == (8, 3, {"train": 6, "held_out": 3})
     assert (tmp_path / "emoji_tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("absent", ["emoji.safetensors", "emoji.training.json", "emoji_tokenizer.json"])
+def test_weights_to_begin_with_need_what_lies_beside_them(absent: str, tmp_path: Path) -> None:
+    for name in ("emoji.safetensors", "emoji.training.json", "emoji_tokenizer.json"):
+        if name != absent:
+            (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"there is no .*{absent}, which --begin"):
+        Checkpoints(tmp_path / "new").resume(Training(recipe(), bfloat16=False), tmp_path / "emoji.safetensors")
 
 
 def test_the_command_says_what_it_takes() -> None:
