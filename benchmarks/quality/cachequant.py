@@ -1,27 +1,21 @@
 """CacheQuant's rows beside those that they are held against, on the reference model: W8A8, DDIM-50, N = 3.
 
 Trials are those of `trial.py`, fewer and smaller than the experiment's: two seeds of 500 images say where to look, not
-what a default should be. Every trial is written when it is done, and the script goes on where it was stopped; `note` in
-the JSON says how many of them there are.
+what a default should be. Stopped and started again, it goes on (`trial_runs.py`).
 
-    PYTHONPATH=benchmarks/quality python benchmarks/quality/cachequant.py [--cells dps ...] [--minutes 30]
+    PYTHONPATH=benchmarks/quality python benchmarks/quality/cachequant.py [--cells "dps:3, hold" ...] [--hours 0.5]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from cells import Cell, Settings
-from trial import MODELS, digest_of_trial, trial, watched
+from trial import SUBJECTS, watched
+from trial_runs import run_trials
 
 from ditc.compiler.options import CompileOptions
-from ditc.files import atomic_write
-from ditc.machine import machine
 from ditc.policies import schedule_for
 
 HERE = Path(__file__).parent
@@ -43,47 +37,13 @@ ROWS: Mapping[str, Settings] = {
 CELLS = tuple(Cell("cachequant", name, "plain", {**DEFAULT, **row}, SEEDS, IMAGES) for name, row in ROWS.items())
 
 
-def computed_share(cell: Cell, seed: int, work: Path) -> float:
-    """Return the share of the branches' evaluations that compute."""
-    options, model = CompileOptions(**cell.every_setting, seed=seed), MODELS[cell.model]()
+def computed_share(cell: Cell, seed: int, work: Path) -> dict[str, float]:
+    """Return the share of the branches' evaluations that compute, as `computed`."""
+    options, model = CompileOptions(**cell.every_setting, seed=seed), SUBJECTS[cell.model].open()
     schedule = schedule_for(options.policy, model.spec, options.steps, watched(model, options, work))
-    return schedule.computed_fraction
-
-
-def missing(rows: Mapping[str, Any], names: list[str]) -> Iterator[tuple[str, Cell, int]]:
-    """Yield trials that the results don't have, every cell's first seed first."""
-    for seed in range(SEEDS):
-        for cell in CELLS:
-            digest = digest_of_trial(cell, seed)
-            if cell.name in names and digest not in rows:
-                yield digest, cell, seed
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cells", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--minutes", type=float, default=600.0, help="no trial begins after that")
-    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="exports and FP images, kept")
-    parser.add_argument("--out", type=Path, default=HERE / "cachequant.json")
-    options = parser.parse_args()
-    work, until = options.work.resolve(), time.monotonic() + 60 * options.minutes
-    work.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, Any] = json.loads(options.out.read_text())["trials"] if options.out.exists() else {}
-    for digest, cell, seed in missing(rows, options.cells):
-        if time.monotonic() > until:
-            return
-        share = computed_share(cell, seed, work)
-        row = {"name": cell.name, "settings": dict(cell.settings), "seed": seed, "computed": share}
-        rows[digest] = row | trial(cell, seed, work)
-        write(options.out, rows)
-        print(f"{cell.name}, seed {seed}: {share:.3f} computed, PSNR {rows[digest]['psnr_db']:.2f} dB", flush=True)
-
-
-def write(out: Path, rows: Mapping[str, Any]) -> None:
-    note = f"a first look: {len(rows)} of {len(CELLS) * SEEDS} trials, at most {SEEDS} seeds of {IMAGES} images each"
-    results = {"note": note, "machine": machine().model_dump(), "trials": dict(sorted(rows.items()))}
-    atomic_write(out, json.dumps(results, indent=0).encode() + b"\n")
+    return {"computed": schedule.computed_fraction}
 
 
 if __name__ == "__main__":
-    main()
+    note = f"a first look: at most {SEEDS} seeds of {IMAGES} images each"
+    run_trials(CELLS, {"note": note}, HERE / "cachequant.json", Path("out/quality"), computed_share)

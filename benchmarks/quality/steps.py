@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from cells import BASE, Cell
 from step_cells import GROUPS, SEEDS, STEP_CELLS, known
-from trial import MODELS, THREADS, compiled_segments, digest_of_trial, exported, seed_images
+from trial import SUBJECTS, THREADS, compiled_segments, digest_of_trial, exported, seed_images
 
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.plan import Plan
@@ -73,7 +73,7 @@ def step_trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     """Return the measures of one trial, and the seconds of one core that it took."""
     start = time.process_time()
     options = CompileOptions(**cell.every_setting, seed=seed)
-    plan = replace(make_plan(MODELS[cell.model](), options), threads=THREADS)
+    plan = replace(make_plan(SUBJECTS[cell.model].open(), options), threads=THREADS)
     with TemporaryDirectory(dir=work) as temporary:
         plan, segments, tables = compiled_segments(plan, exported(cell.model, plan, work), Path(temporary))
         images = seed_images(plan, plan.program, segments, tables, seed, cell.images).images

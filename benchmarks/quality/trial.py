@@ -8,7 +8,7 @@ sealing into a bundle is left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from cells import Cell
 
 from ditc.approximators import APPROXIMATORS
 from ditc.bundle import read_tables
-from ditc.compiler.examples import examples_of
+from ditc.compiler.examples import conditions_of
 from ditc.compiler.exporting import export, model_digest
 from ditc.compiler.fitting import approximate, fit
 from ditc.compiler.learning import LEARNED_ON, close_loop, learn, learned_plan, learns, watch_sums
@@ -30,7 +30,6 @@ from ditc.compiler.pooling import select
 from ditc.compiler.quantizing import quantize
 from ditc.compiler.rotating import rotate_segments
 from ditc.compiler.smoothing import smooth, smoothed_plan
-from ditc.compiler.text import text_of
 from ditc.compiler.trajectories import executor
 from ditc.compiler.watching import STATISTICS, watch
 from ditc.compiler.work import replaced
@@ -39,7 +38,6 @@ from ditc.exporter.models import builtin_digits
 from ditc.exporter.stress import stressed
 from ditc.files import digest_of, in_turn
 from ditc.program import Program
-from ditc.progress import silent
 from ditc.quality.distributions import DistributionValues, Generated, RealSet, distribution_values
 from ditc.quality.features import DIGITS, open_extractor, real_features
 from ditc.requests import Examples
@@ -48,20 +46,34 @@ from ditc.runtime.executor import Samples, seeded_noise
 from ditc.step_statistics import StepStatistics
 from ditc.tables import Tables
 
-__all__ = ["MODELS", "compiled_segments", "digest_of_trial", "exported", "learned", "trial"]
+__all__ = ["SUBJECTS", "Subject", "compiled_segments", "digest_of_trial", "exported", "learned", "trial"]
 
 REVISION = 1  # goes up when something changes what a trial measures, and all of them are run again
-MODELS: dict[str, Callable[[], Any]] = {
-    "plain": builtin_digits,
-    "stressed": lambda: stressed(builtin_digits()),
-    EMOJI: builtin_emoji,
-}
-EXACT: Mapping[str, str] = {"stressed": "plain"}  # models whose FP images are another's: stress changes nothing there
-# settings of FP's side beside no cache and no integers, where they are not the cell's
-EXACT_SETTINGS: Mapping[str, Mapping[str, Any]] = {EMOJI: {"steps": 25, "sampler": "euler"}}
 BATCH = 50
 THREADS = 1  # a worker for each core: small products gain nothing from more
 WATCHED = 100  # images whose samples are kept after every step
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that trials are of: what opens it, and the row of FEATURES that its images are measured by.
+
+    `exact` names the model whose FP images they are held against, itself unless given, with the cell's settings but
+    for `exact_settings`. A trial of a model that is `trained_on` is named after its weights.
+    """
+
+    open: Callable[[], Any]
+    features: str = DIGITS
+    exact: str | None = None
+    exact_settings: Mapping[str, Any] = field(default_factory=dict)
+    trained_on: bool = False
+
+
+SUBJECTS: Mapping[str, Subject] = {
+    "plain": Subject(builtin_digits),
+    "stressed": Subject(lambda: stressed(builtin_digits()), exact="plain"),  # stress changes nothing in FP
+    EMOJI: Subject(builtin_emoji, features=EMOJI, exact_settings={"steps": 25, "sampler": "euler"}, trained_on=True),
+}
 
 
 @dataclass(frozen=True)
@@ -74,28 +86,25 @@ class SeedImages:
 
 def digest_of_trial(cell: Cell, seed: int) -> str:
     """Return the name of a trial: a digest of everything that decides its result."""
-    weights = [weights_of(cell.model)] if cell.model == EMOJI else []  # which are trained on and on
-    return digest_of([REVISION, cell.model, *weights, cell.every_setting, cell.images, seed])
+    return digest_of([REVISION, *named(cell.model), cell.every_setting, cell.images, seed])
 
 
 @cache
-def weights_of(model: str) -> str:
-    """Return a digest of a model's weights."""
-    return model_digest(MODELS[model]())
+def named(model: str) -> tuple[str, ...]:
+    """Return a model's name, with a digest of its weights where they may change."""
+    return (model, model_digest(SUBJECTS[model].open())) if SUBJECTS[model].trained_on else (model,)
 
 
 @cache
 def examples(model: str) -> Examples:
     """Return the conditions of a model's images: its classes in turn, or captions that its text encoder encodes."""
-    opened = MODELS[model]()
-    text = text_of(opened, None, None, wanted=True, progress=silent)
-    return examples_of(opened, None, text.encoded)[0]
+    return conditions_of(SUBJECTS[model].open())[1]
 
 
 def trial(cell: Cell, seed: int, work: Path) -> dict[str, Any]:
     """Return the measures of one trial and of FP on the same noise."""
     options = CompileOptions(**cell.every_setting, seed=seed)
-    model = MODELS[cell.model]()
+    model = SUBJECTS[cell.model].open()
     statistics = watched(model, options, work)
     plan = make_plan(model, options, statistics=statistics, examples=examples(cell.model))
     plan = replace(plan, threads=THREADS)
@@ -138,12 +147,11 @@ def watched(model: Any, options: CompileOptions, work: Path) -> StepStatistics |
 def exported(model: str, plan: Plan, work: Path) -> Segments:
     """Return the FP segments of a model, exported once for all programs that call the same."""
     shapes = [part.model_dump() for part in plan.cached_program.segments]
-    weights = [weights_of(model)] if model == EMOJI else []
-    folder = work / f"export-{digest_of([REVISION, model, *weights, shapes, plan.options.cfg])}"
+    folder = work / f"export-{digest_of([REVISION, *named(model), shapes, plan.options.cfg])}"
     with in_turn(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "parity.json").is_file():
             folder.mkdir(exist_ok=True)
-            export(plan, MODELS[model](), folder)
+            export(plan, SUBJECTS[model].open(), folder)
     return {call: folder / f"{call}.onnx" for call in plan.cached_program.calls}
 
 
@@ -154,7 +162,7 @@ def learned(plan: Plan, model: str, folder: Path) -> Plan:
     for name in (*LEARNED_ON, "learn"):
         (folder / name).mkdir()
     for name, purpose in LEARNED_ON.items():
-        watch_sums(plan, MODELS[model](), purpose, folder / name)
+        watch_sums(plan, SUBJECTS[model].open(), purpose, folder / name)
     learn(plan, [folder / name for name in LEARNED_ON], folder / "learn")
     return learned_plan(plan, folder / "learn")
 
@@ -207,17 +215,16 @@ def seed_images(plan: Plan, program: Program, segments: Segments, tables: Tables
 
 def exact_side(cell: Cell, seed: int, work: Path) -> SeedImages:
     """Return FP without a cache. Run once a sampler and seed."""
-    model = EXACT.get(cell.model, cell.model)
-    settings = {**cell.every_setting, **EXACT_SETTINGS.get(model, {})}
-    weights = [weights_of(model)] if model == EMOJI else []
-    key = [REVISION, model, *weights, settings["sampler"], settings["steps"], settings["cfg"], cell.images, seed]
+    model = SUBJECTS[cell.model].exact or cell.model
+    settings = {**cell.every_setting, **SUBJECTS[model].exact_settings}
+    key = [REVISION, *named(model), settings["sampler"], settings["steps"], settings["cfg"], cell.images, seed]
     path = work / f"fp-{digest_of(key)}.npz"
     with in_turn(path.with_name(f".{path.name}.lock")):
         if not path.is_file():
             without: dict[str, Any] = {"policy": "none", "reuse": "hold", "precision": "fp32", "float_steps": "none"}
             without |= {"smooth": "none", "rotate": None}
             options = CompileOptions(**{**settings, **without})
-            plan = replace(make_plan(MODELS[model](), options, examples=examples(model)), threads=THREADS)
+            plan = replace(make_plan(SUBJECTS[model].open(), options, examples=examples(model)), threads=THREADS)
             exact = seed_images(plan, plan.program, exported(model, plan, work), {}, seed, cell.images)
             np.savez(path, images=exact.images, steps=exact.steps)
     with np.load(path, allow_pickle=False) as arrays:
@@ -228,7 +235,7 @@ def measures(model: str, images: Samples) -> DistributionValues:
     """Measure images against the real ones of a model, over its classifier's features."""
     own = examples(model)
     shape = images.shape[1:]
-    extractor = open_extractor(EMOJI if model == EMOJI else DIGITS, shape)
+    extractor = open_extractor(SUBJECTS[model].features, shape)
     assert extractor.classes is not None
     prompts = own.in_turn(0, len(images)).prompts
     asked = np.array(own.spec.labels_in_turn(0, len(images))) if extractor.asked is None else extractor.asked(prompts)

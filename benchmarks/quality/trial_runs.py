@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,20 @@ from ditc.machine import machine
 __all__ = ["run_trials"]
 
 
-def run_trials(cells: Iterable[Cell], about: Mapping[str, Any], out: Path, work: Path) -> None:
+Beside = Callable[[Cell, int, Path], Mapping[str, Any]]
+
+
+def run_trials(
+    cells: Iterable[Cell], about: Mapping[str, Any], out: Path, work: Path, beside: Beside = lambda *_: {}
+) -> None:
     """Run every trial that `out` doesn't hold yet, and write it after each; stopped and started again, it goes on.
 
-    `about` stands in front of the trials. The command line may name other places, and hours after which none begins.
+    `about` stands in front of the trials, and each has what `beside` tells of (cell, seed, work). The command line may
+    name other places, some of the cells, and hours after which none begins.
     """
+    cells = list(cells)
     parser = argparse.ArgumentParser()
+    parser.add_argument("--cells", nargs="+", metavar="NAME", choices=[*dict.fromkeys(cell.name for cell in cells)])
     parser.add_argument("--hours", type=float, default=1000.0, help="no trial begins after that")
     parser.add_argument("--work", type=Path, default=work, help="exports and FP's images, kept")
     parser.add_argument("--out", type=Path, default=out)
@@ -31,14 +39,16 @@ def run_trials(cells: Iterable[Cell], about: Mapping[str, Any], out: Path, work:
     work, until = options.work.resolve(), time.monotonic() + options.hours * 3600
     work.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = json.loads(options.out.read_text())["trials"] if options.out.exists() else {}
-    todo = [each for each in in_order(cells) if each[0] not in rows]
+    asked = [cell for cell in cells if options.cells is None or cell.name in options.cells]
+    todo = [each for each in in_order(asked) if each[0] not in rows]
     for place, (digest, cell, seed) in enumerate(todo, 1):
         if time.monotonic() > until:
             return
         start = time.process_time()
-        result = trial(cell, seed, work)
+        result = {**beside(cell, seed, work), **trial(cell, seed, work)}
         seconds = round(time.process_time() - start, 1)
-        rows[digest] = {"settings": dict(cell.settings), "seed": seed, **result, "seconds": seconds}
+        which = {"model": cell.model, "name": cell.name, "settings": dict(cell.settings), "seed": seed}
+        rows[digest] = {**which, **result, "seconds": seconds}
         write(options.out, rows, about)
         told = f"{cell.group}, {cell.settings['policy']}, {cell.name}, seed {seed}"
         print(f"{place} of {len(todo)}: {told}: {result['psnr_db']:.2f} dB, {seconds} s", flush=True)

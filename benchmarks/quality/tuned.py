@@ -15,8 +15,8 @@ import json
 from itertools import product
 from pathlib import Path
 
-from cells import BASE, SAMPLERS, TUNED
-from trial import MODELS
+from cells import BASE, MODELS, SAMPLERS, TUNED
+from trial import SUBJECTS
 
 from ditc.compiler.options import CompileOptions
 from ditc.files import atomic_write
@@ -45,7 +45,7 @@ def searched(model: str, base: CompileOptions, out: Path) -> Tuning:
     def tell(trial: Trial) -> None:
         print(f"{model}, {base.sampler}: {described(trial)}", flush=True)
 
-    return tune_model(MODELS[model](), out, base, SEARCH, on_trial=tell)
+    return tune_model(SUBJECTS[model].open(), out, base, SEARCH, on_trial=tell)
 
 
 def main() -> None:
