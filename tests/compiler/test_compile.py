@@ -360,6 +360,7 @@ def test_settings_in_the_manifest_are_complete(bundles: dict[str, Bundle]) -> No
     settings = bundles["cached"].manifest.settings
     assert set(settings) == set(CompileOptions.model_fields) - {
         "correct",
+        "rotate",
         "shift",
         "sigmas",
         "watch_images",
