@@ -20,6 +20,7 @@ from ditc.errors import InputError, unknown_name
 
 __all__ = [
     "SELECTORS",
+    "TIME_GROUPS",
     "SelectionOptions",
     "Selector",
     "check_selector",
@@ -30,12 +31,15 @@ __all__ = [
 
 Indices = NDArray[np.int64]
 
+TIME_GROUPS = 10
+
 
 @dataclass(frozen=True)
 class SelectionOptions:
     """Numbers of points and clusters. The paper's are the defaults: 800 points, 3 to 10 a cluster.
 
-    `clusters` of None means one for every 8 points, which is the paper's 100 at 800 points.
+    `clusters` of None means one for every 8 points, which is the paper's 100 at 800 points. `steps` are those of the
+    trajectory, of None as many as the pool's points tell, and `time_groups` the groups that they are cut into.
     """
 
     points: int = 800
@@ -43,6 +47,8 @@ class SelectionOptions:
     least_per_cluster: int = 3
     most_per_cluster: int = 10
     seed: int = 0
+    steps: int | None = None
+    time_groups: int = TIME_GROUPS
     tap: TapSettings = field(default_factory=TapSettings)
 
     def __post_init__(self) -> None:
@@ -63,13 +69,27 @@ def random_points(pool: Pool, options: SelectionOptions) -> Indices:
 
 def uniform_time_points(pool: Pool, options: SelectionOptions) -> Indices:
     """Pick as many points from each step, at random within a step."""
-    shuffled = _rng(options).permutation(len(pool))
-    steps = pool.step[shuffled]
-    order = np.argsort(steps, kind="stable")
-    rank = np.empty(len(pool), np.int64)  # a point's place among those of its step
-    starts = np.searchsorted(steps[order], steps[order])
-    rank[order] = np.arange(len(pool)) - starts
-    return np.asarray(shuffled[np.lexsort((steps, rank))[: options.points]])
+    return _evenly(pool.step, options)
+
+
+def time_group_points(pool: Pool, options: SelectionOptions) -> Indices:
+    """Pick as many points from each group of neighbouring steps, at random within a group (TQ-DiT, arXiv 2502.04056).
+
+    Step i of n is in group i * time_groups // n. Where a group has too few, the others give more.
+    """
+    steps = options.steps or int(pool.step.max()) + 1
+    return _evenly(pool.step * options.time_groups // steps, options)
+
+
+def _evenly(groups: NDArray[np.int64], options: SelectionOptions) -> Indices:
+    """Pick as many points from each group, `groups` (n,), as long as it has some, at random within it."""
+    shuffled = _rng(options).permutation(len(groups))
+    groups = groups[shuffled]
+    order = np.argsort(groups, kind="stable")
+    rank = np.empty(len(groups), np.int64)  # a point's place among those of its group
+    starts = np.searchsorted(groups[order], groups[order])
+    rank[order] = np.arange(len(groups)) - starts
+    return np.asarray(shuffled[np.lexsort((groups, rank))[: options.points]])
 
 
 def kmeans_points(pool: Pool, options: SelectionOptions) -> Indices:
@@ -116,6 +136,7 @@ SELECTORS: dict[str, Selector] = {
     "tap": Selector(tap_points),
     "random": Selector(random_points),
     "uniform-time": Selector(uniform_time_points),
+    "time-groups": Selector(time_group_points),
     "kmeans": Selector(kmeans_points),
     "tap-activations": Selector(tap_activation_points, needs_peaks=True),
 }

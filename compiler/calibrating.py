@@ -77,7 +77,7 @@ def observation(plan: Plan, segments: Segments) -> tuple[ObservingBackend, Obser
     options = plan.options
     needed = SELECTORS[options.select].needs_peaks
     reads_alone = _reads_what_the_pool_has(options) and not RANGES[options.ranges].needs_gradients
-    calibrates = options.bits is not None and BINDINGS[options.scales].groups is not None and reads_alone
+    calibrates = options.bits is not None and BINDINGS[options.scales].time_groups is not None and reads_alone
     if not computes_all(plan) or not (calibrates or needed):
         return None
     model = load_graph(segments["full"])

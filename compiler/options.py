@@ -63,12 +63,14 @@ class CompileOptions(PartialRecord, Settings):
     compensates what holds without such noise. `vc_images` pairs fit the compensation, and as many others the numbers of
     `reuse` where it has any to fit; `verify_images` others check the result. `float_steps` is "none", or "FIRST:LAST":
     so many steps at either end have linear layers in floating point. `correct` is None or a row of CORRECTIONS, which
-    every product in integers gets. `rotate` is None, or the channels of a group, a power of two. `watch_images` of None
-    are those of the paper, and is no setting of a bundle whose policy looks at no images, unless its reuse learns from
-    as many.
+    every product in integers gets. `rotate` is None, or the channels of a group, a power of two. `time_groups` of
+    None are 10, or the steps where there are fewer. `watch_images` of None are those of the paper, and is no setting of
+    a bundle whose policy looks at no images, unless its reuse learns from as many.
     """
 
-    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"shift", "sigmas", "watch_images", "correct", "rotate"})
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset(
+        {"shift", "sigmas", "watch_images", "correct", "rotate", "time_groups"}
+    )
 
     steps: Annotated[int, Field(ge=2), Option("Denoising steps.")] = 50
     sampler: Annotated[SamplerName | None, Option("Sampler; default is the model's own.")] = None
@@ -144,8 +146,15 @@ class CompileOptions(PartialRecord, Settings):
     ranges: Annotated[RangeMethod, Option("How ranges are chosen.", group=INTEGERS)] = "mse"
     scales: Annotated[
         ScaleBinding,
-        Option("Activation scales: one for all steps, one for each, or of the tensor as it comes.", group=INTEGERS),
+        Option(
+            "Activation scales: of all steps, of groups of them, of each, or of the tensor as it comes.", group=INTEGERS
+        ),
     ] = "static"
+    time_groups: Annotated[
+        int | None,
+        Field(ge=1),
+        Option("Time groups of --scales and --select time-groups; default 10.", metavar="GROUPS", group=INTEGERS),
+    ] = None
     midpoint: Annotated[
         Midpoint,
         Option("Middle of the ranges; bounded: those after GELU begin at its least value.", group=INTEGERS),
@@ -209,6 +218,7 @@ class CompileOptions(PartialRecord, Settings):
         self._check_gradients_serve()
         self._check_products_are_corrected()
         self._check_rotates()
+        self._check_groups()
         if self.smooth not in (AUTO, "none") and self.bits is None:
             raise InputError(
                 f"--smooth {self.smooth} needs --precision w8a8, found {self.precision}: without INT8 there is nothing "
@@ -281,6 +291,19 @@ class CompileOptions(PartialRecord, Settings):
                 "leave one of them out"
             )
 
+    def _check_groups(self) -> None:
+        if self.time_groups is None:
+            return
+        if "time-groups" not in (self.scales, self.select):
+            raise InputError(
+                f"--time-groups {self.time_groups} is for --scales time-groups and --select time-groups, found "
+                f"--scales {self.scales} and --select {self.select}; leave it out, or choose one of them"
+            )
+        if self.time_groups > self.steps:
+            raise InputError(
+                f"--time-groups {self.time_groups} are more than the {self.steps} steps; give at most that many"
+            )
+
     def _check_has_integers(self, flag: str, given: str, default: str) -> None:
         if self.bits is None:
             raise InputError(
@@ -318,7 +341,21 @@ class CompileOptions(PartialRecord, Settings):
         from ditc.calib_data.tap import TapSettings
 
         tap = TapSettings(self.tap_alpha, self.tap_tau, self.tap_subsamples, self.tap_share)
-        return SelectionOptions(points=self.points, clusters=self.clusters, seed=self.seed, tap=tap)
+        return SelectionOptions(
+            points=self.points,
+            clusters=self.clusters,
+            seed=self.seed,
+            steps=self.steps,
+            time_groups=self.group_count,
+            tap=tap,
+        )
+
+    @property
+    def group_count(self) -> int:
+        """The time groups that the steps are cut into where something asks for them."""
+        from ditc.calib_data.selection import TIME_GROUPS
+
+        return self.time_groups or min(TIME_GROUPS, self.steps)
 
     def sampler_spec(self, default: SamplerSpec) -> SamplerSpec:
         """Return the model's sampler with the settings given. Raises InputError for one that does nothing for it."""

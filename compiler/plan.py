@@ -16,7 +16,7 @@ from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.guidance import Guidance
 from ditc.program import REUSE_ROWS, Program
 from ditc.progress import Progress
-from ditc.quantize.scale_binding import BINDINGS, Groups
+from ditc.quantize.scale_binding import BINDINGS, Groups, steps_in_time_groups
 from ditc.requests import Examples, Request
 from ditc.runtime.approximation import first_rows
 from ditc.spec import ModelSpec
@@ -97,9 +97,12 @@ class Plan:
 
     def scale_groups(self, calib: CalibSet) -> Groups | None:
         """Group the steps, (steps,): a group shares activation scales. None where nothing is calibrated."""
-        groups, steps = BINDINGS[self.options.scales].groups, self.program.steps
+        time_groups, steps = BINDINGS[self.options.scales].time_groups, self.program.steps
+        if time_groups is None:
+            return None
         quantizes = np.array([self.program.segment(step.segment).quantizes for step in steps])
-        return None if groups is None else groups(np.bincount(calib.step, minlength=len(steps)), quantizes)
+        points = np.bincount(calib.step, minlength=len(steps))
+        return steps_in_time_groups(points, quantizes, time_groups(len(steps), self.options.group_count))
 
     def labels(self, count: int) -> list[int]:
         """Return `count` classes, every class equally often, in a seeded order."""

@@ -81,7 +81,7 @@ def _value(name: str, width: int) -> ir.Value:
 
 def _scale_table(cases: list[Case], binding: str, bits: int) -> ScaleTable:
     """Return scales of STEP for the layers of a binding; a step of its own is the only one there is."""
-    by_step, calibrated = BINDINGS[binding].by_step, BINDINGS[binding].groups is not None
+    by_step, calibrated = BINDINGS[binding].by_step, BINDINGS[binding].time_groups is not None
     paths = {path: case for case in cases for path in case.outputs} if calibrated else {}
     return ScaleTable(
         method="max",

@@ -93,12 +93,12 @@ Compensation = Literal["auto", "none", Estimator]
 Precision = Literal["fp32", "fp16", "w8a8", "w7a8", "w4a8", "w8a6"]
 GradientRanges = Literal["fisher"]  # those that need gradients
 RangeMethod = Literal["max", "percentile", "mse", "entropy", GradientRanges]
-ScaleBinding = Literal["static", "per-step", "dynamic"]
+ScaleBinding = Literal["static", "time-groups", "per-step", "dynamic"]
 Midpoint = Literal["zero", "bounded"]
 ProductCorrection = Literal["dec-quant"]
 Transform = Literal["smooth", "balance"]
 Smoothing = Literal["auto", "none", Transform]
-Selector = Literal["tap", "random", "uniform-time", "kmeans", "tap-activations"]
+Selector = Literal["tap", "random", "uniform-time", "time-groups", "kmeans", "tap-activations"]
 PoolSteps = Literal["computed", "all", "uncached"]
 
 # of where a bundle runs, and is built

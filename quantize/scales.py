@@ -141,6 +141,6 @@ def _columns(readers: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
 
 def layers_without_scale(table: ScaleTable, linears: Iterable[Linear]) -> list[str]:
     """Paths of linear layers that a table knows nothing about."""
-    if BINDINGS[table.binding].groups is None:
+    if BINDINGS[table.binding].time_groups is None:
         return []
     return [linear.path for linear in linears if linear.path not in table.scales]

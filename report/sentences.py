@@ -86,6 +86,13 @@ def integers_sentence(report: Report) -> str:
     return "" if report.arithmetic is None else f" INT8 there: {report.arithmetic.text}."
 
 
+BINDINGS = {
+    "static": "one scale for all steps",
+    "time-groups": "scales of their own in each group of steps",
+    "per-step": "scales of their own at each step",
+}
+
+
 def _arithmetic(report: Report) -> str:
     precision, scales, asked = report.manifest.precision, report.manifest.scales, report.manifest.asked
     bits = PRECISIONS.get(precision)
@@ -94,7 +101,7 @@ def _arithmetic(report: Report) -> str:
     linear = "linear layers in INT8" if bits == INT8 else f"linear layers in INT8 of fewer bits ({precision})"
     if scales == "dynamic":
         return f"{linear} with scales of the tensor as it comes"
-    binding = "scales of their own at each step" if scales == "per-step" else "one scale for all steps"
+    binding = BINDINGS.get(scales, f"{scales} scales")
     ranges, select = proper_name(asked.ranges), proper_name(asked.select)
     points = f"{asked.points} points that {select} chose"
     return f"{linear} with {binding}, {ranges} ranges over {points}"

@@ -122,6 +122,21 @@ def test_uniform_time_takes_all_of_a_short_step_and_shares_the_rest_out() -> Non
     assert np.bincount(chosen.step).tolist() == [2] + [5] * 11
 
 
+@pytest.mark.parametrize(("steps", "counts"), [(None, [8] * 3), (STEPS, [8] * 3), (2 * STEPS, [12, 12])])
+def test_time_groups_give_equally_many_points_of_any_of_their_steps(steps: int | None, counts: list[int]) -> None:
+    options = SelectionOptions(points=24, steps=steps, time_groups=3)
+    chosen = select_points("time-groups", pool_of(), options)
+    groups = chosen.step * 3 // (steps or STEPS)
+    assert np.bincount(groups).tolist() == counts
+    assert len(np.unique(chosen.step[groups == 0])) > 1
+
+
+def test_as_many_time_groups_as_steps_give_points_like_uniform_time() -> None:
+    options = SelectionOptions(points=30, steps=STEPS, time_groups=STEPS)
+    grouped, of_each = (select_points(name, pool_of(), options) for name in ("time-groups", "uniform-time"))
+    assert grouped.digest == of_each.digest
+
+
 def test_random_does_not_favour_any_step() -> None:
     counts = sum(
         np.bincount(select_points("random", pool_of(), SelectionOptions(points=60, seed=seed)).step, minlength=STEPS)
@@ -180,7 +195,7 @@ def test_peaks_stay_with_their_points() -> None:
 
 
 def test_an_unknown_selector_lists_the_known_ones() -> None:
-    known = "kmeans, random, tap, tap-activations, uniform-time"
+    known = "kmeans, random, tap, tap-activations, time-groups, uniform-time"
     with pytest.raises(InputError, match=f"unknown selector 'tapp'; choose one of: {known}"):
         select_points("tapp", pool_of(), SelectionOptions(points=4))
     with pytest.raises(InputError, match=r"unknown selector 'tapp'"):

@@ -363,6 +363,7 @@ def test_settings_in_the_manifest_are_complete(bundles: dict[str, Bundle]) -> No
         "rotate",
         "shift",
         "sigmas",
+        "time_groups",
         "watch_images",
     }  # nothing asked for these
     sampler = settings["sampler"]

@@ -68,7 +68,7 @@ def layers(binding: str, midpoint: str, bits: Bits) -> ir.Model:
     for node in model.graph:
         node.metadata_props.update({BRANCH_KEY: "a", PATH_KEY: str(node.outputs[0].name)})
     ShapeInferencePass()(model)
-    by_step, calibrated = BINDINGS[binding].by_step, BINDINGS[binding].groups is not None
+    by_step, calibrated = BINDINGS[binding].by_step, BINDINGS[binding].time_groups is not None
     table = ScaleTable(
         method="max",
         segment_sha256="",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditc.quantize.midpoints import Range
-from ditc.quantize.scale_binding import LEAST_POINTS, neighbouring_steps, one_group
+from ditc.quantize.scale_binding import LEAST_POINTS, neighbouring_steps, steps_in_time_groups
 from ditc.quantize.scales import Origin, scale_table
 
 EVERY = np.ones(6, np.bool_)
@@ -45,11 +45,31 @@ def test_steps_before_the_first_that_quantizes_belong_to_it() -> None:
     assert groups([0, 0, 0, 5, 0, 6], np.array([False, False, False, True, False, True])) == [0, 0, 0, 0, 0, 1]
 
 
-def test_static_scales_have_one_group() -> None:
-    assert one_group(np.arange(6), EVERY).tolist() == [0] * 6
+def test_time_groups_cut_the_steps_evenly() -> None:
+    points = np.full(10, LEAST_POINTS)
+    cut = steps_in_time_groups(points, np.ones(10, np.bool_), 4)
+    assert cut.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
 
 
-@given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=60), st.integers(1, 20))
+def test_time_groups_begin_where_a_step_quantizes_and_have_enough_points() -> None:
+    points = np.array([8, 0, 0, 8, 0, 0, 8, 0, 0, 3])
+    quantizes = np.array([True, False, False] * 3 + [True])
+    assert steps_in_time_groups(points, quantizes, 5).tolist() == [0] * 3 + [1] * 3 + [2] * 4
+    assert steps_in_time_groups(points, quantizes, 2).tolist() == [0] * 6 + [1] * 4
+
+
+STEPS = st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=60)
+
+
+@given(STEPS)
+def test_as_many_time_groups_as_steps_are_groups_of_each_step_and_one_is_all(steps: list[tuple[int, bool]]) -> None:
+    points, quantizes = (np.array(column) for column in zip(*steps, strict=True))
+    of_each = steps_in_time_groups(points, quantizes, len(steps))
+    assert of_each.tolist() == neighbouring_steps(points, quantizes).tolist()
+    assert steps_in_time_groups(points, quantizes, 1).tolist() == [0] * len(steps)
+
+
+@given(STEPS, st.integers(1, 20))
 def test_groups_are_runs_of_steps_with_enough_points(steps: list[tuple[int, bool]], least: int) -> None:
     points, quantizes = (np.array(column) for column in zip(*steps, strict=True))
     group_of = neighbouring_steps(points, quantizes, least)
