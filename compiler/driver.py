@@ -54,7 +54,7 @@ __all__ = ["check_places", "compile_model", "model_spec"]
 # settings that decide which points calibrate
 SELECT_SETTINGS = {
     *("select", "points", "clusters", "pool_images", "pool_steps"),
-    *("tap_alpha", "tap_tau", "tap_subsamples", "tap_share"),
+    *("tap_alpha", "tap_tau", "tap_subsamples", "tap_share", "time_groups"),
 }
 
 
@@ -311,14 +311,20 @@ class _Compile:
         plan, options = self.plan, self.plan.options
         if not needs_teacher(options):
             return None
-        settings = [options.bits, options.ranges, options.scales, options.midpoint, options.float_steps]
+        settings = self._scale_settings
         return self.stage("teach", settings, lambda folder: teach(plan, teacher, segments, calib, folder)) / TAUGHT
+
+    @property
+    def _scale_settings(self) -> list[Any]:
+        """The settings that decide the scales of what linear layers read."""
+        options = self.plan.options
+        groups = [options.scales, options.time_groups]
+        return [options.bits, options.ranges, *groups, options.midpoint, options.float_steps]
 
     def quantize(self, segments: Segments, calib: Path, taught: Path | None) -> Segments:
         """Return the INT8 segments; those without a linear layer stay."""
         plan, options = self.plan, self.plan.options
-        settings = [options.bits, options.ranges, options.scales, options.midpoint, options.float_steps]
-        settings += [] if options.correct is None else [options.correct]
+        settings = [self._scale_settings, options.correct]
         rotated = self.rotate(segments, calib)
         compiled = self._replaced(
             "quantize", segments, settings, lambda folder: quantize(plan, segments, calib, folder, taught, rotated)
