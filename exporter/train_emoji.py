@@ -223,12 +223,14 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train as the command line says."""
+    """Train as the command line says; what it can't begin with is refused before anything is fetched."""
+    checkpoints = Checkpoints(options.work)
+    if options.begin is not None and not checkpoints.path.is_file():
+        check_begins(options.begin, options.work)
     split = split_of(read_emoji(emoji_archive(options.work)))
     tokenizer = tokenizer_of(options.work, split, options.begin)
     recipe = Recipe(options.steps, options.decay, options.batch, options.rate, options.warmup)
     training = Training(recipe, PRECISIONS[options.precision]())
-    checkpoints = Checkpoints(options.work)
     checkpoints.resume(training, options.begin)
     about = {
         "from": training.step,

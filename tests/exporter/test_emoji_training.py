@@ -270,3 +270,12 @@ def test_weights_to_begin_with_need_what_lies_beside_them(absent: str, tmp_path:
 def test_the_command_says_what_it_takes() -> None:
     command = [sys.executable, "-m", "ditc.exporter.train_emoji", "--help"]
     assert "--work" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_nothing_is_fetched_for_weights_that_a_training_can_not_begin_with(tmp_path: Path) -> None:
+    begin = ["--begin", str(tmp_path / "none.safetensors"), "--work", str(tmp_path / "work"), "--steps", "2"]
+    command = [sys.executable, "-m", "ditc.exporter.train_emoji", *begin]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"there is no {tmp_path / 'none.safetensors'}, which --begin")
+    assert not (tmp_path / "work").exists()
