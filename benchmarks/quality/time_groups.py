@@ -1,4 +1,4 @@
-"""Activation scales of groups of steps, and points from each, beside one scale and one for each step: DDIM-50, no cache.
+"""Scales of groups of steps, and points from each, beside one scale and one for each step: DDIM-50, no cache.
 
     PYTHONPATH=benchmarks/quality python benchmarks/quality/time_groups.py [--hours 0.5]
 
