@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from ditc.calib_data.pool import Pool
 from ditc.calib_data.tap import TapSettings, tap_embedding
+from ditc.calib_data.time_groups import TIME_GROUPS, time_groups_of
 from ditc.calibset import CalibSet
 from ditc.errors import InputError, unknown_name
 
 __all__ = [
     "SELECTORS",
-    "TIME_GROUPS",
     "SelectionOptions",
     "Selector",
     "check_selector",
@@ -30,8 +30,6 @@ __all__ = [
 ]
 
 Indices = NDArray[np.int64]
-
-TIME_GROUPS = 10
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,10 @@ def uniform_time_points(pool: Pool, options: SelectionOptions) -> Indices:
 def time_group_points(pool: Pool, options: SelectionOptions) -> Indices:
     """Pick as many points from each group of neighbouring steps, at random within a group (TQ-DiT, arXiv 2502.04056).
 
-    Step i of n is in group i * time_groups // n. Where a group has too few, the others give more.
+    Where a group has too few, the others give more.
     """
-    steps = options.steps or int(pool.step.max()) + 1
-    return _evenly(pool.step * options.time_groups // steps, options)
+    total = options.steps or int(pool.step.max()) + 1
+    return _evenly(time_groups_of(pool.step, total, options.time_groups), options)
 
 
 def _evenly(groups: NDArray[np.int64], options: SelectionOptions) -> Indices:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from ditc.approximators import APPROXIMATORS, canonical
+from ditc.calib_data.time_groups import TIME_GROUPS
 from ditc.choices import (
     AUTO,
     AutoCaches,
@@ -38,7 +39,7 @@ from ditc.spec import PartialRecord, SamplerSpec
 if TYPE_CHECKING:
     from ditc.calib_data.selection import SelectionOptions
 
-__all__ = ["AUTO", "CompileOptions"]
+__all__ = ["AUTO", "INTEGERS", "CompileOptions"]
 
 POOL_FACTOR = 4  # the pool holds about this many times the points that are selected from it
 
@@ -153,7 +154,11 @@ class CompileOptions(PartialRecord, Settings):
     time_groups: Annotated[
         int | None,
         Field(ge=1),
-        Option("Time groups of --scales and --select time-groups; default 10.", metavar="GROUPS", group=INTEGERS),
+        Option(
+            f"Time groups of --scales and --select time-groups; default {TIME_GROUPS}.",
+            metavar="GROUPS",
+            group=INTEGERS,
+        ),
     ] = None
     midpoint: Annotated[
         Midpoint,
@@ -353,8 +358,6 @@ class CompileOptions(PartialRecord, Settings):
     @property
     def group_count(self) -> int:
         """The time groups that the steps are cut into where something asks for them."""
-        from ditc.calib_data.selection import TIME_GROUPS
-
         return self.time_groups or min(TIME_GROUPS, self.steps)
 
     def sampler_spec(self, default: SamplerSpec) -> SamplerSpec:

@@ -19,14 +19,14 @@ cache over more steps stands against fewer steps. It measures nothing itself: `j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from statistics import median
 
 from ditc.compiler.options import CompileOptions
 from ditc.compiler.planning import SmallPoolError
-from ditc.errors import CheckError
+from ditc.errors import CheckError, InputError
 from ditc.passes import NoSumsError, NothingQuantizedError
 from ditc.quality.cached_steps import WORTH, Pace, PairWalk
 from ditc.quality.fewer_steps import PATIENCE, Reach, fewest_steps, halve
@@ -100,7 +100,8 @@ class Search:
         reaches = [] if self.solvers is None else fewest_steps(self.solvers, self._solved)
         pair = reaches[0].solver.at(reaches[0].start, self.base) if reaches else {}
         precise = [
-            self._try("quantizer", {"policy": "none", "vc": "none", **pair, **changes}) for changes in self._quantizers
+            self._try("quantizer", {"policy": "none", "vc": "none", **pair, **changes})
+            for changes in self._quantizers()
         ]
         best = self._enough_steps(max(precise, key=lambda trial: trial.psnr_db), self.solvers, reaches)
         best = self._with_fast_weights(self._precise_enough(best))
@@ -202,9 +203,22 @@ class Search:
             return trial.seconds, -trial.quality
         return self.pace.seconds(self._steps(trial), str(trial.changes["policy"])), -trial.quality
 
-    @property
     def _quantizers(self) -> Sequence[dict[str, str]]:
-        return QUANTIZERS if self.base.bits is not None else ({},)
+        """Return the quantizers that the base takes, and note why it doesn't take the others."""
+        if self.base.bits is None:
+            return ({},)
+        refusals = [self._refusal(changes) for changes in QUANTIZERS]
+        for refusal in filter(None, refusals):
+            self._note(f"a quantizer is not tried: {refusal}")
+        return [changes for changes, refusal in zip(QUANTIZERS, refusals, strict=True) if refusal is None]
+
+    def _refusal(self, changes: Mapping[str, str]) -> str | None:
+        """Return the line that settings contradict each other in, with some changes to the base; None where none do."""
+        try:
+            self.base.model_copy(update=changes)
+        except InputError as e:
+            return str(e)
+        return None
 
     def _ends(self, steps: int) -> Iterator[tuple[int, int]]:
         """Steps at both ends, together fewer than half of all."""

@@ -13,11 +13,12 @@ from itertools import product
 
 import numpy as np
 
-from ditc.compiler.options import CompileOptions
+from ditc.compiler.options import INTEGERS, CompileOptions
 from ditc.compiler.planning import trajectory_table
 from ditc.errors import InputError
 from ditc.quality.options import TuneOptions
 from ditc.quality.trials import Changes, settings_text
+from ditc.settings import options_of
 from ditc.spec import FORMULAS, ModelSpec
 from ditc.tables import Tables
 
@@ -31,14 +32,10 @@ FEWEST = 5  # steps that are tried without being asked for
 # settings of a compile that are of formulas alone, and of samplers that are read off alone
 OF_FORMULAS, OF_READ_OFF = ("variance", "eta", "clip"), ("sigmas", "shift")
 SOLVER_SETTINGS = ("sampler", "spacing", "steps", *OF_FORMULAS, *OF_READ_OFF)
-# settings that a compile without integers refuses, as it has them
-WITHOUT_INTEGERS: Mapping[str, str] = {
+# settings that a compile without integers refuses, as it has them: those that are of integers, at their defaults
+WITHOUT_INTEGERS: Mapping[str, str | None] = {
     "precision": "fp32",
-    "ranges": "mse",
-    "scales": "static",
-    "midpoint": "zero",
-    "smooth": "auto",
-    "float_steps": "none",
+    **{name: field.default for name, field, option in options_of(CompileOptions) if option.group == INTEGERS},
 }
 
 
@@ -124,8 +121,8 @@ def _table_of(spec: ModelSpec, base: CompileOptions) -> Callable[[Solver, int], 
 
     @cache
     def table_of(solver: Solver, steps: int) -> Tables | str:
-        changed = base.model_copy(update={**solver.changes, "steps": steps})
         try:
+            changed = base.model_copy(update={**solver.changes, "steps": steps})
             return trajectory_table(spec.diffusion, changed.sampler_spec(spec.sampler), steps)
         except InputError as e:
             return str(e)

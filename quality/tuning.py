@@ -88,6 +88,7 @@ def tune_model(
     target = Path(out).absolute()
     check_sources(options.features, options.real)
     check_places(target, None, force=force)
+    base = base.model_copy(update={"watch_images": None})  # of a policy or a reuse, and both are searched
     work = target.with_name(f".{target.name}.tune")
     seven_bits = seven_bits_may_pay(base)
     subject = Subject(model, num_heads, vae, conditions, prompts, text, facts, loras_from(loras), on_note)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ditc.calib_data.time_groups import time_groups_of
 from ditc.quantize.linears import Linear
 from ditc.quantize.scale_sources import largest_magnitude, step_magnitude
 from ditc.quantize.scale_table import ScaleTable
@@ -42,13 +43,13 @@ class ScaleBinding:
 
 
 def steps_in_time_groups(points: NDArray[np.int64], quantizes: NDArray[np.bool_], count: int) -> Groups:
-    """Cut the steps into `count` time groups: step i of n is in group i * count // n, the first of 0.
+    """Cut the steps into `count` time groups of the same length.
 
     `points` are the calibration points of each step, `quantizes` whether it does, both (steps,). A group without a step
     that quantizes belongs to the one before, and one with too few points is joined with its neighbours.
     """
     quantizing = np.flatnonzero(quantizes)
-    time = quantizing * count // len(points)
+    time = time_groups_of(quantizing, len(points), count)
     begins = np.zeros(len(points), np.bool_)
     begins[quantizing[np.diff(time, prepend=-1) > 0]] = True
     return neighbouring_steps(points, begins)

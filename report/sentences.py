@@ -11,8 +11,10 @@ from ditc.errors import BundleError
 from ditc.precision import INT8, PRECISIONS
 from ditc.report.facts import Drift, Fidelity, Report, Speed
 from ditc.report.wording import megabytes
+from ditc.tables import DYNAMIC
 
 __all__ = [
+    "SCALES_IN_WORDS",
     "integers_sentence",
     "key_figures",
     "machine_sentence",
@@ -22,6 +24,12 @@ __all__ = [
 ]
 
 FLOAT32_BYTES = 4
+SCALES_IN_WORDS = {
+    "static": "one scale for all steps",
+    "time-groups": "scales of their own in each group of steps",
+    "per-step": "scales of their own at each step",
+    DYNAMIC: "scales of the tensor as it comes",
+}
 
 Figure = tuple[str, str, str]  # a number, its unit, what it is
 
@@ -86,22 +94,15 @@ def integers_sentence(report: Report) -> str:
     return "" if report.arithmetic is None else f" INT8 there: {report.arithmetic.text}."
 
 
-BINDINGS = {
-    "static": "one scale for all steps",
-    "time-groups": "scales of their own in each group of steps",
-    "per-step": "scales of their own at each step",
-}
-
-
 def _arithmetic(report: Report) -> str:
     precision, scales, asked = report.manifest.precision, report.manifest.scales, report.manifest.asked
     bits = PRECISIONS.get(precision)
     if bits is None:
         return {"fp32": "everything in float32", "fp16": "float16 where the target has it"}.get(precision, precision)
     linear = "linear layers in INT8" if bits == INT8 else f"linear layers in INT8 of fewer bits ({precision})"
-    if scales == "dynamic":
-        return f"{linear} with scales of the tensor as it comes"
-    binding = BINDINGS.get(scales, f"{scales} scales")
+    binding = SCALES_IN_WORDS.get(scales, f"{scales} scales")
+    if scales == DYNAMIC:
+        return f"{linear} with {binding}"
     ranges, select = proper_name(asked.ranges), proper_name(asked.select)
     points = f"{asked.points} points that {select} chose"
     return f"{linear} with {binding}, {ranges} ranges over {points}"

@@ -13,6 +13,7 @@ from ditc.compiler import driver
 from ditc.compiler.driver import compile_model
 from ditc.compiler.options import CompileOptions
 from tests.conftest import BUNDLES, QUICK, small_model
+from tests.other_settings import OTHERS, another
 
 KINDS: dict[str, dict[str, Any]] = {
     "float-ends": BUNDLES["float-ends"],
@@ -20,36 +21,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "gradients": {"policy": "fora:2", "ranges": "fisher", "scales": "time-groups", "select": "time-groups"},
     "closed": {"policy": "fora:2", "reuse": "learned:closed", "vc": "std", "precision": "fp32"},
     "uncached": {"policy": "none", "pool_steps": "all", "smooth": "none", "select": "tap-activations"},
-}
-# another value of each setting that a stage reads, the first that is not refused beside the others
-OTHERS: dict[str, tuple[Any, ...]] = {
-    "batch": (3,),
-    "cfg": (2.5,),
-    "clusters": (3,),
-    "correct": ("dec-quant", None),
-    "midpoint": ("bounded", "zero"),
-    "points": (9,),
-    "policy": ("fora:3", "none"),
-    "pool_images": (40,),
-    "pool_steps": ("all", "computed"),
-    "precision": ("w7a8", "w8a8", "fp16"),
-    "ranges": ("max", "mse"),
-    "reuse": ("affine", "variance", "affine:open", "learned", "hold"),
-    "rotate": (8, 16, None),
-    "scales": ("per-step", "static"),
-    "seed": (5,),
-    "select": ("random", "tap"),
-    "smooth": ("balance", "none"),
-    "steps": (8,),
-    "tap_alpha": (0.25,),
-    "tap_share": (0.5,),
-    "tap_subsamples": (2,),
-    "tap_tau": (2.0,),
-    "time_groups": (3, None),
-    "vc": ("lsq", "std"),
-    "vc_images": (3,),
-    "verify_images": (3,),
-    "watch_images": (3, None),
 }
 HARMLESS = {
     # whether the pool is looked at on the way: what was seen there is held to the settings by who takes it
@@ -123,20 +94,6 @@ def stages(monkeypatch: pytest.MonkeyPatch, exports: Path) -> Iterator[Run]:
     READS.clear()
 
 
-def others(settings: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The settings with another value of one, None where all are refused beside the rest."""
-    before = getattr(CompileOptions(**{**QUICK.model_dump(), **settings}), name)
-    for value in OTHERS[name]:
-        changed = {**settings, name: value}
-        try:
-            if value != before:
-                CompileOptions(**{**QUICK.model_dump(), **changed})
-                return changed
-        except driver.InputError:
-            continue
-    return None
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stage_is_made_again_when_a_setting_that_it_reads_changes(kind: str, tmp_path: Path, stages: Run) -> None:
     keys, folders = stages(KINDS[kind], tmp_path / "b", None)
@@ -144,10 +101,14 @@ def test_a_stage_is_made_again_when_a_setting_that_it_reads_changes(kind: str, t
     assert "verify_images" in read["verify"]
     stale = set()
     for field in sorted(set().union(*read.values())):
-        other = others(KINDS[kind], field)
+        other = another(CompileOptions(**{**QUICK.model_dump(), **KINDS[kind]}), field)
         if other is None:
             continue
-        changed, _ = stages(other, tmp_path / field, folders)
+        changed, _ = stages({**KINDS[kind], **other}, tmp_path / field, folders)
         readers = {name for name, fields in read.items() if field in fields and name in changed}
         stale |= {(name, field) for name in readers if changed[name] == keys[name]}
     assert stale - HARMLESS == set()
+
+
+def test_every_setting_has_another_value() -> None:
+    assert set(OTHERS) == set(CompileOptions.model_fields)

@@ -12,6 +12,7 @@ from ditc.errors import CheckError, InputError
 from ditc.passes import NoSumsError, NothingQuantizedError
 from ditc.quality.options import TuneOptions
 from ditc.quality.search import Search, Trial, pareto_front
+from tests.other_settings import another
 
 OPTIONS = TuneOptions(least_psnr_db=30.0, intervals=(2, 3, 4, 5, 6))
 BASE = CompileOptions()
@@ -158,6 +159,24 @@ def test_an_interval_that_can_not_be_calibrated_is_left_out_and_the_reason_given
     search.explore()
     assert {t.changes["policy"] for t in search.measured} == {"none", "fora:2", "fora:4", "fora:5", "fora:6"}
     assert search.notes == ["--policy fora:3 is not tried: too little here"]
+
+
+@pytest.mark.parametrize("name", [name for name in CompileOptions.model_fields if name != "watch_images"])
+def test_every_candidate_agrees_with_every_setting_of_the_base(name: str) -> None:
+    base = BASE.model_copy(update=another(BASE, name) or {})
+
+    def judge(stage: str, changes: dict[str, str]) -> Trial:
+        base.model_copy(update=changes)
+        return trial(changes, 1 / interval_of(changes), 40, stage)
+
+    Search(base, OPTIONS, judge, lambda _: 0).explore()
+
+
+@pytest.mark.parametrize("settings", [{"correct": "dec-quant"}, {"precision": "w8a6"}])
+def test_a_quantizer_that_the_base_does_not_take_is_left_out_and_the_reason_given(settings: dict[str, str]) -> None:
+    search = searched(lambda _: 40, base=BASE.model_copy(update=settings))
+    assert {t.changes["scales"] for t in search.measured} == {"static"}
+    assert [note for note in search.notes if "a quantizer is not tried: --" in note and "per-step" in note]
 
 
 def with_seven_bits(seconds: float, psnr: float, seven_bits: bool = True) -> Search:

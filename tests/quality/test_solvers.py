@@ -13,6 +13,7 @@ from ditc.errors import InputError
 from ditc.quality.options import TuneOptions
 from ditc.quality.solvers import FEWEST, Solver, Solvers, falling_counts, in_floats, solvers_of
 from ditc.spec import DiffusionSpec, ModelSpec, SamplerSpec, SchedulerSpec
+from tests.other_settings import another
 
 BASE = CompileOptions()
 OPTIONS = TuneOptions(worse_by=0.1)
@@ -142,6 +143,20 @@ def test_every_base_runs_in_floating_point(base: CompileOptions) -> None:
     assert floats.bits is None
     assert floats.policy == "none"
     assert floats.precision == (base.precision if base.bits is None else "fp32")
+
+
+@pytest.mark.parametrize("name", [name for name in CompileOptions.model_fields if name != "watch_images"])
+@pytest.mark.parametrize("base", [CompileOptions(), CompileOptions(scales="time-groups", time_groups=5)])
+def test_every_setting_of_a_base_lets_it_run_in_floating_point(base: CompileOptions, name: str) -> None:
+    changed = base.model_copy(update=another(base, name) or {})
+    assert changed.model_copy(update=in_floats(changed)).bits is None
+
+
+def test_steps_that_a_setting_of_the_base_does_not_take_are_left_out() -> None:
+    base = CompileOptions(select="time-groups", time_groups=30)
+    solvers, _ = solvers_of(model(), base, OPTIONS)
+    assert solvers is not None
+    assert min(steps for steps in solvers.counts if solvers.takes(Solver(), steps)) >= 30
 
 
 def test_a_solver_is_the_same_as_another_of_its_settings() -> None:

@@ -19,6 +19,7 @@ import ditc.runtime.pipeline as pipeline
 import ditc.spec as spec
 from ditc.bundle import Bundle, Manifest, open_bundle, seal_bundle, write_tables
 from ditc.calibset import CalibSet
+from ditc.choices import ScaleBinding, names_of
 from ditc.cli.main import run
 from ditc.engines.onnxrt import OnnxRuntimeBackend
 from ditc.errors import CheckError, InputError
@@ -32,7 +33,7 @@ from ditc.report.gathering import check_report, default_page, report_bundle
 from ditc.report.options import ReportOptions
 from ditc.report.page import page_from_report
 from ditc.report.samples import gain_for
-from ditc.report.sentences import program_sentence
+from ditc.report.sentences import SCALES_IN_WORDS, program_sentence
 from ditc.report.tables import segment_bytes
 from ditc.speed.options import BenchOptions
 from ditc.speed.side_by_side import SideBySide
@@ -401,3 +402,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert printed.err.count("\n") == 1
     assert printed.out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_every_binding_of_scales_has_words() -> None:
+    assert set(SCALES_IN_WORDS) == set(names_of(ScaleBinding))
