@@ -5,7 +5,7 @@
 A study of accuracy alone: two regions are two integer products where one range is one, and the attention of a bundle
 stays in floating point. Each product on the reference model, plain: GELU's output times fc2's weight, softmax's times
 the values. Only the left side is quantized; ranges are the least squared error over a first half of noisy real digits,
-the error is that of the product over the second half, as a share of its size, a mean over blocks.
+the error is that of the product over the second half, as a share of its size, of each block.
 
     GELU     [-2^(k-1) s1, 0) in steps s1, [0, 2^(k-1) s2) in steps s2, both searched
     softmax  [0, 2^(k-1) s1) in steps s1, searched, and from there to 1 in steps of 1 / 2^(k-1)
@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ Array = NDArray[np.float32]
 Integers = NDArray[np.int32]
 # the integers of each region, with its step; what they stand for is the sum
 Regions = list[tuple[Integers, float]]
+Form = Callable[[Array, int], Callable[[Array], Regions]]  # chooses the steps from values, and cuts others by them
+Pairs = list[tuple[Array, Array]]  # both sides of a product, of each block
 
 
 def dequantized(regions: Regions) -> NDArray[np.float64]:
@@ -104,7 +107,7 @@ def searched_range(x: Array, bits: int, low: float | None) -> Callable[[Array], 
     return cut
 
 
-FORMS: Mapping[str, Mapping[str, Callable[[Array, int], Callable[[Array], Regions]]]] = {
+FORMS: Mapping[str, Mapping[str, Form]] = {
     "gelu": {
         "about zero": lambda x, bits: searched_range(x, bits, None),
         "bounded": lambda x, bits: searched_range(x, bits, LOWER_BOUNDS["Gelu"]),
@@ -119,12 +122,14 @@ FORMS: Mapping[str, Mapping[str, Callable[[Array, int], Callable[[Array], Region
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[dict[str, list[tuple[Array, Array]]]]:
+def watched(model: Any) -> Iterator[dict[str, Pairs]]:
     """Collect (left, right) of each block's two products."""
-    seen: dict[str, list[tuple[Array, Array]]] = {"gelu": [], "softmax": []}
+    seen: dict[str, Pairs] = {"gelu": [], "softmax": []}
 
-    def softmax(module: Any, _: Any, out: torch.Tensor) -> None:
-        attention = module.owner
+    def mlp(layer: Any, args: Any) -> None:
+        seen["gelu"].append((args[0].numpy(), layer.weight.numpy().T))
+
+    def softmax(attention: Any, _layer: Any, _args: Any, out: torch.Tensor) -> None:
         heads = (len(out), attention.tokens, attention.num_heads, attention.head_dim)
         q, k, v = (part.reshape(heads).transpose(1, 2) for part in out.chunk(3, dim=-1))
         scores = (q * attention.head_dim**-0.5) @ k.transpose(-2, -1)
@@ -132,19 +137,13 @@ def watched(model: Any) -> Iterator[dict[str, list[tuple[Array, Array]]]]:
 
     with ExitStack() as stack:
         for block in model.blocks:
-            fc2, qkv = block.mlp.fc2, block.attn.qkv
-            object.__setattr__(qkv, "owner", block.attn)  # a plain attribute: no module of its own
-            stack.callback(qkv.register_forward_hook(softmax).remove)
-            stack.callback(
-                fc2.register_forward_pre_hook(
-                    lambda layer, args: seen["gelu"].append((args[0].numpy(), layer.weight.numpy().T))
-                ).remove
-            )
+            stack.callback(block.mlp.fc2.register_forward_pre_hook(mlp).remove)
+            stack.callback(block.attn.qkv.register_forward_hook(partial(softmax, block.attn)).remove)
         yield seen
 
 
 @torch.no_grad()
-def products(model: Any) -> dict[str, list[tuple[Array, Array]]]:
+def products(model: Any) -> dict[str, Pairs]:
     """Return (left, right) of the products at noisy digits, those of all times and pictures at once."""
     pictures, labels, _, _ = digits_split()
     generator = torch.Generator().manual_seed(SEED)
@@ -160,20 +159,16 @@ def products(model: Any) -> dict[str, list[tuple[Array, Array]]]:
     return seen
 
 
-def errors(
-    pairs: list[tuple[Array, Array]], form: Callable[[Array, int], Callable[[Array], Regions]], bits: int
-) -> float:
-    """Return the error of the products over the second half of the rows, ranges searched on the first: its mean."""
+def errors(pairs: Pairs, form: Form, bits: int) -> list[float]:
+    """Return the error of each block's product over the second half of the rows, ranges searched on the first."""
     shares = []
     for left, right in pairs:
         middle = len(left) // 2
         cut = form(left[:middle], bits)
-        own = right if right.ndim == 2 else right[middle:]
-        exact = left[middle:].astype(np.float64) @ own
-        shares.append(
-            np.linalg.norm(product(cut(left[middle:]), own.astype(np.float64)) - exact) / np.linalg.norm(exact)
-        )
-    return float(np.mean(shares))
+        own = (right if right.ndim == 2 else right[middle:]).astype(np.float64)
+        exact = left[middle:] @ own
+        shares.append(float(np.linalg.norm(product(cut(left[middle:]), own) - exact) / np.linalg.norm(exact)))
+    return shares
 
 
 def main() -> None:
@@ -184,8 +179,9 @@ def main() -> None:
     for where, forms in FORMS.items():
         for bits in BITS:
             row = {name: errors(seen[where], form, bits) for name, form in forms.items()}
-            rows.append({"output": where, "bits": bits, "relative_error": row})
-            print(where, bits, {name: f"{error:.2e}" for name, error in row.items()}, flush=True)
+            rows.append({"output": where, "bits": bits, "relative_error_by_block": row})
+            told = {name: f"{np.mean(each):.2e} ({min(each):.2e} to {max(each):.2e})" for name, each in row.items()}
+            print(where, bits, told, flush=True)
     about = {"machine": machine().model_dump(), "pictures": PICTURES, "times": TIMES, "seed": SEED}
     atomic_write(options.out, (json.dumps({**about, "rows": rows}, indent=1) + "\n").encode())
 

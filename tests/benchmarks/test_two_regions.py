@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ditc.exporter.models import builtin_digits
+
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 
 
@@ -60,6 +62,20 @@ def test_what_is_searched_is_nearer_than_one_range_about_zero(study: Any) -> Non
     for values, search in ((gelu, study.searched_gelu), (shares, study.searched_softmax)):
         one, two = (form(values) for form in (study.searched_range(values, 8, None), search(values, 8)))
         assert _error(study, values, two) < 0.7 * _error(study, values, one)
+
+
+def test_what_is_watched_are_the_products_that_the_model_makes(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "PICTURES", 2)
+    model, read = builtin_digits().eval(), []
+    block = model.blocks[0]
+    block.attn.proj.register_forward_pre_hook(lambda _, args: read.append(args[0].numpy()))
+    block.mlp.fc2.register_forward_hook(lambda layer, _, out: read.append((out - layer.bias).numpy()))
+    seen = study.products(model)
+    assert len(seen["gelu"]) == len(seen["softmax"]) == len(model.blocks)
+    (shares, values), (left, weight) = seen["softmax"][0], seen["gelu"][0]
+    mixed = (shares @ values).swapaxes(1, 2).reshape(read[0].shape)
+    np.testing.assert_allclose(mixed, read[0], atol=1e-5)
+    np.testing.assert_allclose(left @ weight, read[1], atol=1e-4)
 
 
 def _error(study: Any, values: np.ndarray, regions: Any) -> float:
